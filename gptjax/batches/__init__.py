@@ -1,0 +1,1 @@
+"""Token shards → batches, with NumPy only. No JAX here."""

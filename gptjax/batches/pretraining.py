@@ -1,0 +1,150 @@
+"""A stream of tokens → windows → batches, each a pure function of its number.
+
+B is the batch size, T the window's length in tokens.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.batches.permutation import draw_keys, permute
+from gptjax.errors import UserError
+from gptjax.text.shards import TokenSplit
+
+
+class Batch(NamedTuple):
+    """What one forward pass reads: int32 arrays [B, T] (a single row: [T])."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    """`targets[t]` follows `inputs[t]`; -1 where no loss is taken."""
+    segments: np.ndarray
+    """Number of the document within the window, from 0: attention stays inside a segment."""
+    positions: np.ndarray
+    """Position within the segment, from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWindows:
+    """Windows of `block_size` tokens over a stream, in another order and cut at other places in each epoch.
+
+    Each epoch begins at a random offset and goes through all its windows in a random order, both drawn from
+    `(seed, epoch)` alone. So batch(step) is the same after any resume and for any number of devices.
+
+    Raises:
+        UserError: The stream is shorter than one window.
+    """
+
+    split: TokenSplit
+    block_size: int
+    seed: int
+    attend_across_documents: bool
+
+    def __post_init__(self):
+        if self.split.n_tokens < self.block_size + 1:
+            raise UserError(
+                f"the corpus has {self.split.n_tokens} tokens to train on, fewer than one window of"
+                f" model.block_size={self.block_size} and its last target; the largest block_size that would do:"
+                f" {max(0, self.split.n_tokens - 1)}"
+            )
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows in one pass; what is left of the stream at both ends comes in another epoch."""
+        return max(1, (self.split.n_tokens - self.block_size) // self.block_size)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Targets in one pass."""
+        return self.windows_per_epoch * self.block_size
+
+    def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+        """Returns rows of the batch of `step`, whose row r is window `step * batch_size + r`.
+
+        Args:
+            step: From 0.
+            batch_size: Rows of the global batch.
+            rows: Which of them to make; a process takes its own.
+        """
+        numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
+        return read_windows(self.split, self._starts(numbers), self.block_size, self.attend_across_documents)
+
+    def row(self, index: int) -> Batch:
+        """Returns window `index`, counted over all epochs, as arrays [T]."""
+        starts = self._starts(np.array([index]))
+        batch = read_windows(self.split, starts, self.block_size, self.attend_across_documents)
+        return Batch(*(array[0] for array in batch))
+
+    def _starts(self, numbers: np.ndarray) -> np.ndarray:
+        """Positions in the stream at which windows begin."""
+        epochs, numbers = np.divmod(numbers, self.windows_per_epoch)
+        # Every offset leaves room for all windows and the last one's last target.
+        offsets = min(self.block_size, self.split.n_tokens - self.tokens_per_epoch)
+        starts = np.empty_like(numbers)
+        for epoch in np.unique(epochs):
+            keys = draw_keys(self.seed, int(epoch))
+            windows = permute(numbers[epochs == epoch], self.windows_per_epoch, keys[1:])
+            starts[epochs == epoch] = int(keys[0]) % offsets + windows * self.block_size
+        return starts
+
+
+def read_windows(split: TokenSplit, starts: Iterable[int], block_size: int, attend_across_documents: bool) -> Batch:
+    """Returns the windows that begin at `starts`, positions in the stream, as arrays [B, T].
+
+    Past the end of the stream, inputs are 0 and targets -1.
+    """
+    starts = [int(start) for start in starts]
+    B, T = len(starts), block_size
+    tokens_BU = np.full((B, T + 1), -1, np.int32)  # U: the window and one target more
+    begins_BU = np.zeros((B, T + 1), bool)
+    for b, start in enumerate(starts):
+        stop = min(start + T + 1, split.n_tokens)
+        tokens_BU[b, : stop - start] = split.slice(start, stop)
+        if not attend_across_documents:
+            begins_BU[b, split.document_starts(start, stop) - start] = True
+    targets_BT = tokens_BU[:, 1:].copy()
+    if split.end_of_text is None:
+        # Without end-of-text the next document's first token would be asked of one that knows nothing of it.
+        targets_BT[begins_BU[:, 1:]] = -1
+    begins_BT = begins_BU[:, :-1]
+    begins_BT[:, :1] = True
+    t_T = np.arange(T, dtype=np.int32)
+    return Batch(
+        inputs=np.maximum(tokens_BU[:, :-1], 0),
+        targets=targets_BT,
+        segments=np.cumsum(begins_BT, axis=1, dtype=np.int32) - np.int32(1),
+        positions=t_T - np.maximum.accumulate(np.where(begins_BT, t_T, np.int32(0)), axis=1),
+    )
+
+
+def evaluation_batches(
+    split: TokenSplit, block_size: int, n_windows: int, batch_size: int, attend_across_documents: bool
+) -> Iterator[Batch]:
+    """Returns batches of fixed windows, evenly spaced over the stream; no token is a target twice.
+
+    Every batch has `batch_size` rows: those that are left over, and positions past the end of the stream, have
+    targets -1.
+
+    Args:
+        split: The stream.
+        block_size: T.
+        n_windows: How many windows; 0, or more than there are: all, the last one partly filled.
+        batch_size: B.
+        attend_across_documents: As in training.
+
+    Raises:
+        UserError: The stream has fewer than two tokens.
+    """
+    if split.n_tokens < 2:
+        raise UserError(f"the validation split has {split.n_tokens} tokens, must have 2; give it more text")
+    total = -(-(split.n_tokens - 1) // block_size)
+    chosen = min(n_windows or total, total)
+    starts = [i * total // chosen * block_size for i in range(chosen)]
+    # A window at the end of the stream has no targets.
+    starts += [split.n_tokens] * (-chosen % batch_size)
+    return (
+        read_windows(split, starts[first : first + batch_size], block_size, attend_across_documents)
+        for first in range(0, len(starts), batch_size)
+    )

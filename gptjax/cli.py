@@ -1,0 +1,193 @@
+"""The command line: one function per verb. Heavy imports stay inside them, so that help and errors come at once."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptjax import __version__
+from gptjax.config import Config, EvaluateConfig, ExportConfig, ImportConfig, SampleConfig
+from gptjax.config_io import from_dict, load_config, read_flags
+from gptjax.errors import UserError, did_you_mean
+
+
+def train(args: Sequence[str]) -> int:
+    """Trains: gptjax train CONFIG.yaml [--section.key VALUE ...]; goes on where the run directory has a checkpoint."""
+    config = _config(args, "train")
+    _start_jax(config.cache_dir)
+    from gptjax.training import trainer
+
+    return trainer.train(config)
+
+
+def prepare(args: Sequence[str]) -> int:
+    """Prepares data and tokenizer as train would: gptjax prepare CONFIG.yaml [--section.key VALUE ...]."""
+    config = _config(args, "prepare")
+    from gptjax.text.prepare import describe
+    from gptjax.text.prepare import prepare as prepare_data
+
+    prepared = prepare_data(config.data, config.tokenizer, Path(config.cache_dir).expanduser(), report=print)
+    print(describe(prepared))
+    print(prepared.folder)
+    return 0
+
+
+def sample(args: Sequence[str]) -> int:
+    """Continues prompts: gptjax sample --run_dir DIR --prompt TEXT [--option VALUE ...]."""
+    config = _flags(SampleConfig, args)
+    prompts = _prompts(config)
+    _start_jax(Config().cache_dir)
+    from gptjax.generation.sample import sample_texts
+    from gptjax.model.gpt import Compute
+    from gptjax.training.checkpoint import load_run
+
+    run = load_run(Path(config.run_dir).expanduser(), config.checkpoint)
+    if run.tokenizer is None:
+        raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2, say")
+    one = len(prompts) * config.num_samples == 1
+    if one:
+        _write(prompts[0])
+    texts = sample_texts(
+        run.config.model,
+        run.params,
+        run.tokenizer,
+        prompts,
+        config,
+        Compute(config.compute_dtype),
+        on_text=(lambda _prompt, _sample, piece: _write(piece)) if one else None,
+        notify=lambda message: print(message, file=sys.stderr),
+    )
+    if one:
+        _write("\n")
+    else:
+        for prompt, continuations in zip(prompts, texts, strict=True):
+            for text in continuations:
+                _write(f"{prompt}{text}\n---------------\n")
+    return 0
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Measures a run's loss on validation text, its own or other: gptjax evaluate --run_dir DIR [--data.path ...]."""
+    config = _flags(EvaluateConfig, args)
+    _start_jax(Config().cache_dir)
+    from gptjax.evaluation.loss import evaluate_run
+
+    print(evaluate_run(config))
+    return 0
+
+
+def import_model(args: Sequence[str]) -> int:
+    """Makes a run directory of a Hugging Face model: gptjax import HF_DIR --to RUN_DIR [--tokenizer gpt2]."""
+    source, rest = _positional(args, "import HF_DIR --to RUN_DIR")
+    config = _flags(ImportConfig, rest)
+    from gptjax.exchange.runs import import_run
+
+    print(import_run(Path(source).expanduser(), Path(config.to).expanduser(), config.tokenizer))
+    return 0
+
+
+def export_model(args: Sequence[str]) -> int:
+    """Writes a run as a Hugging Face model: gptjax export RUN_DIR --to HF_DIR."""
+    source, rest = _positional(args, "export RUN_DIR --to HF_DIR")
+    config = _flags(ExportConfig, rest)
+    from gptjax.exchange.runs import export_run
+
+    print(export_run(Path(source).expanduser(), Path(config.to).expanduser(), config.checkpoint))
+    return 0
+
+
+VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
+    "prepare": (prepare, Config),
+    "train": (train, Config),
+    "sample": (sample, SampleConfig),
+    "evaluate": (evaluate, EvaluateConfig),
+    "import": (import_model, ImportConfig),
+    "export": (export_model, ExportConfig),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb; a mistake of the user is one line on standard error and status 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(args)
+    except UserError as error:
+        print(f"gptjax: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of standard output went away, as `| head` does
+        sys.stderr.close()
+        return 0
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print("gptjax VERB ...\n")
+        for name, (verb, _) in VERBS.items():
+            print(f"  {name:9} {verb.__doc__}")
+        print("\ngptjax VERB --help lists a verb's options.")
+        return 0
+    if args[0] == "--version":
+        print(f"gptjax {__version__}")
+        return 0
+    if args[0] not in VERBS:
+        raise UserError(f"unknown verb {args[0]!r}.{did_you_mean(args[0], VERBS)} Verbs: {', '.join(VERBS)}.")
+    verb, options = VERBS[args[0]]
+    if "-h" in args or "--help" in args:
+        _print_help(args[0], verb, options)
+        return 0
+    return verb(args[1:])
+
+
+def _print_help(name: str, verb: Callable, options: type) -> None:
+    import tyro
+
+    print(verb.__doc__)
+    print(tyro.extras.get_parser(options, prog=f"gptjax {name}", use_underscores=True).format_help())
+
+
+def _config(args: Sequence[str], verb: str) -> Config:
+    path, rest = _positional(args, f"{verb} CONFIG.yaml [--section.key VALUE ...]")
+    return load_config(path, read_flags(Config, rest))
+
+
+def _positional(args: Sequence[str], usage: str) -> tuple[str, Sequence[str]]:
+    if not args or args[0].startswith("-"):
+        raise UserError(f"usage: gptjax {usage}")
+    return args[0], args[1:]
+
+
+def _flags(cls: type, args: Sequence[str]) -> Any:
+    return from_dict(cls, read_flags(cls, args), "command line")
+
+
+def _prompts(config: SampleConfig) -> list[str]:
+    """The texts to continue: from the flags, a file, or standard input."""
+    if not config.run_dir:
+        raise UserError("command line: --run_dir is missing; name the folder of a trained run")
+    if config.prompt:
+        return list(config.prompt)
+    try:
+        if config.prompt_file:
+            text = Path(config.prompt_file).expanduser().read_text(encoding="utf-8")
+        else:
+            text = sys.stdin.buffer.read().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{config.prompt_file or 'standard input'}: the prompt cannot be read: {error}") from None
+    if not text:
+        raise UserError("the prompt is empty; give --prompt TEXT, --prompt_file FILE or text on standard input")
+    return [text]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _start_jax(cache_dir: str) -> None:
+    """Turns on the cache of compiled programs; what it holds is executed, so only its owner may write there."""
+    import jax
+
+    folder = Path(cache_dir).expanduser() / "compiled"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

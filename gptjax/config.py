@@ -1,0 +1,406 @@
+"""Everything that defines a run, as frozen dataclasses: the only place that knows a default."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.errors import UserError, did_you_mean
+
+TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the decoder."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Query heads."""
+    n_kv_head: int = 0
+    """Key and value heads, each shared by n_head / n_kv_head query heads; 0: as many as n_head."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    block_size: int = 1024
+    """Longest sequence, in tokens."""
+    vocab_size: int = 0
+    """Tokens that the model knows; 0: as many as the tokenizer has."""
+    vocab_multiple: int = 1
+    """The embedding gets a multiple of this many rows; rows past vocab_size are never predicted."""
+    dropout: float = 0.0
+    """Probability of zeroing embeddings, attention weights and what a layer adds to the residual stream."""
+    bias: bool = True
+    """Bias vectors in linear layers and norms, as GPT-2 has."""
+    tied_embeddings: bool = True
+    """Read out logits with the token embedding."""
+
+    def __post_init__(self):
+        _positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple")
+        _not_negative("model", self, "n_kv_head", "vocab_size")
+        _fraction("model", self, "dropout")
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head};"
+                f" the nearest that is: {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
+            )
+        if self.n_head % self.kv_heads:
+            raise UserError(f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.n_kv_head}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, with the default resolved."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    kind: Literal["bytes", "chars", "tiktoken", "bpe"] = "tiktoken"
+    """bytes; chars: those of the corpus; tiktoken: a published encoding; bpe: trained on the corpus."""
+    name: str = "gpt2"
+    """Encoding for kind tiktoken: gpt2, r50k_base, p50k_base, cl100k_base or o200k_base."""
+    vocab_size: int = 4096
+    """Tokens that kind bpe learns, the 256 bytes and <|endoftext|> included."""
+
+    def __post_init__(self):
+        if self.kind == "tiktoken" and self.name not in TIKTOKEN_NAMES:
+            raise UserError(
+                f"tokenizer.name={self.name!r} must be one of {', '.join(TIKTOKEN_NAMES)}."
+                f"{did_you_mean(self.name, TIKTOKEN_NAMES)}"
+            )
+        if self.vocab_size < 257:
+            raise UserError(f"tokenizer.vocab_size={self.vocab_size} must be at least 257: 256 bytes and <|endoftext|>")
+        _no_effect("tokenizer", self, "name", self.kind == "tiktoken", "tokenizer.kind=tiktoken")
+        _no_effect("tokenizer", self, "vocab_size", self.kind == "bpe", "tokenizer.kind=bpe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it is cut. Exactly one of path, source and hf_dataset is given."""
+
+    path: tuple[str, ...] = ()
+    """Files, folders or globs: .txt .md .py .jsonl .csv .parquet, each also .gz or .zst."""
+    source: Literal["", "python-stdlib"] = ""
+    """A corpus that every machine has: python-stdlib is the running Python's standard library."""
+    hf_dataset: str = ""
+    """NAME[:CONFIG][@SPLIT] for the datasets library: a local folder or the hub."""
+    streaming: bool = False
+    """Read hf_dataset as a stream instead of downloading it whole."""
+    text_field: str = "text"
+    """Field (JSONL), column (CSV, parquet) or feature (datasets) that holds the text."""
+    max_documents: int = 0
+    """Stop after this many documents; 0: all."""
+    validation_fraction: float = 0.1
+    """Share held out: of documents by hash; of a single document, its end."""
+    invalid_utf8: Literal["error", "replace", "skip"] = "error"
+    """Bytes that are no UTF-8: stop, put U+FFFD, or leave the document out (counted)."""
+    unicode: Literal["keep", "NFC"] = "keep"
+    """Unicode normalisation."""
+    newlines: Literal["keep", "unix"] = "keep"
+    """unix: CRLF and lone CR become LF."""
+    min_characters: int = 0
+    """Leave out shorter documents (counted)."""
+    drop_duplicates: bool = False
+    """Leave out documents whose text came before (counted)."""
+    attend_across_documents: bool = False
+    """Let tokens attend to earlier documents in the same window."""
+
+    def __post_init__(self):
+        given = [name for name in ("path", "source", "hf_dataset") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"data.{given[0]} and data.{given[1]} are both set; give one")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
+        _not_negative("data", self, "max_documents", "min_characters")
+        _no_effect("data", self, "streaming", bool(self.hf_dataset), "data.hf_dataset")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its learning rate."""
+
+    name: Literal["adamw", "lion"] = "adamw"
+    """adamw (arXiv:1711.05101) or lion (arXiv:2302.06675)."""
+    learning_rate: float = 6e-4
+    """Peak, reached after warmup_steps."""
+    min_learning_rate: float = 6e-5
+    """Where schedule cosine, linear or wsd ends."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """wsd: constant, then linear over the last wsd_decay_fraction of the steps (arXiv:2404.06395)."""
+    wsd_decay_fraction: float = 0.2
+    """Share of num_steps in which schedule wsd decays."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices and embeddings only."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    """Added to the denominator of adamw."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+
+    def __post_init__(self):
+        _not_negative(
+            "optim",
+            self,
+            "learning_rate",
+            "min_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "eps",
+            "grad_clip",
+        )
+        _fraction("optim", self, "beta1", "beta2")
+        if not 0 < self.wsd_decay_fraction <= 1:
+            raise UserError(f"optim.wsd_decay_fraction={self.wsd_decay_fraction} must lie in (0, 1]")
+        if self.schedule != "constant" and self.min_learning_rate > self.learning_rate:
+            raise UserError(
+                f"optim.min_learning_rate={self.min_learning_rate} must not exceed"
+                f" optim.learning_rate={self.learning_rate}"
+            )
+        _no_effect("optim", self, "wsd_decay_fraction", self.schedule == "wsd", "optim.schedule=wsd")
+        _no_effect("optim", self, "min_learning_rate", self.schedule != "constant", "a schedule that decays")
+        _no_effect("optim", self, "eps", self.name == "adamw", "optim.name=adamw")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: how long, how much at once, in which precision, and what is written when."""
+
+    num_steps: int = 1000
+    """Optimizer updates."""
+    batch_size: int = 16
+    """Sequences per step, over all devices."""
+    micro_batch_size: int = 0
+    """Sequences per forward pass, over all devices; gradients add up to batch_size. 0: batch_size."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameters and optimizer moments."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Operands of matrix products; float16 brings a dynamic loss scale."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the vocabulary."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normalizer (arXiv:2204.02311, section 5)."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the parameters, used for evaluation and sampling; 0: none."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+    unroll: int = 0
+    """Blocks per iteration of the loop over layers; 0: all of them. More runs faster and compiles longer."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 250
+    """Steps between evaluations; 0: only at the end."""
+    eval_windows: int = 512
+    """Validation windows in an evaluation, evenly spaced, always the same; 0: all."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, beside the best one."""
+    patience: int = 0
+    """Stop after this many evaluations without a new best loss; 0: never."""
+    sample_prompt: str = "\n"
+    """Prompt of the sample at each evaluation."""
+    sample_tokens: int = 64
+    """Length of that sample; 0: none."""
+
+    def __post_init__(self):
+        _positive("train", self, "num_steps", "batch_size", "log_every", "keep_checkpoints")
+        _not_negative(
+            "train",
+            self,
+            "micro_batch_size",
+            "unroll",
+            "eval_every",
+            "eval_windows",
+            "save_every",
+            "patience",
+        )
+        _not_negative("train", self, "z_loss", "sample_tokens")
+        _fraction("train", self, "label_smoothing", "ema")
+        if self.batch_size % self.micro_batch:
+            raise UserError(
+                f"train.batch_size={self.batch_size} must be divisible by"
+                f" train.micro_batch_size={self.micro_batch_size}"
+            )
+        if self.sample_tokens and not self.sample_prompt:
+            raise UserError("train.sample_prompt is empty; give a text, or train.sample_tokens=0 for no samples")
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass, with the default resolved."""
+        return self.micro_batch_size or self.batch_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices along each axis; at most one axis is -1: all devices that are left."""
+
+    data: int = -1
+    """Data parallel: each device its rows."""
+    fsdp: int = 1
+    """Data parallel with parameters and optimizer state cut over the devices."""
+    tensor: int = 1
+    """Heads, MLP width and vocabulary cut over the devices."""
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise UserError(f"mesh.{name}={size} must be positive, or -1 for all devices that are left")
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError(f"mesh: only one axis may be -1, not {[n for n, s in sizes.items() if s == -1]}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run."""
+
+    run_dir: str = "runs/default"
+    """Where config, metrics, samples and checkpoints go; a run that has a checkpoint goes on from it."""
+    seed: int = 0
+    """Of initial weights, dropout and the order of the data."""
+    init_from: str = ""
+    """Run directory whose weights the run starts from."""
+    cache_dir: str = "~/.cache/gptjax"
+    """Prepared data and compiled programs, shared by runs."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        if not self.run_dir:
+            raise UserError("run_dir is empty; name a folder for the run")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Continues prompts with a trained model."""
+
+    run_dir: str = ""
+    """Run directory of the model."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """best: lowest validation loss (the latest where none was evaluated)."""
+    prompt: tuple[str, ...] = ()
+    """One or several texts to continue; standard input where neither this nor prompt_file is given."""
+    prompt_file: str = ""
+    """File whose whole text is the prompt."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    max_new_tokens: int = 256
+    """Tokens at most; a sample ends earlier at end-of-text."""
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Choose among this many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Choose among the fewest tokens that hold this much probability (arXiv:1904.09751)."""
+    seed: int = 0
+    """The same seed gives the same text, whatever else is in the batch."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Operands of matrix products, and the cache."""
+    allow_special: bool = False
+    """Read <|endoftext|> in a prompt as the special token instead of plain text."""
+    ignore_end_of_text: bool = False
+    """Go on after end-of-text."""
+
+    def __post_init__(self):
+        _positive("", self, "num_samples", "max_new_tokens")
+        _not_negative("", self, "temperature", "top_k", "seed")
+        if self.seed >= 2**32:
+            raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
+        if 0 < self.temperature < 1e-3:
+            raise UserError(f"temperature={self.temperature} must be 0 (the likeliest token) or at least 0.001")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.prompt and self.prompt_file:
+            raise UserError("prompt and prompt_file are both set; give one")
+        for name in ("top_k", "top_p"):
+            _no_effect("", self, name, self.temperature > 0, "temperature above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measures a trained model on text: its own validation data, or what `data` names."""
+
+    run_dir: str = ""
+    """Run directory of the model."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """best: lowest validation loss (the latest where none was evaluated)."""
+    windows: int = 0
+    """Validation windows, evenly spaced; 0: all."""
+    batch_size: int = 16
+    """Windows at a time."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        if not self.run_dir:
+            raise UserError("run_dir is missing; name the folder of a trained run")
+        _not_negative("", self, "windows")
+        _positive("", self, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Where an imported model goes."""
+
+    to: str
+    """Run directory to make."""
+    tokenizer: str = ""
+    """Name of a tiktoken encoding, for models that come without a tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Where an exported model goes."""
+
+    to: str
+    """Folder to write."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """best: lowest validation loss (the latest where none was evaluated)."""
+
+
+def _positive(section: str, config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"{_full(section, name)}={getattr(config, name)} must be at least 1")
+
+
+def _not_negative(section: str, config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UserError(f"{_full(section, name)}={getattr(config, name)} must not be negative")
+
+
+def _fraction(section: str, config, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{_full(section, name)}={getattr(config, name)} must lie in [0, 1)")
+
+
+def _no_effect(section: str, config, name: str, active: bool, needs: str) -> None:
+    """Refuses an option that was changed from its default where it does nothing."""
+    default = next(field.default for field in dataclasses.fields(config) if field.name == name)
+    if not active and getattr(config, name) != default:
+        value = getattr(config, name)
+        raise UserError(f"{_full(section, name)}={value!r} has no effect without {needs}; leave it at {default!r}")
+
+
+def _full(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name

@@ -1,0 +1,1 @@
+"""Text from a trained model: decoding with a cache, choosing tokens, streaming."""

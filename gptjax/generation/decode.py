@@ -1,0 +1,236 @@
+"""Continues token sequences with a cache of keys and values.
+
+A context is what the model sees of a row: at first the prompt, or its last `block_size` tokens where it is longer.
+When a context would pass `block_size`, it slides: the newest `block_size // 2` tokens (at least one) are kept and
+run again, so the cost of sliding is spread over as many new tokens.
+
+Shape suffixes: B row (one sample of one prompt), T position, N new token, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import ModelConfig, SampleConfig
+from gptjax.errors import UserError
+from gptjax.generation.choose import Rule, choice_rule, choose
+from gptjax.generation.weights import decoding_config, decoding_weights, stacked_params
+from gptjax.model.cache import Cache, init_cache
+from gptjax.model.gpt import Compute, extend, logits
+
+BUFFER = 64  # new tokens that the compiled loop holds before it returns them
+PREFILL = 128  # longer prompts go through the model in pieces of this length
+SLOTS_MULTIPLE = 64
+NOTHING = -1  # stands in the buffer where a row has no token
+
+
+def generate(
+    config: ModelConfig,
+    params: dict,
+    prompts: Sequence[np.ndarray],
+    options: SampleConfig,
+    compute: Compute,
+    *,
+    end_of_text: int | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> list[list[np.ndarray]]:
+    """Returns the new token ids of every sample, `[prompt][sample]`, without prompt and end-of-text.
+
+    Arguments and errors are those of `stream`.
+    """
+    rows: list[list[np.ndarray]] = [[] for _ in range(len(prompts) * options.num_samples)]
+    for pieces in stream(
+        config, params, prompts, options, compute, end_of_text=end_of_text, notify=notify, piece_length=BUFFER
+    ):
+        for row, piece in zip(rows, pieces, strict=True):
+            row.append(piece)
+    samples = [np.concatenate([np.zeros(0, np.int32), *row]) for row in rows]
+    return [samples[i : i + options.num_samples] for i in range(0, len(samples), options.num_samples)]
+
+
+def stream(
+    config: ModelConfig,
+    params: dict,
+    prompts: Sequence[np.ndarray],
+    options: SampleConfig,
+    compute: Compute,
+    *,
+    end_of_text: int | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+    piece_length: int = 8,
+) -> Iterator[list[np.ndarray]]:
+    """Yields new token ids as they come: for every row (prompt by prompt, sample by sample) an int32 array.
+
+    A row's tokens depend on its prompt, the seed, its prompt's number and its sample's number, not on other rows.
+
+    Args:
+        config: Shape of the model.
+        params: As `init_params` returns them.
+        prompts: Token ids, one array each, none empty.
+        options: How many samples, how long, and how tokens are chosen; its `compute_dtype` is not read here.
+        compute: `compute.dtype` is used; blocks are always unrolled and nothing is kept for a backward pass.
+        end_of_text: Id that ends a row; None: none does. `options.ignore_end_of_text` overrides it.
+        notify: Told in one line when a prompt is cut and, once, when contexts slide.
+        piece_length: New tokens per row in one piece, at most 64.
+
+    Raises:
+        UserError: A prompt is empty or holds an id outside the vocabulary, or `options.top_k` passes it.
+    """
+    _check(config, prompts, options)
+    return _stream(config, params, prompts, options, compute, end_of_text, notify, min(piece_length, BUFFER))
+
+
+def _stream(config, params, prompts, options, compute, end_of_text, notify, piece_length):
+    compute = Compute(dtype=compute.dtype)
+    weights = decoding_weights(config, params, compute.dtype)
+    model = decoding_config(config)
+    rule = choice_rule(options)
+    stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
+    contexts = [context for context in _cut(config, prompts, notify) for _ in range(options.num_samples)]
+    keys_B = _row_keys(options.seed, len(prompts), options.num_samples)
+    done_B = np.zeros(len(contexts), bool)
+    cache, number, slots, told = None, 0, 0, False
+    while number < options.max_new_tokens and not done_B.all():
+        room = min(config.block_size + 1 - len(c) for c, done in zip(contexts, done_B, strict=True) if not done)
+        if cache is None or room < 1:
+            if room < 1 and not told:
+                kept = _kept(config)
+                notify(f"the context is full (model.block_size={config.block_size}): it slides to its last {kept} tokens")
+                told = True
+            contexts = [_window(config, c, done) for c, done in zip(contexts, done_B, strict=True)]
+            slots = max(slots, _slots(config, contexts, options.max_new_tokens - number))
+            cache = _prefilled(model, compute, weights, contexts, slots)
+            continue
+        limit = min(piece_length, room, options.max_new_tokens - number)
+        last_B = np.array([c[-1] for c in contexts], np.int32)
+        scalars = np.int32(number), np.int32(limit), np.int32(stop), np.float32(options.temperature or 1)
+        cache, new_BN = _decode(
+            model, compute, rule, weights, cache, last_B, done_B, keys_B, *scalars, np.float32(options.top_p)
+        )
+        new_BN = np.asarray(new_BN)[:, :limit]
+        pieces = [row[row != NOTHING] for row in new_BN]
+        contexts = [np.concatenate([c, piece]) for c, piece in zip(contexts, pieces, strict=True)]
+        done_B = new_BN[:, -1] == NOTHING
+        number += limit
+        yield pieces
+
+
+@functools.partial(jax.jit, static_argnames=("model", "compute", "rule"), donate_argnames="cache")
+def _decode(
+    model: ModelConfig,
+    compute: Compute,
+    rule: Rule,
+    weights: dict,
+    cache: Cache,
+    last_B: jax.Array,
+    done_B: jax.Array,
+    keys_B: jax.Array,
+    number: jax.Array,
+    limit: jax.Array,
+    stop: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+) -> tuple[Cache, jax.Array]:
+    """Adds up to `limit` tokens to every row that is not done; returns them as `[B, BUFFER]` and the longer cache.
+
+    `last_B` are the newest tokens, not in the cache yet; `number` says how many new tokens came before.
+    """
+    params = stacked_params(weights)
+
+    def step(carry):
+        n, cache, last_B, done_B, new_BN = carry
+        x_B1D, cache = extend(model, params, last_B[:, None], cache, compute)
+        logits_BV = logits(model, params, x_B1D)[:, 0]
+        token_keys_B = keys_B if rule.greedy else jax.vmap(jax.random.fold_in, (0, None))(keys_B, number + n)
+        next_B = choose(logits_BV, token_keys_B, rule, temperature, top_p)
+        done_B = done_B | (next_B == stop)
+        new_BN = jax.lax.dynamic_update_slice(new_BN, jnp.where(done_B, NOTHING, next_B)[:, None], (0, n))
+        return n + 1, cache, jnp.where(done_B, last_B, next_B), done_B, new_BN
+
+    def unfinished(carry):
+        n, _, _, done_B, _ = carry
+        return (n < limit) & ~jnp.all(done_B)
+
+    new_BN = jnp.full((last_B.shape[0], BUFFER), NOTHING, jnp.int32)
+    _, cache, _, _, new_BN = jax.lax.while_loop(unfinished, step, (jnp.int32(0), cache, last_B, done_B, new_BN))
+    return cache, new_BN
+
+
+@functools.partial(jax.jit, static_argnames=("model", "compute"), donate_argnames="cache")
+def _extend_cache(model: ModelConfig, compute: Compute, weights: dict, tokens_BT: jax.Array, cache: Cache) -> Cache:
+    return extend(model, stacked_params(weights), tokens_BT, cache, compute)[1]
+
+
+def _prefilled(model, compute, weights, contexts, slots) -> Cache:
+    """Returns a cache that holds every context but its last token, which the decoding loop reads."""
+    length = _prefill_length(contexts)
+    padding_B = np.array([length - (len(c) - 1) for c in contexts], np.int32)
+    tokens_BT = np.zeros((len(contexts), length), np.int32)
+    for row, context, padding in zip(tokens_BT, contexts, padding_B, strict=True):
+        row[padding:] = context[:-1]
+    # On a CPU XLA converts a whole bfloat16 cache to float32 and back for every token.
+    dtype = "float32" if jax.default_backend() == "cpu" else compute.dtype
+    cache = init_cache(model, jnp.asarray(padding_B), slots, dtype)
+    for start in range(0, length, PREFILL):
+        cache = _extend_cache(model, compute, weights, tokens_BT[:, start : start + PREFILL], cache)
+    return cache
+
+
+def _prefill_length(contexts) -> int:
+    """Slots for the longest context but its last token: few different numbers, so that few programs compile."""
+    longest = max(len(c) for c in contexts) - 1
+    if longest > PREFILL:
+        return _round_up(longest, PREFILL)
+    return max(16, 1 << (longest - 1).bit_length()) if longest else 0
+
+
+def _slots(config: ModelConfig, contexts, new: int) -> int:
+    """Slots until the last token, or until the first context is full."""
+    longest = max(len(c) for c in contexts)
+    return _round_up(_prefill_length(contexts) + min(new, config.block_size + 1 - longest), SLOTS_MULTIPLE)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _kept(config: ModelConfig) -> int:
+    return max(1, config.block_size // 2)
+
+
+def _window(config: ModelConfig, context: np.ndarray, done: bool) -> np.ndarray:
+    """The context to go on with: whole while it fits, its newest half when it does not, little once it is done."""
+    if done:
+        return context[-1:]
+    return context if len(context) <= config.block_size else context[-_kept(config) :]
+
+
+def _cut(config: ModelConfig, prompts, notify) -> list[np.ndarray]:
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) > config.block_size:
+            which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            notify(
+                f"{which} has {len(prompt):,} tokens; the model reads its last {config.block_size:,} (model.block_size)"
+            )
+    return [np.asarray(prompt, np.int32)[-config.block_size :] for prompt in prompts]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _row_keys(seed: jax.Array, prompts: int, samples: int) -> jax.Array:
+    key = jax.random.key(seed)
+    rows = jnp.arange(prompts * samples)
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row // samples), row % samples))(rows)
+
+
+def _check(config: ModelConfig, prompts, options: SampleConfig) -> None:
+    if options.top_k > config.vocab_size:
+        raise UserError(f"top_k={options.top_k} must be at most model.vocab_size={config.vocab_size}; 0 takes all")
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) == 0:
+            raise UserError(f"prompt {number} is empty; the model continues at least one token")
+        if np.min(prompt) < 0 or np.max(prompt) >= config.vocab_size:
+            outside = next(int(t) for t in prompt if not 0 <= t < config.vocab_size)
+            raise UserError(f"prompt {number} holds token {outside}, outside model.vocab_size={config.vocab_size}")

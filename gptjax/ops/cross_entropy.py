@@ -1,0 +1,157 @@
+"""Next-token loss from hidden states, without the logits ever existing all at once.
+
+Shape suffixes: B batch, T position, D n_embd, V vocabulary (padded), N = B times the positions of a chunk.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.ops.matmul import dot, weight_gradient
+
+CHUNK_LOGITS = 2**26  # logits in memory at a time: 256 MB in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What is minimised.
+
+    `vocab_size`: columns of the logits that are real, the others get no probability. `label_smoothing`: share of
+    the target spread evenly over them. `z_loss`: weight of the squared log-normalizer, which keeps logits from
+    drifting (PaLM, arXiv:2204.02311, section 5).
+    """
+
+    vocab_size: int
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Sums over targets, to be divided once, after all other sums."""
+
+    objective: jax.Array
+    """Float32: what is minimised, nats."""
+    nll: jax.Array
+    """Float32: negative log-likelihood alone, nats."""
+    count: jax.Array
+    """Float32: targets that count."""
+
+
+def cross_entropy_reference(options: LossOptions, x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array) -> Loss:
+    """What `cross_entropy` computes, with all logits in memory and differentiated by JAX."""
+    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, w_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    logits_BTV = logits_BTV[..., : options.vocab_size]
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
+    nll_BT = log_z_BT - target_BT
+    even_BT = log_z_BT - jnp.mean(logits_BTV, axis=-1)
+    smooth = options.label_smoothing
+    objective_BT = (1.0 - smooth) * nll_BT + smooth * even_BT + options.z_loss * jnp.square(log_z_BT)
+    mask_BT = targets_BT >= 0
+    return Loss(
+        jnp.sum(objective_BT, where=mask_BT),
+        jnp.sum(nll_BT, where=mask_BT),
+        jnp.sum(mask_BT.astype(jnp.float32)),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cross_entropy(options: LossOptions, x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array) -> Loss:
+    """Sums the next-token loss over targets that are not -1; only `objective` is differentiable.
+
+    Logits exist for one chunk of positions at a time. Under differentiation their gradient is made in the same
+    visit, so nothing of size T times V is kept or computed twice.
+
+    Args:
+        options: Vocabulary and regularisers.
+        x_BTD: Final hidden states in the compute dtype.
+        w_VD: Unembedding; cast to the dtype of `x_BTD`.
+        targets_BT: Token ids in `[0, vocab_size)`, or -1 where no loss is taken.
+    """
+    w_VD = w_VD.astype(x_BTD.dtype)
+
+    def visit(total, chunk):
+        x_bTD, targets_bT = chunk
+        loss, _ = _chunk_loss(options, x_bTD.reshape(-1, x_bTD.shape[-1]), w_VD, targets_bT.reshape(-1))
+        return jax.tree.map(jnp.add, total, loss), None
+
+    return _over_chunks(visit, _no_loss(), x_BTD, targets_BT, w_VD.shape[0])[0]
+
+
+def _forward(options, x_BTD, w_VD, targets_BT):
+    w_cast_VD = w_VD.astype(x_BTD.dtype)
+
+    def visit(total, chunk):
+        x_BCD, targets_BC = chunk
+        x_ND = x_BCD.reshape(-1, x_BCD.shape[-1])
+        loss, dlogits_NV = _chunk_loss(options, x_ND, w_cast_VD, targets_BC.reshape(-1))
+        dlogits_NV = dlogits_NV.astype(x_ND.dtype)
+        dx_ND = dot("nv,vd->nd", dlogits_NV, w_cast_VD, x_ND.dtype)
+        dw_VD = weight_gradient(dlogits_NV, x_ND, jnp.float32)
+        return jax.tree.map(jnp.add, total, (loss, dw_VD)), dx_ND.reshape(x_BCD.shape)
+
+    zeros = (_no_loss(), jnp.zeros(w_VD.shape, jnp.float32))
+    (loss, dw_VD), dx_BTD = _over_chunks(visit, zeros, x_BTD, targets_BT, w_VD.shape[0])
+    return loss, (dx_BTD, dw_VD.astype(w_VD.dtype))
+
+
+def _backward(options, saved, dloss):
+    dx_BTD, dw_VD = saved
+    return dx_BTD * dloss.objective.astype(dx_BTD.dtype), dw_VD * dloss.objective.astype(dw_VD.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunk_loss(options, x_ND, w_VD, targets_N):
+    """Returns the `Loss` of some rows and the gradient of its objective in the logits, `[N, V]` float32."""
+    V, smooth = w_VD.shape[0], options.label_smoothing
+    logits_NV = dot("nd,vd->nv", x_ND, w_VD, jnp.float32)
+    column_1V = jnp.arange(V)[None]
+    if options.vocab_size < V:
+        logits_NV = jnp.where(column_1V < options.vocab_size, logits_NV, -jnp.inf)
+    largest_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
+    exp_NV = jnp.exp(logits_NV - largest_N1)
+    total_N1 = jnp.sum(exp_NV, axis=-1, keepdims=True)
+    log_z_N = (jnp.log(total_N1) + largest_N1)[:, 0]
+    target_N = jnp.take_along_axis(logits_NV, jnp.maximum(targets_N, 0)[:, None], axis=-1)[:, 0]
+    nll_N = log_z_N - target_N
+    objective_N = nll_N + options.z_loss * jnp.square(log_z_N) if options.z_loss else nll_N
+    mask_N = targets_N >= 0
+    weight_N1 = mask_N[:, None].astype(jnp.float32)
+    z_weight_N1 = weight_N1 * (1.0 + 2.0 * options.z_loss * log_z_N[:, None])
+    dlogits_NV = exp_NV * (z_weight_N1 / total_N1)
+    hit_NV = column_1V == targets_N[:, None]
+    dlogits_NV -= jnp.where(hit_NV, (1.0 - smooth) * weight_N1, 0.0)
+    if smooth:
+        real_NV = jnp.broadcast_to(column_1V < options.vocab_size, logits_NV.shape)
+        mean_N = jnp.sum(logits_NV, axis=-1, where=real_NV) / options.vocab_size
+        objective_N += smooth * (target_N - mean_N)
+        dlogits_NV -= jnp.where(real_NV, smooth / options.vocab_size * weight_N1, 0.0)
+    loss = Loss(jnp.sum(objective_N, where=mask_N), jnp.sum(nll_N, where=mask_N), jnp.sum(weight_N1))
+    return loss, dlogits_NV
+
+
+def _over_chunks(visit, carry, x_BTD, targets_BT, V):
+    """Scans `visit` over chunks of positions, each of every sequence, so that a sharded batch stays where it is."""
+    B, T, D = x_BTD.shape
+    chunks = _chunk_count(T, -(-B * T * V // CHUNK_LOGITS))
+    if chunks == 1:
+        return visit(carry, (x_BTD, targets_BT))
+    x_ZBCD = x_BTD.reshape(B, chunks, T // chunks, D).swapaxes(0, 1)
+    targets_ZBC = targets_BT.reshape(B, chunks, T // chunks).swapaxes(0, 1)
+    carry, out_ZBCD = jax.lax.scan(visit, carry, (x_ZBCD, targets_ZBC))
+    return carry, None if out_ZBCD is None else out_ZBCD.swapaxes(0, 1).reshape(B, T, D)
+
+
+def _chunk_count(length: int, at_least: int) -> int:
+    """The smallest divisor of `length` that is at least `at_least`."""
+    return next(count for count in range(min(at_least, length), length + 1) if length % count == 0)
+
+
+def _no_loss() -> Loss:
+    return Loss(jnp.float32(0.0), jnp.float32(0.0), jnp.float32(0.0))

@@ -1,0 +1,87 @@
+"""Matrix products: operands in the compute dtype, sums in float32, with a backward rule of their own.
+
+Shape suffixes: N rows (batch times positions), K contracted, F outputs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+
+def matmul_reference(
+    x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike, outputs_first: bool = False
+) -> jax.Array:
+    """What `matmul` computes, written plainly and differentiated by JAX."""
+    w = w.astype(x.dtype)
+    y = jnp.tensordot(x, w.T if outputs_first else w, 1, preferred_element_type=jnp.float32)
+    return y.astype(out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(
+    x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike, outputs_first: bool = False
+) -> jax.Array:
+    """Multiplies `x [..., K]` by `w [K, ...]`, or by `w [F, K]` where `outputs_first`; `w` is cast to `x.dtype`.
+
+    Store a weight with its narrow side first: the backward pass then transposes narrow activations only.
+
+    The backward rule casts the cotangent to the dtype of `x` too (what JAX derives multiplies it in float32,
+    several times slower) and gives the gradient of `w` in the dtype of `w`, straight from the float32 sums.
+    """
+    spec = "nk,fk->nf" if outputs_first else "nk,kf->nf"
+    y = dot(spec, x.reshape(-1, x.shape[-1]), _matrix(w).astype(x.dtype), out_dtype)
+    outputs = w.shape[:1] if outputs_first else w.shape[1:]
+    return y.reshape(*x.shape[:-1], *outputs)
+
+
+def _forward(x, w, out_dtype, outputs_first):
+    return matmul(x, w, out_dtype, outputs_first), (x, w)
+
+
+def _backward(out_dtype, outputs_first, saved, dy):
+    x, w = saved
+    x_NK = x.reshape(-1, x.shape[-1])
+    dy_NF = dy.astype(x.dtype).reshape(x_NK.shape[0], -1)
+    spec = "nf,fk->nk" if outputs_first else "nf,kf->nk"
+    dx_NK = dot(spec, dy_NF, _matrix(w).astype(x.dtype), x.dtype)
+    dw = weight_gradient(dy_NF, x_NK, w.dtype) if outputs_first else weight_gradient(x_NK, dy_NF, w.dtype)
+    return dx_NK.reshape(x.shape), dw.reshape(w.shape)
+
+
+matmul.defvjp(_forward, _backward)
+
+
+def weight_gradient(a_NK: jax.Array, b_NF: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns `a^T b` `[K, F]`.
+
+    XLA:CPU contracts leading axes of bfloat16 at a fifth of its speed (measured), so there `a` is transposed in
+    memory first.
+    """
+    if jax.default_backend() == "cpu" and a_NK.dtype == jnp.bfloat16:
+        return dot("kn,nf->kf", transposed(a_NK), b_NF, out_dtype)
+    return dot("nk,nf->kf", a_NK, b_NF, out_dtype)
+
+
+def dot(spec: str, a: jax.Array, b: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`einsum` of two operands of one dtype, summed in float32.
+
+    XLA:CPU is fast only where the product comes out in float32; elsewhere the library rounds the result itself.
+    """
+    product_dtype = jnp.float32 if jax.default_backend() == "cpu" else out_dtype
+    return jnp.einsum(spec, a, b, preferred_element_type=product_dtype).astype(out_dtype)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """Pins the layout in memory, so that XLA makes one copy where it would fold a transpose into a slow product."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """Swaps the last two axes in memory."""
+    return row_major(jnp.swapaxes(x, -1, -2))
+
+
+def _matrix(w: jax.Array) -> jax.Array:
+    return w.reshape(w.shape[0], -1)

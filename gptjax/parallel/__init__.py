@@ -1,0 +1,1 @@
+"""Where arrays live: the mesh, and one rule table from parameter path to sharding."""

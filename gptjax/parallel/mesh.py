@@ -1,0 +1,47 @@
+"""The grid of devices."""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gptjax.config import MeshConfig
+from gptjax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")  # the axes that cut a batch into rows
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """Lays all devices out along the axes of `config`, with -1 filled in.
+
+    Raises:
+        UserError: The axes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = dataclasses.asdict(config)
+    given = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    if free and devices % given == 0:
+        sizes[free[0]] = devices // given
+    shape = tuple(sizes.values())
+    if math.prod(shape) != devices:
+        wanted = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+        raise UserError(f"{wanted} does not lay out {devices} device(s); set mesh.data=-1 to use what is left")
+    # Auto axes: the compiler propagates shardings. `jax.make_mesh` defaults to Explicit since JAX 0.9.
+    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many pieces the rows of a batch are cut into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh, leading_axes: int = 0) -> NamedSharding:
+    """Sharding of arrays `[..., rows, T]` with `leading_axes` axes before the rows."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading_axes, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

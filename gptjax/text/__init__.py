@@ -1,0 +1,1 @@
+"""Raw text → token shards on disk. No JAX here."""

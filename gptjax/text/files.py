@@ -1,0 +1,29 @@
+"""Writing files so that what has a final name is complete."""
+
+import os
+from pathlib import Path
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes `content` under a temporary name in the same folder, syncs it and renames it to `path`."""
+    temporary = temporary_name(path)
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(temporary, path)
+
+
+def temporary_name(path: Path) -> Path:
+    """The name that `path` has until it is complete: hidden, and another for each process."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Renames a synced file or folder and syncs the folder that holds it."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,89 @@
+"""Documents from the Hugging Face datasets library: a local folder or the hub, whole or streamed."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import DataConfig
+from gptjax.errors import UserError
+from gptjax.text.formats import Document, check_text, missing_field
+
+_SPEC = re.compile(r"(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>.+))?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def parse_spec(spec: str) -> tuple[str, str | None, str]:
+    """Cuts NAME[:CONFIG][@SPLIT] into `(name, config, split)`; the split is "train" where none is given.
+
+    Raises:
+        UserError: Not of that form, or a name that could mean another place than it says.
+    """
+    where = f"data.hf_dataset={spec!r}"
+    if "://" in spec:
+        raise UserError(f"{where} is an address; give the dataset's name, as OWNER/NAME, or a local folder")
+    if "trust_remote_code" in spec:
+        raise UserError(f"{where}: trust_remote_code is not supported: gptjax never runs a dataset's own code")
+    if "\0" in spec or spec.startswith("~") or ".." in Path(spec.partition("@")[0]).parts:
+        raise UserError(f"{where} must not hold '..', '~' or a NUL byte; give the folder's full path")
+    match = _SPEC.fullmatch(spec)
+    if not match:
+        raise UserError(f"{where} must have the form NAME[:CONFIG][@SPLIT], such as wikitext:wikitext-2-v1@test")
+    name = match["name"]
+    if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
+        raise UserError(f"{where}: {name} is neither a folder that exists nor OWNER/NAME on the hub")
+    return name, match["config"], match["split"] or "train"
+
+
+def read_dataset(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
+    """Yields the dataset's rows in their order.
+
+    Raises:
+        UserError: The dataset cannot be loaded or read, has no such field, or a row has no text.
+    """
+    dataset = _load(data)
+    columns = dataset.column_names
+    if columns is not None and data.text_field not in columns:
+        raise missing_field(f"data.hf_dataset={data.hf_dataset!r}", data.text_field, columns)
+    if columns is not None:
+        dataset = dataset.select_columns([data.text_field])
+    batches, number = iter(dataset.iter(batch_size=256)), 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            raise _wrapped(data, error) from None
+        if batch is None:
+            return
+        if data.text_field not in batch:
+            raise missing_field(f"data.hf_dataset={data.hf_dataset!r}", data.text_field, batch)
+        for value in batch[data.text_field]:
+            number += 1
+            where = f"{data.hf_dataset}:{number}"
+            text = check_text(value, where, data, counts)
+            if text is not None:
+                yield Document(text, where)
+
+
+def fingerprint(data: DataConfig) -> str:
+    """The datasets library's identity of the prepared dataset."""
+    return _load(data)._fingerprint
+
+
+def _load(data: DataConfig) -> Any:
+    name, config, split = parse_spec(data.hf_dataset)
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=data.streaming)
+    except Exception as error:  # of many kinds, from the library and from what it uses
+        raise _wrapped(data, error) from None
+
+
+def _wrapped(data: DataConfig, error: Exception) -> UserError:
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    reasons = [" ".join(f"{type(cause).__name__}: {cause}".split()) for cause in causes]
+    return UserError(f"data.hf_dataset={data.hf_dataset!r} cannot be read: {'; '.join(reasons)[:600]}")

@@ -1,0 +1,368 @@
+"""Sources → clean → tokenizer → shards in a folder of the cache, once for each combination of options."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from gptjax.config import DataConfig, TokenizerConfig
+from gptjax.errors import UserError
+from gptjax.text.clean import clean
+from gptjax.text.files import publish
+from gptjax.text.shard_writer import ShardWriter, write_manifest
+from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, open_dataset
+from gptjax.text.sources import Document, read_documents, source_fingerprint
+from gptjax.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
+
+TOKENIZER = "tokenizer.json"
+# Options that do not change which tokens are stored where.
+_NOT_STORED = ("path", "source", "hf_dataset", "streaming", "attend_across_documents")
+_RANKED_DOCUMENTS = 64
+_BATCH_CHARACTERS = 2**22
+_REPORT_SECONDS = 5.0
+
+Report = Callable[[str], object]
+Split = Callable[[str], list[tuple[str, str]]]
+"""Cuts a text into `(split, part)`: one part, except for a corpus of a single document."""
+
+
+class Prepared(NamedTuple):
+    """A folder of prepared data, opened."""
+
+    folder: Path
+    dataset: Dataset
+    tokenizer: Tokenizer
+
+
+def prepare(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    cache_dir: Path,
+    *,
+    report: Report = print,
+    tokenizer_override: Tokenizer | None = None,
+) -> Prepared:
+    """Returns the corpus as tokens; what was prepared before is opened, not read again.
+
+    A folder below `cache_dir` gets its name from the sources, the tokenizer and every option that changes the
+    tokens. It is built under another name and renamed when it is complete, and one process at a time builds
+    it: a killed preparation leaves nothing that looks finished, and the next one starts anew.
+
+    Args:
+        data: Where the text is and how it is cleaned and split.
+        tokenizer: What to make or train.
+        cache_dir: Root of the cache; `~` is the home folder.
+        report: Gets lines of progress.
+        tokenizer_override: Used instead of what `tokenizer` describes, when a run starts from another's weights.
+
+    Raises:
+        UserError: No text is there, something cannot be read or encoded, or the cache cannot be written.
+    """
+    source = source_fingerprint(data)
+    options = {k: v for k, v in dataclasses.asdict(data).items() if k not in _NOT_STORED}
+    made_with = tokenizer_override.fingerprint if tokenizer_override else dataclasses.asdict(tokenizer)
+    identity = json.dumps([FORMAT_VERSION, source, made_with, options], sort_keys=True)
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    folder = Path(cache_dir).expanduser() / "data" / f"{_short_name(data)}-{fingerprint}"
+    if prepared := _open_finished(folder, report=lambda _: None):
+        return prepared
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder, report):
+            if prepared := _open_finished(folder, report):
+                return prepared
+            about = {"source": source, "data": dataclasses.asdict(data)}
+            _build(folder, data, tokenizer, tokenizer_override, about, report)
+    except OSError as error:
+        raise UserError(f"cache_dir: cannot write {error.filename or folder}: {error.strerror}") from None
+    return Prepared(folder, open_dataset(folder), load_tokenizer(folder / TOKENIZER))
+
+
+def describe(prepared: Prepared) -> str:
+    """Says in one line what is in the folder and what was left out of it."""
+    train, validation = prepared.dataset.train, prepared.dataset.validation
+    n_bytes = train.n_bytes + validation.n_bytes
+    n_tokens = train.n_tokens + validation.n_tokens
+    counts = prepared.dataset.manifest["counts"]
+    left_out = [f"{count:,} {_COUNTED[name]}" for name, count in counts.items() if name in _COUNTED]
+    return (
+        f"{prepared.folder.name}: {counts['read']:,} documents, {n_bytes / 1e6:,.1f} MB, {n_tokens:,} tokens"
+        f" ({train.n_tokens:,} train, {validation.n_tokens:,} validation;"
+        f" {prepared.tokenizer.vocab_size:,} ids)" + (f"; {', '.join(left_out)}" if left_out else "")
+    )
+
+
+_COUNTED = {
+    "unknown_files": "files of other kinds passed over",
+    "invalid_utf8_skipped": "left out: not UTF-8",
+    "invalid_utf8_replaced": "with bytes replaced that are not UTF-8",
+    "empty": "left out: empty",
+    "short": "left out: too short",
+    "duplicate": "left out: duplicates",
+}
+
+
+def choose_split(texts: Iterable[str], fraction: float) -> Split:
+    """Decides which text goes to "train" and which to "validation".
+
+    One document is cut: its first `int(n * (1 - fraction))` characters train. Up to 64 documents are ranked
+    by the hash of their text, and the lowest are held out, at least one. Of more, those are held out whose
+    hash lies below `fraction`. So a document stays on its side when others are added, and so does its copy.
+
+    Args:
+        texts: The corpus; at most 65 documents are read.
+        fraction: Share to hold out.
+
+    Raises:
+        UserError: There are not two different parts to make.
+    """
+    hashes = [_hash(text) for text in itertools.islice(texts, _RANKED_DOCUMENTS + 1)]
+    if len(hashes) == 1:
+        return lambda text: _cut(text, fraction)
+    if len(hashes) > _RANKED_DOCUMENTS:
+        return lambda text: [("validation" if _hash(text) < fraction * 2**64 else "train", text)]
+    distinct = sorted(set(hashes))
+    if len(distinct) == 1:
+        raise UserError(f"all {len(hashes)} documents are equal: none is left for validation")
+    held_out = set(distinct[: min(len(distinct) - 1, max(1, round(len(distinct) * fraction)))])
+    return lambda text: [("validation" if _hash(text) in held_out else "train", text)]
+
+
+def _build(
+    folder: Path,
+    data: DataConfig,
+    config: TokenizerConfig,
+    tokenizer: Tokenizer | None,
+    about: dict,
+    report: Report,
+) -> None:
+    # The lock is ours, so what has such a name was left by a process that was killed.
+    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(leftover)
+    building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    building.mkdir()
+    try:
+        split = _split_of(data)
+        tokenizer = tokenizer or make_tokenizer(config, lambda: _learned_from(data, config, split), report)
+        counts: Counter[str] = Counter()
+        shards = _write_shards(building, _cleaned(data, counts), split, tokenizer, report)
+        if source_fingerprint(data) != about["source"]:
+            raise UserError(f"{_short_name(data)}: the sources changed while they were read; start again")
+        _require_both(data, counts, shards)
+        save_tokenizer(tokenizer, building / TOKENIZER)
+        write_manifest(
+            building,
+            shards,
+            tokenizer=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+            about=about | {"counts": dict(counts)},
+        )
+        publish(building, folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _split_of(data: DataConfig) -> Split:
+    counts: Counter[str] = Counter()
+    documents = _cleaned(data, counts)
+    first = next(documents, None)
+    if first is None:
+        left_out = [f"{count:,} {_COUNTED[name]}" for name, count in counts.items() if name in _COUNTED]
+        raise UserError(
+            f"{_short_name(data)}: no text: {counts['read']:,} documents were read"
+            + (f" ({', '.join(left_out)})" if left_out else "")
+        )
+    return choose_split((document.text for document in itertools.chain([first], documents)), data.validation_fraction)
+
+
+def _cleaned(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
+    return clean(read_documents(data, counts), data, counts)
+
+
+def _learned_from(data: DataConfig, config: TokenizerConfig, split: Split) -> Iterator[str]:
+    """The text that a tokenizer may see: for chars all of it, for bpe what is trained on."""
+    for document in _cleaned(data, Counter()):
+        if config.kind == "chars":
+            yield document.text
+        else:
+            yield from (text for name, text in split(document.text) if name == "train")
+
+
+def _write_shards(
+    folder: Path, documents: Iterable[Document], split: Split, tokenizer: Tokenizer, report: Report
+) -> dict[str, list[dict]]:
+    writers = {
+        name: ShardWriter(
+            folder,
+            name,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+            tokenizer=tokenizer.fingerprint,
+        )
+        for name in ("train", "validation")
+    }
+    progress = _progress(report)
+    try:
+        for parts, ids in _encoded(_batches(documents, split), tokenizer):
+            n_bytes = _write(writers, parts, ids)
+            progress(len(parts), n_bytes, sum(writer.n_tokens for writer in writers.values()))
+        return {name: writer.close() for name, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+
+
+class _Part(NamedTuple):
+    where: str
+    split: str
+    text: str
+
+
+def _batches(documents: Iterable[Document], split: Split) -> Iterator[list[_Part]]:
+    batch, size = [], 0
+    for document in documents:
+        batch += [_Part(document.where, name, text) for name, text in split(document.text)]
+        size += len(document.text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(batches: Iterable[list[_Part]], tokenizer: Tokenizer) -> Iterator[tuple[list[_Part], list[np.ndarray]]]:
+    """Yields each batch with its ids; while they are used, the next one is encoded and one more is read."""
+    with ThreadPoolExecutor(1) as encoder:
+        waiting: deque[tuple[list[_Part], Future[list[np.ndarray]]]] = deque()
+        for parts in batches:
+            waiting.append((parts, encoder.submit(_encode, tokenizer, parts)))
+            if len(waiting) > 1:
+                done, ids = waiting.popleft()
+                yield done, ids.result()
+        for done, ids in waiting:
+            yield done, ids.result()
+
+
+def _encode(tokenizer: Tokenizer, parts: list[_Part]) -> list[np.ndarray]:
+    try:
+        return tokenizer.encode_batch([part.text for part in parts])
+    except UserError:
+        for part in parts:  # once more, to find which
+            try:
+                tokenizer.encode(part.text)
+            except UserError as error:
+                raise UserError(f"{part.where}: {error}") from None
+        raise
+
+
+def _write(writers: dict[str, ShardWriter], parts: list[_Part], ids: list[np.ndarray]) -> int:
+    total = 0
+    for name, writer in writers.items():
+        mine = [i for i, part in enumerate(parts) if part.split == name]
+        if mine:
+            n_bytes = [_n_bytes(parts[i].text) for i in mine]
+            writer.add([ids[i] for i in mine], n_bytes)
+            total += sum(n_bytes)
+    return total
+
+
+def _n_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _progress(report: Report) -> Callable[[int, int, int], None]:
+    start = last = time.monotonic()
+    documents = size = 0
+
+    def advance(n_documents: int, n_bytes: int, n_tokens: int) -> None:
+        nonlocal documents, size, last
+        documents += n_documents
+        size += n_bytes
+        now = time.monotonic()
+        if now - last >= _REPORT_SECONDS:
+            last = now
+            report(
+                f"preparing: {documents:,} documents, {size / 1e6:,.0f} MB, {n_tokens:,} tokens,"
+                f" {size / 1e6 / (now - start):.1f} MB/s"
+            )
+
+    return advance
+
+
+def _require_both(data: DataConfig, counts: Counter[str], shards: dict[str, list[dict]]) -> None:
+    """Refuses a split of which one side is empty, which hashes of many documents can give for a small share."""
+    for name, entries in shards.items():
+        if not entries:
+            raise UserError(
+                f"data.validation_fraction={data.validation_fraction} leaves no document for {name} of"
+                f" {counts['read']:,} that were read; the nearest that does: {_nearest_fraction(data, name)}"
+            )
+
+
+def _nearest_fraction(data: DataConfig, empty: str) -> float:
+    shares = [_hash(document.text) / 2**64 for document in _cleaned(data, Counter())]
+    if empty == "validation":
+        return float(f"{min(shares) * 1.001 + 1e-9:.4g}")
+    return float(f"{max(shares) * 0.999:.4g}")
+
+
+def _cut(text: str, fraction: float) -> list[tuple[str, str]]:
+    at = int(len(text) * (1 - fraction))
+    if not 0 < at < len(text):
+        raise UserError(
+            f"the only document has {len(text)} characters: data.validation_fraction={fraction} leaves none for"
+            f" {'train' if at == 0 else 'validation'}"
+        )
+    return [("train", text[:at]), ("validation", text[at:])]
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def _open_finished(folder: Path, report: Report) -> Prepared | None:
+    if not (folder / MANIFEST).exists():
+        return None
+    try:
+        dataset, tokenizer = open_dataset(folder), load_tokenizer(folder / TOKENIZER)
+        if tokenizer.fingerprint != dataset.manifest["tokenizer"]:
+            raise UserError(f"{folder / TOKENIZER}: damaged: not the tokenizer that {MANIFEST} names")
+    except UserError as error:
+        report(f"prepared data is damaged and made anew ({error})")
+        return None
+    return Prepared(folder, dataset, tokenizer)
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path, report: Report) -> Iterator[None]:
+    """Holds the folder's lock, which the system releases when the process ends, however it ends."""
+    import fcntl
+
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"waiting for another process that prepares {folder.name}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _short_name(data: DataConfig) -> str:
+    """What a reader of the cache recognises: the first path's name, the source or the dataset."""
+    name = data.source or data.hf_dataset or Path(data.path[0]).name
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:40] or "data"

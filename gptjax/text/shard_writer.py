@@ -1,0 +1,176 @@
+"""Writes shards and the manifest, so that nothing unfinished has a final name."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from gptjax.text.files import publish, temporary_name, write_atomic
+from gptjax.text.shards import (
+    FORMAT_VERSION,
+    HEADER_SIZE,
+    MANIFEST,
+    Header,
+    aligned,
+    content_hash,
+    token_dtype,
+)
+
+SHARD_TOKENS = 2**27
+
+
+class ShardWriter:
+    """Appends documents to the shards of one split, `NAME-00000.bin` and so on."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        vocab_size: int,
+        end_of_text: int | None,
+        tokenizer: str,
+        shard_tokens: int = SHARD_TOKENS,
+    ):
+        self._folder, self._name = folder, name
+        self._vocab_size, self._end_of_text, self._tokenizer = vocab_size, end_of_text, tokenizer
+        self._shard_tokens = shard_tokens
+        self._entries: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(entry["n_tokens"] for entry in self._entries) + (self._n_tokens if self._file else 0)
+
+    def add(self, documents: Sequence[np.ndarray], n_bytes: Sequence[int]) -> None:
+        """Appends documents.
+
+        Args:
+            documents: Their ids, without end-of-text.
+            n_bytes: UTF-8 bytes of each.
+
+        Raises:
+            ValueError: An id lies outside the vocabulary.
+        """
+        mark = [] if self._end_of_text is None else [np.array([self._end_of_text], np.int32)]
+        sizes = [len(mark) + len(ids) for ids in documents]
+        starts = np.cumsum([0, *sizes], dtype=np.int64)[:-1]
+        tokens = np.concatenate([part for ids in documents for part in (*mark, ids)])
+        self._append(tokens, starts, np.array(n_bytes, np.int64))
+
+    def close(self) -> list[dict[str, Any]]:
+        """Ends the stream and returns the manifest's entry of each shard."""
+        if self._end_of_text is not None and self.n_tokens:
+            nothing = np.empty(0, np.int64)
+            self._append(np.array([self._end_of_text], np.int32), nothing, nothing)
+        self._finish_shard()
+        return self._entries
+
+    def abandon(self) -> None:
+        """Closes the open file without making a shard of it."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _append(self, tokens: np.ndarray, starts: np.ndarray, n_bytes: np.ndarray) -> None:
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            raise ValueError(f"ids must lie in [0, {self._vocab_size}), not {tokens.min()} to {tokens.max()}")
+        done = 0
+        while done < len(tokens):
+            file = self._file or self._open_shard()
+            part = tokens[done : done + self._shard_tokens - self._n_tokens]
+            first, last = np.searchsorted(starts, [done, done + len(part)])
+            self._offsets.append((starts[first:last] - done + self._n_tokens).astype("<u8"))
+            self._n_bytes += int(n_bytes[first:last].sum())
+            self._write(file, part.astype(token_dtype(self._vocab_size)).tobytes())
+            self._n_tokens += len(part)
+            done += len(part)
+            if self._n_tokens == self._shard_tokens:
+                self._finish_shard()
+
+    def _open_shard(self) -> BinaryIO:
+        self._path = self._folder / f"{self._name}-{len(self._entries):05d}.bin"
+        self._file = open(temporary_name(self._path), "wb")  # noqa: SIM115
+        # The header waits until all is written, so that nothing unfinished ever looks like a shard.
+        self._file.write(bytes(HEADER_SIZE))
+        self._checksum = xxhash.xxh3_128()
+        self._n_tokens = self._n_bytes = 0
+        self._offsets: list[np.ndarray] = []
+        return self._file
+
+    def _write(self, file: BinaryIO, raw: bytes) -> None:
+        file.write(raw)
+        self._checksum.update(raw)
+
+    def _finish_shard(self) -> None:
+        if not (file := self._file):
+            return
+        offsets = np.concatenate(self._offsets)
+        size = self._n_tokens * token_dtype(self._vocab_size).itemsize
+        self._write(file, bytes(aligned(size) - size))
+        self._write(file, offsets.tobytes())
+        header = Header(
+            vocab_size=self._vocab_size,
+            n_tokens=self._n_tokens,
+            n_documents=len(offsets),
+            n_bytes=self._n_bytes,
+            checksum=self._checksum.hexdigest(),
+            tokenizer=self._tokenizer,
+        )
+        file.seek(0)
+        file.write(header.pack())
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self._file = None
+        publish(temporary_name(self._path), self._path)
+        self._entries.append(
+            {
+                "file": self._path.name,
+                "n_tokens": header.n_tokens,
+                "n_documents": header.n_documents,
+                "n_bytes": header.n_bytes,
+                "checksum": header.checksum,
+            }
+        )
+
+
+def write_manifest(
+    folder: Path,
+    shards: dict[str, list[dict[str, Any]]],
+    *,
+    tokenizer: str,
+    vocab_size: int,
+    end_of_text: int | None,
+    about: dict[str, Any],
+) -> None:
+    """Writes the manifest, which makes the folder a dataset.
+
+    Args:
+        folder: Holds the shards.
+        shards: What `ShardWriter.close` returned, for "train" and "validation".
+        tokenizer: Fingerprint of the tokenizer.
+        vocab_size: Of the tokenizer.
+        end_of_text: Of the tokenizer.
+        about: Where the data came from and what was done to it, for the reader; no part of its identity.
+    """
+    splits = {
+        name: {key: sum(entry[key] for entry in entries) for key in ("n_tokens", "n_documents", "n_bytes")}
+        | {"shards": entries}
+        for name, entries in shards.items()
+    }
+    content = {
+        "format": "gptjax-data",
+        "version": FORMAT_VERSION,
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "end_of_text": end_of_text,
+        "splits": splits,
+    }
+    manifest = {**content, "hash": content_hash(content), **about}
+    write_atomic(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())

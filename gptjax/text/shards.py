@@ -1,0 +1,274 @@
+"""The shard format, and prepared data as two memory-mapped streams of tokens.
+
+A shard is a header of 128 bytes, tokens, zeros up to a multiple of 8, and the offsets (uint64, in tokens, in
+this shard) at which documents start. Everything is little-endian. A document may go on in the next shard.
+Each document is end-of-text and then its tokens, and one end-of-text closes the stream; a tokenizer without
+end-of-text gives just the tokens.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+
+from gptjax.errors import UserError
+
+MAGIC = b"GPTJAXTS"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+# magic, version, bytes per token, vocab_size, n_tokens, n_documents, n_bytes, payload checksum, tokenizer
+# fingerprint, zeros; then a checksum of all this.
+_HEADER = struct.Struct("<8sIIQQQQ16s32s24s")
+HEADER_SIZE = _HEADER.size + 8
+_CHUNK = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a shard says of itself."""
+
+    vocab_size: int
+    n_tokens: int
+    n_documents: int
+    n_bytes: int
+    """UTF-8 bytes of the documents that start in the shard."""
+    checksum: str
+    """XXH3-128 of everything after the header."""
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens."""
+        return token_dtype(self.vocab_size)
+
+    @property
+    def documents_at(self) -> int:
+        """Where the document offsets begin in the file."""
+        return HEADER_SIZE + aligned(self.n_tokens * self.dtype.itemsize)
+
+    @property
+    def file_size(self) -> int:
+        """Size of the whole shard in bytes."""
+        return self.documents_at + 8 * self.n_documents
+
+    def pack(self) -> bytes:
+        """The header as the first bytes of a shard."""
+        raw = _HEADER.pack(
+            MAGIC,
+            FORMAT_VERSION,
+            self.dtype.itemsize,
+            self.vocab_size,
+            self.n_tokens,
+            self.n_documents,
+            self.n_bytes,
+            bytes.fromhex(self.checksum),
+            bytes.fromhex(self.tokenizer),
+            b"",
+        )
+        return raw + xxhash.xxh3_64_digest(raw)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenSplit:
+    """Shards, memory-mapped, as one stream of tokens."""
+
+    tokens: tuple[np.ndarray, ...]
+    """Of each shard."""
+    documents: tuple[np.ndarray, ...]
+    """Offsets at which documents start, of each shard."""
+    n_bytes: int
+    """UTF-8 bytes of the text."""
+    end_of_text: int | None
+    """Id that starts each document; None: the tokenizer has none."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the stream."""
+        return int(self._bases[-1])
+
+    @property
+    def n_documents(self) -> int:
+        """Documents in the stream."""
+        return sum(len(offsets) for offsets in self.documents)
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Returns int32 tokens of positions `start` to `stop`.
+
+        Raises:
+            IndexError: The range reaches outside the stream.
+        """
+        parts = [self.tokens[i][low:high] for i, low, high in self._ranges(start, stop)]
+        return np.concatenate([np.empty(0, np.int32), *parts], dtype=np.int32)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Returns, ascending and as int64, the positions in `[start, stop)` at which a document starts.
+
+        Raises:
+            IndexError: The range reaches outside the stream.
+        """
+        parts = []
+        for i, low, high in self._ranges(start, stop):
+            offsets = self.documents[i]
+            first, last = np.searchsorted(offsets, np.array([low, high], np.uint64))
+            parts.append(offsets[first:last].astype(np.int64) + self._bases[i])
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    @functools.cached_property
+    def _bases(self) -> np.ndarray:
+        """Position in the stream at which each shard begins, and the stream's end."""
+        return np.cumsum([0, *(len(tokens) for tokens in self.tokens)], dtype=np.int64)
+
+    def _ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """The part of each shard that a range of positions covers, as (shard, low, high)."""
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"positions [{start}, {stop}) reach outside a stream of {self.n_tokens} tokens")
+        first = int(np.searchsorted(self._bases, start, side="right")) - 1
+        ranges = []
+        for i in range(first, len(self.tokens)):
+            base, size = int(self._bases[i]), len(self.tokens[i])
+            if base >= stop:
+                break
+            ranges.append((i, max(0, start - base), min(size, stop - base)))
+        return ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Prepared data: two streams, and the manifest that describes them."""
+
+    train: TokenSplit
+    validation: TokenSplit
+    manifest: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """Identity of the content: equal for equal tokens in equal order, wherever they are kept."""
+        return self.manifest["hash"]
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type of a shard that holds every id."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def open_dataset(folder: Path, verify: Literal["full", "header"] = "full") -> Dataset:
+    """Opens prepared data.
+
+    Args:
+        folder: Holds `manifest.json` and the shards.
+        verify: "header" checks the manifest, and each shard's header and size; "full" also reads every shard:
+            its checksum, that every id is in the vocabulary, and that document offsets ascend.
+
+    Raises:
+        UserError: Something is missing, damaged, or does not belong together; the message names the file.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder / MANIFEST)
+    splits = {}
+    for name, split in manifest["splits"].items():
+        opened = [_open_shard(folder / entry["file"], entry, manifest, verify) for entry in split["shards"]]
+        splits[name] = TokenSplit(
+            tokens=tuple(tokens for tokens, _ in opened),
+            documents=tuple(documents for _, documents in opened),
+            n_bytes=split["n_bytes"],
+            end_of_text=manifest["end_of_text"],
+        )
+    return Dataset(train=splits["train"], validation=splits["validation"], manifest=manifest)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as prepared data: {' '.join(str(error).split())}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != "gptjax-data":
+        raise UserError(f"{path}: not the manifest of prepared data")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: version {manifest.get('version')!r}, this gptjax reads {FORMAT_VERSION}; prepare the data again"
+        )
+    if "hash" not in manifest or manifest["hash"] != content_hash(manifest):
+        raise UserError(f"{path}: damaged: its content does not have the hash that it states")
+    return manifest
+
+
+def content_hash(manifest: dict[str, Any]) -> str:
+    """Hashes what decides the tokens: not where they came from, nor when, nor where they are kept."""
+    keys = ("format", "version", "tokenizer", "vocab_size", "end_of_text", "splits")
+    content = {key: manifest.get(key) for key in keys}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _open_shard(
+    path: Path, entry: dict[str, Any], manifest: dict[str, Any], verify: str
+) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(HEADER_SIZE)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    header = _unpack(raw, path)
+    if size != header.file_size:
+        raise UserError(f"{path}: has {size} bytes, must have {header.file_size}: truncated or appended to")
+    if header.tokenizer != manifest["tokenizer"] or header.vocab_size != manifest["vocab_size"]:
+        raise UserError(f"{path}: written with another tokenizer than {path.with_name(MANIFEST)} names")
+    for key in ("n_tokens", "n_documents", "n_bytes", "checksum"):
+        if getattr(header, key) != entry[key]:
+            raise UserError(
+                f"{path}: {key} is {getattr(header, key)}, must be {entry[key]} as in {path.with_name(MANIFEST)}"
+            )
+    whole = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    tokens = whole[HEADER_SIZE:][: header.n_tokens * header.dtype.itemsize].view(header.dtype)
+    documents = whole[header.documents_at :].view("<u8")
+    if verify == "full":
+        _verify_payload(path, header, whole[HEADER_SIZE:], tokens, documents)
+    return tokens, documents
+
+
+def _unpack(raw: bytes, path: Path) -> Header:
+    if raw[:8] != MAGIC:
+        raise UserError(f"{path}: not a token shard: begins with {raw[:8]!r}, must begin with {MAGIC!r}")
+    if len(raw) < HEADER_SIZE:
+        raise UserError(f"{path}: truncated inside its header")
+    version = int.from_bytes(raw[8:12], "little")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: version {version}, this gptjax reads {FORMAT_VERSION}; prepare the data again")
+    if xxhash.xxh3_64_digest(raw[: _HEADER.size]) != raw[_HEADER.size :]:
+        raise UserError(f"{path}: damaged header: its checksum does not match")
+    _, _, itemsize, vocab_size, n_tokens, n_documents, n_bytes, checksum, tokenizer, _ = _HEADER.unpack(
+        raw[: _HEADER.size]
+    )
+    header = Header(vocab_size, n_tokens, n_documents, n_bytes, checksum.hex(), tokenizer.hex())
+    if itemsize != header.dtype.itemsize:
+        raise UserError(f"{path}: {itemsize} bytes a token do not fit a vocabulary of {vocab_size}")
+    return header
+
+
+def _verify_payload(path: Path, header: Header, payload: np.ndarray, tokens: np.ndarray, documents: np.ndarray) -> None:
+    checksum = xxhash.xxh3_128()
+    for start in range(0, len(payload), _CHUNK):
+        checksum.update(payload[start : start + _CHUNK].data)
+    if checksum.hexdigest() != header.checksum:
+        raise UserError(f"{path}: damaged: the checksum of its content does not match its header")
+    # A model's embedding silently takes its last row for an id outside the vocabulary, so none may pass here.
+    for start in range(0, len(tokens), _CHUNK):
+        largest = int(tokens[start : start + _CHUNK].max())
+        if largest >= header.vocab_size:
+            raise UserError(f"{path}: holds token id {largest}, must be below the vocabulary's {header.vocab_size}")
+    if len(documents) and (np.any(documents[1:] <= documents[:-1]) or documents[-1] >= header.n_tokens):
+        raise UserError(f"{path}: document offsets must ascend below {header.n_tokens}")
+
+
+def aligned(size: int) -> int:
+    """The next multiple of 8."""
+    return -(-size // 8) * 8

@@ -1,0 +1,376 @@
+"""Text ⇄ token ids: bytes, characters, published encodings and own BPE, behind one interface."""
+
+import abc
+import base64
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.config import TokenizerConfig
+from gptjax.errors import UserError
+from gptjax.text.files import write_atomic
+from gptjax.text.pieces import available_cores, group_pieces, split_text
+
+END_OF_TEXT = "<|endoftext|>"
+FORMAT = "gptjax-tokenizer"
+FORMAT_VERSION = 1
+
+
+class Tokenizer(abc.ABC):
+    """Turns text into ids in `[0, vocab_size)` and back; what is encoded decodes to the same bytes."""
+
+    kind: str
+
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+
+    @property
+    @abc.abstractmethod
+    def end_of_text(self) -> int | None:
+        """Id of <|endoftext|>, which starts every document; None: the tokenizer has none."""
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Returns int32 ids of `text`, in which <|endoftext|> is plain text.
+
+        Raises:
+            UserError: The text has a character that cannot be encoded.
+        """
+
+    @abc.abstractmethod
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Returns the UTF-8 bytes of `ids`, which may begin or end inside a character.
+
+        Raises:
+            UserError: An id is outside the vocabulary.
+        """
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict:
+        """Everything that defines the tokenizer, as JSON values."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encodes each text, on all cores where that is faster."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, with U+FFFD for bytes that are no UTF-8."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the saved form, 64 hexadecimal digits: equal for equal tokenizers alone."""
+        return hashlib.sha256(tokenizer_to_json(self).encode()).hexdigest()
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise UserError(
+                    f"token id {i} is outside the vocabulary: must lie in [0, {self.vocab_size}); was the text"
+                    " made with another tokenizer?"
+                )
+        return ids
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8, 256 is end-of-text."""
+
+    kind = "bytes"
+
+    @property
+    def vocab_size(self) -> int:
+        return 257
+
+    @property
+    def end_of_text(self) -> int:
+        return 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in self._checked(ids))
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CharTokenizer(Tokenizer):
+    """Each character of a fixed alphabet is an id, in the order of code points; end-of-text comes last."""
+
+    characters: str
+    has_end_of_text: bool
+    kind = "chars"
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters) + self.has_end_of_text
+
+    @property
+    def end_of_text(self) -> int | None:
+        return len(self.characters) if self.has_end_of_text else None
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        except UnicodeEncodeError as error:
+            raise _surrogate(error) from None
+        ids = self._id_of_code[codes]
+        if len(ids) and ids.min() < 0:
+            at = int(np.argmax(ids < 0))
+            raise UserError(
+                f"character {text[at]!r} (U+{ord(text[at]):04X}) at {at} is not among the {len(self.characters)}"
+                " that the tokenizer knows; tokenizer.kind=bytes or bpe knows every character"
+            )
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        names = [*self.characters, END_OF_TEXT]
+        return "".join(names[i] for i in self._checked(ids)).encode()
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "characters": self.characters, "end_of_text": self.has_end_of_text}
+
+    @functools.cached_property
+    def _id_of_code(self) -> np.ndarray:
+        table = np.full(0x110000, -1, np.int32)
+        table[[ord(character) for character in self.characters]] = np.arange(len(self.characters))
+        return table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BytePairTokenizer(Tokenizer):
+    """Byte-pair encoding, run by tiktoken: lower rank merges first, and the rank is the id."""
+
+    kind: str
+    name: str
+    pattern: str
+    ranks: dict[bytes, int]
+    special: dict[str, int]
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.ranks) + len(self.special)
+
+    @property
+    def end_of_text(self) -> int | None:
+        return self.special.get(END_OF_TEXT)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.concatenate([np.empty(0, np.int32), *self._encode_pieces(list(split_text(text)))])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        pieces = [list(split_text(text)) for text in texts]
+        groups = group_pieces(itertools.chain.from_iterable(pieces))
+        with ThreadPoolExecutor(available_cores()) as pool:
+            encoded = itertools.chain.from_iterable(pool.map(self._encode_pieces, groups))
+            parts = [[next(encoded) for _ in document] for document in pieces]
+        return [part[0] if len(part) == 1 else np.concatenate([np.empty(0, np.int32), *part]) for part in parts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes(self._checked(ids))
+
+    def to_dict(self) -> dict:
+        tokens: list[str | None] = [None] * self.vocab_size
+        for token, rank in self.ranks.items():
+            tokens[rank] = base64.b64encode(token).decode()
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "pattern": self.pattern,
+            "tokens": tokens,
+            "special_tokens": dict(sorted(self.special.items(), key=lambda item: item[1])),
+        }
+
+    @functools.cached_property
+    def _encoding(self):
+        import tiktoken
+
+        return tiktoken.Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special
+        )
+
+    def _encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
+        try:
+            arrays = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+        except UnicodeEncodeError as error:
+            raise _surrogate(error) from None
+        return [np.asarray(array).astype(np.int32) for array in arrays]
+
+
+def make_tokenizer(
+    config: TokenizerConfig,
+    documents: Callable[[], Iterable[str]],
+    report: Callable[[str], object] = print,
+) -> Tokenizer:
+    """Builds the tokenizer that `config` asks for.
+
+    Args:
+        config: Its kind and size.
+        documents: Returns the corpus; read once for kinds chars and bpe, not at all for the others.
+        report: Gets a line where something is other than asked for.
+
+    Raises:
+        UserError: A published encoding cannot be loaded, or the corpus is empty.
+    """
+    if config.kind == "bytes":
+        return ByteTokenizer()
+    if config.kind == "chars":
+        return _chars_of(documents())
+    if config.kind == "tiktoken":
+        return _published(config.name)
+    from gptjax.text.train_bpe import PATTERN, train_ranks
+
+    ranks = train_ranks((piece for text in documents() for piece in split_text(text)), config.vocab_size - 1, report)
+    return _byte_pair("bpe", "", ranks, PATTERN, {END_OF_TEXT: len(ranks)})
+
+
+def bpe_tokenizer_from_ranks(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> Tokenizer:
+    """Builds a BPE tokenizer from another program's files.
+
+    Args:
+        ranks: Id of each token's bytes, in the order in which they merge. All 256 single bytes are among them.
+        pattern: Regular expression that cuts text before bytes are merged.
+        special: Ids of tokens that no text encodes to; <|endoftext|> starts a document.
+
+    Raises:
+        UserError: An id is given twice, a single byte is missing, or the pattern is not valid.
+    """
+    return _byte_pair("bpe", "", ranks, pattern, special)
+
+
+def tokenizer_to_json(tokenizer: Tokenizer) -> str:
+    """Returns the tokenizer as JSON that needs nothing else to be used; equal tokenizers give equal text."""
+    content = {"format": FORMAT, "version": FORMAT_VERSION, **tokenizer.to_dict()}
+    return json.dumps(content, separators=(",", ":")) + "\n"
+
+
+def tokenizer_from_json(text: str, where: str) -> Tokenizer:
+    """Reads what `tokenizer_to_json` wrote.
+
+    Raises:
+        UserError: Malformed, or of another version; the message begins with `where`.
+    """
+    try:
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise ValueError(f"format is {content['format']!r}, must be {FORMAT!r}")
+        if content["version"] != FORMAT_VERSION:
+            raise ValueError(f"version is {content['version']!r}, this gptjax reads {FORMAT_VERSION}")
+        return _from_dict(content)
+    except KeyError as error:
+        raise UserError(f"{where}: not a valid tokenizer file: no key {error}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where}: not a valid tokenizer file: {error}") from None
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Writes the tokenizer's JSON; the file is whole or not there."""
+    write_atomic(path, tokenizer_to_json(tokenizer).encode())
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Reads a file that `save_tokenizer` wrote.
+
+    Raises:
+        UserError: No such file, or malformed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the tokenizer: {error}") from None
+    return tokenizer_from_json(text, str(path))
+
+
+def _chars_of(documents: Iterable[str]) -> CharTokenizer:
+    characters: set[str] = set()
+    n_documents = 0
+    for text in documents:
+        characters.update(text)
+        n_documents += 1
+    if not characters:
+        raise UserError("tokenizer.kind=chars: the corpus has no characters")
+    # A corpus of one document is one stream, as in the field's Shakespeare set: nothing ever ends in it.
+    return CharTokenizer("".join(sorted(characters)), has_end_of_text=n_documents > 1)
+
+
+def _published(name: str) -> BytePairTokenizer:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # of many kinds: network, cache folder, checksum
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"tokenizer.name={name}: cannot load the vocabulary ({reason}); it is downloaded once, or read from"
+            " the folder that the variable TIKTOKEN_CACHE_DIR names"
+        ) from None
+    ranks, special = encoding._mergeable_ranks, dict(encoding._special_tokens)
+    return _byte_pair("tiktoken", name, ranks, encoding._pat_str, special)
+
+
+def _byte_pair(
+    kind: str, name: str, ranks: dict[bytes, int], pattern: str, special: dict[str, int]
+) -> BytePairTokenizer:
+    ids = sorted([*ranks.values(), *special.values()])
+    size = ids[-1] + 1 if ids else 0
+    if len(set(ids)) < len(ids) or not ids or ids[0] < 0:
+        raise UserError("tokenizer: ids must be different numbers from 0 on")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise UserError(f"tokenizer: no token for the single byte 0x{missing[0]:02x}; all 256 are needed")
+    # cl100k_base and o200k_base leave ids unused. A model can still predict them, so they get a name.
+    unused = set(range(size)).difference(ids)
+    special = special | {f"<|reserved_{i}|>": i for i in sorted(unused)}
+    tokenizer = BytePairTokenizer(kind, name, pattern, ranks, special)
+    try:
+        _ = tokenizer._encoding
+    except ValueError as error:
+        raise UserError(f"tokenizer: not a valid byte-pair encoding: {' '.join(str(error).split())}") from None
+    return tokenizer
+
+
+def _from_dict(content: dict) -> Tokenizer:
+    match content["kind"]:
+        case "bytes":
+            return ByteTokenizer()
+        case "chars":
+            characters, has_end_of_text = content["characters"], content["end_of_text"]
+            if not isinstance(characters, str) or sorted(set(characters)) != list(characters):
+                raise ValueError("characters must be different ones, in the order of code points")
+            if not isinstance(has_end_of_text, bool):
+                raise ValueError("end_of_text must be true or false")
+            return CharTokenizer(characters, has_end_of_text)
+        case "bpe" | "tiktoken" as kind:
+            tokens, special = content["tokens"], content["special_tokens"]
+            ranks = {base64.b64decode(token, validate=True): i for i, token in enumerate(tokens) if token is not None}
+            if len(ranks) + tokens.count(None) < len(tokens):
+                raise ValueError("a token is given twice")
+            if any(type(i) is not int for i in special.values()):
+                raise ValueError("ids of special tokens must be whole numbers")
+            return _byte_pair(kind, content["name"], ranks, content["pattern"], special)
+        case kind:
+            raise ValueError(f"kind is {kind!r}, must be bytes, chars, tiktoken or bpe")
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise _surrogate(error) from None
+
+
+def _surrogate(error: UnicodeEncodeError) -> UserError:
+    code = ord(error.object[error.start])
+    return UserError(f"U+{code:04X} at character {error.start} is half of a surrogate pair and has no UTF-8; remove it")

@@ -1,0 +1,78 @@
+"""Learns the merges of a byte-pair encoding from a corpus, with the trainer of the tokenizers library."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from gptjax.errors import UserError
+
+# Text is cut into words, runs of up to three digits, punctuation and white space, as GPT-4 does, before merging.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MAX_CHARACTERS = 2**28
+"""Text that merges are learned from; of more, only the beginning is read."""
+
+
+def train_ranks(texts: Iterable[str], n_tokens: int, report: Callable[[str], object]) -> dict[bytes, int]:
+    """Returns the bytes of each token with its rank: the 256 bytes first, then merges as they were learned.
+
+    A small corpus can have fewer than `n_tokens`, which `report` is told, as it is of a corpus that was read
+    in part. Pairs that occur only once are not merged.
+
+    Raises:
+        UserError: The corpus is empty.
+    """
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer = make_byte_level()
+    trainer = BpeTrainer(
+        vocab_size=n_tokens,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[],
+        initial_alphabet=sorted(byte_of_character()),
+    )
+    read = 0
+
+    def leading_part() -> Iterator[str]:
+        nonlocal read
+        for text in texts:
+            if read >= MAX_CHARACTERS:
+                report(f"tokenizer: merges are learned from the first {read / 1e6:.0f} M characters of the corpus")
+                return
+            read += len(text)
+            yield text
+
+    tokenizer.train_from_iterator(leading_part(), trainer)
+    if not read:
+        raise UserError("tokenizer.kind=bpe: the corpus has no text to learn from")
+    bytes_of = byte_of_character()
+    vocabulary = tokenizer.get_vocab()
+    ranks = {bytes(bytes_of[c] for c in token): rank for token, rank in vocabulary.items()}
+    if len(ranks) < n_tokens:
+        report(
+            f"tokenizer: the corpus has only {len(ranks) + 1} tokens to learn, fewer than"
+            f" tokenizer.vocab_size={n_tokens + 1}"
+        )
+    return dict(sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def make_byte_level():
+    """An untrained BPE tokenizer of the tokenizers library that cuts text by `PATTERN`."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's names of bytes: printable Latin-1 characters name themselves, the others follow from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

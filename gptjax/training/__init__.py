@@ -1,0 +1,1 @@
+"""The optimizer step, checkpoints, and the loop that ties the parts together."""

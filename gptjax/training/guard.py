@@ -1,0 +1,65 @@
+"""What happens around a run: signals, and one writer for a run directory."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptjax.errors import UserError
+
+LOCK_FILE = "lock"
+
+
+class Signals:
+    """Remembers the first SIGTERM or SIGINT, so that the loop can finish its step and save; a second one ends at once.
+
+    Use as a context manager around the loop.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def exit_status(self) -> int:
+        """128 + the signal's number, as shells report it; 0 where none came."""
+        return 0 if self.received is None else 128 + self.received
+
+    def _remember(self, number: int, _frame) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / LOCK_FILE, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise UserError(f"{run_dir}: is in use by {owner}; wait for it, or give another run_dir") from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,196 @@
+"""Builds the parts of a run from its config, and checks that they fit together, before anything expensive starts."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.batches.pretraining import Batch, PackedWindows, evaluation_batches
+from gptjax.config import Config, ModelConfig
+from gptjax.config_io import differing_fields, load_config
+from gptjax.errors import UserError
+from gptjax.parallel.mesh import batch_shards, make_mesh
+from gptjax.parallel.rules import shardings
+from gptjax.text.prepare import Prepared, prepare
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.training.checkpoint import CONFIG_FILE, Checkpoints, LoadedRun, load_run, write_description
+from gptjax.training.step import TrainState, init_state, make_eval_step, make_train_step
+
+# Fields that may change when a run goes on: they change neither what a parameter means nor which tokens come next.
+RESUMABLE = (
+    *("run_dir", "cache_dir", "optim.", "mesh.", "train.num_steps", "train.log_every", "train.eval_every"),
+    *("train.eval_windows", "train.save_every", "train.keep_checkpoints", "train.patience", "train.sample_"),
+    *("train.remat", "train.unroll", "train.micro_batch_size"),
+)
+
+
+@dataclasses.dataclass
+class Loop:
+    """What the loop remembers beside the train state; it travels in the checkpoint."""
+
+    best_loss: float = math.inf
+    evaluations_since_best: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """All that a run is made of."""
+
+    config: Config
+    run_dir: Path
+    mesh: jax.sharding.Mesh
+    tokenizer: Tokenizer
+    windows: PackedWindows
+    eval_batches: list[Batch]
+    bytes_per_token: float
+    """UTF-8 bytes of the validation text per target."""
+    data_hash: str
+    train_step: Any
+    """Jitted; the state is donated."""
+    eval_step: Callable
+    checkpoints: Checkpoints
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions in a batch."""
+        return self.config.train.batch_size * self.config.model.block_size
+
+
+def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
+    """Prepares data, tokenizer, mesh, compiled functions and the state to start or go on from.
+
+    Raises:
+        UserError: Something in the config, the data or the run directory does not fit.
+    """
+    mesh = make_mesh(config.mesh)
+    _check_rows(config, mesh)
+    base = load_run(Path(config.init_from).expanduser()) if config.init_from else None
+    prepared = prepare(
+        config.data,
+        config.tokenizer,
+        Path(config.cache_dir).expanduser(),
+        report=print,
+        tokenizer_override=base.tokenizer if base else None,
+    )
+    config = _resolve(config, prepared, base)
+    _check_run_dir(config, run_dir)
+    parts = _assemble(config, run_dir, prepared, mesh)
+    state, loop = _start(parts, base)
+    write_description(run_dir, config, prepared.tokenizer)
+    return parts, state, loop
+
+
+def without_segments(config: Config, batch: Batch) -> Batch:
+    """Where nothing is to be kept apart, the model need not look."""
+    return batch._replace(segments=None) if config.data.attend_across_documents else batch
+
+
+def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
+    shards = batch_shards(mesh)
+    if config.train.micro_batch % shards:
+        name = "micro_batch_size" if config.train.micro_batch_size else "batch_size"
+        raise UserError(
+            f"train.{name}={config.train.micro_batch} must be divisible by the {shards} devices that share a batch"
+            " (mesh.data x mesh.fsdp)"
+        )
+
+
+def _resolve(config: Config, prepared: Prepared, base: LoadedRun | None) -> Config:
+    """Fills in what only the tokenizer and the base model know, and checks that they fit."""
+    vocab_size = prepared.tokenizer.vocab_size
+    if base is not None:
+        if base.config.model.vocab_size < vocab_size:
+            raise UserError(
+                f"init_from={config.init_from}: its model knows {base.config.model.vocab_size} tokens,"
+                f" the tokenizer has {vocab_size}"
+            )
+        config = dataclasses.replace(config, model=_base_shape(config, base), tokenizer=base.config.tokenizer)
+    elif config.model.vocab_size == 0:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    if config.model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {vocab_size};"
+            " leave it out, or raise it"
+        )
+    if config.train.sample_tokens:
+        prepared.tokenizer.encode(config.train.sample_prompt)  # a prompt that cannot be encoded fails now, not later
+    return config
+
+
+def _base_shape(config: Config, base: LoadedRun) -> ModelConfig:
+    """The base model's shape; the config may name only what does not change it, or what agrees with it."""
+    default = type(config.model)()
+    shape = dataclasses.replace(base.config.model, dropout=config.model.dropout)
+    for field in dataclasses.fields(default):
+        wanted, has = getattr(config.model, field.name), getattr(shape, field.name)
+        if wanted not in (getattr(default, field.name), has):
+            raise UserError(
+                f"model.{field.name}={wanted} differs from {has} of init_from={config.init_from}; leave it out"
+            )
+    return shape
+
+
+def _check_run_dir(config: Config, run_dir: Path) -> None:
+    """Refuses to go on with a run under a config that means something else."""
+    if not (run_dir / CONFIG_FILE).exists():
+        return
+    changed = differing_fields(load_config(run_dir / CONFIG_FILE), config)
+    broken = {name: values for name, values in changed.items() if not name.startswith(RESUMABLE)}
+    if broken:
+        diff = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in broken.items())
+        raise UserError(f"{run_dir}: holds a run of another config: {diff}; give another run_dir, or the same values")
+    for name, (old, new) in changed.items():
+        if not name.endswith("_dir"):
+            print(f"going on with {name} {old!r} -> {new!r}")
+
+
+def _assemble(config: Config, run_dir: Path, prepared: Prepared, mesh: jax.sharding.Mesh) -> Parts:
+    dataset, model, train = prepared.dataset, config.model, config.train
+    across = config.data.attend_across_documents
+    eval_batches = evaluation_batches(
+        dataset.validation, model.block_size, train.eval_windows, train.micro_batch, across
+    )
+    state_shardings = shardings(mesh, jax.eval_shape(lambda: init_state(config)))
+    return Parts(
+        config=config,
+        run_dir=run_dir,
+        mesh=mesh,
+        tokenizer=prepared.tokenizer,
+        windows=PackedWindows(dataset.train, model.block_size, config.seed, across),
+        eval_batches=[without_segments(config, batch) for batch in eval_batches],
+        bytes_per_token=dataset.validation.n_bytes / max(1, dataset.validation.n_tokens - 1),
+        data_hash=dataset.manifest["hash"],
+        # Without out_shardings the compiler may return the state laid out differently from how it came in.
+        train_step=jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(state_shardings, None)),
+        eval_step=jax.jit(make_eval_step(config)),
+        checkpoints=Checkpoints(run_dir, train.keep_checkpoints),
+    )
+
+
+def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
+    """Draws the first state, or restores the newest."""
+    config = parts.config
+    abstract = jax.eval_shape(lambda: init_state(config))
+    where = shardings(parts.mesh, abstract)
+    step = parts.checkpoints.latest_step()
+    if step is None:
+        params = None if base is None else base.params
+        return jax.jit(lambda params: init_state(config, params), out_shardings=where)(params), Loop()
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where)
+    state, meta = parts.checkpoints.restore(step, abstract)
+    if meta["data_hash"] != parts.data_hash or meta["tokenizer"] != parts.tokenizer.fingerprint:
+        raise UserError(f"{config.run_dir}: the data or the tokenizer is not the one that this run was trained on")
+    print(f"going on from step {step}")
+    return state, Loop(**meta["loop"])
+
+
+def checkpoint_meta(parts: Parts, loop: Loop) -> dict:
+    """Plain values that a checkpoint holds beside the state, and that a run that goes on is checked against."""
+    return {
+        "loop": dataclasses.asdict(loop) | {"best_loss": min(loop.best_loss, 1e30)},  # JSON has no infinity
+        "data_hash": parts.data_hash,
+        "tokenizer": parts.tokenizer.fingerprint,
+    }

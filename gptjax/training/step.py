@@ -1,0 +1,156 @@
+"""One optimizer step and one evaluation step, as pure functions of their arguments.
+
+Shape suffixes: M micro-batch, B sequences in one, T position.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax.batches.pretraining import Batch
+from gptjax.config import Config, ModelConfig
+from gptjax.model.gpt import Compute, hidden_states, init_params, unembedding
+from gptjax.ops.cross_entropy import Loss, LossOptions, cross_entropy
+from gptjax.training.optim import make_optimizer, make_schedule
+from gptjax.training.precision import LossScale, init_loss_scale, next_loss_scale
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes, hence all that a checkpoint must hold."""
+
+    step: jax.Array
+    """Batches seen, int32."""
+    skipped: jax.Array
+    """Of those, how many made no update because their gradient was not finite, int32."""
+    params: dict
+    opt_state: Any
+    loss_scale: LossScale | None
+    """Only for float16."""
+    ema: dict | None
+    """Average of the parameters over steps, where the config asks for it."""
+
+
+def init_state(config: Config, params: dict | None = None) -> TrainState:
+    """Draws a state from `config.seed`, or starts from given parameters."""
+    if params is None:
+        params = init_params(config.model, jax.random.key(config.seed))
+    params = jax.tree.map(lambda p: p.astype(config.train.param_dtype), params)
+    return TrainState(
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+        params=params,
+        opt_state=make_optimizer(config.optim).init(params),
+        loss_scale=init_loss_scale() if config.train.compute_dtype == "float16" else None,
+        ema=jax.tree.map(jnp.copy, params) if config.train.ema else None,
+    )
+
+
+def evaluated_params(state: TrainState) -> dict:
+    """The parameters that evaluation and sampling use."""
+    return state.params if state.ema is None else state.ema
+
+
+def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    Leaves of `batch` are `[M, B, T]`. Gradients and losses are summed over micro-batches and divided once by the
+    number of targets, so the result does not depend on how the batch is cut. A step whose gradient is not finite
+    leaves parameters, moments, average and schedule as they were, and is counted.
+    """
+    compute = compute_options(config)
+    options = LossOptions(config.model.vocab_size, config.train.label_smoothing, config.train.z_loss)
+    optimizer = make_optimizer(config.optim)
+    schedule = make_schedule(config.optim, config.train.num_steps)
+
+    def scaled_loss(params, micro_batch: Batch, key, scale):
+        loss = batch_loss(config.model, options, compute, params, micro_batch, key)
+        return loss.objective * scale, loss
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.dropout else None
+        scale = jnp.float32(1.0) if state.loss_scale is None else state.loss_scale.scale
+
+        def gradient(micro_batch, number):
+            micro_key = None if key is None else jax.random.fold_in(key, number)
+            grad = jax.value_and_grad(scaled_loss, has_aux=True)
+            (_, loss), grads = grad(state.params, micro_batch, micro_key, scale)
+            return loss, grads
+
+        loss, grads = _summed(gradient, batch)
+        grads = jax.tree.map(lambda g: g / (scale * jnp.maximum(loss.count, 1.0)).astype(g.dtype), grads)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(grad_norm)
+        learning_rate = schedule(state.step - state.skipped)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
+        params, opt_state = _where(finite, (params, opt_state), (state.params, state.opt_state))
+        ema = state.ema
+        if ema is not None:
+            decay = config.train.ema
+            ema = jax.tree.map(lambda a, p: jnp.where(finite, decay * a + (1.0 - decay) * p, a), ema, params)
+        metrics = {
+            "loss": loss.nll / jnp.maximum(loss.count, 1.0),
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "targets": loss.count,
+        }
+        loss_scale = state.loss_scale
+        if loss_scale is not None:
+            metrics["loss_scale"] = loss_scale.scale
+            loss_scale = next_loss_scale(loss_scale, finite)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        metrics["skipped"] = skipped
+        return TrainState(state.step + 1, skipped, params, opt_state, loss_scale, ema), metrics
+
+    return train_step
+
+
+def make_eval_step(config: Config) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
+    """Returns `eval_step(params, batch) -> (nll, count)` for leaves `[B, T]`, without dropout or regularisers."""
+    compute, options = compute_options(config), LossOptions(config.model.vocab_size)
+
+    def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        loss = batch_loss(config.model, options, compute, params, batch, None)
+        return loss.nll, loss.count
+
+    return eval_step
+
+
+def batch_loss(
+    model: ModelConfig, options: LossOptions, compute: Compute, params: dict, batch: Batch, key: jax.Array | None
+) -> Loss:
+    """Sums the next-token loss over a batch of leaves `[B, T]`; `batch.segments` None: one document a row."""
+    x_BTD = hidden_states(model, params, batch.inputs, batch.positions, batch.segments, compute=compute, key=key)
+    return cross_entropy(options, x_BTD, unembedding(params), batch.targets)
+
+
+def compute_options(config: Config) -> Compute:
+    """How the config wants the model computed."""
+    return Compute(config.train.compute_dtype, config.train.remat, config.train.unroll)
+
+
+def _summed(gradient, batch: Batch):
+    """Adds losses and gradients over the leading axis of the batch; a single micro-batch needs no zeros to add to."""
+    micro_batches = batch.inputs.shape[0]
+    first = gradient(jax.tree.map(lambda x: x[0], batch), 0)
+    if micro_batches == 1:
+        return first
+
+    def add(total, numbered):
+        number, micro_batch = numbered
+        return jax.tree.map(jnp.add, total, gradient(micro_batch, number)), None
+
+    rest = (jnp.arange(1, micro_batches), jax.tree.map(lambda x: x[1:], batch))
+    return jax.lax.scan(add, first, rest)[0]
+
+
+def _where(condition, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

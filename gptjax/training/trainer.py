@@ -1,0 +1,196 @@
+"""The training loop: step, log, evaluate, save. `setup.build` makes the parts that meet here."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.batches.prefetch import prefetch
+from gptjax.batches.pretraining import Batch
+from gptjax.config import Config, SampleConfig
+from gptjax.generation.sample import sample_texts
+from gptjax.model.gpt import Compute
+from gptjax.parallel.mesh import batch_sharding
+from gptjax.report import cost
+from gptjax.report.metrics import MetricsFile
+from gptjax.report.progress import Progress
+from gptjax.training.guard import Signals, locked
+from gptjax.training.setup import Loop, Parts, build, checkpoint_meta, without_segments
+from gptjax.training.step import TrainState, evaluated_params
+
+SAMPLES_FILE = "samples.txt"
+
+
+def train(config: Config) -> int:
+    """Runs `config` from its beginning, or from the newest checkpoint in its run directory.
+
+    Returns:
+        The exit status: 0, or 143 and 130 where SIGTERM and SIGINT ended the run early, with its state saved.
+
+    Raises:
+        UserError: Something in the config, the data or the run directory does not fit.
+    """
+    run_dir = Path(config.run_dir).expanduser()
+    with locked(run_dir), Signals() as signals:
+        parts, state, loop = build(config, run_dir)
+        try:
+            return _run(parts, state, loop, signals)
+        finally:
+            parts.checkpoints.close()
+
+
+def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
+    options = parts.config.train
+    first = int(state.step)
+    if first >= options.num_steps:
+        print(f"{parts.run_dir}: is at step {first} already; raise train.num_steps={options.num_steps} to go on")
+        return 0
+    batches = _device_batches(parts, first)
+    batch = next(batches)
+    step_program = parts.train_step.lower(state, batch).compile()
+    _describe(parts, state, step_program)
+    log = Log(parts, state, first)
+    step, stop = first, False
+    try:
+        while not stop:
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_program(state, batch)
+            step += 1
+            stop = step == options.num_steps or signals.received is not None
+            if not stop:
+                batch = next(batches)
+            log.flush()
+            if step % options.log_every == 0 or step == first + 1 or stop:
+                log.note(step, metrics)
+            val_loss = None
+            if step == options.num_steps or _due(step, options.eval_every):
+                val_loss = _evaluate(parts, state, loop, step, log)
+                stop = stop or 0 < options.patience <= loop.evaluations_since_best
+            improved = val_loss is not None and loop.evaluations_since_best == 0
+            if stop or improved or _due(step, options.save_every):
+                parts.checkpoints.save(state, checkpoint_meta(parts, loop), val_loss)
+        log.flush()
+        parts.checkpoints.wait()
+        if step < options.num_steps:
+            early = f"no better loss in {options.patience} evaluations"
+            reason = f"signal {signals.received}" if signals.received else early
+            log.progress.line(f"stopped at step {step} ({reason}); saved")
+        return signals.exit_status
+    finally:
+        batches.close()
+        log.close()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _device_batches(parts: Parts, first: int) -> Iterator[Batch]:
+    """Batches from step `first` on, cut into micro-batches `[M, B, T]` and on their way to the devices."""
+    options = parts.config.train
+    sharding = batch_sharding(parts.mesh, leading_axes=1)
+
+    def make(step: int) -> Batch:
+        batch = without_segments(parts.config, parts.windows.batch(step, options.batch_size))
+        return jax.tree.map(lambda x: x.reshape(-1, options.micro_batch, x.shape[-1]), batch)
+
+    for batch in prefetch(make, first, options.num_steps):
+        yield jax.device_put(batch, sharding)
+
+
+def _evaluate(parts: Parts, state: TrainState, loop: Loop, step: int, log: "Log") -> float:
+    """Measures the loss on the fixed validation windows, notes whether it is the best, and shows a sample."""
+    log.flush()
+    params = evaluated_params(state)
+    sharding = batch_sharding(parts.mesh)
+    sums = [parts.eval_step(params, jax.device_put(batch, sharding)) for batch in parts.eval_batches]
+    nll, count = (math.fsum(float(value) for value in values) for values in zip(*sums, strict=True))
+    loss = nll / count
+    if loss < loop.best_loss:
+        loop.best_loss, loop.evaluations_since_best = loss, 0
+    else:
+        loop.evaluations_since_best += 1
+    bits_per_byte = loss / math.log(2) / parts.bytes_per_token
+    row = {"step": step, "val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte}
+    log.file.write(row)
+    best = " (best)" if loop.evaluations_since_best == 0 else ""
+    log.progress.line(
+        f"step {step} · validation loss {loss:.4f}{best} · perplexity {row['perplexity']:.2f}"
+        f" · {bits_per_byte:.4f} bits per byte"
+    )
+    _show_sample(parts, params, step, log)
+    log.restart_clock()
+    return loss
+
+
+def _show_sample(parts: Parts, params: dict, step: int, log: "Log") -> None:
+    config = parts.config
+    if not config.train.sample_tokens:
+        return
+    options = SampleConfig(max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
+    params = jax.device_put(params, jax.devices()[0])
+    dtype = "bfloat16" if config.train.compute_dtype == "bfloat16" else "float32"
+    prompts = [config.train.sample_prompt]
+    [[text]] = sample_texts(config.model, params, parts.tokenizer, prompts, options, Compute(dtype))
+    log.progress.line(f"    {text!r}")
+    with open(parts.run_dir / SAMPLES_FILE, "a", encoding="utf-8") as file:
+        file.write(f"--- step {step}\n{config.train.sample_prompt}{text}\n")
+
+
+class Log:
+    """Metrics on their way to file and screen. A step's numbers are fetched only after the next step was started,
+    so that the device never waits for them.
+    """
+
+    def __init__(self, parts: Parts, state: TrainState, first: int):
+        config = parts.config
+        self._tokens_per_step = parts.tokens_per_step
+        self._noted: tuple[int, dict] | None = None
+        self._clock = (first, time.monotonic())
+        self.file = MetricsFile(parts.run_dir, first)
+        flops = cost.flops_per_token(config.model, state.params)
+        self.progress = Progress(config.train.num_steps, first, flops, cost.peak_flops())
+
+    def note(self, step: int, metrics: dict) -> None:
+        """Takes the metrics of a step, which may not be computed yet."""
+        self._noted = (step, metrics)
+
+    def flush(self) -> None:
+        """Fetches, writes and shows what was noted."""
+        if self._noted is None:
+            return
+        step, metrics = self._noted
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        now, (last_step, last_time) = time.monotonic(), self._clock
+        speed = (step - last_step) * self._tokens_per_step / max(now - last_time, 1e-9)
+        row = {"step": step, **values, "tokens": step * self._tokens_per_step, "tokens_per_s": round(speed, 1)}
+        self._noted, self._clock = None, (step, now)
+        self.file.write(row)
+        self.progress.step(row)
+
+    def restart_clock(self) -> None:
+        """Leaves what was not training out of tokens/s."""
+        self._clock = (self._clock[0], time.monotonic())
+
+    def close(self) -> None:
+        """Closes file and screen."""
+        self.progress.close()
+        self.file.close()
+
+
+def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
+    """Says what is about to run, before it does."""
+    config, windows, tokens = parts.config, parts.windows, parts.tokens_per_step
+    layout = " x ".join(f"{name} {size}" for name, size in parts.mesh.shape.items() if size > 1) or "one device"
+    memory = step_program.memory_analysis()
+    needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    epochs = config.train.num_steps * tokens / windows.tokens_per_epoch
+    count = cost.readable_count(cost.parameter_count(state.params))
+    print(f"device      {jax.device_count()} x {jax.devices()[0].device_kind} ({layout}), {config.train.compute_dtype}")
+    print(f"parameters  {count}, vocabulary {config.model.vocab_size:,}")
+    print(f"data        {windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step")
+    print(f"steps       {config.train.num_steps:,} = {epochs:.2f} epochs")
+    print(f"memory      {cost.readable_bytes(needs)} per device for a training step", flush=True)
