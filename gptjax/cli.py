@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import __version__
+from gptjax import __version__, runtime
 from gptjax.config import Config, EvaluateConfig, ExportConfig, ImportConfig, SampleConfig
 from gptjax.config_io import from_dict, load_config, read_flags
 from gptjax.errors import UserError, did_you_mean
@@ -14,7 +14,7 @@ from gptjax.errors import UserError, did_you_mean
 def train(args: Sequence[str]) -> int:
     """Trains: gptjax train CONFIG.yaml [--section.key VALUE ...]; goes on where the run directory has a checkpoint."""
     config = _config(args, "train")
-    _start_jax(config.cache_dir)
+    runtime.start(config.cache_dir)
     from gptjax.training import trainer
 
     return trainer.train(config)
@@ -36,7 +36,7 @@ def sample(args: Sequence[str]) -> int:
     """Continues prompts: gptjax sample --run_dir DIR --prompt TEXT [--option VALUE ...]."""
     config = _flags(SampleConfig, args)
     prompts = _prompts(config)
-    _start_jax(Config().cache_dir)
+    runtime.start()
     from gptjax.generation.sample import sample_texts
     from gptjax.model.gpt import Compute
     from gptjax.training.checkpoint import load_run
@@ -69,8 +69,8 @@ def sample(args: Sequence[str]) -> int:
 def evaluate(args: Sequence[str]) -> int:
     """Measures a run's loss on validation text, its own or other: gptjax evaluate --run_dir DIR [--data.path ...]."""
     config = _flags(EvaluateConfig, args)
-    _start_jax(Config().cache_dir)
-    from gptjax.evaluation.loss import evaluate_run
+    runtime.start()
+    from gptjax.training.evaluate import evaluate_run
 
     print(evaluate_run(config))
     return 0
@@ -181,13 +181,3 @@ def _prompts(config: SampleConfig) -> list[str]:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _start_jax(cache_dir: str) -> None:
-    """Turns on the cache of compiled programs; what it holds is executed, so only its owner may write there."""
-    import jax
-
-    folder = Path(cache_dir).expanduser() / "compiled"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

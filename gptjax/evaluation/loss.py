@@ -1,17 +1,53 @@
-"""The loss of a trained run on text."""
+"""The loss of a model on fixed windows of text."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from gptjax.batches.pretraining import Batch, evaluation_batches
-from gptjax.config import EvaluateConfig
-from gptjax.errors import UserError
-from gptjax.text.prepare import prepare
-from gptjax.training.checkpoint import load_run
-from gptjax.training.setup import without_segments
-from gptjax.training.step import make_eval_step
+from gptjax.batches.pretraining import Batch
+from gptjax.config import ModelConfig
+from gptjax.model.gpt import Compute
+from gptjax.model.loss import batch_loss
+from gptjax.ops.cross_entropy import LossOptions
+
+EvalStep = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
+
+
+class Evaluation(NamedTuple):
+    """What was measured; the names are those of `metrics.jsonl`."""
+
+    val_loss: float
+    """Nats per target token."""
+    perplexity: float
+    bits_per_byte: float
+    """Of the UTF-8 text, so that models with different tokenizers can be compared."""
+
+    def __str__(self) -> str:
+        return f"loss {self.val_loss:.4f} · perplexity {self.perplexity:.2f} · {self.bits_per_byte:.4f} bits per byte"
+
+
+def make_eval_step(model: ModelConfig, compute: Compute) -> EvalStep:
+    """Returns the compiled `eval_step(params, batch) -> (nll, count)`, leaves `[B, T]`, no dropout, plain loss."""
+    options = LossOptions(model.vocab_size)
+
+    def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        loss = batch_loss(model, options, compute, params, batch, None)
+        return loss.nll, loss.count
+
+    return jax.jit(eval_step)
+
+
+def measure(
+    eval_step: EvalStep,
+    params: dict,
+    batches: Iterable[Batch],
+    sharding: jax.sharding.Sharding,
+    bytes_per_token: float,
+) -> Evaluation:
+    """Averages the loss over all targets of `batches`, summed before it is divided."""
+    sums = [eval_step(params, jax.device_put(batch, sharding)) for batch in batches]
+    nll, count = (math.fsum(float(value) for value in values) for values in zip(*sums, strict=True))
+    loss = nll / count
+    return Evaluation(loss, math.exp(min(loss, 700.0)), loss / math.log(2) / bytes_per_token)

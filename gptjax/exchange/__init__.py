@@ -1,1 +1,1 @@
-"""Models in and out of other programs' formats."""
+"""Models of other programs, in and out."""

@@ -29,9 +29,7 @@ def choice_rule(options: SampleConfig) -> Rule:
     return Rule(greedy=False, top_k=options.top_k, nucleus=options.top_p < 1)
 
 
-def choose(
-    logits_BV: jax.Array, keys_B: jax.Array, rule: Rule, temperature: jax.Array, top_p: jax.Array
-) -> jax.Array:
+def choose(logits_BV: jax.Array, keys_B: jax.Array, rule: Rule, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
     """Returns the next token of each row, `[B]`, int32; a row depends on nothing but its own logits and key.
 
     The logits are divided by the temperature, then cut to the `top_k` likeliest tokens, then to the likeliest of

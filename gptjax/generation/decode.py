@@ -90,7 +90,7 @@ def _stream(config, params, prompts, options, compute, end_of_text, notify, piec
     rule = choice_rule(options)
     stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
     contexts = [context for context in _cut(config, prompts, notify) for _ in range(options.num_samples)]
-    keys_B = _row_keys(options.seed, len(prompts), options.num_samples)
+    keys_B = _row_keys(np.uint32(options.seed), len(prompts), options.num_samples)
     done_B = np.zeros(len(contexts), bool)
     cache, number, slots, told = None, 0, 0, False
     while number < options.max_new_tokens and not done_B.all():
@@ -98,7 +98,9 @@ def _stream(config, params, prompts, options, compute, end_of_text, notify, piec
         if cache is None or room < 1:
             if room < 1 and not told:
                 kept = _kept(config)
-                notify(f"the context is full (model.block_size={config.block_size}): it slides to its last {kept} tokens")
+                notify(
+                    f"the context is full (model.block_size={config.block_size}): it slides to its last {kept} tokens"
+                )
                 told = True
             contexts = [_window(config, c, done) for c, done in zip(contexts, done_B, strict=True)]
             slots = max(slots, _slots(config, contexts, options.max_new_tokens - number))

@@ -9,9 +9,8 @@ from gptjax.errors import UserError
 from gptjax.generation.decode import BUFFER, stream
 from gptjax.generation.stream import make_text_stream
 from gptjax.model.gpt import Compute
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizer import END_OF_TEXT, Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
 STREAM_LENGTH = 8  # tokens between two pieces of text
 
 

@@ -121,7 +121,7 @@ def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, key):
     q_BGRTC = _group_queries(q_BTHC, k_BSGC.shape[2])
     outputs, log_sums = [], []
     for start, stop in blocks.ranges():
-        q_BGNC = _rows(q_BGRTC[:, :, :, start:stop])
+        q_BGNC = _after(_rows(q_BGRTC[:, :, :, start:stop]), outputs)
         scores = _scores(q_BGNC, k_BGSC[:, :, :stop], segments_BT, start, stop)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
@@ -143,7 +143,8 @@ def _blocked_backward(blocks, saved, dy_BTHC):
     )  # the softmax's own gradient term
     dqs, dk_BGCS, dv_BGCS = [], [], []
     for (start, stop), log_sum in zip(blocks.ranges(), log_sums, strict=True):
-        q_BGNC, dy_BGNC = _rows(q_BGRTC[:, :, :, start:stop]), _rows(dy_BGRTC[:, :, :, start:stop])
+        q_BGNC = _after(_rows(q_BGRTC[:, :, :, start:stop]), dk_BGCS)
+        dy_BGNC = _rows(dy_BGRTC[:, :, :, start:stop])
         k, v = k_BGSC[:, :, :stop], v_BGSC[:, :, :stop]
         weights = jnp.exp(_scores(q_BGNC, k, segments_BT, start, stop) - log_sum)
         dweights = dot("bgnc,bgsc->bgns", dy_BGNC, v, jnp.float32)
@@ -174,6 +175,13 @@ def _scores(q_BGNC, k_BGSC, segments_BT, start, stop):
         other = segments_BT[:, start:stop, None] != segments_BT[:, None, :stop]
         hidden = jnp.where(other, MASKED, hidden)
     return scores + jnp.tile(hidden, (1, R, 1))[:, None]
+
+
+def _after(x, results):
+    """Holds `x` back until the newest of `results` is there: else XLA starts all blocks, and all their weights are
+    in memory at once.
+    """
+    return jax.lax.optimization_barrier((x, results[-1]))[0] if results else x
 
 
 def _drop(blocks, weights, key, start):

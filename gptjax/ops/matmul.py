@@ -20,9 +20,7 @@ def matmul_reference(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(
-    x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike, outputs_first: bool = False
-) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike, outputs_first: bool = False) -> jax.Array:
     """Multiplies `x [..., K]` by `w [K, ...]`, or by `w [F, K]` where `outputs_first`; `w` is cast to `x.dtype`.
 
     Store a weight with its narrow side first: the backward pass then transposes narrow activations only.

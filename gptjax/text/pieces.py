@@ -20,7 +20,9 @@ def split_text(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         end = start + _PIECE_CHARACTERS
-        near = _SAFE_CUT.search(text, end - 2**11, end) or _SAFE_CUT.search(text, end - 2**15, end)
+        near = _SAFE_CUT.search(text, end - _PIECE_CHARACTERS // 32, end) or _SAFE_CUT.search(
+            text, end - _PIECE_CHARACTERS // 2, end
+        )
         cut = near.start() if near else end
         yield text[start:cut]
         start = cut

@@ -171,6 +171,8 @@ def _build(
             end_of_text=tokenizer.end_of_text,
             about=about | {"counts": dict(counts)},
         )
+        if folder.exists():  # damaged, or this process would not be here
+            shutil.rmtree(folder)
         publish(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)

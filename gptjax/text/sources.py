@@ -46,7 +46,7 @@ def find_files(paths: Sequence[str], counts: Counter[str]) -> list[Path]:
     Raises:
         UserError: A path does not exist, is of no known kind, or no file is found.
     """
-    found: dict[Path, Path] = {}
+    found: dict[tuple[int, int], Path] = {}
     for given in paths:
         path = Path(given).expanduser()
         if path.exists():
@@ -59,7 +59,8 @@ def find_files(paths: Sequence[str], counts: Counter[str]) -> list[Path]:
         for match in matches:
             for file in _files_below(match) if match.is_dir() else [match]:
                 if ending(file) in ENDINGS and file.is_file():
-                    found.setdefault(file.resolve(), file)
+                    stat = file.stat()
+                    found.setdefault((stat.st_dev, stat.st_ino), file)
                 elif named and file == path:
                     raise UserError(
                         f"data.path: {given}: ending {file.suffix!r} is not one of {' '.join(ENDINGS)},"
@@ -91,7 +92,7 @@ def source_fingerprint(data: DataConfig) -> str:
     elif data.hf_dataset:
         identity = ["hf_dataset", data.hf_dataset, "streamed" if data.streaming else hub.fingerprint(data)]
     else:
-        stats = [(str(path.resolve()), path.stat()) for path in _given_files(data, Counter())]
+        stats = [(os.path.abspath(path), path.stat()) for path in _given_files(data, Counter())]
         identity = ["path", [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
     return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode("utf-8", "surrogateescape"))
 
@@ -115,7 +116,7 @@ def _given_files(data: DataConfig, counts: Counter[str]) -> list[Path]:
 
 def _files_below(folder: Path) -> Iterator[Path]:
     seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
         identity = os.path.realpath(parent)
         if identity in seen:  # a link to a folder above: it would never end
             folders.clear()
@@ -123,6 +124,10 @@ def _files_below(folder: Path) -> Iterator[Path]:
         seen.add(identity)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _cannot_list(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
 
 def _names_in(folder: Path) -> list[str]:

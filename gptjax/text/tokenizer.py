@@ -312,7 +312,7 @@ def _published(name: str) -> BytePairTokenizer:
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as error:  # of many kinds: network, cache folder, checksum
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(
             f"tokenizer.name={name}: cannot load the vocabulary ({reason}); it is downloaded once, or read from"
             " the folder that the variable TIKTOKEN_CACHE_DIR names"
@@ -351,6 +351,7 @@ def _from_dict(content: dict) -> Tokenizer:
                 raise ValueError("characters must be different ones, in the order of code points")
             if not isinstance(has_end_of_text, bool):
                 raise ValueError("end_of_text must be true or false")
+            _utf8(characters)
             return CharTokenizer(characters, has_end_of_text)
         case "bpe" | "tiktoken" as kind:
             tokens, special = content["tokens"], content["special_tokens"]

@@ -2,22 +2,23 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from gptjax.batches.pretraining import Batch, PackedWindows, evaluation_batches
-from gptjax.config import Config, ModelConfig
+from gptjax.config import Config, DataConfig, ModelConfig
 from gptjax.config_io import differing_fields, load_config
 from gptjax.errors import UserError
+from gptjax.evaluation.loss import EvalStep, make_eval_step
 from gptjax.parallel.mesh import batch_shards, make_mesh
 from gptjax.parallel.rules import shardings
 from gptjax.text.prepare import Prepared, prepare
+from gptjax.text.shards import TokenSplit
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.checkpoint import CONFIG_FILE, Checkpoints, LoadedRun, load_run, write_description
-from gptjax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from gptjax.training.step import TrainState, compute_options, init_state, make_train_step
 
 # Fields that may change when a run goes on: they change neither what a parameter means nor which tokens come next.
 RESUMABLE = (
@@ -50,7 +51,7 @@ class Parts:
     data_hash: str
     train_step: Any
     """Jitted; the state is donated."""
-    eval_step: Callable
+    eval_step: EvalStep
     checkpoints: Checkpoints
 
     @property
@@ -83,9 +84,14 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
     return parts, state, loop
 
 
-def without_segments(config: Config, batch: Batch) -> Batch:
+def without_segments(data: DataConfig, batch: Batch) -> Batch:
     """Where nothing is to be kept apart, the model need not look."""
-    return batch._replace(segments=None) if config.data.attend_across_documents else batch
+    return batch._replace(segments=None) if data.attend_across_documents else batch
+
+
+def bytes_per_token(split: TokenSplit) -> float:
+    """UTF-8 bytes of a split's text per target."""
+    return split.n_bytes / max(1, split.n_tokens - 1)
 
 
 def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -160,12 +166,12 @@ def _assemble(config: Config, run_dir: Path, prepared: Prepared, mesh: jax.shard
         mesh=mesh,
         tokenizer=prepared.tokenizer,
         windows=PackedWindows(dataset.train, model.block_size, config.seed, across),
-        eval_batches=[without_segments(config, batch) for batch in eval_batches],
-        bytes_per_token=dataset.validation.n_bytes / max(1, dataset.validation.n_tokens - 1),
-        data_hash=dataset.manifest["hash"],
+        eval_batches=[without_segments(config.data, batch) for batch in eval_batches],
+        bytes_per_token=bytes_per_token(dataset.validation),
+        data_hash=dataset.hash,
         # Without out_shardings the compiler may return the state laid out differently from how it came in.
         train_step=jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(state_shardings, None)),
-        eval_step=jax.jit(make_eval_step(config)),
+        eval_step=make_eval_step(model, compute_options(config)),
         checkpoints=Checkpoints(run_dir, train.keep_checkpoints),
     )
 

@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation step, as pure functions of their arguments.
+"""One optimizer step, as a pure function of its arguments.
 
 Shape suffixes: M micro-batch, B sequences in one, T position.
 """
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config import Config, ModelConfig
-from gptjax.model.gpt import Compute, hidden_states, init_params, unembedding
-from gptjax.ops.cross_entropy import Loss, LossOptions, cross_entropy
+from gptjax.config import Config
+from gptjax.model.gpt import Compute, init_params
+from gptjax.model.loss import batch_loss
+from gptjax.ops.cross_entropy import LossOptions
 from gptjax.training.optim import make_optimizer, make_schedule
 from gptjax.training.precision import LossScale, init_loss_scale, next_loss_scale
 
@@ -38,11 +39,10 @@ class TrainState:
     """Average of the parameters over steps, where the config asks for it."""
 
 
-def init_state(config: Config, params: dict | None = None) -> TrainState:
+def init_state(config: Config, given: dict | None = None) -> TrainState:
     """Draws a state from `config.seed`, or starts from given parameters."""
-    if params is None:
-        params = init_params(config.model, jax.random.key(config.seed))
-    params = jax.tree.map(lambda p: p.astype(config.train.param_dtype), params)
+    drawn = init_params(config.model, jax.random.key(config.seed)) if given is None else given
+    params: dict = jax.tree.map(lambda p: p.astype(config.train.param_dtype), drawn)
     return TrainState(
         step=jnp.int32(0),
         skipped=jnp.int32(0),
@@ -111,25 +111,6 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         return TrainState(state.step + 1, skipped, params, opt_state, loss_scale, ema), metrics
 
     return train_step
-
-
-def make_eval_step(config: Config) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
-    """Returns `eval_step(params, batch) -> (nll, count)` for leaves `[B, T]`, without dropout or regularisers."""
-    compute, options = compute_options(config), LossOptions(config.model.vocab_size)
-
-    def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        loss = batch_loss(config.model, options, compute, params, batch, None)
-        return loss.nll, loss.count
-
-    return eval_step
-
-
-def batch_loss(
-    model: ModelConfig, options: LossOptions, compute: Compute, params: dict, batch: Batch, key: jax.Array | None
-) -> Loss:
-    """Sums the next-token loss over a batch of leaves `[B, T]`; `batch.segments` None: one document a row."""
-    x_BTD = hidden_states(model, params, batch.inputs, batch.positions, batch.segments, compute=compute, key=key)
-    return cross_entropy(options, x_BTD, unembedding(params), batch.targets)
 
 
 def compute_options(config: Config) -> Compute:

@@ -1,8 +1,7 @@
 """The training loop: step, log, evaluate, save. `setup.build` makes the parts that meet here."""
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 from gptjax.batches.prefetch import prefetch
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config, SampleConfig
+from gptjax.evaluation.loss import measure
 from gptjax.generation.sample import sample_texts
 from gptjax.model.gpt import Compute
 from gptjax.parallel.mesh import batch_sharding
@@ -88,13 +88,13 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _device_batches(parts: Parts, first: int) -> Iterator[Batch]:
+def _device_batches(parts: Parts, first: int) -> Generator[Batch]:
     """Batches from step `first` on, cut into micro-batches `[M, B, T]` and on their way to the devices."""
     options = parts.config.train
     sharding = batch_sharding(parts.mesh, leading_axes=1)
 
     def make(step: int) -> Batch:
-        batch = without_segments(parts.config, parts.windows.batch(step, options.batch_size))
+        batch = without_segments(parts.config.data, parts.windows.batch(step, options.batch_size))
         return jax.tree.map(lambda x: x.reshape(-1, options.micro_batch, x.shape[-1]), batch)
 
     for batch in prefetch(make, first, options.num_steps):
@@ -106,24 +106,17 @@ def _evaluate(parts: Parts, state: TrainState, loop: Loop, step: int, log: "Log"
     log.flush()
     params = evaluated_params(state)
     sharding = batch_sharding(parts.mesh)
-    sums = [parts.eval_step(params, jax.device_put(batch, sharding)) for batch in parts.eval_batches]
-    nll, count = (math.fsum(float(value) for value in values) for values in zip(*sums, strict=True))
-    loss = nll / count
-    if loss < loop.best_loss:
-        loop.best_loss, loop.evaluations_since_best = loss, 0
+    evaluation = measure(parts.eval_step, params, parts.eval_batches, sharding, parts.bytes_per_token)
+    if evaluation.val_loss < loop.best_loss:
+        loop.best_loss, loop.evaluations_since_best = evaluation.val_loss, 0
     else:
         loop.evaluations_since_best += 1
-    bits_per_byte = loss / math.log(2) / parts.bytes_per_token
-    row = {"step": step, "val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte}
-    log.file.write(row)
+    log.file.write({"step": step, **evaluation._asdict()})
     best = " (best)" if loop.evaluations_since_best == 0 else ""
-    log.progress.line(
-        f"step {step} · validation loss {loss:.4f}{best} · perplexity {row['perplexity']:.2f}"
-        f" · {bits_per_byte:.4f} bits per byte"
-    )
+    log.progress.line(f"step {step} · validation {evaluation}{best}")
     _show_sample(parts, params, step, log)
     log.restart_clock()
-    return loss
+    return evaluation.val_loss
 
 
 def _show_sample(parts: Parts, params: dict, step: int, log: "Log") -> None:

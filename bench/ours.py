@@ -1,0 +1,109 @@
+"""Times gptjax: `python bench/ours.py train WORK DTYPE STEPS` or `generate SEQUENCES DTYPE REPEATS`; prints JSON."""
+
+import json
+import resource
+import sys
+import time
+
+from work import GENERATION, NEW_TOKENS, PROMPT_TOKENS, TRAINING
+
+
+def train(name: str, dtype: str, steps: int) -> dict:
+    from gptjax.runtime import start
+
+    start()
+    import jax
+    import numpy as np
+
+    from gptjax.batches.prefetch import prefetch
+    from gptjax.batches.pretraining import Batch
+    from gptjax.config import Config, ModelConfig, OptimConfig, TrainConfig
+    from gptjax.training.step import init_state, make_train_step
+
+    work = TRAINING[name]
+    on_cpu = jax.default_backend() == "cpu"
+    config = Config(
+        model=ModelConfig(
+            n_layer=work.n_layer,
+            n_head=work.n_head,
+            n_embd=work.n_embd,
+            block_size=work.block_size,
+            vocab_size=work.vocab_size,
+            vocab_multiple=1 if on_cpu or work.vocab_size < 1000 else 128,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, beta2=0.99),
+        train=TrainConfig(num_steps=steps + 3, batch_size=work.batch_size, compute_dtype=dtype),
+    )
+    shape = (1, work.batch_size, work.block_size)
+
+    def make_batch(step: int) -> Batch:
+        inputs = np.random.default_rng(step).integers(0, work.vocab_size, shape, dtype=np.int32)
+        positions = np.broadcast_to(np.arange(work.block_size, dtype=np.int32), shape)
+        return Batch(inputs, np.roll(inputs, -1, axis=-1), None, positions)
+
+    state = jax.jit(lambda: init_state(config))()
+    batches = prefetch(make_batch, 0, steps + 3)
+    step = jax.jit(make_train_step(config), donate_argnums=0)
+    times, losses = [], []
+    for batch in batches:
+        started = time.perf_counter()
+        state, metrics = step(state, jax.device_put(batch))
+        losses.append(float(metrics["loss"]))
+        times.append(time.perf_counter() - started)
+    if not on_cpu:  # no fetch between steps: as the trainer runs, which reads a step's metrics one step later
+        times = _pipelined(step, state, make_batch, steps)
+    return {"times": times[-steps:], "work": work.tokens, "losses": losses, "peak_bytes": _peak_bytes()}
+
+
+def _pipelined(step, state, make_batch, steps: int) -> list[float]:
+    import jax
+
+    batches = [jax.device_put(make_batch(i)) for i in range(4)]
+    jax.block_until_ready(batches)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for i in range(steps):
+            state, metrics = step(state, batches[i % 4])
+        jax.block_until_ready(metrics)
+        times += [(time.perf_counter() - started) / steps]
+    return times
+
+
+def generate(sequences: str, dtype: str, repeats: int) -> dict:
+    from gptjax.runtime import start
+
+    start()
+    import jax
+    import numpy as np
+
+    from gptjax.config import ModelConfig, SampleConfig
+    from gptjax.generation.decode import generate
+    from gptjax.model.gpt import Compute, init_params
+
+    work = GENERATION
+    model = ModelConfig(vocab_size=work.vocab_size)
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+    options = SampleConfig(max_new_tokens=NEW_TOKENS, temperature=0.0)
+    prompts = list(np.random.default_rng(0).integers(0, work.vocab_size, (int(sequences), PROMPT_TOKENS), np.int32))
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        out = generate(model, params, prompts, options, Compute(dtype))
+        times.append(time.perf_counter() - started)
+    assert all(len(row[0]) == NEW_TOKENS for row in out)
+    return {"times": times[1:], "work": int(sequences) * NEW_TOKENS, "peak_bytes": _peak_bytes()}
+
+
+def _peak_bytes() -> int:
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return device.memory_stats()["peak_bytes_in_use"]
+
+
+if __name__ == "__main__":
+    verb, name, dtype, count = sys.argv[1:]
+    print(json.dumps({"train": train, "generate": generate}[verb](name, dtype, int(count))))

@@ -1,0 +1,118 @@
+"""Times `transformers` GPT-2 on PyTorch with the same arguments as ours.py, and eager|compile as the last one."""
+
+import json
+import resource
+import sys
+import time
+import warnings
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from work import GENERATION, NEW_TOKENS, PROMPT_TOKENS, TRAINING, Training
+
+warnings.filterwarnings("ignore")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_model(work: Training) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=work.n_layer,
+        n_head=work.n_head,
+        n_embd=work.n_embd,
+        n_positions=work.block_size,
+        vocab_size=work.vocab_size,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return GPT2LMHeadModel(config).to(DEVICE)
+
+
+def train(name: str, dtype: str, steps: int, mode: str) -> dict:
+    work = TRAINING[name]
+    if DEVICE == "cuda":
+        torch.set_float32_matmul_precision("high")
+    model = make_model(work)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
+    run = torch.compile(model) if mode == "compile" else model
+
+    def step(inputs):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = run(input_ids=inputs, labels=inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    times = []
+    shape = (work.batch_size, work.block_size)
+    for i in range(steps + 3):
+        inputs = torch.from_numpy(np.random.default_rng(i).integers(0, work.vocab_size, shape))
+        started = time.perf_counter()
+        loss = step(inputs.to(DEVICE))
+        if DEVICE == "cpu" or i < 3:
+            loss.item()
+        times.append(time.perf_counter() - started)
+    if DEVICE == "cuda":
+        times = pipelined(step, work, steps)
+    return {"times": times[-steps:], "work": work.tokens, "peak_bytes": peak_bytes()}
+
+
+def pipelined(step, work: Training, steps: int) -> list[float]:
+    shape = (work.batch_size, work.block_size)
+    batches = [torch.randint(0, work.vocab_size, shape, device=DEVICE) for _ in range(4)]
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for i in range(steps):
+            step(batches[i % 4])
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - started) / steps)
+    return times
+
+
+def generate(sequences: str, dtype: str, repeats: int, mode: str) -> dict:
+    work = GENERATION
+    model = make_model(work).eval().to(getattr(torch, dtype))
+    if mode == "compile":
+        model.forward = torch.compile(model.forward)
+    shape = (int(sequences), PROMPT_TOKENS)
+    prompts = torch.from_numpy(np.random.default_rng(0).integers(0, work.vocab_size, shape)).to(DEVICE)
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+            )
+        times.append(time.perf_counter() - started)
+    assert out.shape[1] == PROMPT_TOKENS + NEW_TOKENS
+    return {"times": times[1:], "work": int(sequences) * NEW_TOKENS, "peak_bytes": peak_bytes()}
+
+
+def peak_bytes() -> int:
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    verb, name, dtype, count, mode = sys.argv[1:]
+    print(json.dumps({"train": train, "generate": generate}[verb](name, dtype, int(count), mode)))

@@ -1,0 +1,103 @@
+"""The files of a Hugging Face model folder: JSON and safetensors."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gptjax.errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict:
+    """Reads one JSON object.
+
+    Raises:
+        UserError: No such file, or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes JSON as transformers does, indented by two spaces."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_config(hf_dir: Path) -> dict:
+    """Returns a model folder's config.json.
+
+    Raises:
+        UserError: There is no such folder or file.
+    """
+    if not hf_dir.is_dir():
+        raise UserError(f"{hf_dir}: no such folder; give one that holds config.json and {WEIGHTS}")
+    if not (hf_dir / "config.json").is_file():
+        raise UserError(f"{hf_dir}: no Hugging Face model folder (it has no config.json)")
+    return read_json(hf_dir / "config.json")
+
+
+@contextmanager
+def open_tensors(hf_dir: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]]:
+    """Opens model.safetensors, or the parts that its index names, without reading the tensors.
+
+    Yields:
+        `(shapes, read)`: the shape of each tensor by name, and a function that reads one, in the dtype of the file.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+    with ExitStack() as stack:
+        files = {}
+        for path in _weight_files(hf_dir):
+            try:
+                file = stack.enter_context(safe_open(path, "numpy"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: cannot be read: {error}") from None
+            files |= dict.fromkeys(file.keys(), file)
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
+        yield shapes, lambda name: files[name].get_tensor(name)
+
+
+def write_tensors(hf_dir: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes model.safetensors; transformers wants to be told that the layout is PyTorch's."""
+    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, hf_dir / WEIGHTS, {"format": "pt"})
+
+
+def make_empty_folder(path: Path) -> None:
+    """Makes the folder, or takes one that is empty.
+
+    Raises:
+        UserError: It holds files, or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot make this folder: {error.strerror}") from None
+    if found := sorted(path.iterdir()):
+        raise UserError(f"{path}: the folder is not empty (it holds {found[0].name}); name another one")
+
+
+def _weight_files(hf_dir: Path) -> list[Path]:
+    if (hf_dir / WEIGHTS).is_file():
+        return [hf_dir / WEIGHTS]
+    if not (hf_dir / INDEX).is_file():
+        old = " pytorch_model.bin is not read: load and save it with transformers once."
+        has_old = (hf_dir / "pytorch_model.bin").exists()
+        raise UserError(f"{hf_dir}: has neither {WEIGHTS} nor {INDEX}.{old if has_old else ''}")
+    weight_map = read_json(hf_dir / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{hf_dir / INDEX}: has no weight_map from tensors to files")
+    return [hf_dir / name for name in sorted(set(weight_map.values()))]

@@ -1,0 +1,128 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from gptjax.config import Config, ModelConfig, SampleConfig
+from gptjax.config_io import differing_fields, flag_types, from_dict, load_config, read_flags, to_dict, to_yaml
+from gptjax.errors import UserError
+
+PRESETS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def load(tmp_path, text: str, *flags: str) -> Config:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, read_flags(Config, flags))
+
+
+def test_yaml_reads_back_what_was_written(tmp_path):
+    config = load(tmp_path, "model: {n_layer: 3}\ndata: {path: [a, 'b c']}\noptim: {learning_rate: 1e-3}")
+    assert load(tmp_path, to_yaml(config)) == config
+    assert from_dict(Config, to_dict(config), "x") == config
+    assert config.optim.learning_rate == 1e-3
+
+
+def test_flags_win_over_the_file(tmp_path):
+    config = load(
+        tmp_path, "seed: 1\nmodel: {n_layer: 3}", "--model.n_layer", "5", "--model.bias=false", "--data.path", "a", "b"
+    )
+    assert (config.seed, config.model.n_layer, config.model.bias, config.data.path) == (1, 5, False, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("model: {n_layers: 4}", (), r"tiny.yaml: unknown key 'model.n_layers' .*Did you mean 'n_layer'\?"),
+        ("n_layer: 4", (), r"unknown key 'n_layer'.*Did you mean 'model.n_layer'\?"),
+        ("modell: {}", (), r"unknown key 'modell'.*Did you mean 'model'\?"),
+        ("model: 4", (), "model is a section of keys, not 4"),
+        ("- a", (), "must hold `key: value` lines, not a list"),
+        ("seed: 1\nseed: 2", (), "key 'seed' is given twice"),
+        ("seed: !!python/object/apply:os.system ['true']", (), "not valid YAML"),
+        ("seed: [", (), "not valid YAML"),
+        ("model: {n_layer: four}", (), "model.n_layer='four' must be a whole number"),
+        ("model: {n_layer: 1.5}", (), "model.n_layer=1.5 must be a whole number"),
+        ("model: {n_layer: true}", (), "model.n_layer=True must be a whole number"),
+        ("model: {bias: 1}", (), "model.bias=1 must be true or false"),
+        ("run_dir: 7", (), "run_dir=7 must be text"),
+        ("optim: {learning_rate: .nan}", (), "optim.learning_rate=nan must be a number"),
+        ("optim: {learning_rate: fast}", (), "optim.learning_rate='fast' must be a number"),
+        ("model: {n_embd: 10, n_head: 3}", (), "model.n_embd=10 must be divisible by model.n_head=3; the nearest .* 9"),
+        ("model: {n_head: 4, n_embd: 8, n_kv_head: 3}", (), "must be divisible by model.n_kv_head=3"),
+        ("train: {num_steps: 0}", (), "train.num_steps=0 must be at least 1"),
+        ("train: {num_steps: 99999999999999999999}", (), "is too large"),
+        ("train: {batch_size: 8, micro_batch_size: 3}", (), "must be divisible by train.micro_batch_size=3"),
+        ("train: {compute_dtype: bfloat}", (), r"must be one of .*Did you mean 'bfloat16'\?"),
+        ("tokenizer: {name: gpt3}", (), r"tokenizer.name='gpt3' must be one of .*Did you mean 'gpt2'\?"),
+        ("tokenizer: {kind: bytes, vocab_size: 300}", (), "tokenizer.vocab_size=300 has no effect without"),
+        ("optim: {wsd_decay_fraction: 0.5}", (), "has no effect without optim.schedule=wsd"),
+        ("data: {path: a, source: python-stdlib}", (), "data.path and data.source are both set"),
+        ("model: {dropout: 1}", (), r"model.dropout=1.0 must lie in \[0, 1\)"),
+        ("mesh: {data: -1, fsdp: -1}", (), "only one axis may be -1"),
+        ("", ("--model.n_layers", "4"), r"unknown option --model.n_layers. Did you mean 'model.n_layer'\?"),
+        ("", ("--n_layer", "4"), r"unknown option --n_layer. Did you mean 'model.n_layer'\?"),
+        ("", ("--model.n_layer",), "--model.n_layer needs a value"),
+        ("", ("stray",), "unexpected 'stray'"),
+        ("", ("--seed", "x"), "command line: seed='x' must be a whole number"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_the_place(tmp_path, text, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path, text, *flags)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path):
+    (tmp_path / "tiny.yaml").touch()
+    with pytest.raises(UserError, match=r"no such config file. Did you mean 'tiny.yaml'\?"):
+        load_config(tmp_path / "tiny.yml")
+
+
+def test_padded_vocabulary_is_the_next_multiple():
+    assert ModelConfig(vocab_size=50257, vocab_multiple=128).padded_vocab_size == 50304
+    assert ModelConfig(vocab_size=256, vocab_multiple=128).padded_vocab_size == 256
+
+
+def test_differing_fields_name_both_values():
+    old, new = Config(), Config(seed=3, model=ModelConfig(n_layer=2))
+    assert differing_fields(old, new) == {"seed": (0, 3), "model.n_layer": (12, 2)}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_load_and_open_with_their_command(path):
+    config = load_config(path)
+    assert path.read_text().startswith(f"# python train.py configs/{path.name}")
+    head = path.read_text().split("\n\n")[0]
+    assert "loss" in head
+    assert config.run_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("cls", [Config, SampleConfig])
+def test_every_field_is_documented(cls):
+    source = Path(__file__).parents[1].joinpath("gptjax/config.py").read_text()
+    for name in flag_types(cls):
+        assert f"    {name.rpartition('.')[2]}: " in source
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
+        ({"temperature": 1e-9}, "must be 0 .* or at least 0.001"),
+        ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
+        ({"top_k": -1}, "top_k=-1 must not be negative"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"num_samples": 0}, "num_samples=0 must be at least 1"),
+        ({"temperature": 0.0, "top_k": 5}, "top_k=5 has no effect without temperature above 0"),
+    ],
+)
+def test_sampling_options_out_of_range_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        SampleConfig(**options)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1  # pyright: ignore

@@ -1,0 +1,174 @@
+"""Every fast path against its plain reference: values and gradients, float32 and bfloat16."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.ops import attention as attention_module
+from gptjax.ops.attention import attention, attention_reference
+from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_reference
+from gptjax.ops.elementwise import dropout, embedding, gelu, gelu_reference, layer_norm, layer_norm_reference
+from gptjax.ops.matmul import matmul, matmul_reference
+
+# Relative to the largest value: float32 sums in another order; bfloat16 has 8 bits, rounded a few times on the way.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+DTYPES = ["float32", "bfloat16"]
+
+
+def normal(seed: int, *shape: int, dtype="float32"):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def assert_same(fast, reference, arguments, dtype, cotangent_seed=9):
+    """Compares values and gradients of two functions of some arrays."""
+    expected, expected_vjp = jax.vjp(reference, *arguments)
+    actual, actual_vjp = jax.vjp(fast, *arguments)
+    cotangent = normal(cotangent_seed, *expected.shape, dtype=expected.dtype)
+    pairs = [(actual, expected), *zip(actual_vjp(cotangent), expected_vjp(cotangent), strict=True)]
+    for a, e in pairs:
+        assert a.dtype == e.dtype and a.shape == e.shape
+        a, e = np.asarray(a, np.float32), np.asarray(e, np.float32)
+        np.testing.assert_allclose(a, e, atol=TOLERANCE[dtype] * np.abs(e).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs_first", [False, True])
+def test_matmul(dtype, outputs_first):
+    x, w = normal(0, 2, 5, 24, dtype=dtype), normal(1, 24, 40)
+    w = w.T if outputs_first else w
+    fast = functools.partial(matmul, out_dtype=jnp.float32, outputs_first=outputs_first)
+    assert_same(lambda x, w: fast(x, w), lambda x, w: matmul_reference(x, w, jnp.float32, outputs_first), (x, w), dtype)
+
+
+def test_matmul_keeps_the_weight_gradient_in_full_precision():
+    x, w = normal(0, 256, 16, dtype="bfloat16"), normal(1, 16, 32)
+    dw = jax.grad(lambda w: jnp.sum(matmul(x, w, jnp.bfloat16).astype(jnp.float32)))(w)
+    exact = np.asarray(x, np.float64).sum(axis=0)
+    np.testing.assert_allclose(dw, np.broadcast_to(exact[:, None], w.shape), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_layer_norm(dtype, biased):
+    arguments = (normal(0, 3, 7, 32), 1.0 + 0.1 * normal(1, 32), *([normal(2, 32)] if biased else []))
+
+    def with_bias(function):
+        return lambda x, scale, bias=None: function(x, scale, bias, jnp.dtype(dtype))
+
+    assert_same(with_bias(layer_norm), with_bias(layer_norm_reference), arguments, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu(dtype):
+    assert_same(gelu, gelu_reference, (3.0 * normal(0, 4, 64, dtype=dtype),), dtype)
+
+
+@pytest.mark.parametrize("vocabulary", [50, 3000])  # a product with one-hot rows, and a scatter
+def test_embedding(vocabulary):
+    tokens = jax.random.randint(jax.random.key(1), (3, 20), 0, vocabulary)
+
+    def one_hot_product(w):
+        return jnp.einsum("btv,vd->btd", jax.nn.one_hot(tokens, vocabulary), w, precision="highest")
+
+    assert_same(lambda w: embedding(w, tokens), one_hot_product, (normal(0, vocabulary, 8),), "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("length", [5, 128, 300])  # less than a block, one block, several with a rest
+@pytest.mark.parametrize("segmented", [False, True])
+def test_attention(dtype, kv_heads, length, segmented):
+    B, H, C = 2, 4, 8
+    q, k, v = (normal(i, B, length, n, C, dtype=dtype) for i, n in enumerate((H, kv_heads, kv_heads)))
+    segments = None
+    if segmented:
+        segments = jnp.cumsum(jax.random.bernoulli(jax.random.key(5), 0.03, (B, length)), axis=1)
+    assert_same(
+        lambda q, k, v: attention(q, k, v, segments),
+        lambda q, k, v: attention_reference(q, k, v, segments),
+        (q, k, v),
+        dtype,
+    )
+
+
+def test_attention_dropout_drops_the_right_share_and_keeps_the_mean():
+    B, T, H, C = 2, 300, 2, 4
+    q, v = jnp.zeros((B, T, H, C)), jnp.ones((B, T, H, C))
+    plain = attention(q, q, v)
+    keys = jax.random.split(jax.random.key(0), 32)
+    dropped = jax.vmap(lambda key: attention(q, q, v, None, 0.25, key))(keys)
+    np.testing.assert_allclose(plain, 1.0, rtol=1e-6)
+    # 32 draws of weights that are even: position t averages over t + 1 of them, so the last are close to 1
+    np.testing.assert_allclose(jnp.mean(dropped, axis=(0, 1, 3, 4))[-50:], 1.0, atol=0.02)
+    np.testing.assert_allclose(jnp.mean(dropped[..., 0, :, :] == 0), 0.25, atol=0.1)
+
+
+def test_attention_dropout_uses_the_same_mask_in_the_backward_pass():
+    B, T, H, C = 1, 300, 2, 4
+    q, k, v = (normal(i, B, T, H, C) for i in range(3))
+    key = jax.random.key(3)
+
+    def loss(v):
+        return jnp.sum(attention(q, k, v, None, 0.5, key) ** 2)
+
+    direction = normal(7, B, T, H, C)
+    # The loss is quadratic in v, so a central difference has no error but rounding, about 1e-7 * loss / step.
+    numeric = (loss(v + 0.1 * direction) - loss(v - 0.1 * direction)) / 0.2
+    np.testing.assert_allclose(jnp.sum(jax.grad(loss)(v) * direction), numeric, rtol=1e-3)
+
+
+def test_attention_memory_grows_linearly():
+    def temporary_bytes(T):
+        x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
+        grad = jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v)), argnums=(0, 1, 2))
+        return jax.jit(grad).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary_bytes(512), temporary_bytes(2048)
+    assert long < 5 * short, (short, long)
+
+
+def test_attention_on_a_gpu_falls_back_where_cudnn_is_missing(monkeypatch, capsys):
+    q = normal(0, 1, 16, 2, 8, dtype="bfloat16")
+    expected = attention_reference(q, q, q)
+    attention_module.cudnn_works.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(attention(q, q, q), expected)
+    assert "cuDNN attention is not available" in capsys.readouterr().out
+    attention_module.cudnn_works.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}])
+@pytest.mark.parametrize("chunk_logits", [2**26, 400])  # one visit, and several
+def test_cross_entropy(dtype, options, chunk_logits, monkeypatch):
+    monkeypatch.setattr("gptjax.ops.cross_entropy.CHUNK_LOGITS", chunk_logits)
+    loss_options = LossOptions(vocab_size=29, **options)
+    x, w = normal(0, 2, 12, 16, dtype=dtype), normal(1, 32, 16)
+    targets = jax.random.randint(jax.random.key(2), (2, 12), 0, 29).at[0, :5].set(-1)
+
+    def objective(function):
+        return lambda x, w: function(loss_options, x, w, targets).objective
+
+    assert_same(objective(cross_entropy), objective(cross_entropy_reference), (x, w), dtype)
+    actual, expected = (f(loss_options, x, w, targets) for f in (cross_entropy, cross_entropy_reference))
+    np.testing.assert_allclose(actual.nll, expected.nll, rtol=1e-5)
+    assert actual.count == expected.count == 19
+
+
+def test_cross_entropy_of_nothing_is_zero():
+    x, w = normal(0, 1, 4, 8), normal(1, 16, 8)
+    loss, grads = jax.value_and_grad(
+        lambda x, w: cross_entropy(LossOptions(16), x, w, jnp.full((1, 4), -1)).objective, argnums=(0, 1)
+    )(x, w)
+    assert loss == 0 and not any(jnp.any(g) for g in grads)
+
+
+def test_dropout_keeps_the_mean_and_does_nothing_without_a_key():
+    x = jnp.ones((400, 400))
+    y = dropout(x, 0.3, jax.random.key(0))
+    np.testing.assert_allclose(jnp.mean(y == 0), 0.3, atol=0.01)
+    np.testing.assert_allclose(jnp.mean(y), 1.0, atol=0.01)
+    assert dropout(x, 0.3, None) is x

@@ -1,0 +1,246 @@
+"""Whole runs: what is written, and that going on is the same as never having stopped."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.config_io import load_config, to_yaml
+from gptjax.errors import UserError
+from gptjax.report.metrics import MetricsFile, read_metrics
+from gptjax.training import trainer
+from gptjax.training.checkpoint import Checkpoints, load_run, write_run
+from gptjax.training.guard import locked
+from gptjax.training.step import init_state
+from tests.tiny import CONFIG, assert_trees_equal, replace, run_config
+
+UNTIMED = "tokens_per_s"
+
+
+def rows(config) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != UNTIMED} for row in read_metrics(Path(config.run_dir))]
+
+
+def final_state(config):
+    checkpoints = Checkpoints(Path(config.run_dir), keep=10)
+    resolved = load_config(Path(config.run_dir) / "config.yaml")
+    try:
+        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+            jax.eval_shape(lambda: init_state(resolved)),
+        )
+        return checkpoints.restore(checkpoints.latest_step(), abstract)
+    finally:
+        checkpoints.close()
+
+
+HARD = {"model": {"dropout": 0.2}, "train": {"micro_batch_size": 4, "ema": 0.9}}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    config = run_config(tmp_path_factory.mktemp("unbroken"), **HARD)
+    assert trainer.train(config) == 0
+    return config, rows(config), final_state(config)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_k_steps_and_the_rest_are_bit_identical_to_all_at_once(tmp_path, unbroken, k):
+    config, expected_rows, (expected_state, expected_meta) = unbroken
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+
+    # The run stops at step k as a signal would stop it: the schedule still aims at the full number of steps.
+    stopped_after(config, k)
+    assert trainer.train(config) == 0
+    state, meta = final_state(config)
+    assert_trees_equal(state, expected_state)
+    assert meta == expected_meta
+    assert rows(config) == expected_rows
+
+
+def stopped_after(config, k):
+    class Stopping(trainer.Signals):
+        steps = 0
+
+        @property
+        def received(self):
+            Stopping.steps += 1
+            return signal.SIGTERM if Stopping.steps >= k else None
+
+        @received.setter
+        def received(self, _value):
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "Signals", Stopping)
+        assert trainer.train(config) == 143
+
+
+def test_a_run_writes_what_its_readers_rely_on(unbroken):
+    config, metrics, (state, _) = unbroken
+    run_dir = Path(config.run_dir)
+    steps = [row for row in metrics if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens"} <= steps[0].keys()
+    assert [row["tokens"] for row in steps] == [256 * n for n in range(1, 7)]
+    evaluations = [row for row in metrics if "val_loss" in row]
+    assert [row["step"] for row in evaluations] == [3, 6]
+    for row in evaluations:
+        assert row["perplexity"] == pytest.approx(np.exp(row["val_loss"]))
+        assert row["bits_per_byte"] > row["val_loss"] / np.log(2)  # a byte a token, and end-of-text has none
+    assert int(state.step) == 6
+    assert (run_dir / "samples.txt").read_text().count("--- step") == 2
+    assert load_config(run_dir / "config.yaml").model.vocab_size == 257
+
+
+def test_the_written_config_reproduces_the_run(tmp_path, unbroken):
+    config, expected_rows, _ = unbroken
+    again = dataclasses.replace(load_config(Path(config.run_dir) / "config.yaml"), run_dir=str(tmp_path / "again"))
+    assert trainer.train(again) == 0
+    assert rows(again) == expected_rows
+
+
+def test_a_finished_run_says_so_and_can_be_prolonged(tmp_path, unbroken, capsys):
+    config, *_ = unbroken
+    assert trainer.train(config) == 0
+    assert "is at step 6 already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"n_layer": 1, "dropout": 0.2}}, "model.n_layer 2 -> 1"),
+        ({"seed": 7}, "seed 0 -> 7"),
+        ({"train": {"batch_size": 4, "micro_batch_size": 4, "ema": 0.9}}, "train.batch_size 8 -> 4"),
+        ({"data": {"validation_fraction": 0.3}}, "data.validation_fraction 0.1 -> 0.3"),
+    ],
+)
+def test_another_config_in_the_same_run_directory_is_refused(unbroken, change, message):
+    config, *_ = unbroken
+    with pytest.raises(UserError, match="holds a run of another config: .*" + message):
+        trainer.train(replace(config, **change))
+
+
+def test_other_data_under_the_same_config_is_refused(tmp_path):
+    config = run_config(tmp_path, train={"num_steps": 1, "eval_every": 0})
+    trainer.train(config)
+    (tmp_path / "corpus" / "000.txt").write_text("another text\n" * 50)
+    with pytest.raises(UserError, match="the data or the tokenizer is not the one"):
+        trainer.train(replace(config, train={"num_steps": 2}))
+
+
+def test_init_from_starts_with_the_other_runs_weights(tmp_path, unbroken):
+    base, *_ = unbroken
+    config = run_config(tmp_path, init_from=base.run_dir, train={"num_steps": 1}, optim={"learning_rate": 0.0,
+                        "min_learning_rate": 0.0})  # fmt: skip
+    assert trainer.train(config) == 0
+    assert_trees_equal(load_run(Path(config.run_dir)).params, load_run(Path(base.run_dir)).params)
+
+
+def test_init_from_refuses_another_shape(tmp_path, unbroken):
+    base, *_ = unbroken
+    with pytest.raises(UserError, match=r"model.n_layer=3 differs from 2 of init_from"):
+        trainer.train(run_config(tmp_path, init_from=base.run_dir, model={"n_layer": 3}))
+
+
+def test_loss_falls_and_the_best_checkpoint_is_kept(tmp_path):
+    config = run_config(tmp_path, train={"num_steps": 40, "eval_every": 10, "keep_checkpoints": 1, "sample_tokens": 0})
+    trainer.train(config)
+    losses = {row["step"]: row["val_loss"] for row in rows(config) if "val_loss" in row}
+    assert min(losses.values()) < 0.8 * np.log(257)
+    assert load_run(Path(config.run_dir), "best").step == min(losses, key=lambda step: losses[step])
+
+
+def test_patience_stops_a_run_that_gets_no_better(tmp_path, capsys):
+    config = run_config(
+        tmp_path,
+        optim={"learning_rate": 0.0, "min_learning_rate": 0.0},
+        train={"num_steps": 100, "eval_every": 2, "patience": 3},
+    )
+    assert trainer.train(config) == 0
+    assert "stopped at step 8 (no better loss in 3 evaluations)" in capsys.readouterr().out
+
+
+def test_the_run_does_not_depend_on_the_number_of_devices(tmp_path, unbroken):
+    config, expected_rows, _ = unbroken
+    alone = replace(config, run_dir=str(tmp_path / "one"))
+    script = "import jax; jax.config.update('jax_num_cpu_devices', 1)\n"
+    path = tmp_path / "one.yaml"
+    path.write_text(to_yaml(alone))
+    code = f"{script}from gptjax.cli import main; raise SystemExit(main(['train', {str(path)!r}]))"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    for row, expected in zip(rows(alone), expected_rows, strict=True):
+        if "loss" in row:
+            np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    config = run_config(tmp_path, train={"num_steps": 400, "save_every": 20, "eval_every": 0, "sample_tokens": 0})
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "gptjax", "train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    wait_for_step(config, 45)
+    process.kill()
+    process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "going on from step" in done.stdout
+    assert [row["step"] for row in rows(config) if "loss" in row] == list(range(1, 401))
+
+
+def test_sigterm_saves_and_exits_143(tmp_path):
+    config = run_config(tmp_path, train={"num_steps": 100000, "save_every": 0, "eval_every": 0, "sample_tokens": 0})
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config))
+    process = subprocess.Popen([sys.executable, "-m", "gptjax", "train", str(path)], stdout=subprocess.PIPE, text=True)
+    wait_for_step(config, 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopped at step" in output and "saved" in output
+    assert load_run(Path(config.run_dir), "latest").step == rows(config)[-1]["step"]
+
+
+def wait_for_step(config, step: int):
+    path = Path(config.run_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {step} rows in {path}")
+
+
+def test_a_run_directory_has_one_writer(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match=rf"is in use by process {os.getpid()} on "), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_metrics_forget_what_will_be_made_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 3)) + '{"step": 4, "lo')
+    file = MetricsFile(tmp_path, 2)
+    file.write({"step": 3, "again": True})
+    file.close()
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="no run directory"):
+        load_run(tmp_path)
+    config = replace(CONFIG, run_dir=str(tmp_path))
+    write_run(tmp_path, config, init_state(config).params, None)
+    assert load_run(tmp_path).step == 0
+    with pytest.raises(UserError, match="holds a run already"):
+        write_run(tmp_path, config, init_state(config).params, None)

@@ -1,0 +1,92 @@
+"""The small model, data and batches that tests share; whoever shares a config shares its compiled programs."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gptjax.batches.pretraining import Batch
+from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.training.step import init_state, make_train_step
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+MODEL = ModelConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=16)
+CONFIG = Config(
+    model=MODEL,
+    optim=OptimConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2),
+    train=TrainConfig(num_steps=20, batch_size=8, compute_dtype="float32", log_every=1, eval_every=0),
+)
+
+
+def replace(config: Config, **sections) -> Config:
+    """`replace(CONFIG, train={"batch_size": 4})` changes fields inside sections; plain fields go directly."""
+    changed = {
+        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in sections.items()
+    }
+    return dataclasses.replace(config, **changed)
+
+
+def make_batch(micro_batches: int = 1, batch_size: int = 8, model: ModelConfig = MODEL, seed: int = 1) -> Batch:
+    """Random tokens `[M, B, T]`, two documents a row, targets masked unevenly: mean-of-means would differ."""
+    T = model.block_size
+    tokens = np.random.default_rng(seed).integers(0, model.vocab_size, (batch_size, T + 1), dtype=np.int32)
+    targets = tokens[:, 1:].copy()
+    targets[0, 3:] = -1
+    targets[1, ::2] = -1
+    segments = np.broadcast_to((np.arange(T) >= T // 3).astype(np.int32), (batch_size, T))
+    positions = np.broadcast_to(np.where(np.arange(T) < T // 3, np.arange(T), np.arange(T) - T // 3), (batch_size, T))
+    arrays = (tokens[:, :-1], targets, segments, positions.astype(np.int32))
+    return Batch(*(x.reshape(micro_batches, batch_size // micro_batches, T) for x in arrays))
+
+
+@functools.cache
+def train_step(config: Config):
+    """The compiled step of a config; states are not donated, so that tests may look at them again."""
+    return jax.jit(make_train_step(config))
+
+
+def run_steps(config: Config, steps: int, batch: Batch):
+    """Trains on one batch again and again; returns the state and the losses."""
+    state, losses = init_state(config), []
+    for _ in range(steps):
+        state, metrics = train_step(config)(state, batch)
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def assert_trees_close(actual, expected, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
+
+
+def assert_trees_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def write_corpus(folder: Path, documents: int = 40) -> Path:
+    """A corpus of small text files with something to learn in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        words = [f"{'abcdefgh'[(number + i) % 8] * 3} {i % 7}" for i in range(60)]
+        (folder / f"{number:03}.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    return folder
+
+
+def run_config(tmp_path: Path, **sections) -> Config:
+    """A whole run on a small corpus with a byte tokenizer."""
+    config = Config(
+        run_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+        model=dataclasses.replace(MODEL, vocab_size=0, block_size=32),
+        tokenizer=TokenizerConfig(kind="bytes"),
+        data=DataConfig(path=(str(write_corpus(tmp_path / "corpus")),)),
+        optim=CONFIG.optim,
+        train=TrainConfig(
+            **{"num_steps": 6, "batch_size": 8, "log_every": 1, "eval_every": 3, "eval_windows": 8},
+            **{"save_every": 2, "keep_checkpoints": 10, "sample_tokens": 4, "compute_dtype": "float32"},
+        ),
+    )
+    return replace(config, **sections)
