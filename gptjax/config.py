@@ -99,7 +99,7 @@ class DataConfig:
     text_field: str = "text"
     """Field (JSONL), column (CSV, parquet) or feature (datasets) that holds the text."""
     max_documents: int = 0
-    """Stop after this many documents; 0: all."""
+    """Stop reading after this many documents; 0: all."""
     validation_fraction: float = 0.1
     """Share held out: of documents by hash; of a single document, its end."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
@@ -123,6 +123,9 @@ class DataConfig:
             raise UserError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
         _not_negative("data", self, "max_documents", "min_characters")
         _no_effect("data", self, "streaming", bool(self.hf_dataset), "data.hf_dataset")
+        if self.source:
+            for name in ("text_field", "invalid_utf8"):
+                _no_effect("data", self, name, False, "text of your own")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,6 +288,8 @@ class Config:
     def __post_init__(self):
         if not self.run_dir:
             raise UserError("run_dir is empty; name a folder for the run")
+        if self.init_from == self.run_dir:
+            raise UserError(f"init_from={self.init_from} is the run_dir itself; a run goes on by itself")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
 

@@ -1,25 +1,29 @@
-"""Files that are either there and whole, or not there."""
+"""Writing files so that what has a final name is complete."""
 
 import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes to a temporary name in the same folder, syncs, renames, and syncs the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes `content` under a temporary name in the same folder, syncs it and renames it to `path`."""
+    temporary = temporary_name(path)
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    publish(temporary, path)
+
+
+def temporary_name(path: Path) -> Path:
+    """The name that `path` has until it is complete: hidden, and another for each process."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Renames a synced file or folder and syncs the folder that holds it."""
     os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(folder)
     finally:
-        os.close(descriptor)
+        os.close(folder)

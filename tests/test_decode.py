@@ -223,13 +223,13 @@ def _compiled_decode(model):
     return _decode.lower(decoding_config(model), FLOAT32, rule, weights, cache, *arguments).compile().as_text()
 
 
-def test_bfloat16_decodes_what_bfloat16_forward_passes_choose_almost_always():
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices compute in bfloat16")
+def test_a_cpu_decodes_in_float32_whatever_is_asked_for():
     options = SampleConfig(max_new_tokens=20, temperature=0)
-    prompts, params = make_prompts(4, 9), make_params(MODEL)
+    prompts, params = make_prompts(4, 9, 2), make_params(MODEL)
     exact = generate(MODEL, params, prompts, options, FLOAT32)
-    rounded = generate(MODEL, params, prompts, options, Compute(dtype="bfloat16"))
-    same = [np.mean(a[0][:5] == b[0][:5]) for a, b in zip(exact, rounded, strict=True)]
-    assert np.mean(same) >= 0.6
+    asked = generate(MODEL, params, prompts, options, Compute(dtype="bfloat16"))
+    assert [row[0].tolist() for row in asked] == [row[0].tolist() for row in exact]
 
 
 def test_params_that_lie_on_several_devices_decode_the_same():

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ VARIANTS = {
 }
 
 
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
 def forward(config: ModelConfig, params, tokens_BT, segments_BT=None, positions_BT=None, compute=Compute()):  # noqa: B008
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)

@@ -24,11 +24,16 @@ def normal(seed: int, *shape: int, dtype="float32"):
 
 def assert_same(fast, reference, arguments, dtype, cotangent_seed=9):
     """Compares values and gradients of two functions of some arrays."""
-    expected, expected_vjp = jax.vjp(reference, *arguments)
-    actual, actual_vjp = jax.vjp(fast, *arguments)
-    cotangent = normal(cotangent_seed, *expected.shape, dtype=expected.dtype)
-    pairs = [(actual, expected), *zip(actual_vjp(cotangent), expected_vjp(cotangent), strict=True)]
-    for a, e in pairs:
+    out = jax.eval_shape(reference, *arguments)
+    cotangent = normal(cotangent_seed, *out.shape, dtype=out.dtype)
+
+    @functools.partial(jax.jit, static_argnums=0)  # one compilation instead of one for each operation
+    def value_and_gradients(function, arguments, cotangent):
+        value, vjp = jax.vjp(function, *arguments)
+        return value, *vjp(cotangent)
+
+    actual, expected = (value_and_gradients(function, arguments, cotangent) for function in (fast, reference))
+    for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype and a.shape == e.shape
         a, e = np.asarray(a, np.float32), np.asarray(e, np.float32)
         np.testing.assert_allclose(a, e, atol=TOLERANCE[dtype] * np.abs(e).max())
@@ -99,7 +104,7 @@ def test_attention_dropout_drops_the_right_share_and_keeps_the_mean():
     q, v = jnp.zeros((B, T, H, C)), jnp.ones((B, T, H, C))
     plain = attention(q, q, v)
     keys = jax.random.split(jax.random.key(0), 32)
-    dropped = jax.vmap(lambda key: attention(q, q, v, None, 0.25, key))(keys)
+    dropped = jax.jit(jax.vmap(lambda key: attention(q, q, v, None, 0.25, key)))(keys)
     np.testing.assert_allclose(plain, 1.0, rtol=1e-6)
     # 32 draws of weights that are even: position t averages over t + 1 of them, so the last are close to 1
     np.testing.assert_allclose(jnp.mean(dropped, axis=(0, 1, 3, 4))[-50:], 1.0, atol=0.02)
@@ -111,6 +116,7 @@ def test_attention_dropout_uses_the_same_mask_in_the_backward_pass():
     q, k, v = (normal(i, B, T, H, C) for i in range(3))
     key = jax.random.key(3)
 
+    @jax.jit
     def loss(v):
         return jnp.sum(attention(q, k, v, None, 0.5, key) ** 2)
 
@@ -127,7 +133,7 @@ def test_attention_memory_grows_linearly():
         return jax.jit(grad).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporary_bytes(512), temporary_bytes(2048)
-    assert long < 5 * short, (short, long)
+    assert long < 8 * short, (short, long)  # 4 for a linear growth, 16 for a quadratic one
 
 
 def test_attention_on_a_gpu_falls_back_where_cudnn_is_missing(monkeypatch, capsys):
@@ -153,7 +159,9 @@ def test_cross_entropy(dtype, options, chunk_logits, monkeypatch):
         return lambda x, w: function(loss_options, x, w, targets).objective
 
     assert_same(objective(cross_entropy), objective(cross_entropy_reference), (x, w), dtype)
-    actual, expected = (f(loss_options, x, w, targets) for f in (cross_entropy, cross_entropy_reference))
+    actual, expected = (
+        jax.jit(f, static_argnums=0)(loss_options, x, w, targets) for f in (cross_entropy, cross_entropy_reference)
+    )
     np.testing.assert_allclose(actual.nll, expected.nll, rtol=1e-5)
     assert actual.count == expected.count == 19
 

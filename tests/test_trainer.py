@@ -43,7 +43,7 @@ def final_state(config):
         checkpoints.close()
 
 
-HARD = {"model": {"dropout": 0.2}, "train": {"micro_batch_size": 4, "ema": 0.9}}
+HARD = {"model": {"dropout": 0.2}, "train": {"micro_batch_size": 4, "ema": 0.9, "sample_tokens": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,10 @@ def test_a_finished_run_says_so_and_can_be_prolonged(tmp_path, unbroken, capsys)
     [
         ({"model": {"n_layer": 1, "dropout": 0.2}}, "model.n_layer 2 -> 1"),
         ({"seed": 7}, "seed 0 -> 7"),
-        ({"train": {"batch_size": 4, "micro_batch_size": 4, "ema": 0.9}}, "train.batch_size 8 -> 4"),
+        (
+            {"train": {"batch_size": 4, "micro_batch_size": 4, "ema": 0.9, "sample_tokens": 4}},
+            "train.batch_size 8 -> 4",
+        ),
         ({"data": {"validation_fraction": 0.3}}, "data.validation_fraction 0.1 -> 0.3"),
     ],
 )
@@ -153,7 +156,7 @@ def test_init_from_refuses_another_shape(tmp_path, unbroken):
 
 
 def test_loss_falls_and_the_best_checkpoint_is_kept(tmp_path):
-    config = run_config(tmp_path, train={"num_steps": 40, "eval_every": 10, "keep_checkpoints": 1, "sample_tokens": 0})
+    config = run_config(tmp_path, train={"num_steps": 40, "eval_every": 10, "keep_checkpoints": 1, "unroll": 1})
     trainer.train(config)
     losses = {row["step"]: row["val_loss"] for row in rows(config) if "val_loss" in row}
     assert min(losses.values()) < 0.8 * np.log(257)
@@ -184,7 +187,7 @@ def test_the_run_does_not_depend_on_the_number_of_devices(tmp_path, unbroken):
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    config = run_config(tmp_path, train={"num_steps": 400, "save_every": 20, "eval_every": 0, "sample_tokens": 0})
+    config = run_config(tmp_path, train={"num_steps": 400, "save_every": 20, "eval_every": 0, "unroll": 1})
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config))
     command = [sys.executable, "-m", "gptjax", "train", str(path)]
@@ -198,7 +201,7 @@ def test_a_killed_run_goes_on(tmp_path):
 
 
 def test_sigterm_saves_and_exits_143(tmp_path):
-    config = run_config(tmp_path, train={"num_steps": 100000, "save_every": 0, "eval_every": 0, "sample_tokens": 0})
+    config = run_config(tmp_path, train={"num_steps": 100000, "save_every": 0, "eval_every": 0, "unroll": 1})
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config))
     process = subprocess.Popen([sys.executable, "-m", "gptjax", "train", str(path)], stdout=subprocess.PIPE, text=True)

@@ -16,7 +16,7 @@ MODEL = ModelConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=16
 CONFIG = Config(
     model=MODEL,
     optim=OptimConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2),
-    train=TrainConfig(num_steps=20, batch_size=8, compute_dtype="float32", log_every=1, eval_every=0),
+    train=TrainConfig(num_steps=20, batch_size=8, compute_dtype="float32", unroll=1, log_every=1, eval_every=0),
 )
 
 
@@ -79,14 +79,14 @@ def run_config(tmp_path: Path, **sections) -> Config:
     """A whole run on a small corpus with a byte tokenizer."""
     config = Config(
         run_dir=str(tmp_path / "run"),
-        cache_dir=str(tmp_path / "cache"),
+        cache_dir=str(tmp_path.parent / "cache"),
         model=dataclasses.replace(MODEL, vocab_size=0, block_size=32),
         tokenizer=TokenizerConfig(kind="bytes"),
         data=DataConfig(path=(str(write_corpus(tmp_path / "corpus")),)),
         optim=CONFIG.optim,
         train=TrainConfig(
             **{"num_steps": 6, "batch_size": 8, "log_every": 1, "eval_every": 3, "eval_windows": 8},
-            **{"save_every": 2, "keep_checkpoints": 10, "sample_tokens": 4, "compute_dtype": "float32"},
+            **{"unroll": 1, "save_every": 2, "keep_checkpoints": 10, "sample_tokens": 0, "compute_dtype": "float32"},
         ),
     )
     return replace(config, **sections)

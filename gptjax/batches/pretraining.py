@@ -5,7 +5,7 @@ B is the batch size, T the window's length in tokens.
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,14 +15,14 @@ from gptjax.text.shards import TokenSplit
 
 
 class Batch(NamedTuple):
-    """What one forward pass reads: int32 arrays [B, T] (a single row: [T])."""
+    """What one forward pass reads: int32 arrays [B, T] (a single row: [T]), NumPy's at first, a device's later."""
 
-    inputs: np.ndarray
-    targets: np.ndarray
+    inputs: Any
+    targets: Any
     """`targets[t]` follows `inputs[t]`; -1 where no loss is taken."""
-    segments: np.ndarray
+    segments: Any
     """Number of the document within the window, from 0: attention stays inside a segment."""
-    positions: np.ndarray
+    positions: Any
     """Position within the segment, from 0."""
 
 

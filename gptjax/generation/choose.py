@@ -1,6 +1,6 @@
 """How the next token is chosen.
 
-Shape suffixes: B row, V vocabulary, K candidates.
+Shape suffixes: B row, V vocabulary, K candidates, N one of the two.
 """
 
 from typing import NamedTuple
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import SampleConfig
+
+GROUP = 256
 
 
 class Rule(NamedTuple):
@@ -63,8 +65,25 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, rule: Rule, temperature: jax
     return jnp.take_along_axis(ids_BK, _draw(scores_BK, keys_B)[:, None], axis=1)[:, 0]
 
 
-def _draw(scores: jax.Array, keys_B: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.categorical)(keys_B, scores).astype(jnp.int32)
+def _draw(scores_BN: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """Draws an index of each row with probabilities `softmax(scores_BN)`, `[B]`, int32.
+
+    First a group of indices is drawn, then one of the group: two random numbers for a token instead of one for each
+    word of the vocabulary, which took a fifth of the time of a token.
+    """
+    B, N = scores_BN.shape
+    weights_BN = jnp.exp(scores_BN - jnp.max(scores_BN, axis=-1, keepdims=True))
+    weights = jnp.pad(weights_BN, ((0, 0), (0, -N % GROUP))).reshape(B, -1, GROUP)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    group_B = _pick(jnp.sum(weights, axis=-1), uniforms[:, 0])
+    members = jnp.take_along_axis(weights, group_B[:, None, None], axis=1)[:, 0]
+    return group_B * GROUP + _pick(members, uniforms[:, 1])
+
+
+def _pick(weights: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """The index at which the running sum of a row passes that share of its total; never one of weight zero."""
+    sums = jnp.cumsum(weights, axis=-1)
+    return jnp.sum(sums <= uniform_B[:, None] * sums[:, -1:], axis=-1).astype(jnp.int32)
 
 
 def _nucleus(scores: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from gptjax.model import cache as kv
 from gptjax.model.cache import Cache
 from gptjax.ops.attention import attention, cached_attention
 from gptjax.ops.elementwise import dropout, gelu, layer_norm
-from gptjax.ops.matmul import matmul
+from gptjax.ops.matmul import add_bias, matmul
 
 INIT_STD = 0.02  # GPT-2's
 normal = jax.nn.initializers.normal
@@ -113,7 +113,4 @@ def _residual_std(config: ModelConfig) -> float:
 
 
 def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    if bias is None:
-        return x
-    b = bias[...]
-    return x + b.astype(x.dtype).reshape((1,) * (x.ndim - b.ndim) + b.shape)
+    return add_bias(x, None if bias is None else bias[...])

@@ -119,9 +119,9 @@ def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, key):
     dtype = q_BTHC.dtype
     k_BGSC, v_BGSC = _heads_first(k_BSGC), _heads_first(v_BSGC)
     q_BGRTC = _group_queries(q_BTHC, k_BSGC.shape[2])
-    outputs, log_sums = [], []
+    outputs, log_sums, y_BGNC = [], [], None
     for start, stop in blocks.ranges():
-        q_BGNC = _after(_rows(q_BGRTC[:, :, :, start:stop]), outputs)
+        q_BGNC = _after(_rows(q_BGRTC[:, :, :, start:stop]), y_BGNC)
         scores = _scores(q_BGNC, k_BGSC[:, :, :stop], segments_BT, start, stop)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
@@ -131,35 +131,32 @@ def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, key):
         outputs.append(y_BGNC.astype(dtype).reshape(*q_BGRTC.shape[:3], stop - start, -1))
         log_sums.append(jnp.log(total) + largest)
     y_BGRTC = jnp.concatenate(outputs, axis=3)
-    return _ungroup_queries(y_BGRTC), (q_BGRTC, k_BGSC, v_BGSC, segments_BT, key, y_BGRTC, log_sums)
+    return _ungroup_queries(y_BGRTC), (q_BGRTC, k_BGSC, v_BGSC, segments_BT, key, log_sums)
 
 
 def _blocked_backward(blocks, saved, dy_BTHC):
-    q_BGRTC, k_BGSC, v_BGSC, segments_BT, key, y_BGRTC, log_sums = saved
+    q_BGRTC, k_BGSC, v_BGSC, segments_BT, key, log_sums = saved
     dtype, C = q_BGRTC.dtype, q_BGRTC.shape[-1]
     dy_BGRTC = _group_queries(dy_BTHC.astype(dtype), k_BGSC.shape[1])
-    delta_BGRT1 = jnp.sum(
-        dy_BGRTC.astype(jnp.float32) * y_BGRTC.astype(jnp.float32), axis=-1, keepdims=True
-    )  # the softmax's own gradient term
-    dqs, dk_BGCS, dv_BGCS = [], [], []
+    dqs, dk_BGCS, dv_BGCS = [], None, None
     for (start, stop), log_sum in zip(blocks.ranges(), log_sums, strict=True):
         q_BGNC = _after(_rows(q_BGRTC[:, :, :, start:stop]), dk_BGCS)
-        dy_BGNC = _rows(dy_BGRTC[:, :, :, start:stop])
+        dy_BGNC = _after(_rows(dy_BGRTC[:, :, :, start:stop]), dk_BGCS)
         k, v = k_BGSC[:, :, :stop], v_BGSC[:, :, :stop]
         weights = jnp.exp(_scores(q_BGNC, k, segments_BT, start, stop) - log_sum)
         dweights = dot("bgnc,bgsc->bgns", dy_BGNC, v, jnp.float32)
         dweights = _drop(blocks, dweights, key, start)
-        dscores = weights * (dweights - _rows(delta_BGRT1[:, :, :, start:stop]))
-        dscores = (dscores * C**-0.5).astype(dtype)
+        delta = jnp.sum(weights * dweights, axis=-1, keepdims=True)  # the softmax's own gradient term
+        dscores = (weights * (dweights - delta) * C**-0.5).astype(dtype)
         weights = _drop(blocks, weights, key, start).astype(dtype)
         dq_BGNC = dot("bgns,bgsc->bgnc", dscores, k, dtype)
         dqs.append(dq_BGNC.reshape(*q_BGRTC.shape[:3], stop - start, C))
         # dk and dv come out transposed: then neither weights nor dscores, the large ones, need a transpose
-        dk_BGCS.append(dot("bgcn,bgns->bgcs", transposed(q_BGNC), dscores, jnp.float32))
-        dv_BGCS.append(dot("bgcn,bgns->bgcs", transposed(dy_BGNC), weights, jnp.float32))
+        dk_BGCS = _add_longer(dk_BGCS, dot("bgcn,bgns->bgcs", transposed(q_BGNC), dscores, jnp.float32))
+        dv_BGCS = _add_longer(dv_BGCS, dot("bgcn,bgns->bgcs", transposed(dy_BGNC), weights, jnp.float32))
     dq_BTHC = _ungroup_queries(jnp.concatenate(dqs, axis=3))
-    dk, dv = (_sum_prefixes(parts, blocks.length).astype(dtype).transpose(0, 3, 1, 2) for parts in (dk_BGCS, dv_BGCS))
-    return dq_BTHC, row_major(dk), row_major(dv), None, None
+    dk_BSGC, dv_BSGC = (row_major(d.astype(dtype).transpose(0, 3, 1, 2)) for d in (dk_BGCS, dv_BGCS))
+    return dq_BTHC, dk_BSGC, dv_BSGC, None, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -177,11 +174,14 @@ def _scores(q_BGNC, k_BGSC, segments_BT, start, stop):
     return scores + jnp.tile(hidden, (1, R, 1))[:, None]
 
 
-def _after(x, results):
-    """Holds `x` back until the newest of `results` is there: else XLA starts all blocks, and all their weights are
-    in memory at once.
+def _after(x, earlier):
+    """Holds `x` back until `earlier` is there: else XLA starts all blocks at once, and all their weights are in memory.
+
+    A barrier would be gone before XLA orders its work; a product with zero stays, since zero times NaN is NaN.
     """
-    return jax.lax.optimization_barrier((x, results[-1]))[0] if results else x
+    if earlier is None:
+        return x
+    return x + (earlier[(slice(0, 1),) * x.ndim] * 0).astype(x.dtype)
 
 
 def _drop(blocks, weights, key, start):
@@ -211,6 +211,8 @@ def _rows(x_BGRTC):
     return x_BGRTC.reshape(B, G, R * T, C)
 
 
-def _sum_prefixes(parts, length):
-    """Adds arrays that cover the first 1, 2, … blocks of the last axis."""
-    return functools.reduce(jnp.add, [jnp.pad(part, ((0, 0),) * 3 + ((0, length - part.shape[-1]),)) for part in parts])
+def _add_longer(total, part):
+    """Adds arrays of which each covers more of the last axis than those before."""
+    if total is None:
+        return part
+    return part + jnp.pad(total, ((0, 0),) * (part.ndim - 1) + ((0, part.shape[-1] - total.shape[-1]),))

@@ -51,6 +51,25 @@ def _backward(out_dtype, outputs_first, saved, dy):
 matmul.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Adds `bias`, of the last axes of `x`, in the dtype of `x`; None adds nothing."""
+    if bias is None:
+        return x
+    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+
+
+def _bias_backward(bias, dy):
+    if bias is None:
+        return dy, None
+    # In float32 and over one axis: other sums over leading axes become slow windowed reductions on a CPU.
+    dbias = jnp.sum(dy.reshape(-1, bias.size).astype(jnp.float32), axis=0)
+    return dy, dbias.astype(bias.dtype).reshape(bias.shape)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _bias_backward)
+
+
 def weight_gradient(a_NK: jax.Array, b_NF: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns `a^T b` `[K, F]`.
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gptjax.files import write_atomically
+from gptjax.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -15,7 +15,7 @@ class MetricsFile:
         path = run_dir / METRICS_FILE
         if path.exists():
             kept = [line for line in read_lines(path) if json.loads(line)["step"] <= step]
-            write_atomically(path, "".join(kept).encode())
+            write_atomic(path, "".join(kept).encode())
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, row: dict) -> None:

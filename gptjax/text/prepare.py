@@ -20,8 +20,8 @@ import xxhash
 
 from gptjax.config import DataConfig, TokenizerConfig
 from gptjax.errors import UserError
+from gptjax.files import publish
 from gptjax.text.clean import clean
-from gptjax.text.files import publish
 from gptjax.text.shard_writer import ShardWriter, write_manifest
 from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, open_dataset
 from gptjax.text.sources import Document, read_documents, source_fingerprint

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from gptjax.text.files import publish, temporary_name, write_atomic
+from gptjax.files import publish, temporary_name, write_atomic
 from gptjax.text.shards import (
     FORMAT_VERSION,
     HEADER_SIZE,

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptjax.config import TokenizerConfig
 from gptjax.errors import UserError
-from gptjax.text.files import write_atomic
+from gptjax.files import write_atomic
 from gptjax.text.pieces import available_cores, group_pieces, split_text
 
 END_OF_TEXT = "<|endoftext|>"

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from gptjax.config import Config
 from gptjax.config_io import load_config, to_yaml
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
+from gptjax.files import write_atomic
 from gptjax.model.gpt import init_params
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.training.step import TrainState
@@ -63,8 +63,9 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest validation loss, or the newest where none was evaluated."""
-        evaluated = [step for step in self._manager.all_steps() if self._manager.metrics(step)]
-        return min(evaluated, key=lambda step: _val_loss(self._manager.metrics(step)), default=self.latest_step())
+        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        losses = {step: _val_loss(values) for step, values in metrics.items() if values}
+        return min(losses, key=lambda step: losses[step], default=self.latest_step())
 
     def save(self, state: TrainState, meta: dict, val_loss: float | None) -> None:
         """Starts writing `state`; returns when the arrays are copied. A step that is saved already is left alone."""
@@ -99,7 +100,8 @@ class Checkpoints:
 
 def write_description(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
     """Writes `config.yaml` and `tokenizer.json`."""
-    write_atomically(run_dir / CONFIG_FILE, to_yaml(config).encode())
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(run_dir / CONFIG_FILE, to_yaml(config).encode())
     if tokenizer is not None:
         save_tokenizer(tokenizer, run_dir / TOKENIZER_FILE)
 

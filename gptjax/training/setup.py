@@ -183,7 +183,7 @@ def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
     where = shardings(parts.mesh, abstract)
     step = parts.checkpoints.latest_step()
     if step is None:
-        params = None if base is None else base.params
+        params = None if base is None else jax.device_put(base.params, where.params)
         return jax.jit(lambda params: init_state(config, params), out_shardings=where)(params), Loop()
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where)
     state, meta = parts.checkpoints.restore(step, abstract)
