@@ -1,8 +1,6 @@
 """python sample.py --run_dir DIR --prompt TEXT [--option VALUE ...]: the same as `gptjax sample`."""
 
-import sys
-
-from gptjax.cli import main
+from gptjax.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["sample", *sys.argv[1:]]))
+    run("sample")

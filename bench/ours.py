@@ -7,10 +7,10 @@ import time
 
 from work import GENERATION, NEW_TOKENS, PROMPT_TOKENS, TRAINING
 
+from gptjax.runtime import restart_with_huge_pages, start
+
 
 def train(name: str, dtype: str, steps: int) -> dict:
-    from gptjax.runtime import start
-
     start()
     import jax
     import numpy as np
@@ -71,8 +71,6 @@ def _pipelined(step, state, make_batch, steps: int) -> list[float]:
 
 
 def generate(sequences: str, dtype: str, repeats: int) -> dict:
-    from gptjax.runtime import start
-
     start()
     import jax
     import numpy as np
@@ -105,5 +103,6 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     verb, name, dtype, count = sys.argv[1:]
     print(json.dumps({"train": train, "generate": generate}[verb](name, dtype, int(count))))

@@ -1,8 +1,6 @@
 """python -m gptjax: the same as `gptjax`."""
 
-import sys
-
-from gptjax.cli import main
+from gptjax.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

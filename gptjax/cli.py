@@ -1,5 +1,6 @@
 """The command line: one function per verb. Heavy imports stay inside them, so that help and errors come at once."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def sample(args: Sequence[str]) -> int:
 
     run = load_run(Path(config.run_dir).expanduser(), config.checkpoint)
     if run.tokenizer is None:
-        raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2, say")
+        raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
     one = len(prompts) * config.num_samples == 1
     if one:
         _write(prompts[0])
@@ -55,7 +56,7 @@ def sample(args: Sequence[str]) -> int:
         config,
         Compute(config.compute_dtype),
         on_text=(lambda _prompt, _sample, piece: _write(piece)) if one else None,
-        notify=lambda message: print(message, file=sys.stderr),
+        notify=_notify,
     )
     if one:
         _write("\n")
@@ -82,7 +83,10 @@ def import_model(args: Sequence[str]) -> int:
     config = _flags(ImportConfig, rest)
     from gptjax.exchange.runs import import_run
 
-    print(import_run(Path(source).expanduser(), Path(config.to).expanduser(), config.tokenizer))
+    run_dir = Path(config.to).expanduser()
+    imported = import_run(Path(source).expanduser(), run_dir, config.tokenizer, notify=_notify)
+    model = imported.model
+    print(f"{run_dir}: {model.n_layer} layers, {model.n_embd} wide, vocabulary {model.vocab_size:,}")
     return 0
 
 
@@ -92,7 +96,8 @@ def export_model(args: Sequence[str]) -> int:
     config = _flags(ExportConfig, rest)
     from gptjax.exchange.runs import export_run
 
-    print(export_run(Path(source).expanduser(), Path(config.to).expanduser(), config.checkpoint))
+    export_run(Path(source).expanduser(), Path(config.to).expanduser(), config.checkpoint, notify=_notify)
+    print(f"{config.to}: written")
     return 0
 
 
@@ -104,6 +109,12 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
     "import": (import_model, ImportConfig),
     "export": (export_model, ExportConfig),
 }
+
+
+def run(*verb: str) -> None:
+    """The program's entry: `gptjax VERB ...`, or `train.py ...` with the verb given."""
+    runtime.restart_with_huge_pages()
+    sys.exit(main([*verb, *sys.argv[1:]]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,7 +153,10 @@ def _print_help(name: str, verb: Callable, options: type) -> None:
     import tyro
 
     print(verb.__doc__)
-    print(tyro.extras.get_parser(options, prog=f"gptjax {name}", use_underscores=True).format_help())
+    with contextlib.suppress(SystemExit):  # how tyro ends after --help
+        tyro.cli(
+            options, prog=f"gptjax {name}", args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,)
+        )
 
 
 def _config(args: Sequence[str], verb: str) -> Config:
@@ -176,6 +190,10 @@ def _prompts(config: SampleConfig) -> list[str]:
     if not text:
         raise UserError("the prompt is empty; give --prompt TEXT, --prompt_file FILE or text on standard input")
     return [text]
+
+
+def _notify(message: str) -> None:
+    print(f"gptjax: {message}", file=sys.stderr)
 
 
 def _write(text: str) -> None:

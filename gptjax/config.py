@@ -319,7 +319,7 @@ class SampleConfig:
     seed: int = 0
     """The same seed gives the same text, whatever else is in the batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Operands of matrix products, and the cache."""
+    """Operands of matrix products, and the cache; a CPU always decodes in float32, which is faster there."""
     allow_special: bool = False
     """Read <|endoftext|> in a prompt as the special token instead of plain text."""
     ignore_end_of_text: bool = False

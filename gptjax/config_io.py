@@ -82,13 +82,14 @@ class _StrictLoader(yaml.SafeLoader):
 def read_flags(cls: type, args: Sequence[str]) -> dict:
     """Turns `--section.key VALUE`, `--section.key=VALUE` and, for lists, `--key A B C` into nested values.
 
-    A flag given twice counts for its last value, as everywhere on the command line.
+    A flag given twice counts for its last value; lists get longer.
 
     Raises:
         UserError: An unknown flag (with the nearest one), a missing value, or a stray word.
     """
     flags = flag_types(cls)
     nested: dict = {}
+    lists: dict[str, list[str]] = {}
     rest = list(args)
     while rest:
         word = rest.pop(0)
@@ -107,7 +108,9 @@ def read_flags(cls: type, args: Sequence[str]) -> dict:
                 values.append(rest.pop(0))
         if not values:
             raise UserError(f"command line: --{name} needs a value")
-        _set(nested, name, values if _is_list(flags[name]) else _from_text(flags[name], values[0]))
+        if _is_list(flags[name]):
+            lists[name] = lists.get(name, []) + values
+        _set(nested, name, lists[name] if _is_list(flags[name]) else _from_text(flags[name], values[0]))
     return nested
 
 

@@ -155,6 +155,7 @@ def _blocked_backward(blocks, saved, dy_BTHC):
         dk_BGCS = _add_longer(dk_BGCS, dot("bgcn,bgns->bgcs", transposed(q_BGNC), dscores, jnp.float32))
         dv_BGCS = _add_longer(dv_BGCS, dot("bgcn,bgns->bgcs", transposed(dy_BGNC), weights, jnp.float32))
     dq_BTHC = _ungroup_queries(jnp.concatenate(dqs, axis=3))
+    assert dk_BGCS is not None and dv_BGCS is not None  # there is at least one block
     dk_BSGC, dv_BSGC = (row_major(d.astype(dtype).transpose(0, 3, 1, 2)) for d in (dk_BGCS, dv_BGCS))
     return dq_BTHC, dk_BSGC, dv_BSGC, None, None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from gptjax import runtime
 from gptjax.batches.prefetch import prefetch
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config, SampleConfig
@@ -63,7 +64,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
             if not stop:
                 batch = next(batches)
             log.flush()
-            if step % options.log_every == 0 or step == first + 1 or stop:
+            if step % options.log_every == 0 or step == 1 or stop:
                 log.note(step, metrics)
             val_loss = None
             if step == options.num_steps or _due(step, options.eval_every):
@@ -180,10 +181,11 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     layout = " x ".join(f"{name} {size}" for name, size in parts.mesh.shape.items() if size > 1) or "one device"
     memory = step_program.memory_analysis()
     needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    pages = ", huge pages" if runtime.uses_huge_pages() else ""
     epochs = config.train.num_steps * tokens / windows.tokens_per_epoch
     count = cost.readable_count(cost.parameter_count(state.params))
     print(f"device      {jax.device_count()} x {jax.devices()[0].device_kind} ({layout}), {config.train.compute_dtype}")
     print(f"parameters  {count}, vocabulary {config.model.vocab_size:,}")
     print(f"data        {windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step")
     print(f"steps       {config.train.num_steps:,} = {epochs:.2f} epochs")
-    print(f"memory      {cost.readable_bytes(needs)} per device for a training step", flush=True)
+    print(f"memory      {cost.readable_bytes(needs)} per device for a training step{pages}", flush=True)
