@@ -17,7 +17,10 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.text import hub
 from gptjax.text.formats import COMPRESSIONS, ENDINGS, Document, ending, read_file
 
-_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_NOT_STDLIB = {
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
+    *("encodings", "pydoc_data"),  # tables of characters and of help texts: a quarter of the bytes, and no code
+}
 
 
 def read_documents(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
@@ -139,7 +142,7 @@ def _stdlib() -> Path:
 
 
 def _stdlib_files() -> list[Path]:
-    """The standard library's modules without its tests and without installed packages."""
+    """The standard library's modules: no tests, no tables, no installed packages."""
     found = []
     for parent, folders, names in os.walk(_stdlib()):
         folders[:] = [name for name in folders if name not in _NOT_STDLIB]
