@@ -1,0 +1,107 @@
+"""make bench: gptjax and `transformers` on PyTorch in turn, A B A B, each run a process of its own.
+
+Prints the table of docs/performance.md and writes every time measured to bench/results/. Arguments choose rows:
+`python bench/run.py small medium generate_1`. Nothing else should run meanwhile.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from work import GENERATION, TRAINING
+
+HERE = Path(__file__).parent
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+STEPS = {"small": 100, "medium": 8, "124m": 4}
+DTYPES = ("bfloat16", "float32")
+ROUNDS = 3
+
+
+def rows() -> dict[str, tuple]:
+    """Name of a row → (verb, work, dtype, repetitions, environment of both sides)."""
+    table = {}
+    for name, steps in STEPS.items():
+        for dtype in DTYPES:
+            table[f"{name}_{dtype}"] = ("train", name, dtype, steps, {})
+            table[f"{name}_{dtype}_same_pages"] = ("train", name, dtype, steps, HUGE_PAGES)
+    for length in (256, 512, 1024, 2048, 4096):
+        table[f"long_{length}"] = ("train", f"long_{length}", "float32", 4, {})
+    for sequences in (1, 8, 32):
+        table[f"generate_{sequences}"] = ("generate", str(sequences), "float32", 3, {})
+    return table
+
+
+def run(program: str, *arguments: str, environment: dict) -> dict:
+    """One process; returns what it printed as JSON on its last line."""
+    command = [sys.executable, str(HERE / program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(verb: str, work: str, dtype: str, count: int, environment: dict) -> dict:
+    """Alternates both sides; the ratio of each pair is ours to the peer's, in work per second."""
+    modes = ("eager", "compile") if verb == "train" and work in ("small", "medium") else ("eager",)
+    ours, peers, ratios = [], [], []
+    for _ in range(ROUNDS):
+        peer = min((run("peer.py", verb, work, dtype, str(count), mode, environment=environment) for mode in modes),
+                   key=lambda result: statistics.median(result["times"]))  # fmt: skip
+        own = run("ours.py", verb, work, dtype, str(count), environment=environment)
+        peers.append(peer)
+        ours.append(own)
+        ratios.append(statistics.median(peer["times"]) / statistics.median(own["times"]))
+    return {"ours": ours, "peer": peers, "ratios": ratios}
+
+
+def line(name: str, verb: str, result: dict) -> str:
+    """A row of the table."""
+    speeds = [
+        statistics.median(side["work"] / statistics.median(side["times"]) for side in result[key])
+        for key in ("ours", "peer")
+    ]
+    memory = [max(side["peak_bytes"] for side in result[key]) / 1e9 for key in ("ours", "peer")]
+    ratios = sorted(result["ratios"])
+    spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+    return (
+        f"| {name} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {statistics.median(ratios):.2f} ({spread})"
+        f" | {memory[0]:.1f} / {memory[1]:.1f} |"
+    )
+
+
+def share_of_peak(name: str, dtype: str, result: dict, peaks: dict) -> str:
+    """Achieved FLOP/s as a share of the measured peak of matrix products, or bytes/s of the measured bandwidth."""
+    speed = statistics.median(side["work"] / statistics.median(side["times"]) for side in result["ours"])
+    if name.startswith("generate"):
+        weights = 12 * GENERATION.n_layer * GENERATION.n_embd**2 + GENERATION.n_embd * GENERATION.vocab_size
+        sequences = int(name.split("_")[1])
+        return f"{100 * speed / sequences * 4 * weights / peaks['bandwidth']:.0f} % of bandwidth"
+    return f"{100 * speed * TRAINING[name].flops_per_token / peaks[dtype]:.0f} % of {peaks[dtype] / 1e9:,.0f} GFLOP/s"
+
+
+def main() -> None:
+    chosen = {n: row for n, row in rows().items() if not sys.argv[1:] or n.startswith(tuple(sys.argv[1:]))}
+    peaks = run("peak.py", environment={})
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(json.dumps(peaks))
+    print("| work | gptjax, tokens/s | peer, tokens/s | ratio (spread of pairs) | peak memory, GB | share |")
+    print("|---|---|---|---|---|---|")
+    results = {}
+    for name, (verb, work, dtype, count, environment) in chosen.items():
+        results[name] = compare(verb, work, dtype, count, environment)
+        share = share_of_peak(name if verb == "generate" else work, dtype, results[name], peaks)
+        print(f"{line(name, verb, results[name])} {share} |", flush=True)
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps({"peaks": peaks, "results": results}))
+    print(f"all times: {path}")
+
+
+if __name__ == "__main__":
+    main()
