@@ -98,6 +98,14 @@ def test_presets_load_and_open_with_their_command(path):
     assert config.run_dir == f"runs/{path.stem}"
 
 
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_mean_what_they_meant(path):
+    golden = Path(__file__).parent / "golden" / path.name
+    assert to_yaml(load_config(path)) == golden.read_text(encoding="utf-8"), (
+        f"a default or {path.name} changed; if that is meant, write the new values to {golden}"
+    )
+
+
 @pytest.mark.parametrize("cls", [Config, SampleConfig])
 def test_every_field_is_documented(cls):
     source = Path(__file__).parents[1].joinpath("gptjax/config.py").read_text()

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax.config import MeshConfig, OptimConfig
+from gptjax.config import Config, MeshConfig, OptimConfig
+from gptjax.config_io import flag_types
 from gptjax.errors import UserError
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.parallel.rules import shardings
@@ -179,3 +181,33 @@ def test_every_option_of_the_step_changes_its_result(change):
                 for leaf in jax.tree.leaves(leaves)]  # fmt: skip
 
     assert fingerprint(replace(CONFIG, **change)) != fingerprint(CONFIG)
+
+
+# Options that act outside the step, and the tests that change them.
+ELSEWHERE = {
+    "test_trainer": (
+        *("run_dir", "init_from", "data.path", "train.batch_size", "train.micro_batch_size", "train.log_every"),
+        *("train.eval_every", "train.save_every", "train.keep_checkpoints", "train.patience", "train.eval_windows"),
+        *("train.sample_prompt", "train.sample_tokens"),
+    ),
+    "test_prepare": ("cache_dir", "data.validation_fraction", "data.max_documents", "data.attend_across_documents"),
+    "test_sources": ("data.source", "data.hf_dataset", "data.streaming", "data.text_field", "data.invalid_utf8"),
+    "test_clean": ("data.unicode", "data.newlines", "data.min_characters", "data.drop_duplicates"),
+    "test_tokenizer": ("tokenizer.kind", "tokenizer.name", "tokenizer.vocab_size"),
+    "test_model": ("train.remat", "train.unroll"),
+    "test_step": ("optim.wsd_decay_fraction", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+}
+
+
+def test_no_option_is_without_a_test_that_changes_it():
+    flipped = {
+        f"{section}.{field}" if isinstance(value, dict) else section
+        for change in FLIPS
+        for section, value in change.items()
+        for field in (value if isinstance(value, dict) else [""])
+    }
+    elsewhere = {name for names in ELSEWHERE.values() for name in names}
+    assert flipped | elsewhere == set(flag_types(Config))
+    for module, names in ELSEWHERE.items():
+        text = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+        assert not [name for name in names if name.rpartition(".")[2] not in text], module

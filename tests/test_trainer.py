@@ -102,6 +102,19 @@ def test_a_run_writes_what_its_readers_rely_on(unbroken):
     assert load_config(run_dir / "config.yaml").model.vocab_size == 257
 
 
+def test_logging_evaluation_and_sample_follow_their_options(tmp_path, unbroken):
+    config, expected_rows, _ = unbroken
+    train = {"log_every": 4, "eval_windows": 2, "sample_prompt": "fff"}
+    other = replace(config, run_dir=str(tmp_path / "run"), train=train)
+    trainer.train(other)
+    assert [row["step"] for row in rows(other) if "loss" in row] == [1, 4, 6]
+    losses, expected = (
+        [row["val_loss"] for row in table if "val_loss" in row] for table in (rows(other), expected_rows)
+    )
+    assert losses != expected, "two windows are not eight"
+    assert "--- step 3\nfff" in (Path(other.run_dir) / "samples.txt").read_text()
+
+
 def test_the_written_config_reproduces_the_run(tmp_path, unbroken):
     config, expected_rows, _ = unbroken
     again = dataclasses.replace(load_config(Path(config.run_dir) / "config.yaml"), run_dir=str(tmp_path / "again"))
