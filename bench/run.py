@@ -1,9 +1,10 @@
 """make bench: gptjax and `transformers` on PyTorch in turn, A B A B, each run a process of its own.
 
-Prints the table of docs/performance.md and writes every time measured to bench/results/. Arguments choose rows:
-`python bench/run.py small medium generate_1`. Nothing else should run meanwhile.
+Prints the table of docs/performance.md and writes every time measured to bench/results/. Arguments choose rows by the
+beginning of their names: `python bench/run.py small medium_bfloat16 --rounds 5`. Nothing else should run meanwhile.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -19,7 +20,6 @@ HERE = Path(__file__).parent
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 STEPS = {"small": 100, "medium": 8, "124m": 4}
 DTYPES = ("bfloat16", "float32")
-ROUNDS = 3
 
 
 def rows() -> dict[str, tuple]:
@@ -45,11 +45,10 @@ def run(program: str, *arguments: str, environment: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(verb: str, work: str, dtype: str, count: int, environment: dict) -> dict:
+def compare(rounds: int, modes: list[str], verb: str, work: str, dtype: str, count: int, environment: dict) -> dict:
     """Alternates both sides; the ratio of each pair is ours to the peer's, in work per second."""
-    modes = ("eager", "compile") if verb == "train" and work in ("small", "medium") else ("eager",)
     ours, peers, ratios = [], [], []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         peer = min((run("peer.py", verb, work, dtype, str(count), mode, environment=environment) for mode in modes),
                    key=lambda result: statistics.median(result["times"]))  # fmt: skip
         own = run("ours.py", verb, work, dtype, str(count), environment=environment)
@@ -85,7 +84,12 @@ def share_of_peak(name: str, dtype: str, result: dict, peaks: dict) -> str:
 
 
 def main() -> None:
-    chosen = {n: row for n, row in rows().items() if not sys.argv[1:] or n.startswith(tuple(sys.argv[1:]))}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", default=[""])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", default=["eager", "compile"], help="of the peer; the faster one counts")
+    options = parser.parse_args()
+    chosen = {name: row for name, row in rows().items() if name.startswith(tuple(options.rows))}
     peaks = run("peak.py", environment={})
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(json.dumps(peaks))
@@ -93,7 +97,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     results = {}
     for name, (verb, work, dtype, count, environment) in chosen.items():
-        results[name] = compare(verb, work, dtype, count, environment)
+        results[name] = compare(options.rounds, options.modes, verb, work, dtype, count, environment)
         share = share_of_peak(name if verb == "generate" else work, dtype, results[name], peaks)
         print(f"{line(name, verb, results[name])} {share} |", flush=True)
     folder = HERE / "results"
