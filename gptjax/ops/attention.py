@@ -109,8 +109,8 @@ class Blocks:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blocked(blocks: Blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, key):
-    """Attention whose memory grows with T, not T²: weights exist for one block of queries, and again in the
-    backward pass (arXiv:2205.14135, section 3); blocks of keys above the diagonal are never computed.
+    """Attention that never holds all T² weights: they exist for one block of queries, and again in the backward
+    pass (arXiv:2205.14135, section 3); keys past a block's last query are never computed.
     """
     return _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, key)[0]
 
