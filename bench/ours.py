@@ -75,9 +75,10 @@ def generate(sequences: str, dtype: str, repeats: int) -> dict:
     import jax
     import numpy as np
 
-    from gptjax.config import ModelConfig, SampleConfig
+    from gptjax.config import ModelConfig
     from gptjax.generation.decode import generate
     from gptjax.model.gpt import Compute, init_params
+    from gptjax.verb_options import SampleConfig
 
     work = GENERATION
     model = ModelConfig(vocab_size=work.vocab_size)

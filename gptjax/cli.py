@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import __version__, runtime
-from gptjax.config import Config, EvaluateConfig, ExportConfig, ImportConfig, SampleConfig
+from gptjax.config import Config
 from gptjax.config_io import from_dict, load_config, read_flags
 from gptjax.errors import UserError, did_you_mean
+from gptjax.verb_options import EvaluateConfig, ExportConfig, ImportConfig, SampleConfig
 
 
 def train(args: Sequence[str]) -> int:

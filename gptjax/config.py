@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from gptjax.checks import fraction, no_effect, not_negative, positive
 from gptjax.errors import UserError, did_you_mean
 
 TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
@@ -34,9 +35,9 @@ class ModelConfig:
     """Read out logits with the token embedding."""
 
     def __post_init__(self):
-        _positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple")
-        _not_negative("model", self, "n_kv_head", "vocab_size")
-        _fraction("model", self, "dropout")
+        positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple")
+        not_negative("model", self, "n_kv_head", "vocab_size")
+        fraction("model", self, "dropout")
         if self.n_embd % self.n_head:
             raise UserError(
                 f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head};"
@@ -80,8 +81,8 @@ class TokenizerConfig:
             )
         if self.vocab_size < 257:
             raise UserError(f"tokenizer.vocab_size={self.vocab_size} must be at least 257: 256 bytes and <|endoftext|>")
-        _no_effect("tokenizer", self, "name", self.kind == "tiktoken", "tokenizer.kind=tiktoken")
-        _no_effect("tokenizer", self, "vocab_size", self.kind == "bpe", "tokenizer.kind=bpe")
+        no_effect("tokenizer", self, "name", self.kind == "tiktoken", "tokenizer.kind=tiktoken")
+        no_effect("tokenizer", self, "vocab_size", self.kind == "bpe", "tokenizer.kind=bpe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,11 +122,11 @@ class DataConfig:
             raise UserError(f"data.{given[0]} and data.{given[1]} are both set; give one")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
-        _not_negative("data", self, "max_documents", "min_characters")
-        _no_effect("data", self, "streaming", bool(self.hf_dataset), "data.hf_dataset")
+        not_negative("data", self, "max_documents", "min_characters")
+        no_effect("data", self, "streaming", bool(self.hf_dataset), "data.hf_dataset")
         if self.source:
             for name in ("text_field", "invalid_utf8"):
-                _no_effect("data", self, name, False, "text of your own")
+                no_effect("data", self, name, False, "text of your own")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,7 @@ class OptimConfig:
     """Largest global norm of the gradient; 0: no clipping."""
 
     def __post_init__(self):
-        _not_negative(
+        not_negative(
             "optim",
             self,
             "learning_rate",
@@ -164,7 +165,7 @@ class OptimConfig:
             "eps",
             "grad_clip",
         )
-        _fraction("optim", self, "beta1", "beta2")
+        fraction("optim", self, "beta1", "beta2")
         if not 0 < self.wsd_decay_fraction <= 1:
             raise UserError(f"optim.wsd_decay_fraction={self.wsd_decay_fraction} must lie in (0, 1]")
         if self.schedule != "constant" and self.min_learning_rate > self.learning_rate:
@@ -172,9 +173,9 @@ class OptimConfig:
                 f"optim.min_learning_rate={self.min_learning_rate} must not exceed"
                 f" optim.learning_rate={self.learning_rate}"
             )
-        _no_effect("optim", self, "wsd_decay_fraction", self.schedule == "wsd", "optim.schedule=wsd")
-        _no_effect("optim", self, "min_learning_rate", self.schedule != "constant", "a schedule that decays")
-        _no_effect("optim", self, "eps", self.name == "adamw", "optim.name=adamw")
+        no_effect("optim", self, "wsd_decay_fraction", self.schedule == "wsd", "optim.schedule=wsd")
+        no_effect("optim", self, "min_learning_rate", self.schedule != "constant", "a schedule that decays")
+        no_effect("optim", self, "eps", self.name == "adamw", "optim.name=adamw")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,8 +220,8 @@ class TrainConfig:
     """Length of that sample; 0: none."""
 
     def __post_init__(self):
-        _positive("train", self, "num_steps", "batch_size", "log_every", "keep_checkpoints")
-        _not_negative(
+        positive("train", self, "num_steps", "batch_size", "log_every", "keep_checkpoints")
+        not_negative(
             "train",
             self,
             "micro_batch_size",
@@ -230,8 +231,8 @@ class TrainConfig:
             "save_every",
             "patience",
         )
-        _not_negative("train", self, "z_loss", "sample_tokens")
-        _fraction("train", self, "label_smoothing", "ema")
+        not_negative("train", self, "z_loss", "sample_tokens")
+        fraction("train", self, "label_smoothing", "ema")
         if self.batch_size % self.micro_batch:
             raise UserError(
                 f"train.batch_size={self.batch_size} must be divisible by"
@@ -292,120 +293,3 @@ class Config:
             raise UserError(f"init_from={self.init_from} is the run_dir itself; a run goes on by itself")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Continues prompts with a trained model."""
-
-    run_dir: str = ""
-    """Run directory of the model."""
-    checkpoint: Literal["best", "latest"] = "best"
-    """best: lowest validation loss (the latest where none was evaluated)."""
-    prompt: tuple[str, ...] = ()
-    """One or several texts to continue; standard input where neither this nor prompt_file is given."""
-    prompt_file: str = ""
-    """File whose whole text is the prompt."""
-    num_samples: int = 1
-    """Continuations of each prompt."""
-    max_new_tokens: int = 256
-    """Tokens at most; a sample ends earlier at end-of-text."""
-    temperature: float = 1.0
-    """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Choose among this many likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Choose among the fewest tokens that hold this much probability (arXiv:1904.09751)."""
-    seed: int = 0
-    """The same seed gives the same text, whatever else is in the batch."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Operands of matrix products, and the cache; a CPU always decodes in float32, which is faster there."""
-    allow_special: bool = False
-    """Read <|endoftext|> in a prompt as the special token instead of plain text."""
-    ignore_end_of_text: bool = False
-    """Go on after end-of-text."""
-
-    def __post_init__(self):
-        _positive("", self, "num_samples", "max_new_tokens")
-        _not_negative("", self, "temperature", "top_k", "seed")
-        if self.seed >= 2**32:
-            raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
-        if 0 < self.temperature < 1e-3:
-            raise UserError(f"temperature={self.temperature} must be 0 (the likeliest token) or at least 0.001")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
-        if self.prompt and self.prompt_file:
-            raise UserError("prompt and prompt_file are both set; give one")
-        for name in ("top_k", "top_p"):
-            _no_effect("", self, name, self.temperature > 0, "temperature above 0")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Measures a trained model on text: its own validation data, or what `data` names."""
-
-    run_dir: str = ""
-    """Run directory of the model."""
-    checkpoint: Literal["best", "latest"] = "best"
-    """best: lowest validation loss (the latest where none was evaluated)."""
-    windows: int = 0
-    """Validation windows, evenly spaced; 0: all."""
-    batch_size: int = 16
-    """Windows at a time."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-
-    def __post_init__(self):
-        if not self.run_dir:
-            raise UserError("run_dir is missing; name the folder of a trained run")
-        _not_negative("", self, "windows")
-        _positive("", self, "batch_size")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImportConfig:
-    """Where an imported model goes."""
-
-    to: str
-    """Run directory to make."""
-    tokenizer: str = ""
-    """Name of a tiktoken encoding, for models that come without a tokenizer."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Where an exported model goes."""
-
-    to: str
-    """Folder to write."""
-    checkpoint: Literal["best", "latest"] = "best"
-    """best: lowest validation loss (the latest where none was evaluated)."""
-
-
-def _positive(section: str, config, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise UserError(f"{_full(section, name)}={getattr(config, name)} must be at least 1")
-
-
-def _not_negative(section: str, config, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 0:
-            raise UserError(f"{_full(section, name)}={getattr(config, name)} must not be negative")
-
-
-def _fraction(section: str, config, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"{_full(section, name)}={getattr(config, name)} must lie in [0, 1)")
-
-
-def _no_effect(section: str, config, name: str, active: bool, needs: str) -> None:
-    """Refuses an option that was changed from its default where it does nothing."""
-    default = next(field.default for field in dataclasses.fields(config) if field.name == name)
-    if not active and getattr(config, name) != default:
-        value = getattr(config, name)
-        raise UserError(f"{_full(section, name)}={value!r} has no effect without {needs}; leave it at {default!r}")
-
-
-def _full(section: str, name: str) -> str:
-    return f"{section}.{name}" if section else name

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptjax"
 ORDER = (
-    *("errors", "files", "config", "config_io", "runtime", "text", "batches", "ops", "model", "parallel", "generation"),
-    *("evaluation", "report", "training", "exchange", "cli", "__main__"),
+    *("errors", "files", "checks", "config", "verb_options", "config_io", "runtime", "text", "batches", "ops", "model"),
+    *("parallel", "generation", "evaluation", "report", "training", "exchange", "cli", "__main__"),
 )
 ONLY_IN = {
     "flax": ("gptjax/model/",),
@@ -18,7 +18,7 @@ ONLY_IN = {
     "rich": ("gptjax/report/",),
     "tyro": ("gptjax/cli.py",),
 }
-NO_JAX = ("text", "batches", "config", "config_io", "errors", "files")
+NO_JAX = ("text", "batches", "checks", "config", "verb_options", "config_io", "errors", "files")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

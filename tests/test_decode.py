@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig, SampleConfig
+from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import choice_rule, choose
 from gptjax.generation.decode import _decode, generate, stream
 from gptjax.generation.sample import sample_texts
 from gptjax.model.gpt import Compute, hidden_states, init_params, logits
 from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer
+from gptjax.verb_options import SampleConfig
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=37)
 VARIANTS = {

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import SampleConfig
+from gptjax.verb_options import SampleConfig
 
 GROUP = 256
 

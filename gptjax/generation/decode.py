@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import ModelConfig, SampleConfig
+from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import Rule, choice_rule, choose
 from gptjax.generation.weights import decoding_config, decoding_weights, stacked_params
 from gptjax.model.cache import Cache, init_cache
 from gptjax.model.gpt import Compute, extend, logits
+from gptjax.verb_options import SampleConfig
 
 BUFFER = 64  # new tokens that the compiled loop holds before it returns them
 PREFILL = 128  # longer prompts go through the model in pieces of this length

@@ -5,13 +5,13 @@ from pathlib import Path
 import jax
 
 from gptjax.batches.pretraining import evaluation_batches
-from gptjax.config import EvaluateConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.loss import Evaluation, make_eval_step, measure
 from gptjax.text.prepare import prepare
 from gptjax.training.checkpoint import load_run
 from gptjax.training.setup import bytes_per_token, without_segments
 from gptjax.training.step import compute_options
+from gptjax.verb_options import EvaluateConfig
 
 
 def evaluate_run(options: EvaluateConfig) -> Evaluation:

@@ -10,7 +10,7 @@ import jax
 from gptjax import runtime
 from gptjax.batches.prefetch import prefetch
 from gptjax.batches.pretraining import Batch
-from gptjax.config import Config, SampleConfig
+from gptjax.config import Config
 from gptjax.evaluation.loss import measure
 from gptjax.generation.sample import sample_texts
 from gptjax.model.gpt import Compute
@@ -21,6 +21,7 @@ from gptjax.report.progress import Progress
 from gptjax.training.guard import Signals, locked
 from gptjax.training.setup import Loop, Parts, build, checkpoint_meta, without_segments
 from gptjax.training.step import TrainState, evaluated_params
+from gptjax.verb_options import SampleConfig
 
 SAMPLES_FILE = "samples.txt"
 

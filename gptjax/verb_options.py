@@ -1,0 +1,95 @@
+"""Options of the verbs that use a trained model, as frozen dataclasses: like `config`, the only place of a default."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.checks import no_effect, not_negative, positive
+from gptjax.config import DataConfig
+from gptjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Continues prompts with a trained model."""
+
+    run_dir: str = ""
+    """Run directory of the model."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """best: lowest validation loss (the latest where none was evaluated)."""
+    prompt: tuple[str, ...] = ()
+    """One or several texts to continue; standard input where neither this nor prompt_file is given."""
+    prompt_file: str = ""
+    """File whose whole text is the prompt."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    max_new_tokens: int = 256
+    """Tokens at most; a sample ends earlier at end-of-text."""
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Choose among this many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Choose among the fewest tokens that hold this much probability (arXiv:1904.09751)."""
+    seed: int = 0
+    """The same seed gives the same text, whatever else is in the batch."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Operands of matrix products, and the cache; a CPU always decodes in float32, which is faster there."""
+    allow_special: bool = False
+    """Read <|endoftext|> in a prompt as the special token instead of plain text."""
+    ignore_end_of_text: bool = False
+    """Go on after end-of-text."""
+
+    def __post_init__(self):
+        positive("", self, "num_samples", "max_new_tokens")
+        not_negative("", self, "temperature", "top_k", "seed")
+        if self.seed >= 2**32:
+            raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
+        if 0 < self.temperature < 1e-3:
+            raise UserError(f"temperature={self.temperature} must be 0 (the likeliest token) or at least 0.001")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.prompt and self.prompt_file:
+            raise UserError("prompt and prompt_file are both set; give one")
+        for name in ("top_k", "top_p"):
+            no_effect("", self, name, self.temperature > 0, "temperature above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measures a trained model on text: its own validation data, or what `data` names."""
+
+    run_dir: str = ""
+    """Run directory of the model."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """best: lowest validation loss (the latest where none was evaluated)."""
+    windows: int = 0
+    """Validation windows, evenly spaced; 0: all."""
+    batch_size: int = 16
+    """Windows at a time."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        if not self.run_dir:
+            raise UserError("run_dir is missing; name the folder of a trained run")
+        not_negative("", self, "windows")
+        positive("", self, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Where an imported model goes."""
+
+    to: str
+    """Run directory to make."""
+    tokenizer: str = ""
+    """Name of a tiktoken encoding, for models that come without a tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Where an exported model goes."""
+
+    to: str
+    """Folder to write."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """best: lowest validation loss (the latest where none was evaluated)."""
