@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     targets: Any
     """`targets[t]` follows `inputs[t]`; -1 where no loss is taken."""
     segments: Any
-    """Number of the document within the window, from 0: attention stays inside a segment."""
+    """Number of the document within the window, from 0: attention stays inside a segment; None: one document."""
     positions: Any
     """Position within the segment, from 0."""
 
@@ -75,7 +75,7 @@ class PackedWindows:
         """Returns window `index`, counted over all epochs, as arrays [T]."""
         starts = self._starts(np.array([index]))
         batch = read_windows(self.split, starts, self.block_size, self.attend_across_documents)
-        return Batch(*(array[0] for array in batch))
+        return Batch(*(None if array is None else array[0] for array in batch))
 
     def _starts(self, numbers: np.ndarray) -> np.ndarray:
         """Positions in the stream at which windows begin."""
@@ -93,8 +93,10 @@ class PackedWindows:
 def read_windows(split: TokenSplit, starts: Iterable[int], block_size: int, attend_across_documents: bool) -> Batch:
     """Returns the windows that begin at `starts`, positions in the stream, as arrays [B, T].
 
-    Past the end of the stream, inputs are 0 and targets -1.
+    Past the end of the stream, inputs are 0 and targets -1. Where tokens may attend across documents, or the stream is
+    a single one, there are no segments: the model need not look.
     """
+    apart = split.n_documents > 1 and not attend_across_documents
     starts = [int(start) for start in starts]
     B, T = len(starts), block_size
     tokens_BU = np.full((B, T + 1), -1, np.int32)  # U: the window and one target more
@@ -102,7 +104,7 @@ def read_windows(split: TokenSplit, starts: Iterable[int], block_size: int, atte
     for b, start in enumerate(starts):
         stop = min(start + T + 1, split.n_tokens)
         tokens_BU[b, : stop - start] = split.slice(start, stop)
-        if not attend_across_documents:
+        if apart:
             begins_BU[b, split.document_starts(start, stop) - start] = True
     targets_BT = tokens_BU[:, 1:].copy()
     if split.end_of_text is None:
@@ -114,7 +116,7 @@ def read_windows(split: TokenSplit, starts: Iterable[int], block_size: int, atte
     return Batch(
         inputs=np.maximum(tokens_BU[:, :-1], 0),
         targets=targets_BT,
-        segments=np.cumsum(begins_BT, axis=1, dtype=np.int32) - np.int32(1),
+        segments=np.cumsum(begins_BT, axis=1, dtype=np.int32) - np.int32(1) if apart else None,
         positions=t_T - np.maximum.accumulate(np.where(begins_BT, t_T, np.int32(0)), axis=1),
     )
 

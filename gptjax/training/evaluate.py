@@ -9,7 +9,7 @@ from gptjax.errors import UserError
 from gptjax.evaluation.loss import Evaluation, make_eval_step, measure
 from gptjax.text.prepare import prepare
 from gptjax.training.checkpoint import load_run
-from gptjax.training.setup import bytes_per_token, without_segments
+from gptjax.training.setup import bytes_per_token
 from gptjax.training.step import compute_options
 from gptjax.verb_options import EvaluateConfig
 
@@ -33,6 +33,4 @@ def evaluate_run(options: EvaluateConfig) -> Evaluation:
     )
     eval_step = make_eval_step(run.config.model, compute_options(run.config))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return measure(
-        eval_step, run.params, (without_segments(data, batch) for batch in batches), device, bytes_per_token(split)
-    )
+    return measure(eval_step, run.params, batches, device, bytes_per_token(split))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from gptjax.batches.pretraining import Batch, PackedWindows, evaluation_batches
-from gptjax.config import Config, DataConfig, ModelConfig
+from gptjax.config import Config, ModelConfig
 from gptjax.config_io import differing_fields, load_config
 from gptjax.errors import UserError
 from gptjax.evaluation.loss import EvalStep, make_eval_step
@@ -82,11 +82,6 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
     state, loop = _start(parts, base)
     write_description(run_dir, config, prepared.tokenizer)
     return parts, state, loop
-
-
-def without_segments(data: DataConfig, batch: Batch) -> Batch:
-    """Where nothing is to be kept apart, the model need not look."""
-    return batch._replace(segments=None) if data.attend_across_documents else batch
 
 
 def bytes_per_token(split: TokenSplit) -> float:
@@ -166,7 +161,7 @@ def _assemble(config: Config, run_dir: Path, prepared: Prepared, mesh: jax.shard
         mesh=mesh,
         tokenizer=prepared.tokenizer,
         windows=PackedWindows(dataset.train, model.block_size, config.seed, across),
-        eval_batches=[without_segments(config.data, batch) for batch in eval_batches],
+        eval_batches=list(eval_batches),
         bytes_per_token=bytes_per_token(dataset.validation),
         data_hash=dataset.hash,
         # Without out_shardings the compiler may return the state laid out differently from how it came in.

@@ -19,7 +19,7 @@ from gptjax.report import cost
 from gptjax.report.metrics import MetricsFile
 from gptjax.report.progress import Progress
 from gptjax.training.guard import Signals, locked
-from gptjax.training.setup import Loop, Parts, build, checkpoint_meta, without_segments
+from gptjax.training.setup import Loop, Parts, build, checkpoint_meta
 from gptjax.training.step import TrainState, evaluated_params
 from gptjax.verb_options import SampleConfig
 
@@ -96,7 +96,7 @@ def _device_batches(parts: Parts, first: int) -> Generator[Batch]:
     sharding = batch_sharding(parts.mesh, leading_axes=1)
 
     def make(step: int) -> Batch:
-        batch = without_segments(parts.config.data, parts.windows.batch(step, options.batch_size))
+        batch = parts.windows.batch(step, options.batch_size)
         return jax.tree.map(lambda x: x.reshape(-1, options.micro_batch, x.shape[-1]), batch)
 
     for batch in prefetch(make, first, options.num_steps):
