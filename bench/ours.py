@@ -77,18 +77,19 @@ def generate(sequences: str, dtype: str, repeats: int) -> dict:
 
     from gptjax.config import ModelConfig
     from gptjax.generation.decode import generate
-    from gptjax.model.gpt import Compute, init_params
+    from gptjax.model.gpt import init_params
     from gptjax.verb_options import SampleConfig
 
     work = GENERATION
     model = ModelConfig(vocab_size=work.vocab_size)
     params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
-    options = SampleConfig(max_new_tokens=NEW_TOKENS, temperature=0.0)
+    precision = {"quantize": "int8"} if dtype == "int8" else {"compute_dtype": dtype}
+    options = SampleConfig(max_new_tokens=NEW_TOKENS, temperature=0.0, **precision)
     prompts = list(np.random.default_rng(0).integers(0, work.vocab_size, (int(sequences), PROMPT_TOKENS), np.int32))
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        out = generate(model, params, prompts, options, Compute(dtype))
+        out = generate(model, params, prompts, options)
         times.append(time.perf_counter() - started)
     assert all(len(row[0]) == NEW_TOKENS for row in out)
     return {"times": times[1:], "work": int(sequences) * NEW_TOKENS, "peak_bytes": _peak_bytes()}

@@ -40,7 +40,6 @@ def sample(args: Sequence[str]) -> int:
     prompts = _prompts(config)
     runtime.start()
     from gptjax.generation.sample import sample_texts
-    from gptjax.model.gpt import Compute
     from gptjax.training.checkpoint import load_run
 
     run = load_run(Path(config.run_dir).expanduser(), config.checkpoint)
@@ -55,7 +54,6 @@ def sample(args: Sequence[str]) -> int:
         run.tokenizer,
         prompts,
         config,
-        Compute(config.compute_dtype),
         on_text=(lambda _prompt, _sample, piece: _write(piece)) if one else None,
         notify=_notify,
     )

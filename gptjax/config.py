@@ -29,6 +29,8 @@ class ModelConfig:
     """The embedding gets a multiple of this many rows; rows past vocab_size are never predicted."""
     dropout: float = 0.0
     """Probability of zeroing embeddings, attention weights and what a layer adds to the residual stream."""
+    attention_window: int = 0
+    """Tokens that each token attends to, itself included (arXiv:2004.05150, section 3.1); 0: all before it."""
     bias: bool = True
     """Bias vectors in linear layers and norms, as GPT-2 has."""
     tied_embeddings: bool = True
@@ -36,7 +38,7 @@ class ModelConfig:
 
     def __post_init__(self):
         positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple")
-        not_negative("model", self, "n_kv_head", "vocab_size")
+        not_negative("model", self, "n_kv_head", "vocab_size", "attention_window")
         fraction("model", self, "dropout")
         if self.n_embd % self.n_head:
             raise UserError(
@@ -45,6 +47,11 @@ class ModelConfig:
             )
         if self.n_head % self.kv_heads:
             raise UserError(f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.n_kv_head}")
+        if self.attention_window >= self.block_size:
+            raise UserError(
+                f"model.attention_window={self.attention_window} has no effect at model.block_size={self.block_size};"
+                " give less, or 0 for all"
+            )
 
     @property
     def kv_heads(self) -> int:

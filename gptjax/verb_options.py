@@ -33,7 +33,9 @@ class SampleConfig:
     seed: int = 0
     """The same seed gives the same text, whatever else is in the batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Operands of matrix products, and the cache; a CPU always decodes in float32, which is faster there."""
+    """Operands of matrix products; on a GPU or TPU also activations and the cache, which are float32 on a CPU."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights rounded to 8 bits, a scale for each output; on a CPU twice as fast for one sequence."""
     allow_special: bool = False
     """Read <|endoftext|> in a prompt as the special token instead of plain text."""
     ignore_end_of_text: bool = False

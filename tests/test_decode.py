@@ -10,9 +10,11 @@ import pytest
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import choice_rule, choose
-from gptjax.generation.decode import _decode, generate, stream
+from gptjax.generation.decode import _decode, _prefilled, generate, stream
 from gptjax.generation.sample import sample_texts
-from gptjax.model.gpt import Compute, hidden_states, init_params, logits
+from gptjax.generation.weights import decoding_weights
+from gptjax.model.gpt import extend, hidden_states, init_params, logits
+from gptjax.ops.projection import project
 from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.verb_options import SampleConfig
 
@@ -30,6 +32,7 @@ VARIANTS = {
         tied_embeddings=False,
         bias=False,
     ),
+    "attention window": ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=37, attention_window=5),
     "tied and padded": ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=24, vocab_size=37, vocab_multiple=64),
 }
 SAMPLING = {
@@ -38,7 +41,6 @@ SAMPLING = {
     "top-k and top-p": {"temperature": 0.8, "top_k": 9, "top_p": 0.8},
     "top-p": {"top_p": 0.5},
 }
-FLOAT32 = Compute()
 
 
 @functools.cache
@@ -93,7 +95,7 @@ def test_cached_decoding_chooses_the_tokens_of_full_forward_passes(variant, samp
     model, params = VARIANTS[variant], make_params(VARIANTS[variant])
     options = SampleConfig(max_new_tokens=15, num_samples=2, seed=5, **SAMPLING[sampling])
     prompts = make_prompts(1, 4, 9)
-    samples = generate(model, params, prompts, options, FLOAT32)
+    samples = generate(model, params, prompts, options)
     for number, prompt in enumerate(prompts):
         for sample in range(2):
             expected = uncached(model, params, prompt, options, number, sample)
@@ -105,7 +107,7 @@ def test_sliding_follows_the_documented_rule(sampling):
     told = []
     options = SampleConfig(max_new_tokens=50, seed=2, **SAMPLING[sampling])
     prompts = make_prompts(3, 20, 24, 40)
-    samples = generate(MODEL, make_params(MODEL), prompts, options, FLOAT32, notify=told.append)
+    samples = generate(MODEL, make_params(MODEL), prompts, options, notify=told.append)
     for number, prompt in enumerate(prompts):
         assert samples[number][0].tolist() == uncached(MODEL, make_params(MODEL), prompt, options, number)
     assert len(told) == 2
@@ -116,7 +118,7 @@ def test_sliding_follows_the_documented_rule(sampling):
 def test_a_window_of_one_token_works():
     model = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=1, vocab_size=37)
     options = SampleConfig(max_new_tokens=5, temperature=0)
-    [[sample]] = generate(model, make_params(model), make_prompts(3), options, FLOAT32)
+    [[sample]] = generate(model, make_params(model), make_prompts(3), options)
     assert len(sample) == 5
 
 
@@ -126,11 +128,11 @@ def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(sampling):
     one = SampleConfig(max_new_tokens=40, seed=9, **SAMPLING[sampling])
     first, second = make_prompts(5, 17)
     params = make_params(MODEL)
-    together = generate(MODEL, params, [first, second], options, FLOAT32)
-    [[alone]] = generate(MODEL, params, [first], one, FLOAT32)
+    together = generate(MODEL, params, [first, second], options)
+    [[alone]] = generate(MODEL, params, [first], one)
     np.testing.assert_array_equal(together[0][0], alone)
     if sampling == "greedy":
-        [[alone]] = generate(MODEL, params, [second], one, FLOAT32)
+        [[alone]] = generate(MODEL, params, [second], one)
         np.testing.assert_array_equal(together[1][0], alone)
 
 
@@ -144,7 +146,6 @@ def test_seeds_prompt_numbers_and_sample_numbers_give_different_samples():
             make_params(MODEL),
             [prompt, prompt],
             SampleConfig(max_new_tokens=20, num_samples=3, seed=seed),
-            FLOAT32,
         )
         for sample in samples
     }
@@ -154,7 +155,7 @@ def test_seeds_prompt_numbers_and_sample_numbers_give_different_samples():
 def test_rows_stop_at_end_of_text_each_for_itself():
     options = SampleConfig(max_new_tokens=60, num_samples=3, seed=4)
     prompts, params = make_prompts(2, 6), make_params(MODEL)
-    samples = generate(MODEL, params, prompts, options, FLOAT32, end_of_text=3)
+    samples = generate(MODEL, params, prompts, options, end_of_text=3)
     lengths = {len(sample) for row in samples for sample in row}
     assert len(lengths) > 2, "the test needs rows that stop at different places"
     for number, prompt in enumerate(prompts):
@@ -166,10 +167,10 @@ def test_rows_stop_at_end_of_text_each_for_itself():
 def test_the_loop_ends_when_all_rows_have_stopped():
     [prompt] = make_prompts(4)
     options = SampleConfig(max_new_tokens=10_000, temperature=0)
-    endless = generate(MODEL, make_params(MODEL), [prompt], SampleConfig(max_new_tokens=3, temperature=0), FLOAT32)
+    endless = generate(MODEL, make_params(MODEL), [prompt], SampleConfig(max_new_tokens=3, temperature=0))
     stop = int(endless[0][0][-1])
     first = endless[0][0].tolist().index(stop)
-    pieces = list(stream(MODEL, make_params(MODEL), [prompt], options, FLOAT32, end_of_text=stop))
+    pieces = list(stream(MODEL, make_params(MODEL), [prompt], options, end_of_text=stop))
     assert len(pieces) == 1
     assert pieces[0][0].tolist() == endless[0][0][:first].tolist()
 
@@ -177,8 +178,8 @@ def test_the_loop_ends_when_all_rows_have_stopped():
 def test_end_of_text_can_be_ignored():
     [prompt] = make_prompts(4)
     options = SampleConfig(max_new_tokens=30, temperature=0, ignore_end_of_text=True)
-    [[sample]] = generate(MODEL, make_params(MODEL), [prompt], options, FLOAT32, end_of_text=3)
-    [[without]] = generate(MODEL, make_params(MODEL), [prompt], options, FLOAT32)
+    [[sample]] = generate(MODEL, make_params(MODEL), [prompt], options, end_of_text=3)
+    [[without]] = generate(MODEL, make_params(MODEL), [prompt], options)
     np.testing.assert_array_equal(sample, without)
     assert len(sample) == 30
 
@@ -187,8 +188,8 @@ def test_end_of_text_can_be_ignored():
 def test_streamed_pieces_join_to_what_generate_returns(piece_length):
     options = SampleConfig(max_new_tokens=40, num_samples=2, seed=6)
     prompts, params = make_prompts(3, 11), make_params(MODEL)
-    whole = generate(MODEL, params, prompts, options, FLOAT32, end_of_text=3)
-    pieces = list(stream(MODEL, params, prompts, options, FLOAT32, end_of_text=3, piece_length=piece_length))
+    whole = generate(MODEL, params, prompts, options, end_of_text=3)
+    pieces = list(stream(MODEL, params, prompts, options, end_of_text=3, piece_length=piece_length))
     joined = [np.concatenate(row) for row in zip(*pieces, strict=True)]
     assert [row.tolist() for row in joined] == [sample.tolist() for samples in whole for sample in samples]
 
@@ -199,38 +200,56 @@ def test_lengths_seeds_and_heat_share_one_compiled_program():
     before = _decode._cache_size()
     for length, new, seed, temperature in ((3, 20, 0, 0.7), (14, 31, 1, 1.3), (16, 5, 2, 0.9)):
         options = SampleConfig(max_new_tokens=new, seed=seed, temperature=temperature, top_p=0.9)
-        generate(model, params, make_prompts(length), options, FLOAT32)
+        generate(model, params, make_prompts(length), options)
     assert _decode._cache_size() == before + 1
 
 
 def test_the_compiled_loop_does_not_copy_the_cache():
     text = _compiled_decode(MODEL)
-    shape = "f32[2,3,4,64,4]"  # [L, B, G, S, C]
+    shape = "f32[3,4,64,4]"  # [B, G, S, C]
     assert shape in text
     copies = [line for line in text.splitlines() if f" = {shape}" in line and " copy(" in line]
     assert not copies
 
 
 def _compiled_decode(model):
-    from gptjax.generation.weights import decoding_config, decoding_weights
     from gptjax.model.cache import init_cache
 
     rows = 3
-    weights = decoding_weights(model, make_params(model), "float32")
+    weights = decoding_weights(model, make_params(model), "float32", rows)
     cache = init_cache(model, jnp.zeros(rows, jnp.int32), 64, "float32")
     keys = jax.random.split(jax.random.key(0), rows)
     arguments = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), keys, *map(jnp.int32, (0, 9, -1)), 1.0, 1.0
     rule = choice_rule(SampleConfig(temperature=0))
-    return _decode.lower(decoding_config(model), FLOAT32, rule, weights, cache, *arguments).compile().as_text()
+    return _decode.lower(model, "float32", rule, weights, cache, *arguments).compile().as_text()
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices compute in bfloat16")
-def test_a_cpu_decodes_in_float32_whatever_is_asked_for():
-    options = SampleConfig(max_new_tokens=20, temperature=0)
-    prompts, params = make_prompts(4, 9, 2), make_params(MODEL)
-    exact = generate(MODEL, params, prompts, options, FLOAT32)
-    asked = generate(MODEL, params, prompts, options, Compute(dtype="bfloat16"))
-    assert [row[0].tolist() for row in asked] == [row[0].tolist() for row in exact]
+@pytest.mark.parametrize("options", [{"compute_dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("lengths", [(9,), (4, 9, 2)], ids=["one row", "rows"])
+def test_rounded_weights_give_nearly_the_same_logits(options, lengths):
+    """Read off the probabilities that sampling uses: the readout of the same context, in both precisions."""
+    model, params = MODEL, make_params(MODEL)
+    dtype = options.get("quantize") or options["compute_dtype"]
+    exact, rounded = (last_logits(model, params, precision, lengths) for precision in ("float32", dtype))
+    assert not np.array_equal(exact, rounded)
+    # Both round weights by up to 1/256, bfloat16 activations too; a wrong layout or scale would be off by all of it.
+    np.testing.assert_allclose(rounded, exact, atol=0.08 * np.abs(exact).max())
+
+
+def last_logits(model, params, dtype, lengths):
+    weights = decoding_weights(model, params, dtype, len(lengths))
+    contexts = [np.append(prompt, 0) for prompt in make_prompts(*lengths)]  # the last token is left for the loop
+    cache = _prefilled(model, "float32", weights, contexts, 64)
+    x_B1D, _ = extend(model, weights.params, jnp.zeros((len(lengths), 1), jnp.int32), cache, "float32")
+    return np.asarray(project(x_B1D, weights.readout)[:, 0])
+
+
+@pytest.mark.parametrize("options", [{"compute_dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bfloat16", "int8"])
+def test_rounded_weights_decode(options):
+    samples = generate(
+        MODEL, make_params(MODEL), make_prompts(4, 9), SampleConfig(max_new_tokens=40, seed=1, **options)
+    )
+    assert all(len(row[0]) == 40 and row[0].max() < 37 for row in samples)
 
 
 def test_params_that_lie_on_several_devices_decode_the_same():
@@ -238,8 +257,8 @@ def test_params_that_lie_on_several_devices_decode_the_same():
     everywhere = jax.device_put(make_params(MODEL), jax.NamedSharding(mesh, jax.P()))
     options = SampleConfig(max_new_tokens=30, seed=3)
     prompts = make_prompts(2, 7)
-    ours = generate(MODEL, everywhere, prompts, options, FLOAT32)
-    expected = generate(MODEL, make_params(MODEL), prompts, options, FLOAT32)
+    ours = generate(MODEL, everywhere, prompts, options)
+    expected = generate(MODEL, make_params(MODEL), prompts, options)
     assert [[s.tolist() for s in row] for row in ours] == [[s.tolist() for s in row] for row in expected]
 
 
@@ -254,7 +273,7 @@ def test_params_that_lie_on_several_devices_decode_the_same():
 )
 def test_wrong_input_is_refused_before_anything_runs(prompts, options, message):
     with pytest.raises(UserError, match=message):
-        stream(MODEL, {}, prompts, SampleConfig(**options), FLOAT32)
+        stream(MODEL, {}, prompts, SampleConfig(**options))
 
 
 # --- texts ------------------------------------------------------------------------------------------------------
@@ -263,16 +282,14 @@ BYTES = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=25
 
 
 def sample(prompts, on_text=None, **options):
-    return sample_texts(
-        BYTES, make_params(BYTES), ByteTokenizer(), prompts, SampleConfig(**options), FLOAT32, on_text=on_text
-    )
+    return sample_texts(BYTES, make_params(BYTES), ByteTokenizer(), prompts, SampleConfig(**options), on_text=on_text)
 
 
 def test_texts_are_the_decoded_tokens():
     texts = sample(["né", "a"], max_new_tokens=40, num_samples=2, seed=1)
     prompts = [ByteTokenizer().encode("né"), ByteTokenizer().encode("a")]
     options = SampleConfig(max_new_tokens=40, num_samples=2, seed=1)
-    ids = generate(BYTES, make_params(BYTES), prompts, options, FLOAT32, end_of_text=256)
+    ids = generate(BYTES, make_params(BYTES), prompts, options, end_of_text=256)
     assert texts == [[ByteTokenizer().decode(row) for row in samples] for samples in ids]
 
 
@@ -306,4 +323,4 @@ def test_end_of_text_in_a_prompt_is_plain_text_unless_allowed(monkeypatch):
 def test_a_prompt_that_cannot_be_encoded_is_refused(prompt, options, message):
     tokenizer = CharTokenizer("<>adefnotx|", has_end_of_text=False)
     with pytest.raises(UserError, match=message):
-        sample_texts(BYTES, {}, tokenizer, [prompt], SampleConfig(**options), FLOAT32)
+        sample_texts(BYTES, {}, tokenizer, [prompt], SampleConfig(**options))

@@ -15,7 +15,6 @@ from gptjax.errors import UserError
 from gptjax.exchange.gpt2 import export_gpt2, import_gpt2
 from gptjax.exchange.runs import export_run, import_run
 from gptjax.generation.decode import generate
-from gptjax.model.gpt import Compute
 from gptjax.text.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
@@ -177,6 +176,7 @@ def test_damaged_and_missing_files_are_one_clear_line(tmp_path):
     [
         (dataclasses.replace(MODEL, n_kv_head=1), "model.n_kv_head=1"),
         (dataclasses.replace(MODEL, bias=False), "model.bias=False"),
+        (dataclasses.replace(MODEL, attention_window=4), "model.attention_window=4"),
     ],
 )
 def test_what_gpt2_cannot_be_is_not_exported(model, message, tmp_path):
@@ -397,7 +397,7 @@ def test_a_model_of_transformers_generates_the_same_tokens_here_and_comes_back(t
     inputs = torch.from_numpy(prompt)[None]
     theirs = hf.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=40, do_sample=False)
     options = SampleConfig(max_new_tokens=40, temperature=0)
-    [[ours]] = generate(run.config.model, run.params, [prompt], options, Compute())
+    [[ours]] = generate(run.config.model, run.params, [prompt], options)
     assert len(set(ours.tolist())) > 5, "the test needs tokens that differ"
     assert ours.tolist() == theirs[0, 9:].tolist()
     export_run(tmp_path / "run", tmp_path / "again")

@@ -16,6 +16,7 @@ VARIANTS = {
     "grouped": dataclasses.replace(MODEL, n_head=4, n_kv_head=2),
     "no_bias": dataclasses.replace(MODEL, bias=False),
     "untied": dataclasses.replace(MODEL, tied_embeddings=False),
+    "window": dataclasses.replace(MODEL, attention_window=4),
     "padded": dataclasses.replace(MODEL, vocab_size=61, vocab_multiple=16),
 }
 
@@ -55,15 +56,22 @@ def test_a_packed_document_is_computed_as_if_it_were_alone():
     np.testing.assert_allclose(packed[:, 6:], forward(MODEL, params, second_BT), atol=1e-6)
 
 
+def layer_by_layer(config, params):
+    """Params as decoding takes them, with weights as they are trained."""
+    blocks = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(config.n_layer)}
+    return {"embed": params["embed"], "norm_f": params["norm_f"], "blocks": blocks}
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cached_steps_equal_one_forward_pass(name):
     config = VARIANTS[name]
     params = init_params(config, jax.random.key(0))
     tokens_BT = tokens(config)
+    layers = layer_by_layer(config, params)
     cache = kv.init_cache(config, jnp.zeros(2, jnp.int32), 16, jnp.float32)
     parts = []
     for start, stop in ((0, 9), (9, 10), (10, 16)):
-        x, cache = extend(config, params, tokens_BT[:, start:stop], cache, Compute())
+        x, cache = extend(config, layers, tokens_BT[:, start:stop], cache, "float32")
         parts.append(logits(config, params, x))
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), forward(config, params, tokens_BT), atol=1e-5)
 
@@ -73,7 +81,7 @@ def test_left_padding_changes_nothing():
     tokens_BT = tokens(MODEL, T=10)
     padded_BT = jnp.pad(tokens_BT, ((0, 0), (5, 0)))
     cache = kv.init_cache(MODEL, jnp.full(2, 5, jnp.int32), 15, jnp.float32)
-    x, _ = extend(MODEL, params, padded_BT, cache, Compute())
+    x, _ = extend(MODEL, layer_by_layer(MODEL, params), padded_BT, cache, "float32")
     np.testing.assert_allclose(logits(MODEL, params, x)[:, 5:], forward(MODEL, params, tokens_BT), atol=1e-5)
 
 

@@ -84,16 +84,16 @@ def test_embedding(vocabulary):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("length", [5, 128, 300])  # less than a block, one block, several with a rest
-@pytest.mark.parametrize("segmented", [False, True])
-def test_attention(dtype, kv_heads, length, segmented):
+@pytest.mark.parametrize(("segmented", "window"), [(False, 0), (True, 0), (False, 100), (True, 3)])
+def test_attention(dtype, kv_heads, length, segmented, window):
     B, H, C = 2, 4, 8
     q, k, v = (normal(i, B, length, n, C, dtype=dtype) for i, n in enumerate((H, kv_heads, kv_heads)))
     segments = None
     if segmented:
         segments = jnp.cumsum(jax.random.bernoulli(jax.random.key(5), 0.03, (B, length)), axis=1)
     assert_same(
-        lambda q, k, v: attention(q, k, v, segments),
-        lambda q, k, v: attention_reference(q, k, v, segments),
+        lambda q, k, v: attention(q, k, v, segments, window),
+        lambda q, k, v: attention_reference(q, k, v, segments, window),
         (q, k, v),
         dtype,
     )
@@ -104,7 +104,7 @@ def test_attention_dropout_drops_the_right_share_and_keeps_the_mean():
     q, v = jnp.zeros((B, T, H, C)), jnp.ones((B, T, H, C))
     plain = attention(q, q, v)
     keys = jax.random.split(jax.random.key(0), 32)
-    dropped = jax.jit(jax.vmap(lambda key: attention(q, q, v, None, 0.25, key)))(keys)
+    dropped = jax.jit(jax.vmap(lambda key: attention(q, q, v, None, 0, 0.25, key)))(keys)
     np.testing.assert_allclose(plain, 1.0, rtol=1e-6)
     # 32 draws of weights that are even: position t averages over t + 1 of them, so the last are close to 1
     np.testing.assert_allclose(jnp.mean(dropped, axis=(0, 1, 3, 4))[-50:], 1.0, atol=0.02)
@@ -118,12 +118,20 @@ def test_attention_dropout_uses_the_same_mask_in_the_backward_pass():
 
     @jax.jit
     def loss(v):
-        return jnp.sum(attention(q, k, v, None, 0.5, key) ** 2)
+        return jnp.sum(attention(q, k, v, None, 0, 0.5, key) ** 2)
 
     direction = normal(7, B, T, H, C)
     # The loss is quadratic in v, so a central difference has no error but rounding, about 1e-7 * loss / step.
     numeric = (loss(v + 0.1 * direction) - loss(v - 0.1 * direction)) / 0.2
     np.testing.assert_allclose(jnp.sum(jax.grad(loss)(v) * direction), numeric, rtol=1e-3)
+
+
+def test_a_window_makes_attention_cheaper():
+    def flops(window):
+        x = jax.ShapeDtypeStruct((1, 1024, 2, 16), jnp.float32)
+        return jax.jit(lambda q: attention(q, q, q, None, window)).lower(x).compile().cost_analysis()["flops"]
+
+    assert flops(128) < 0.5 * flops(0)
 
 
 def test_attention_memory_grows_linearly():

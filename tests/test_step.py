@@ -164,6 +164,7 @@ FLIPS = [
     *({"model": change} for change in ({"dropout": 0.5}, {"bias": False}, {"tied_embeddings": False})),
     *({"model": change} for change in ({"n_layer": 1}, {"n_head": 4}, {"n_kv_head": 1}, {"n_embd": 32})),
     *({"model": change} for change in ({"vocab_size": 65}, {"vocab_multiple": 5}, {"block_size": 17})),
+    {"model": {"attention_window": 3}},
     *({"optim": change} for change in ({"name": "lion"}, {"learning_rate": 1e-3}, {"warmup_steps": 0})),
     *({"optim": change} for change in ({"schedule": "linear"}, {"min_learning_rate": 0.0}, {"weight_decay": 0.5})),
     *({"optim": change} for change in ({"beta1": 0.5}, {"beta2": 0.5}, {"eps": 1e-2}, {"grad_clip": 0.01})),

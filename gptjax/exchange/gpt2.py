@@ -189,6 +189,11 @@ def _check_exportable(model: ModelConfig) -> None:
         )
     if not model.bias:
         raise UserError("model.bias=False: GPT-2 has biases; this model cannot be exported as one")
+    if model.attention_window:
+        raise UserError(
+            f"model.attention_window={model.attention_window}: GPT-2 attends to all earlier tokens; this model cannot"
+            " be exported as one"
+        )
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

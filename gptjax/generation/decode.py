@@ -17,9 +17,10 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import Rule, choice_rule, choose
-from gptjax.generation.weights import decoding_config, decoding_weights, stacked_params
+from gptjax.generation.weights import DecodingWeights, decoding_weights
 from gptjax.model.cache import Cache, init_cache
-from gptjax.model.gpt import Compute, extend, logits
+from gptjax.model.gpt import extend
+from gptjax.ops.projection import project
 from gptjax.verb_options import SampleConfig
 
 BUFFER = 64  # new tokens that the compiled loop holds before it returns them
@@ -33,7 +34,6 @@ def generate(
     params: dict,
     prompts: Sequence[np.ndarray],
     options: SampleConfig,
-    compute: Compute,
     *,
     end_of_text: int | None = None,
     notify: Callable[[str], None] = lambda message: None,
@@ -43,9 +43,7 @@ def generate(
     Arguments and errors are those of `stream`.
     """
     rows: list[list[np.ndarray]] = [[] for _ in range(len(prompts) * options.num_samples)]
-    for pieces in stream(
-        config, params, prompts, options, compute, end_of_text=end_of_text, notify=notify, piece_length=BUFFER
-    ):
+    for pieces in stream(config, params, prompts, options, end_of_text=end_of_text, notify=notify, piece_length=BUFFER):
         for row, piece in zip(rows, pieces, strict=True):
             row.append(piece)
     samples = [np.concatenate([np.zeros(0, np.int32), *row]) for row in rows]
@@ -57,7 +55,6 @@ def stream(
     params: dict,
     prompts: Sequence[np.ndarray],
     options: SampleConfig,
-    compute: Compute,
     *,
     end_of_text: int | None = None,
     notify: Callable[[str], None] = lambda message: None,
@@ -71,9 +68,7 @@ def stream(
         config: Shape of the model.
         params: As `init_params` returns them.
         prompts: Token ids, one array each, none empty.
-        options: How many samples, how long, and how tokens are chosen; its `compute_dtype` is not read here.
-        compute: `compute.dtype` is that of matrix products and of the cache, except on a CPU, where float32 is faster
-            and used always. The other fields are for training and not read.
+        options: How many samples, how long, how tokens are chosen, in which precision.
         end_of_text: Id that ends a row; None: none does. `options.ignore_end_of_text` overrides it.
         notify: Told in one line when a prompt is cut and, once, when contexts slide.
         piece_length: New tokens per row in one piece, at most 64.
@@ -82,14 +77,13 @@ def stream(
         UserError: A prompt is empty or holds an id outside the vocabulary, or `options.top_k` passes it.
     """
     _check(config, prompts, options)
-    return _stream(config, params, prompts, options, compute, end_of_text, notify, min(piece_length, BUFFER))
+    return _stream(config, params, prompts, options, end_of_text, notify, min(piece_length, BUFFER))
 
 
-def _stream(config, params, prompts, options, compute, end_of_text, notify, piece_length):
-    # XLA:CPU multiplies one row of bfloat16 by a matrix 16 times slower than one of float32 (measured).
-    compute = Compute(dtype="float32" if jax.default_backend() == "cpu" else compute.dtype)
-    weights = decoding_weights(config, params, compute.dtype)
-    model = decoding_config(config)
+def _stream(config, params, prompts, options, end_of_text, notify, piece_length):
+    weight_dtype = options.compute_dtype if options.quantize == "none" else options.quantize
+    weights = decoding_weights(config, params, weight_dtype, rows=len(prompts) * options.num_samples)
+    dtype = "float32" if jax.default_backend() == "cpu" else options.compute_dtype
     rule = choice_rule(options)
     stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
     contexts = [context for context in _cut(config, prompts, notify) for _ in range(options.num_samples)]
@@ -107,13 +101,13 @@ def _stream(config, params, prompts, options, compute, end_of_text, notify, piec
                 told = True
             contexts = [_window(config, c, done) for c, done in zip(contexts, done_B, strict=True)]
             slots = max(slots, _slots(config, contexts, options.max_new_tokens - number))
-            cache = _prefilled(model, compute, weights, contexts, slots)
+            cache = _prefilled(config, dtype, weights, contexts, slots)
             continue
         limit = min(piece_length, room, options.max_new_tokens - number)
         last_B = np.array([c[-1] for c in contexts], np.int32)
         scalars = np.int32(number), np.int32(limit), np.int32(stop), np.float32(options.temperature or 1)
         cache, new_BN = _decode(
-            model, compute, rule, weights, cache, last_B, done_B, keys_B, *scalars, np.float32(options.top_p)
+            config, dtype, rule, weights, cache, last_B, done_B, keys_B, *scalars, np.float32(options.top_p)
         )
         new_BN = np.asarray(new_BN)[:, :limit]
         pieces = [row[row != NOTHING] for row in new_BN]
@@ -123,12 +117,12 @@ def _stream(config, params, prompts, options, compute, end_of_text, notify, piec
         yield pieces
 
 
-@functools.partial(jax.jit, static_argnames=("model", "compute", "rule"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "rule"), donate_argnames="cache")
 def _decode(
-    model: ModelConfig,
-    compute: Compute,
+    config: ModelConfig,
+    dtype: str,
     rule: Rule,
-    weights: dict,
+    weights: DecodingWeights,
     cache: Cache,
     last_B: jax.Array,
     done_B: jax.Array,
@@ -143,12 +137,11 @@ def _decode(
 
     `last_B` are the newest tokens, not in the cache yet; `number` says how many new tokens came before.
     """
-    params = stacked_params(weights)
 
     def step(carry):
         n, cache, last_B, done_B, new_BN = carry
-        x_B1D, cache = extend(model, params, last_B[:, None], cache, compute)
-        logits_BV = logits(model, params, x_B1D)[:, 0]
+        x_B1D, cache = extend(config, weights.params, last_B[:, None], cache, dtype)
+        logits_BV = project(x_B1D, weights.readout)[:, 0]
         token_keys_B = keys_B if rule.greedy else jax.vmap(jax.random.fold_in, (0, None))(keys_B, number + n)
         next_B = choose(logits_BV, token_keys_B, rule, temperature, top_p)
         done_B = done_B | (next_B == stop)
@@ -164,21 +157,23 @@ def _decode(
     return cache, new_BN
 
 
-@functools.partial(jax.jit, static_argnames=("model", "compute"), donate_argnames="cache")
-def _extend_cache(model: ModelConfig, compute: Compute, weights: dict, tokens_BT: jax.Array, cache: Cache) -> Cache:
-    return extend(model, stacked_params(weights), tokens_BT, cache, compute)[1]
+@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
+def _extend_cache(
+    config: ModelConfig, dtype: str, weights: DecodingWeights, tokens_BT: jax.Array, cache: Cache
+) -> Cache:
+    return extend(config, weights.params, tokens_BT, cache, dtype)[1]
 
 
-def _prefilled(model, compute, weights, contexts, slots) -> Cache:
+def _prefilled(config, dtype, weights, contexts, slots) -> Cache:
     """Returns a cache that holds every context but its last token, which the decoding loop reads."""
     length = _prefill_length(contexts)
     padding_B = np.array([length - (len(c) - 1) for c in contexts], np.int32)
     tokens_BT = np.zeros((len(contexts), length), np.int32)
     for row, context, padding in zip(tokens_BT, contexts, padding_B, strict=True):
         row[padding:] = context[:-1]
-    cache = init_cache(model, jnp.asarray(padding_B), slots, compute.dtype)
+    cache = init_cache(config, jnp.asarray(padding_B), slots, dtype)
     for start in range(0, length, PREFILL):
-        cache = _extend_cache(model, compute, weights, tokens_BT[:, start : start + PREFILL], cache)
+        cache = _extend_cache(config, dtype, weights, tokens_BT[:, start : start + PREFILL], cache)
     return cache
 
 

@@ -8,7 +8,6 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation.decode import BUFFER, stream
 from gptjax.generation.stream import make_text_stream
-from gptjax.model.gpt import Compute
 from gptjax.text.tokenizer import END_OF_TEXT, Tokenizer
 from gptjax.verb_options import SampleConfig
 
@@ -21,7 +20,6 @@ def sample_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     options: SampleConfig,
-    compute: Compute,
     *,
     on_text: Callable[[int, int, str], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
@@ -33,8 +31,7 @@ def sample_texts(
         params: As `init_params` returns them.
         tokenizer: The one that the model was trained with.
         prompts: Texts, none empty; `<|endoftext|>` in them is plain text unless `options.allow_special`.
-        options: How many, how long, how chosen; `prompt`, `run_dir` and `compute_dtype` are not read here.
-        compute: Precision.
+        options: How many, how long, how chosen, in which precision; `prompt` and `run_dir` are not read here.
         on_text: Called with prompt number, sample number (both from 0) and the next piece of text, always whole
             characters, as they come; the pieces join to what is returned.
         notify: Told in one line what the user should know: a prompt that is cut, a context that slides.
@@ -57,7 +54,6 @@ def sample_texts(
         params,
         ids,
         options,
-        compute,
         end_of_text=tokenizer.end_of_text,
         notify=notify,
         piece_length=STREAM_LENGTH if on_text else BUFFER,

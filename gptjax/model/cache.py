@@ -1,6 +1,8 @@
 """Keys and values of the tokens so far, so that decoding computes only what is new.
 
-Shape suffixes: L layer, B batch, G key and value heads, S slot, C head_dim, T new positions.
+Each layer has arrays of its own: out of a stack of all layers, XLA would copy a layer's for every token.
+
+Shape suffixes: B batch, G key and value heads, S slot, C head_dim, T new positions.
 """
 
 from typing import NamedTuple
@@ -11,11 +13,17 @@ import jax.numpy as jnp
 from gptjax.config import ModelConfig
 
 
+class LayerCache(NamedTuple):
+    """Keys and values of one layer."""
+
+    k_BGSC: jax.Array
+    v_BGSC: jax.Array
+
+
 class Cache(NamedTuple):
     """Slots fill from the left; every row writes the same slots, so shorter prompts are padded on their left."""
 
-    k_LBGSC: jax.Array
-    v_LBGSC: jax.Array
+    layers: tuple[LayerCache, ...]
     used: jax.Array
     """Slots filled, an int32 scalar."""
     padding_B: jax.Array
@@ -24,15 +32,20 @@ class Cache(NamedTuple):
 
 def init_cache(config: ModelConfig, padding_B: jax.Array, slots: int, dtype: jax.typing.DTypeLike) -> Cache:
     """Returns an empty cache of `slots` positions for `len(padding_B)` rows."""
-    shape = (config.n_layer, padding_B.shape[0], config.kv_heads, slots, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0), padding_B)
+    shape = (padding_B.shape[0], config.kv_heads, slots, config.head_dim)
+    layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer))
+    return Cache(layers, jnp.int32(0), padding_B)
 
 
-def visible_slots(cache: Cache, new: int) -> jax.Array:
-    """Which slots each of `new` positions after the used ones may see: `[B, T, S]`, True where it may."""
-    slot = jnp.arange(cache.k_LBGSC.shape[3])[None, None]
+def visible_slots(cache: Cache, new: int, window: int) -> jax.Array:
+    """Which slots each of `new` positions after the used ones may see: `[B, T, S]`, True where it may.
+
+    `window` is the config's: how many tokens a position sees, itself included; 0: all before it.
+    """
+    slot = jnp.arange(cache.layers[0].k_BGSC.shape[2])[None, None]
     last = (cache.used + jnp.arange(new))[None, :, None]
-    return (slot <= last) & (slot >= cache.padding_B[:, None, None])
+    visible = (slot <= last) & (slot >= cache.padding_B[:, None, None])
+    return visible & (slot > last - window) if window else visible
 
 
 def positions(cache: Cache, new: int) -> jax.Array:
@@ -40,17 +53,11 @@ def positions(cache: Cache, new: int) -> jax.Array:
     return jnp.maximum(cache.used + jnp.arange(new)[None] - cache.padding_B[:, None], 0)
 
 
-def write(cache: Cache, layer: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array) -> Cache:
-    """Stores new keys and values of one layer behind the used slots; `used` stays until all layers have written."""
+def write(layer: LayerCache, used: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array) -> LayerCache:
+    """Stores new keys and values of one layer behind the used slots."""
 
-    def put(old_LBGSC, new_BTGC):
-        new_LBGSC = new_BTGC.transpose(0, 2, 1, 3)[None].astype(old_LBGSC.dtype)
-        return jax.lax.dynamic_update_slice(old_LBGSC, new_LBGSC, (layer, 0, 0, cache.used, 0))
+    def put(old_BGSC, new_BTGC):
+        new_BGTC = new_BTGC.transpose(0, 2, 1, 3).astype(old_BGSC.dtype)
+        return jax.lax.dynamic_update_slice(old_BGSC, new_BGTC, (0, 0, used, 0))
 
-    return cache._replace(k_LBGSC=put(cache.k_LBGSC, k_BTGC), v_LBGSC=put(cache.v_LBGSC, v_BTGC))
-
-
-def read(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of one layer, `[B, G, S, C]` each."""
-    take = jax.lax.dynamic_index_in_dim
-    return take(cache.k_LBGSC, layer, keepdims=False), take(cache.v_LBGSC, layer, keepdims=False)
+    return LayerCache(put(layer.k_BGSC, k_BTGC), put(layer.v_BGSC, v_BTGC))

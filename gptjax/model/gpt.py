@@ -3,6 +3,8 @@
 `params` holds `embed/tokens [V, D]`, `embed/positions [block_size, D]`, `blocks/...` with a leading layer axis on every
 leaf, `norm_f/...`, and `head/w [V, D]` where the embeddings are not tied.
 
+Decoding takes the same with `blocks/0/...`, `blocks/1/...` instead of stacks, see `generation/weights.py`.
+
 Shape suffixes: B batch, T position, D n_embd, V vocabulary (padded).
 """
 
@@ -57,7 +59,7 @@ class Unembed(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """GPT-2 without its logits: embeddings, `n_layer` stacked blocks, final norm."""
+    """GPT-2 without its logits: embeddings, `n_layer` stacked blocks, final norm; a readout that is not tied."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs=rngs)
@@ -74,23 +76,44 @@ class GPT(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
         key: jax.Array | None,
-        cache: Cache | None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Returns the normed hidden states `[B, T, D]` in the compute dtype, and the cache."""
+    ) -> jax.Array:
+        """Returns the normed hidden states `[B, T, D]` in the compute dtype."""
         dtype = jnp.dtype(compute.dtype)
         embed_key = None if key is None else jax.random.fold_in(key, self.n_layer)
         x_BTD = dropout(self.embed(tokens_BT, positions_BT), self.dropout, embed_key)
 
-        def apply(carry, numbered_block):
+        def apply(x_BTD, numbered_block):
             block, layer = numbered_block
-            return block(carry[0], dtype, segments_BT, key, carry[1], layer), None
+            block_key = None if key is None else jax.random.fold_in(key, layer)
+            return block(x_BTD, dtype, segments_BT, block_key), None
 
         if compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat])
-        (x_BTD, cache), _ = jax.lax.scan(
-            apply, (x_BTD, cache), (self.blocks, jnp.arange(self.n_layer)), unroll=compute.unroll or self.n_layer
+        x_BTD, _ = jax.lax.scan(
+            apply, x_BTD, (self.blocks, jnp.arange(self.n_layer)), unroll=compute.unroll or self.n_layer
         )
-        return self.norm_f(x_BTD, dtype), cache
+        return self.norm_f(x_BTD, dtype)
+
+
+class Decoder(nnx.Module):
+    """The same with a list of blocks, for decoding."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.embed = Embed(config, rngs=rngs)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)])
+        self.norm_f = LayerNorm(config)
+        self.window = config.attention_window
+
+    def __call__(self, tokens_BT: jax.Array, cache: Cache, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Cache]:
+        """Returns the normed hidden states `[B, T, D]` of tokens that follow those in `cache`, and the longer cache."""
+        T = tokens_BT.shape[1]
+        x_BTD = self.embed(tokens_BT, kv.positions(cache, T))
+        visible_BTS = kv.visible_slots(cache, T, self.window)
+        layers = []
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x_BTD, layer = block.extend(x_BTD, dtype, layer, cache.used, visible_BTS)
+            layers.append(layer)
+        return self.norm_f(x_BTD, dtype), cache._replace(layers=tuple(layers), used=cache.used + T)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
@@ -119,18 +142,18 @@ def hidden_states(
         compute: Precision and layout of the computation.
         key: Randomness for dropout; None: no dropout.
     """
-    x_BTD, _ = _merge(config, params)(compute, tokens_BT, positions_BT, segments_BT, key, None)
-    return x_BTD
+    model = nnx.merge(_graphdef(config), params)
+    return model(compute, tokens_BT, positions_BT, segments_BT, key)
 
 
 def extend(
-    config: ModelConfig, params: dict, tokens_BT: jax.Array, cache: Cache, compute: Compute
+    config: ModelConfig, params: dict, tokens_BT: jax.Array, cache: Cache, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, Cache]:
-    """Runs tokens that follow those in `cache`; returns their hidden states `[B, T, D]` and the longer cache."""
-    T = tokens_BT.shape[1]
-    x_BTD, longer = _merge(config, params)(compute, tokens_BT, kv.positions(cache, T), None, None, cache)
-    assert longer is not None  # what goes in as a cache comes out as one
-    return x_BTD, longer._replace(used=cache.used + T)
+    """Runs tokens that follow those in `cache`; returns their hidden states `[B, T, D]` and the longer cache.
+
+    `params` holds blocks one by one; their matrices may be `Projection`s.
+    """
+    return nnx.merge(_decoder_graphdef(config), params)(tokens_BT, cache, dtype)
 
 
 def unembedding(params: dict) -> jax.Array:
@@ -144,10 +167,11 @@ def logits(config: ModelConfig, params: dict, x_BTD: jax.Array) -> jax.Array:
     return dot("btd,vd->btv", x_BTD, w_VD, jnp.float32)
 
 
-def _merge(config: ModelConfig, params: dict) -> GPT:
-    return nnx.merge(_graphdef(config), params)
-
-
 @functools.cache
 def _graphdef(config: ModelConfig) -> nnx.GraphDef[GPT]:
     return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
+
+
+@functools.cache
+def _decoder_graphdef(config: ModelConfig) -> nnx.GraphDef[Decoder]:
+    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))

@@ -25,11 +25,11 @@ PEAK_FLOPS = {
 def flops_per_token(config: ModelConfig, params: Any) -> float:
     """Model FLOPs of one training token, forward and backward (PaLM, arXiv:2204.02311, appendix B).
 
-    Six per parameter that is multiplied (embedding lookups are not), and the attention products over a whole window.
+    Six per parameter that is multiplied (embedding lookups are not), and the attention products over all visible keys.
     """
     multiplied = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]))
     multiplied += config.n_embd * config.vocab_size
-    return 6.0 * multiplied + 12.0 * config.n_layer * config.n_embd * config.block_size
+    return 6.0 * multiplied + 12.0 * config.n_layer * config.n_embd * (config.attention_window or config.block_size)
 
 
 def peak_flops() -> float | None:
