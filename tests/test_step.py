@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -157,6 +158,14 @@ def test_ema_is_the_average_of_the_parameters():
         state, _ = train_step(config)(state, make_batch())
         expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, expected, state.params)
     assert_trees_close(state.ema, expected, atol=1e-7)
+
+
+def test_the_compiled_step_does_not_copy_the_moments():
+    state = jax.eval_shape(lambda: init_state(CONFIG))
+    text = jax.jit(make_train_step(CONFIG), donate_argnums=0).lower(state, make_batch()).compile().as_text()
+    assert "opt_state" in text
+    copies = [line for line in text.splitlines() if re.search(r" copy\(%\S*(mu|nu)__blocks", line)]
+    assert not copies
 
 
 FLIPS = [

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gptjax.ops.elementwise import dropout_keep
 from gptjax.ops.matmul import dot, row_major, transposed
+from gptjax.ops.order import after
 
 MASKED = -1e30  # not -inf: a row that sees nothing must not become NaN
 
@@ -129,7 +130,8 @@ class Blocks:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blocked(blocks: Blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, key):
     """Attention that never holds all T² weights: they exist for one block of queries, and again in the backward
-    pass (arXiv:2205.14135, section 3); keys that no query of a block sees are never computed.
+    pass (arXiv:2205.14135, section 3); keys that no query of a block sees are never computed. Each block waits for
+    the one before: else XLA starts all of them at once, and all their weights are in memory.
     """
     return _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, key)[0]
 
@@ -140,7 +142,7 @@ def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, key):
     q_BGRTC = _group_queries(q_BTHC, k_BSGC.shape[2])
     outputs, log_sums, y_BGNC = [], [], None
     for block in blocks.ranges():
-        q_BGNC = _after(_rows(q_BGRTC[:, :, :, block.start : block.stop]), y_BGNC)
+        q_BGNC = after(_rows(q_BGRTC[:, :, :, block.start : block.stop]), y_BGNC)
         scores = _scores(blocks, block, q_BGNC, _seen(k_BGSC, block), segments_BT)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
@@ -159,8 +161,8 @@ def _blocked_backward(blocks, saved, dy_BTHC):
     dy_BGRTC = _group_queries(dy_BTHC.astype(dtype), k_BGSC.shape[1])
     dqs, dk_BGCS, dv_BGCS = [], None, None
     for block, log_sum in zip(blocks.ranges(), log_sums, strict=True):
-        q_BGNC = _after(_rows(q_BGRTC[:, :, :, block.start : block.stop]), dk_BGCS)
-        dy_BGNC = _after(_rows(dy_BGRTC[:, :, :, block.start : block.stop]), dk_BGCS)
+        q_BGNC = after(_rows(q_BGRTC[:, :, :, block.start : block.stop]), dk_BGCS)
+        dy_BGNC = after(_rows(dy_BGRTC[:, :, :, block.start : block.stop]), dk_BGCS)
         k, v = _seen(k_BGSC, block), _seen(v_BGSC, block)
         weights = jnp.exp(_scores(blocks, block, q_BGNC, k, segments_BT) - log_sum)
         dweights = dot("bgnc,bgsc->bgns", dy_BGNC, v, jnp.float32)
@@ -197,16 +199,6 @@ def _scores(blocks, block, q_BGNC, k_BGSC, segments_BT):
         other = segments_BT[:, block.start : block.stop, None] != segments_BT[:, None, block.first : block.stop]
         hidden = jnp.where(other, MASKED, hidden)
     return scores + jnp.tile(hidden, (1, R, 1))[:, None]
-
-
-def _after(x, earlier):
-    """Holds `x` back until `earlier` is there: else XLA starts all blocks at once, and all their weights are in memory.
-
-    A barrier would be gone before XLA orders its work; a product with zero stays, since zero times NaN is NaN.
-    """
-    if earlier is None:
-        return x
-    return x + (earlier[(slice(0, 1),) * x.ndim] * 0).astype(x.dtype)
 
 
 def _drop(blocks, weights, key, start):

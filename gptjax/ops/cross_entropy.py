@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gptjax.ops.matmul import dot, weight_gradient
 
-CHUNK_LOGITS = 2**26  # logits in memory at a time: 256 MB in float32
+CHUNK_LOGITS = 2**25  # logits in memory at a time: 128 MB in float32
 
 
 @dataclasses.dataclass(frozen=True)

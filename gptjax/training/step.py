@@ -16,6 +16,7 @@ from gptjax.config import Config
 from gptjax.model.gpt import Compute, init_params
 from gptjax.model.loss import batch_loss
 from gptjax.ops.cross_entropy import LossOptions
+from gptjax.ops.order import after_each
 from gptjax.training.optim import make_optimizer, make_schedule
 from gptjax.training.precision import LossScale, init_loss_scale, next_loss_scale
 
@@ -92,6 +93,8 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
         params, opt_state = _where(finite, (params, opt_state), (state.params, state.opt_state))
+        # Moments wait for the parameters that are made of them; unordered, XLA would copy all moments before.
+        opt_state = optax.tree.map_params(optimizer, after_each, opt_state, params)
         ema = state.ema
         if ema is not None:
             decay = config.train.ema
