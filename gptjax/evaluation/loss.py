@@ -29,14 +29,14 @@ class Evaluation(NamedTuple):
 
 
 def make_eval_step(model: ModelConfig, compute: Compute) -> EvalStep:
-    """Returns the compiled `eval_step(params, batch) -> (nll, count)`, leaves `[B, T]`, no dropout, plain loss."""
+    """Returns `eval_step(params, batch) -> (nll, count)`, to be jitted: leaves `[B, T]`, no dropout, plain loss."""
     options = LossOptions(model.vocab_size)
 
     def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
         loss = batch_loss(model, options, compute, params, batch, None)
         return loss.nll, loss.count
 
-    return jax.jit(eval_step)
+    return eval_step
 
 
 def measure(

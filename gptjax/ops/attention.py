@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from gptjax.ops.elementwise import dropout_keep
 from gptjax.ops.matmul import dot, row_major, transposed
 from gptjax.ops.order import after
+from gptjax.ops.splash import splash_attention, splash_fits
 
 MASKED = -1e30  # not -inf: a row that sees nothing must not become NaN
 
@@ -48,6 +49,8 @@ def attention(
         return jax.nn.dot_product_attention(
             q_BTHC, k_BSGC, v_BSGC, mask=mask, is_causal=True, local_window_size=before, implementation="cudnn"
         )
+    if backend == "tpu" and splash_fits(q_BTHC.shape[1], rate):
+        return splash_attention(q_BTHC, k_BSGC, v_BSGC, segments_BT, window)
     return attention_reference(q_BTHC, k_BSGC, v_BSGC, segments_BT, window, rate, key)
 
 

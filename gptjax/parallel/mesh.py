@@ -1,15 +1,20 @@
 """The grid of devices."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config import MeshConfig
 from gptjax.errors import UserError
+from gptjax.ops.splash import ROWS as BATCH_AXES
 
-BATCH_AXES = ("data", "fsdp")  # the axes that cut a batch into rows
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -30,6 +35,17 @@ def make_mesh(config: MeshConfig) -> Mesh:
         raise UserError(f"{wanted} does not lay out {devices} device(s); set mesh.data=-1 to use what is left")
     # Auto axes: the compiler propagates shardings. `jax.make_mesh` defaults to Explicit since JAX 0.9.
     return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def traced_in(mesh: Mesh, function: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Returns `function` that sees the mesh while it is traced, as kernels need that the compiler cannot cut."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -31,6 +31,6 @@ def evaluate_run(options: EvaluateConfig) -> Evaluation:
     batches = evaluation_batches(
         split, run.config.model.block_size, options.windows, options.batch_size, data.attend_across_documents
     )
-    eval_step = make_eval_step(run.config.model, compute_options(run.config))
+    eval_step = jax.jit(make_eval_step(run.config.model, compute_options(run.config)))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return measure(eval_step, run.params, batches, device, bytes_per_token(split))

@@ -12,7 +12,7 @@ from gptjax.config import Config, ModelConfig
 from gptjax.config_io import differing_fields, load_config
 from gptjax.errors import UserError
 from gptjax.evaluation.loss import EvalStep, make_eval_step
-from gptjax.parallel.mesh import batch_shards, make_mesh
+from gptjax.parallel.mesh import batch_shards, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
 from gptjax.text.prepare import Prepared, prepare
 from gptjax.text.shards import TokenSplit
@@ -165,8 +165,10 @@ def _assemble(config: Config, run_dir: Path, prepared: Prepared, mesh: jax.shard
         bytes_per_token=bytes_per_token(dataset.validation),
         data_hash=dataset.hash,
         # Without out_shardings the compiler may return the state laid out differently from how it came in.
-        train_step=jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(state_shardings, None)),
-        eval_step=make_eval_step(model, compute_options(config)),
+        train_step=jax.jit(
+            traced_in(mesh, make_train_step(config)), donate_argnums=0, out_shardings=(state_shardings, None)
+        ),
+        eval_step=jax.jit(traced_in(mesh, make_eval_step(model, compute_options(config)))),
         checkpoints=Checkpoints(run_dir, train.keep_checkpoints),
     )
 

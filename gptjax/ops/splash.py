@@ -1,0 +1,65 @@
+"""Attention on a TPU: JAX's splash kernel, which never holds all weights and skips blocks that no query sees.
+
+Shape suffixes: B batch, T query position, S key position, H query heads, G key and value heads, C head_dim.
+"""
+
+import functools
+
+import jax
+from jax.sharding import PartitionSpec
+
+LANES = 128  # what the kernel's blocks are multiples of
+LARGEST_BLOCK = 512
+ROWS, HEADS = ("data", "fsdp"), "tensor"  # axes of the mesh over which rows and heads are cut
+
+
+def splash_fits(length: int, dropout: float) -> bool:
+    """Whether the kernel can do it: whole blocks only, and no dropout."""
+    return length % LANES == 0 and not dropout
+
+
+def splash_attention(
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """What `attention` computes, on a TPU; `interpret` runs the kernel anywhere, slowly.
+
+    A kernel cannot be cut by the compiler, so where a mesh is set, each device calls it for its own rows and heads.
+    """
+    inputs = (q_BTHC, k_BSGC, v_BSGC, segments_BT)
+    call = functools.partial(_on_one_device, window=window, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return call(*inputs)
+    heads = PartitionSpec(ROWS, None, HEADS, None)
+    specs = (heads, heads, heads, None if segments_BT is None else PartitionSpec(ROWS, None))
+    return jax.shard_map(call, in_specs=specs, out_specs=heads, check_vma=False)(*inputs)
+
+
+def _on_one_device(q_BTHC, k_BSGC, v_BSGC, segments_BT, *, window, interpret):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, H, C = q_BTHC.shape[1:]
+    mask = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
+    block = next(size for size in (LARGEST_BLOCK, 256, LANES) if T % size == 0)
+    sizes = splash.BlockSizes(
+        **dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), block),
+        **dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block),
+        **dict.fromkeys(("block_q_dq", "block_kv_dq"), block),
+    )
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * H), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+
+    def one_row(q_THC, k_SGC, v_SGC, segments_T):
+        ids = None if segments_T is None else splash.SegmentIds(segments_T, segments_T)
+        heads_first = (x.swapaxes(0, 1) for x in (q_THC * C**-0.5, k_SGC, v_SGC))
+        return kernel(*heads_first, segment_ids=ids).swapaxes(0, 1)
+
+    axes = (0, 0, 0, None if segments_BT is None else 0)
+    return jax.vmap(one_row, in_axes=axes)(q_BTHC, k_BSGC, v_BSGC, segments_BT)
