@@ -43,7 +43,7 @@ def sample(args: Sequence[str]) -> int:
     from gptjax.model.gpt import Compute
     from gptjax.training.checkpoint import load_run
 
-    run = load_run(Path(config.run_dir).expanduser(), config.checkpoint)
+    run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, _notify)
     if run.tokenizer is None:
         raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
     one = len(prompts) * config.num_samples == 1
@@ -74,7 +74,7 @@ def evaluate(args: Sequence[str]) -> int:
     runtime.start()
     from gptjax.training.evaluate import evaluate_run
 
-    print(evaluate_run(config))
+    print(evaluate_run(config, _notify))
     return 0
 
 
@@ -97,7 +97,7 @@ def export_model(args: Sequence[str]) -> int:
     config = _flags(ExportConfig, rest)
     from gptjax.exchange.runs import export_run
 
-    export_run(Path(source).expanduser(), Path(config.to).expanduser(), config.checkpoint, notify=_notify)
+    export_run(Path(source).expanduser(), Path(config.to).expanduser(), config.checkpoint, config.strict, _notify)
     print(f"{config.to}: written")
     return 0
 

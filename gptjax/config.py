@@ -196,6 +196,10 @@ class TrainConfig:
     """Share of the target spread evenly over the vocabulary."""
     z_loss: float = 0.0
     """Weight of the squared log-normalizer (arXiv:2204.02311, section 5)."""
+    spike_sigma: float = 20.0
+    """Make no update in a step whose loss or gradient norm lies this many deviations above its running mean; 0: do."""
+    max_skipped_in_a_row: int = 10
+    """Stop after this many steps in a row that made no update, with a dump of what they saw."""
     ema: float = 0.0
     """Decay of an exponential moving average of the parameters, used for evaluation and sampling; 0: none."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -212,6 +216,10 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best one."""
+    strict_checkpoints: bool = False
+    """Refuse to go on where the newest checkpoint is damaged, instead of using an older one."""
+    allow_data_change: bool = False
+    """Go on with other data or another batch_size than the run had; what was seen before may come again."""
     patience: int = 0
     """Stop after this many evaluations without a new best loss; 0: never."""
     sample_prompt: str = "\n"
@@ -220,7 +228,7 @@ class TrainConfig:
     """Length of that sample; 0: none."""
 
     def __post_init__(self):
-        positive("train", self, "num_steps", "batch_size", "log_every", "keep_checkpoints")
+        positive("train", self, "num_steps", "batch_size", "log_every", "keep_checkpoints", "max_skipped_in_a_row")
         not_negative(
             "train",
             self,
@@ -231,7 +239,7 @@ class TrainConfig:
             "save_every",
             "patience",
         )
-        not_negative("train", self, "z_loss", "sample_tokens")
+        not_negative("train", self, "z_loss", "sample_tokens", "spike_sigma")
         fraction("train", self, "label_smoothing", "ema")
         if self.batch_size % self.micro_batch:
             raise UserError(

@@ -16,6 +16,8 @@ class SampleConfig:
     """Run directory of the model."""
     checkpoint: Literal["best", "latest"] = "best"
     """best: lowest validation loss (the latest where none was evaluated)."""
+    strict: bool = False
+    """Refuse where that checkpoint is damaged, instead of using another one."""
     prompt: tuple[str, ...] = ()
     """One or several texts to continue; standard input where neither this nor prompt_file is given."""
     prompt_file: str = ""
@@ -62,6 +64,8 @@ class EvaluateConfig:
     """Run directory of the model."""
     checkpoint: Literal["best", "latest"] = "best"
     """best: lowest validation loss (the latest where none was evaluated)."""
+    strict: bool = False
+    """Refuse where that checkpoint is damaged, instead of using another one."""
     windows: int = 0
     """Validation windows, evenly spaced; 0: all."""
     batch_size: int = 16
@@ -93,3 +97,5 @@ class ExportConfig:
     """Folder to write."""
     checkpoint: Literal["best", "latest"] = "best"
     """best: lowest validation loss (the latest where none was evaluated)."""
+    strict: bool = False
+    """Refuse where that checkpoint is damaged, instead of using another one."""

@@ -9,6 +9,10 @@ import numpy as np
 
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.config_io import load_config
+from gptjax.report.metrics import read_metrics
+from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.choice import choose
 from gptjax.training.step import init_state, make_train_step
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -90,3 +94,28 @@ def run_config(tmp_path: Path, **sections) -> Config:
         ),
     )
     return replace(config, **sections)
+
+
+# All that makes going on hard: dropout, accumulation, an average of the parameters.
+HARD = {"model": {"dropout": 0.2}, "train": {"micro_batch_size": 4, "ema": 0.9, "sample_tokens": 4}}
+
+
+def rows(config: Config) -> list[dict]:
+    """What a run wrote of its metrics, without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(Path(config.run_dir))]
+
+
+def final_state(config: Config):
+    """The newest checkpoint of a run, on one device, and its plain values."""
+    checkpoints = Checkpoints(Path(config.run_dir))
+    resolved = load_config(Path(config.run_dir) / "config.yaml")
+    manifest = choose(checkpoints.folder, "latest", strict=True).manifest
+    assert manifest is not None
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), jax.eval_shape(lambda: init_state(resolved))
+    )
+    try:
+        return checkpoints.restore(manifest.step, abstract), manifest.meta
+    finally:
+        checkpoints.close()

@@ -122,6 +122,12 @@ class TokenSplit:
             parts.append(offsets[first:last].astype(np.int64) + self._bases[i])
         return np.concatenate([np.empty(0, np.int64), *parts])
 
+    def document_at(self, position: int) -> int:
+        """Returns the number, in the stream from 0, of the document that a position lies in."""
+        [(shard, low, _)] = self._ranges(position, position + 1)
+        before = sum(len(offsets) for offsets in self.documents[:shard])
+        return before + int(np.searchsorted(self.documents[shard], np.uint64(low), side="right")) - 1
+
     @functools.cached_property
     def _bases(self) -> np.ndarray:
         """Position in the stream at which each shard begins, and the stream's end."""

@@ -7,7 +7,7 @@ from tests.faults.table import BEGIN, END, collect, write_table
 
 class Report:
     def __init__(self, nodeid, outcome, *properties):
-        self.nodeid, self.outcome, self.user_properties = outcome, list(properties)
+        self.nodeid, self.outcome, self.user_properties = nodeid, outcome, list(properties)
 
 
 def test_rows_come_in_order_and_join_what_was_seen(tmp_path):
