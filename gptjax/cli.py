@@ -8,9 +8,9 @@ from typing import Any
 
 from gptjax import __version__, runtime
 from gptjax.config import Config
-from gptjax.config_io import from_dict, load_config, read_flags
+from gptjax.config_io import flag_types, from_dict, load_config, read_flags
 from gptjax.errors import UserError, did_you_mean
-from gptjax.verb_options import EvaluateConfig, ExportConfig, ImportConfig, SampleConfig
+from gptjax.verb_options import EvaluateConfig, ExportConfig, ImportConfig, SampleConfig, VerifyResumeConfig
 
 
 def train(args: Sequence[str]) -> int:
@@ -102,6 +102,22 @@ def export_model(args: Sequence[str]) -> int:
     return 0
 
 
+def verify_resume(args: Sequence[str]) -> int:
+    """Kills a short run, goes on with it, compares its bits: gptjax verify-resume CONFIG.yaml [--steps N] [...]."""
+    path, rest = _positional(args, "verify-resume CONFIG.yaml [--steps N] [--section.key VALUE ...]")
+    own, others = _split_flags(VerifyResumeConfig, rest)
+    options, config = _flags(VerifyResumeConfig, own), load_config(path, read_flags(Config, others))
+    runtime.start(config.cache_dir)
+    from gptjax.training import verify_resume
+
+    difference = verify_resume.verify_resume(config, options)
+    if difference:
+        print(f"DIFFERENT: {difference}")
+        return 1
+    print(f"the same: all arrays and metrics of {options.steps} steps, after {options.kills} kills, bit for bit")
+    return 0
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
     "prepare": (prepare, Config),
     "train": (train, Config),
@@ -109,6 +125,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
     "evaluate": (evaluate, EvaluateConfig),
     "import": (import_model, ImportConfig),
     "export": (export_model, ExportConfig),
+    "verify-resume": (verify_resume, VerifyResumeConfig),
 }
 
 
@@ -135,7 +152,7 @@ def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print("gptjax VERB ...\n")
         for name, (verb, _) in VERBS.items():
-            print(f"  {name:9} {verb.__doc__}")
+            print(f"  {name:13} {verb.__doc__}")
         print("\ngptjax VERB --help lists a verb's options.")
         return 0
     if args[0] == "--version":
@@ -173,6 +190,18 @@ def _positional(args: Sequence[str], usage: str) -> tuple[str, Sequence[str]]:
 
 def _flags(cls: type, args: Sequence[str]) -> Any:
     return from_dict(cls, read_flags(cls, args), "command line")
+
+
+def _split_flags(cls: type, args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags that are fields of `cls`, with their values, and all others."""
+    own: list[str] = []
+    others: list[str] = []
+    current = others
+    for word in args:
+        if word.startswith("--"):
+            current = own if word[2:].partition("=")[0] in flag_types(cls) else others
+        current.append(word)
+    return own, others
 
 
 def _prompts(config: SampleConfig) -> list[str]:

@@ -99,3 +99,21 @@ class ExportConfig:
     """best: lowest validation loss (the latest where none was evaluated)."""
     strict: bool = False
     """Refuse where that checkpoint is damaged, instead of using another one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyResumeConfig:
+    """How a run is killed and gone on with; options of the run itself may follow, as for train."""
+
+    steps: int = 20
+    """Steps of the run that is killed and of the one that it is compared with."""
+    save_every: int = 4
+    """Steps between checkpoints."""
+    kills: int = 4
+    """SIGKILLs at random moments, before the run is left to end."""
+    kill_seed: int = 0
+    """Of the moments."""
+
+    def __post_init__(self):
+        positive("", self, "steps", "save_every", "kills")
+        not_negative("", self, "kill_seed")

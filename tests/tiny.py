@@ -9,10 +9,8 @@ import numpy as np
 
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
-from gptjax.config_io import load_config
 from gptjax.report.metrics import read_metrics
-from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.choice import choose
+from gptjax.training.checkpoint import load_state
 from gptjax.training.step import init_state, make_train_step
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -107,15 +105,4 @@ def rows(config: Config) -> list[dict]:
 
 def final_state(config: Config):
     """The newest checkpoint of a run, on one device, and its plain values."""
-    checkpoints = Checkpoints(Path(config.run_dir))
-    resolved = load_config(Path(config.run_dir) / "config.yaml")
-    manifest = choose(checkpoints.folder, "latest", strict=True).manifest
-    assert manifest is not None
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), jax.eval_shape(lambda: init_state(resolved))
-    )
-    try:
-        return checkpoints.restore(manifest.step, abstract), manifest.meta
-    finally:
-        checkpoints.close()
+    return load_state(Path(config.run_dir))

@@ -27,7 +27,7 @@ from gptjax.model.gpt import init_params
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.training.choice import NAME, REJECTED, UNFINISHED, Choice, choose, entries, step_folder
 from gptjax.training.manifest import DamagedError, Manifest, check_sizes, read_manifest, write_manifest
-from gptjax.training.step import TrainState
+from gptjax.training.step import TrainState, init_state
 
 CONFIG_FILE, TOKENIZER_FILE, FOLDER = "config.yaml", "tokenizer.json", "checkpoints"
 ITEMS = ("params", "ema", "rest")
@@ -235,6 +235,24 @@ def load_run(
     return LoadedRun(config, params, tokenizer, choice.manifest.step)
 
 
+def load_state(run_dir: Path) -> tuple[TrainState, dict]:
+    """Loads a run's newest state whole, on one device, and its plain values.
+
+    Raises:
+        UserError: The folder is no run directory, or its newest checkpoint does not verify.
+    """
+    config = load_config(run_dir / CONFIG_FILE)
+    manifest = choose(run_dir / FOLDER, "latest", strict=True).manifest
+    if manifest is None:
+        raise UserError(f"{run_dir}: has no checkpoint yet")
+    checkpoints = Checkpoints(run_dir)
+    try:
+        abstract = _on_one_device(jax.eval_shape(lambda: init_state(config)))
+        return checkpoints.restore(manifest.step, abstract), manifest.meta
+    finally:
+        checkpoints.close()
+
+
 def write_run(run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer | None) -> None:
     """Makes a run directory of parameters alone, as checkpoint 0: something to sample from and to start from.
 
@@ -318,6 +336,10 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _abstract_params(config: Config) -> dict:
     """Shapes and dtypes of a run's parameters, placed on one device."""
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, config.train.param_dtype, sharding=where), shapes)
+    return _on_one_device(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, config.train.param_dtype), shapes))
+
+
+def _on_one_device(shapes: Any) -> Any:
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)

@@ -57,7 +57,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
         return 0
     batches = _device_batches(parts, first, options.num_steps)
     batch = next(batches)
-    step_program = parts.train_step.lower(state, batch).compile()
+    step_program = selftest.compile_safely(parts.train_step.lower(state, batch))
     _describe(parts, state, step_program)
     log = Log(parts, state, first)
     step, stop = first, False

@@ -2,8 +2,9 @@
 
 A spike is a loss or a gradient norm that lies more than `sigma` standard deviations above the running mean of the steps
 that were accepted. Mean and variance forget exponentially, over about `WINDOW` steps, and nothing is called a spike
-before that many were accepted. A steady run has a tiny deviation, so that harmless steps would lie far outside of it:
-deviations count for at least `MIN_LOSS_DEVIATION` nats and `MIN_NORM_DEVIATION` of the mean norm.
+before `READY` were accepted: by then the fall of the first steps is forgotten. A steady run has a tiny deviation, so
+that harmless steps would lie far outside of it: deviations count for at least `MIN_LOSS_DEVIATION` nats and
+`MIN_NORM_DEVIATION` of the mean norm.
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-WINDOW = 128  # steps
+WINDOW = 32  # steps
+READY = 128  # steps
 MIN_LOSS_DEVIATION = 0.05  # nats
 MIN_NORM_DEVIATION = 0.2  # of the mean
 ACCEPTED, NOT_FINITE, LOSS_SPIKE, NORM_SPIKE, HALTED = range(5)
@@ -55,7 +57,7 @@ def judge(watch: Watch, sigma: float, limit: int, loss: jax.Array, norm: jax.Arr
     """
     verdict = jnp.int32(ACCEPTED)
     if sigma:
-        ready = watch.accepted >= WINDOW
+        ready = watch.accepted >= READY
         norm_deviation = jnp.maximum(jnp.sqrt(watch.norm_variance), MIN_NORM_DEVIATION * watch.norm_mean)
         loss_deviation = jnp.maximum(jnp.sqrt(watch.loss_variance), MIN_LOSS_DEVIATION)
         verdict = jnp.where(ready & (norm > watch.norm_mean + sigma * norm_deviation), NORM_SPIKE, verdict)

@@ -277,7 +277,7 @@ def test_other_data_is_allowed_when_asked_for(tmp_path, capsys, seen):
     config = run_config(tmp_path, train={"num_steps": 1, "eval_every": 0})
     trainer.train(config)
     (tmp_path / "corpus" / "000.txt").write_text("another text\n" * 50)
-    with pytest.raises(UserError, match="train.allow_data_change=true"):
+    with pytest.raises(UserError, match=r"train\.allow_data_change=true"):
         trainer.train(replace(config, train={"num_steps": 2}))
     changed = {"num_steps": 2, "batch_size": 4, "allow_data_change": True}
     assert trainer.train(replace(config, train=changed)) == 0
