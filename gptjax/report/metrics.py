@@ -25,8 +25,9 @@ class MetricsFile:
     def __init__(self, run_dir: Path, step: int, notify: Callable[[str], None] = print):
         self._path, self._notify, self._lost = run_dir / METRICS_FILE, notify, 0
         if self._path.exists():
-            kept = [line for line, row in _rows(self._path) if row["step"] <= step]
-            write_atomic(self._path, "".join(kept).encode())
+            kept = "".join(line for line, row in _rows(self._path) if row["step"] <= step).encode()
+            if len(kept) != self._path.stat().st_size:
+                write_atomic(self._path, kept)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._end = os.fstat(self._file.fileno()).st_size
 

@@ -26,11 +26,12 @@ from gptjax.files import publish, write_atomic
 from gptjax.model.gpt import init_params
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.training.choice import NAME, REJECTED, UNFINISHED, Choice, choose, entries, step_folder
-from gptjax.training.manifest import DamagedError, Manifest, check_sizes, read_manifest, write_manifest
+from gptjax.training.manifest import MANIFEST, DamagedError, Manifest, check_sizes, read_manifest, write_manifest
 from gptjax.training.step import TrainState, init_state
 
 CONFIG_FILE, TOKENIZER_FILE, FOLDER = "config.yaml", "tokenizer.json", "checkpoints"
 ITEMS = ("params", "ema", "rest")
+ROOM = 2**20  # bytes that a checkpoint takes beside its arrays
 DELETED = ".deleted-"  # begins the name of a checkpoint that is on its way out
 
 
@@ -120,6 +121,7 @@ class Checkpoints:
         self.problem = ""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_room(items)
             self._checkpointer.save(folder, args=args)
         except (OSError, ValueError) as error:
             self._failed(folder, error)
@@ -154,6 +156,11 @@ class Checkpoints:
         except BaseException as error:  # `wait` raises it in the thread that asked for the save
             self._error = error
 
+    def _check_room(self, items: dict[str, Any]) -> None:
+        """A disk that fills up half-way is survived too, but with much noise from the libraries below."""
+        if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _failed(self, folder: Path, error: Exception) -> None:
         """Tells of a save that failed, frees what it took, and makes the next one possible."""
         free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
@@ -168,6 +175,8 @@ class Checkpoints:
         self._notify(self.problem)
         for path in self.folder.glob(f"{folder.name}{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
+        if not (folder / MANIFEST).exists():  # committed by Orbax, but never acknowledged
+            shutil.rmtree(folder, ignore_errors=True)
         self._checkpointer = _checkpointer()
 
     def _prune(self) -> None:
@@ -289,7 +298,8 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _checkpointer() -> ocp.AsyncCheckpointer:
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what goes wrong is told in our own words
+    for name in ("absl", "asyncio"):  # what goes wrong is told in our own words
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # Floats hardly get smaller, and compressing them takes more of the CPU than writing them.
     handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
@@ -315,7 +325,7 @@ def _only_an_unfinished_first(rejected: tuple[Path, ...]) -> bool:
 
 
 def _never_finished(path: Path) -> bool:
-    return path.is_dir() and not (path / "manifest.json").exists()
+    return path.is_dir() and not (path / MANIFEST).exists()
 
 
 def _free_name(path: Path) -> Path:
