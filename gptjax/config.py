@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Literal
 
-from gptjax.checks import fraction, no_effect, not_negative, positive
+from gptjax.checks import LARGEST_COUNT, fraction, no_effect, not_negative, positive, usable_paths
 from gptjax.errors import UserError, did_you_mean
 
+MOST_PARAMETERS = 10**13
+"""Beyond it lies a slip of the pen, which would end in an error of the compiler's."""
 TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
 
@@ -45,6 +47,12 @@ class ModelConfig:
             )
         if self.n_head % self.kv_heads:
             raise UserError(f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.n_kv_head}")
+        parameters = 12 * self.n_layer * self.n_embd**2 + (self.padded_vocab_size + self.block_size) * self.n_embd
+        if parameters > MOST_PARAMETERS:
+            raise UserError(
+                f"model.n_layer={self.n_layer}, n_embd={self.n_embd}, vocab_size={self.vocab_size}:"
+                f" {parameters:.1e} parameters, must be at most {MOST_PARAMETERS:.1e}"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -115,6 +123,8 @@ class DataConfig:
     """Leave out documents whose text came before (counted)."""
     attend_across_documents: bool = False
     """Let tokens attend to earlier documents in the same window."""
+    verify: Literal["full", "header"] = "full"
+    """What is checked of prepared data when a run opens it: every byte and every id, or headers and sizes only."""
 
     def __post_init__(self):
         given = [name for name in ("path", "source", "hf_dataset") if getattr(self, name)]
@@ -123,6 +133,7 @@ class DataConfig:
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
         not_negative("data", self, "max_documents", "min_characters")
+        usable_paths("data", self, "path")
         no_effect("data", self, "streaming", bool(self.hf_dataset), "data.hf_dataset")
         if self.source:
             for name in ("text_field", "invalid_utf8"):
@@ -297,7 +308,13 @@ class Config:
     def __post_init__(self):
         if not self.run_dir:
             raise UserError("run_dir is empty; name a folder for the run")
+        usable_paths("", self, "run_dir", "init_from", "cache_dir")
         if self.init_from == self.run_dir:
             raise UserError(f"init_from={self.init_from} is the run_dir itself; a run goes on by itself")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
+        if self.train.batch_size * self.model.block_size > LARGEST_COUNT:
+            raise UserError(
+                f"train.batch_size={self.train.batch_size} times model.block_size={self.model.block_size}"
+                f" must be at most {LARGEST_COUNT} tokens"
+            )

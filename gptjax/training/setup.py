@@ -33,7 +33,7 @@ RESUMABLE = (
     *("run_dir", "cache_dir", "optim.", "mesh.", "train.num_steps", "train.log_every", "train.eval_every"),
     *("train.eval_windows", "train.save_every", "train.keep_checkpoints", "train.patience", "train.sample_"),
     *("train.remat", "train.unroll", "train.micro_batch_size", "train.spike_sigma", "train.max_skipped_in_a_row"),
-    *("train.strict_checkpoints", "train.allow_data_change"),
+    *("train.strict_checkpoints", "train.allow_data_change", "data.verify"),
 )
 DATA_FIELDS = ("data.", "train.batch_size")  # may change too where train.allow_data_change says so
 
