@@ -58,6 +58,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
     batches = _device_batches(parts, first, options.num_steps)
     batch = next(batches)
     step_program = selftest.compile_safely(parts.train_step.lower(state, batch))
+    runtime.sign_programs()  # now, because a process that is killed signs no more
     _describe(parts, state, step_program)
     log = Log(parts, state, first)
     step, stop = first, False
