@@ -1,16 +1,26 @@
 """The command line: one function per verb. Heavy imports stay inside them, so that help and errors come at once."""
 
 import contextlib
+import io
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax import __version__, runtime
+from gptjax.checks import usable_path
 from gptjax.config import Config
 from gptjax.config_io import flag_types, from_dict, load_config, read_flags
 from gptjax.errors import UserError, did_you_mean
-from gptjax.verb_options import EvaluateConfig, ExportConfig, ImportConfig, SampleConfig, VerifyResumeConfig
+from gptjax.verb_options import (
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ImportConfig,
+    SampleConfig,
+    VerifyResumeConfig,
+)
 
 
 def train(args: Sequence[str]) -> int:
@@ -118,6 +128,15 @@ def verify_resume(args: Sequence[str]) -> int:
     return 0
 
 
+def doctor(args: Sequence[str]) -> int:
+    """Describes this machine and verifies data and runs in full: gptjax doctor [CONFIG | RUN_DIR | DATA_DIR ...]."""
+    places = list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
+    config = _flags(DoctorConfig, [*(["--check", *places] if places else []), *args[len(places) :]])
+    from gptjax.training.doctor import examine
+
+    return 0 if examine(config) else 1
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
     "prepare": (prepare, Config),
     "train": (train, Config),
@@ -126,12 +145,15 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
     "import": (import_model, ImportConfig),
     "export": (export_model, ExportConfig),
     "verify-resume": (verify_resume, VerifyResumeConfig),
+    "doctor": (doctor, DoctorConfig),
 }
 
 
 def run(*verb: str) -> None:
     """The program's entry: `gptjax VERB ...`, or `train.py ...` with the verb given."""
     runtime.restart_with_huge_pages()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # samples hold characters that the terminal may not have
     sys.exit(main([*verb, *sys.argv[1:]]))
 
 
@@ -141,11 +163,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except UserError as error:
-        print(f"gptjax: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except BrokenPipeError:  # the reader of standard output went away, as `| head` does
         sys.stderr.close()
         return 0
+    except OSError as error:
+        return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except MemoryError as error:
+        return _refuse(f"not enough memory: {error}")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _refuse(f"not enough memory on the device; make train.micro_batch_size or the model smaller: {error}")
+
+
+def _refuse(message: str) -> int:
+    """Says on one line, whatever a file's name or a library's message holds, why nothing was done; returns 2."""
+    line = " ".join(message.splitlines())
+    if len(line) > 2000:
+        line = f"{line[:1000]} ... {line[-1000:]}"
+    print(f"gptjax: {line}", file=sys.stderr)
+    return 2
 
 
 def _dispatch(args: list[str]) -> int:
@@ -185,6 +223,7 @@ def _config(args: Sequence[str], verb: str) -> Config:
 def _positional(args: Sequence[str], usage: str) -> tuple[str, Sequence[str]]:
     if not args or args[0].startswith("-"):
         raise UserError(f"usage: gptjax {usage}")
+    usable_path("command line", args[0])
     return args[0], args[1:]
 
 
@@ -209,6 +248,9 @@ def _prompts(config: SampleConfig) -> list[str]:
     if not config.run_dir:
         raise UserError("command line: --run_dir is missing; name the folder of a trained run")
     if config.prompt:
+        for number, prompt in enumerate(config.prompt, 1):
+            if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise UserError(f"prompt {number} is not UTF-8; write it to a file in UTF-8 and give --prompt_file")
         return list(config.prompt)
     try:
         if config.prompt_file:
