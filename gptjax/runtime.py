@@ -80,7 +80,8 @@ def sign_programs() -> None:
     """Notes the checksums of programs in the cache that have none: those that this process compiled."""
     import jax
 
-    for path in _programs(Path(jax.config.jax_compilation_cache_dir)) if jax.config.jax_compilation_cache_dir else []:
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    for path in _programs(Path(folder)) if folder else []:
         if not _signature(path).exists():
             with contextlib.suppress(OSError):
                 write_atomic(_signature(path), _checksum(path))
