@@ -1,9 +1,9 @@
-# make demo · make test · make lint · make bench: each makes the environment that it needs in .venv
+# make demo · make test · make faults · make lint · make bench: each makes the environment that it needs in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test faults lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py configs/demo.yaml
@@ -11,7 +11,10 @@ demo: $(VENV)/installed
 		--num_samples 1 --max_new_tokens 120 --temperature 0.7 --top_k 50 --seed 1
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+faults: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 tests/faults --fault-table docs/reliability.md
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

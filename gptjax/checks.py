@@ -4,22 +4,29 @@ Each raises `UserError` that names field, value and rule.
 """
 
 import dataclasses
+import os
+from pathlib import Path
 
 from gptjax.errors import UserError
 
+LARGEST_COUNT = 2**31 - 1
+"""Devices count in 32 bits."""
+
 
 def positive(section: str, config, *names: str) -> None:
-    """Refuses fields below 1 (or not above 0)."""
+    """Refuses fields below 1 (or not above 0), and those that are too large to count with."""
     for name in names:
         if getattr(config, name) <= 0:
             raise UserError(f"{_full(section, name)}={getattr(config, name)} must be at least 1")
+        _countable(section, config, name)
 
 
 def not_negative(section: str, config, *names: str) -> None:
-    """Refuses fields below 0."""
+    """Refuses fields below 0, and those that are too large to count with."""
     for name in names:
         if getattr(config, name) < 0:
             raise UserError(f"{_full(section, name)}={getattr(config, name)} must not be negative")
+        _countable(section, config, name)
 
 
 def fraction(section: str, config, *names: str) -> None:
@@ -29,12 +36,35 @@ def fraction(section: str, config, *names: str) -> None:
             raise UserError(f"{_full(section, name)}={getattr(config, name)} must lie in [0, 1)")
 
 
+def usable_paths(section: str, config, *names: str) -> None:
+    """Refuses paths that no system has."""
+    for name in names:
+        value = getattr(config, name)
+        for path in (value,) if isinstance(value, str) else value:
+            usable_path(_full(section, name), path)
+
+
+def usable_path(name: str, path: str) -> None:
+    """Refuses a path with a NUL character, with half a surrogate pair, or of an unknown user (`~nobody/x`)."""
+    try:
+        usable = b"\0" not in os.fsencode(Path(path).expanduser())
+    except (RuntimeError, UnicodeEncodeError):
+        usable = False
+    if not usable:
+        raise UserError(f"{name}={path!r} is not a usable path; give one without NUL, and '~' without a name")
+
+
 def no_effect(section: str, config, name: str, active: bool, needs: str) -> None:
     """Refuses an option that was changed from its default where it does nothing."""
     default = next(field.default for field in dataclasses.fields(config) if field.name == name)
     if not active and getattr(config, name) != default:
         value = getattr(config, name)
         raise UserError(f"{_full(section, name)}={value!r} has no effect without {needs}; leave it at {default!r}")
+
+
+def _countable(section: str, config, name: str) -> None:
+    if isinstance(getattr(config, name), int) and getattr(config, name) > LARGEST_COUNT:
+        raise UserError(f"{_full(section, name)}={getattr(config, name)} must be at most {LARGEST_COUNT}")
 
 
 def _full(section: str, name: str) -> str:

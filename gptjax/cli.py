@@ -1,16 +1,26 @@
 """The command line: one function per verb. Heavy imports stay inside them, so that help and errors come at once."""
 
 import contextlib
+import io
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax import __version__, runtime
+from gptjax.checks import usable_path
 from gptjax.config import Config
-from gptjax.config_io import from_dict, load_config, read_flags
+from gptjax.config_io import flag_types, from_dict, load_config, read_flags
 from gptjax.errors import UserError, did_you_mean
-from gptjax.verb_options import EvaluateConfig, ExportConfig, ImportConfig, SampleConfig
+from gptjax.verb_options import (
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ImportConfig,
+    SampleConfig,
+    VerifyResumeConfig,
+)
 
 
 def train(args: Sequence[str]) -> int:
@@ -42,7 +52,7 @@ def sample(args: Sequence[str]) -> int:
     from gptjax.generation.sample import sample_texts
     from gptjax.training.checkpoint import load_run
 
-    run = load_run(Path(config.run_dir).expanduser(), config.checkpoint)
+    run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, _notify)
     if run.tokenizer is None:
         raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
     one = len(prompts) * config.num_samples == 1
@@ -72,7 +82,7 @@ def evaluate(args: Sequence[str]) -> int:
     runtime.start()
     from gptjax.training.evaluate import evaluate_run
 
-    print(evaluate_run(config))
+    print(evaluate_run(config, _notify))
     return 0
 
 
@@ -95,9 +105,34 @@ def export_model(args: Sequence[str]) -> int:
     config = _flags(ExportConfig, rest)
     from gptjax.exchange.runs import export_run
 
-    export_run(Path(source).expanduser(), Path(config.to).expanduser(), config.checkpoint, notify=_notify)
+    export_run(Path(source).expanduser(), Path(config.to).expanduser(), config.checkpoint, config.strict, _notify)
     print(f"{config.to}: written")
     return 0
+
+
+def verify_resume(args: Sequence[str]) -> int:
+    """Kills a short run, goes on with it, compares its bits: gptjax verify-resume CONFIG.yaml [--steps N] [...]."""
+    path, rest = _positional(args, "verify-resume CONFIG.yaml [--steps N] [--section.key VALUE ...]")
+    own, others = _split_flags(VerifyResumeConfig, rest)
+    options, config = _flags(VerifyResumeConfig, own), load_config(path, read_flags(Config, others))
+    runtime.start(config.cache_dir)
+    from gptjax.training import verify_resume
+
+    difference = verify_resume.verify_resume(config, options)
+    if difference:
+        print(f"DIFFERENT: {difference}")
+        return 1
+    print(f"the same: all arrays and metrics of {options.steps} steps, after {options.kills} kills, bit for bit")
+    return 0
+
+
+def doctor(args: Sequence[str]) -> int:
+    """Describes this machine and verifies data and runs in full: gptjax doctor [CONFIG | RUN_DIR | DATA_DIR ...]."""
+    places = list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
+    config = _flags(DoctorConfig, [*(["--check", *places] if places else []), *args[len(places) :]])
+    from gptjax.training.doctor import examine
+
+    return 0 if examine(config) else 1
 
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
@@ -107,12 +142,16 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
     "evaluate": (evaluate, EvaluateConfig),
     "import": (import_model, ImportConfig),
     "export": (export_model, ExportConfig),
+    "verify-resume": (verify_resume, VerifyResumeConfig),
+    "doctor": (doctor, DoctorConfig),
 }
 
 
 def run(*verb: str) -> None:
     """The program's entry: `gptjax VERB ...`, or `train.py ...` with the verb given."""
     runtime.restart_with_huge_pages()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # samples hold characters that the terminal may not have
     sys.exit(main([*verb, *sys.argv[1:]]))
 
 
@@ -122,18 +161,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except UserError as error:
-        print(f"gptjax: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except BrokenPipeError:  # the reader of standard output went away, as `| head` does
         sys.stderr.close()
         return 0
+    except OSError as error:
+        return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except MemoryError as error:
+        return _refuse(f"not enough memory: {error}")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _refuse(f"not enough memory on the device; make train.micro_batch_size or the model smaller: {error}")
+
+
+def _refuse(message: str) -> int:
+    """Says on one line, whatever a file's name or a library's message holds, why nothing was done; returns 2."""
+    line = " ".join(message.splitlines())
+    if len(line) > 2000:
+        line = f"{line[:1000]} ... {line[-1000:]}"
+    print(f"gptjax: {line}", file=sys.stderr)
+    return 2
 
 
 def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print("gptjax VERB ...\n")
         for name, (verb, _) in VERBS.items():
-            print(f"  {name:9} {verb.__doc__}")
+            print(f"  {name:13} {verb.__doc__}")
         print("\ngptjax VERB --help lists a verb's options.")
         return 0
     if args[0] == "--version":
@@ -166,6 +221,7 @@ def _config(args: Sequence[str], verb: str) -> Config:
 def _positional(args: Sequence[str], usage: str) -> tuple[str, Sequence[str]]:
     if not args or args[0].startswith("-"):
         raise UserError(f"usage: gptjax {usage}")
+    usable_path("command line", args[0])
     return args[0], args[1:]
 
 
@@ -173,11 +229,26 @@ def _flags(cls: type, args: Sequence[str]) -> Any:
     return from_dict(cls, read_flags(cls, args), "command line")
 
 
+def _split_flags(cls: type, args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags that are fields of `cls`, with their values, and all others."""
+    own: list[str] = []
+    others: list[str] = []
+    current = others
+    for word in args:
+        if word.startswith("--"):
+            current = own if word[2:].partition("=")[0] in flag_types(cls) else others
+        current.append(word)
+    return own, others
+
+
 def _prompts(config: SampleConfig) -> list[str]:
     """The texts to continue: from the flags, a file, or standard input."""
     if not config.run_dir:
         raise UserError("command line: --run_dir is missing; name the folder of a trained run")
     if config.prompt:
+        for number, prompt in enumerate(config.prompt, 1):
+            if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise UserError(f"prompt {number} is not UTF-8; write it to a file in UTF-8 and give --prompt_file")
         return list(config.prompt)
     try:
         if config.prompt_file:

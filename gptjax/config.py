@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Literal
 
-from gptjax.checks import fraction, no_effect, not_negative, positive
+from gptjax.checks import LARGEST_COUNT, fraction, no_effect, not_negative, positive, usable_paths
 from gptjax.errors import UserError, did_you_mean
 
+MOST_PARAMETERS = 10**13
+"""Beyond it lies a slip of the pen, which would end in an error of the compiler's."""
 TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
 
@@ -51,6 +53,12 @@ class ModelConfig:
             raise UserError(
                 f"model.attention_window={self.attention_window} has no effect at model.block_size={self.block_size};"
                 " give less, or 0 for all"
+            )
+        parameters = 12 * self.n_layer * self.n_embd**2 + (self.padded_vocab_size + self.block_size) * self.n_embd
+        if parameters > MOST_PARAMETERS:
+            raise UserError(
+                f"model.n_layer={self.n_layer}, n_embd={self.n_embd}, vocab_size={self.vocab_size}:"
+                f" {parameters:.1e} parameters, must be at most {MOST_PARAMETERS:.1e}"
             )
 
     @property
@@ -122,6 +130,8 @@ class DataConfig:
     """Leave out documents whose text came before (counted)."""
     attend_across_documents: bool = False
     """Let tokens attend to earlier documents in the same window."""
+    verify: Literal["full", "header"] = "full"
+    """What is checked of prepared data when a run opens it: every byte and every id, or headers and sizes only."""
 
     def __post_init__(self):
         given = [name for name in ("path", "source", "hf_dataset") if getattr(self, name)]
@@ -130,6 +140,7 @@ class DataConfig:
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
         not_negative("data", self, "max_documents", "min_characters")
+        usable_paths("data", self, "path")
         no_effect("data", self, "streaming", bool(self.hf_dataset), "data.hf_dataset")
         if self.source:
             for name in ("text_field", "invalid_utf8"):
@@ -203,6 +214,10 @@ class TrainConfig:
     """Share of the target spread evenly over the vocabulary."""
     z_loss: float = 0.0
     """Weight of the squared log-normalizer (arXiv:2204.02311, section 5)."""
+    spike_sigma: float = 20.0
+    """Make no update in a step whose loss or gradient norm lies this many deviations above its running mean; 0: do."""
+    max_skipped_in_a_row: int = 10
+    """Stop after this many steps in a row that made no update, with a dump of what they saw."""
     ema: float = 0.0
     """Decay of an exponential moving average of the parameters, used for evaluation and sampling; 0: none."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -219,6 +234,10 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best one."""
+    strict_checkpoints: bool = False
+    """Refuse to go on where the newest checkpoint is damaged, instead of using an older one."""
+    allow_data_change: bool = False
+    """Go on with other data or another batch_size than the run had; what was seen before may come again."""
     patience: int = 0
     """Stop after this many evaluations without a new best loss; 0: never."""
     sample_prompt: str = "\n"
@@ -227,7 +246,7 @@ class TrainConfig:
     """Length of that sample; 0: none."""
 
     def __post_init__(self):
-        positive("train", self, "num_steps", "batch_size", "log_every", "keep_checkpoints")
+        positive("train", self, "num_steps", "batch_size", "log_every", "keep_checkpoints", "max_skipped_in_a_row")
         not_negative(
             "train",
             self,
@@ -238,7 +257,7 @@ class TrainConfig:
             "save_every",
             "patience",
         )
-        not_negative("train", self, "z_loss", "sample_tokens")
+        not_negative("train", self, "z_loss", "sample_tokens", "spike_sigma")
         fraction("train", self, "label_smoothing", "ema")
         if self.batch_size % self.micro_batch:
             raise UserError(
@@ -296,7 +315,13 @@ class Config:
     def __post_init__(self):
         if not self.run_dir:
             raise UserError("run_dir is empty; name a folder for the run")
+        usable_paths("", self, "run_dir", "init_from", "cache_dir")
         if self.init_from == self.run_dir:
             raise UserError(f"init_from={self.init_from} is the run_dir itself; a run goes on by itself")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
+        if self.train.batch_size * self.model.block_size > LARGEST_COUNT:
+            raise UserError(
+                f"train.batch_size={self.train.batch_size} times model.block_size={self.model.block_size}"
+                f" must be at most {LARGEST_COUNT} tokens"
+            )

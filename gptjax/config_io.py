@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import reprlib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from gptjax.config import Config
 from gptjax.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+LARGEST_FLOAT = 3e38
+"""Devices calculate in float32."""
 
 
 def from_dict(cls: type[T], raw: dict, where: str, prefix: str = "") -> T:
@@ -179,7 +182,7 @@ def _checked(cls: type, raw: dict, where: str, prefix: str) -> dict:
             raise UserError(f"{where}: unknown key {name!r}{section}.{near} Valid keys: {', '.join(types)}.")
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
-                raise UserError(f"{where}: {name} is a section of keys, not {value!r}")
+                raise UserError(f"{where}: {name} is a section of keys, not {_shown(value)}")
             values[key] = _checked(types[key], value, where, f"{name}.")
         else:
             values[key] = _coerce(types[key], value, f"{where}: {name}")
@@ -191,6 +194,16 @@ def _other_section(key: str) -> str:
     return f" Did you mean {places[0]!r}?" if places else ""
 
 
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 100
+_SHOWN.maxlevel = 2
+
+
+def _shown(value) -> str:
+    """A value for an error message: whole while it is short, however much nests in it."""
+    return _SHOWN.repr(value)
+
+
 def _coerce(field_type, value, what: str):
     if _is_list(field_type):
         items = [value] if isinstance(value, str) else value
@@ -200,19 +213,22 @@ def _coerce(field_type, value, what: str):
         options = typing.get_args(field_type)
         if isinstance(value, str) and value in options:
             return value
-        raise UserError(f"{what}={value!r} must be {_type_name(field_type)}.{did_you_mean(str(value), options)}")
+        near = did_you_mean(value, options) if isinstance(value, str) and len(value) < 100 else ""
+        raise UserError(f"{what}={_shown(value)} must be {_type_name(field_type)}.{near}")
     elif field_type is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-3 as text, so numbers may arrive as text
             number = float(value)
         except (ValueError, OverflowError):
             number = math.nan
+        if abs(number) > LARGEST_FLOAT:
+            raise UserError(f"{what}={_shown(value)} is too large")
         if math.isfinite(number):
             return number
     elif type(value) is field_type:
         if field_type is int and abs(value) >= 2**63:
-            raise UserError(f"{what}={value!r} is too large")
+            raise UserError(f"{what}={_shown(value)} is too large")
         return value
-    raise UserError(f"{what}={value!r} must be {_type_name(field_type)}")
+    raise UserError(f"{what}={_shown(value)} must be {_type_name(field_type)}")
 
 
 def _from_text(field_type, text: str):

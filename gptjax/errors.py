@@ -8,8 +8,12 @@ class UserError(ValueError):
     """Something that the user can put right.
 
     The message is one line: what is wrong, where (file, row, field, value), the rule, and the nearest right
-    thing. The command line prints it without a traceback and exits with status 2.
+    thing. The command line prints it without a traceback and exits with status 2. Names and values in it may hold
+    line breaks; they become spaces.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

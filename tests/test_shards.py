@@ -27,7 +27,9 @@ def write(folder, documents, *, vocab_size=10, end_of_text: int | None = END, sh
         )
         for i in range(0, len(documents), 3):
             part = documents[i : i + 3]
-            writer.add([np.array(ids, np.int32) for ids in part], [2 * len(ids) for ids in part])
+            writer.add(
+                [np.array(ids, np.int32) for ids in part], [2 * len(ids) for ids in part], [len(ids) for ids in part]
+            )
         shards[name] = writer.close()
     write_manifest(
         folder,
@@ -95,7 +97,7 @@ def test_id_outside_the_vocabulary_is_never_written(tmp_path):
 
 def test_nothing_unfinished_looks_like_a_shard(tmp_path):
     writer = ShardWriter(tmp_path, "train", vocab_size=10, end_of_text=None, tokenizer=FINGERPRINT)
-    writer.add([np.arange(5, dtype=np.int32)], [5])
+    writer.add([np.arange(5, dtype=np.int32)], [5], [0])
     assert not list(tmp_path.glob("*.bin"))
     writer.abandon()
     assert all(not path.read_bytes()[:8].strip(b"\0") for path in tmp_path.iterdir())
@@ -104,11 +106,13 @@ def test_nothing_unfinished_looks_like_a_shard(tmp_path):
 def test_layout_is_the_documented_one(tmp_path):
     write(tmp_path, [[1, 2, 3], [4]])
     raw = (tmp_path / "train-00000.bin").read_bytes()
-    fields = struct.unpack("<8sIIQQQQ16s32s24s8s", raw[:128])
+    fields = struct.unpack("<8sIIQQQQ16s32s16s8s8s", raw[:128])
     assert fields[:7] == (b"GPTJAXTS", 1, 2, 10, 7, 2, 8)
     assert fields[7] == xxhash.xxh3_128_digest(raw[128:])
     assert fields[8] == bytes.fromhex(FINGERPRINT)
-    assert fields[10] == xxhash.xxh3_64_digest(raw[:120])
+    first, second = (3).to_bytes(8, "little"), (1).to_bytes(8, "little")  # the texts' hashes that `write` gives
+    assert fields[9] == xxhash.xxh3_128_digest(xxhash.xxh3_128_digest(bytes(16) + first) + second)
+    assert fields[11] == xxhash.xxh3_64_digest(raw[:120])
     assert np.frombuffer(raw[128:142], "<u2").tolist() == [9, 1, 2, 3, 9, 4, 9]
     assert np.frombuffer(raw[144:], "<u8").tolist() == [0, 4]
 

@@ -200,7 +200,9 @@ ELSEWHERE = {
         *("train.eval_every", "train.save_every", "train.keep_checkpoints", "train.patience", "train.eval_windows"),
         *("train.sample_prompt", "train.sample_tokens"),
     ),
-    "test_prepare": ("cache_dir", "data.validation_fraction", "data.max_documents", "data.attend_across_documents"),
+    "test_prepare": (
+        *("cache_dir", "data.validation_fraction", "data.max_documents", "data.attend_across_documents", "data.verify"),
+    ),
     "test_sources": ("data.source", "data.hf_dataset", "data.streaming", "data.text_field", "data.invalid_utf8"),
     "test_clean": ("data.unicode", "data.newlines", "data.min_characters", "data.drop_duplicates"),
     "test_tokenizer": ("tokenizer.kind", "tokenizer.name", "tokenizer.vocab_size"),

@@ -9,6 +9,8 @@ import numpy as np
 
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.report.metrics import read_metrics
+from gptjax.training.checkpoint import load_state
 from gptjax.training.step import init_state, make_train_step
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -90,3 +92,23 @@ def run_config(tmp_path: Path, **sections) -> Config:
         ),
     )
     return replace(config, **sections)
+
+
+# All that makes going on hard: dropout, accumulation, an average of the parameters.
+HARD = {"model": {"dropout": 0.2}, "train": {"micro_batch_size": 4, "ema": 0.9, "sample_tokens": 4}}
+
+
+def rows(config: Config) -> list[dict]:
+    """What a run wrote of its metrics, without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(Path(config.run_dir))]
+
+
+def final_state(config: Config):
+    """The newest checkpoint of a run, on one device, and its plain values."""
+    return load_state(Path(config.run_dir))
+
+
+def layer_by_layer(config: ModelConfig, params: dict) -> dict:
+    """Params as decoding takes them, with weights as they are trained."""
+    blocks = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(config.n_layer)}
+    return {"embed": params["embed"], "norm_f": params["norm_f"], "blocks": blocks}

@@ -71,6 +71,14 @@ class PackedWindows:
         numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
         return read_windows(self.split, self._starts(numbers), self.block_size, self.attend_across_documents)
 
+    def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
+        """Returns the first and the last document in each row of the batch of `step`, numbered in the stream from 0."""
+        starts = self._starts(np.arange(step * batch_size, (step + 1) * batch_size))
+        return [
+            (self.split.document_at(int(start)), self.split.document_at(int(start) + self.block_size - 1))
+            for start in starts
+        ]
+
     def row(self, index: int) -> Batch:
         """Returns window `index`, counted over all epochs, as arrays [T]."""
         starts = self._starts(np.array([index]))

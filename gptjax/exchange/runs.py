@@ -65,6 +65,7 @@ def export_run(
     run_dir: Path,
     hf_dir: Path,
     which: Literal["best", "latest"] = "best",
+    strict: bool = False,
     notify: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Writes a run's model and tokenizer as a Hugging Face GPT-2 folder.
@@ -73,12 +74,13 @@ def export_run(
         run_dir: The run.
         hf_dir: Folder to make; an empty one will do.
         which: The checkpoint with the lowest validation loss, or the newest.
-        notify: Told in one line where the tokenizer has no form that transformers reads.
+        strict: Refuse where that checkpoint is damaged, instead of using another.
+        notify: Told in one line where the tokenizer has no form that transformers reads, or a checkpoint is damaged.
 
     Raises:
         UserError: No run or no checkpoint there, the model is not a GPT-2, or `hf_dir` holds files.
     """
-    run = load_run(run_dir, which)
+    run = load_run(run_dir, which, strict, notify)
     ARCHITECTURES["gpt2"].export_model(run.config.model, run.params, run.tokenizer, hf_dir, notify)
 
 

@@ -59,7 +59,7 @@ def _on_one_device(q_BTHC, k_BSGC, v_BSGC, segments_BT, *, window, interpret):
     def one_row(q_THC, k_SGC, v_SGC, segments_T):
         ids = None if segments_T is None else splash.SegmentIds(segments_T, segments_T)
         heads_first = (x.swapaxes(0, 1) for x in (q_THC * C**-0.5, k_SGC, v_SGC))
-        return kernel(*heads_first, segment_ids=ids).swapaxes(0, 1)
+        return jax.numpy.swapaxes(kernel(*heads_first, segment_ids=ids), 0, 1)  # pyright: ignore[reportArgumentType]
 
     axes = (0, 0, 0, None if segments_BT is None else 0)
     return jax.vmap(one_row, in_axes=axes)(q_BTHC, k_BSGC, v_BSGC, segments_BT)

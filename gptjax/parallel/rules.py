@@ -22,6 +22,7 @@ RULES = (
     (r"(attn|mlp)/b_out$", PartitionSpec()),
     (r"norm_\w+/(scale|bias)$", PartitionSpec()),
     (r"(^|/)(step|skipped|count|good_steps|loss_scale/scale)$", PartitionSpec()),
+    (r"^watch/\w+$", PartitionSpec()),
 )
 
 

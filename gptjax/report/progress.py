@@ -1,5 +1,7 @@
 """What the user sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
 
+import contextlib
+import os
 import sys
 import time
 
@@ -8,6 +10,20 @@ from rich.live import Live
 from rich.text import Text
 
 from gptjax.report.cost import readable_time
+
+
+def say(text: str) -> None:
+    """Prints a line. Where nobody reads any more (`| head`, a closed terminal), it and all that follow go nowhere."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        _say_no_more()
+
+
+def _say_no_more() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 class Progress:
@@ -36,22 +52,29 @@ class Progress:
             parts.append(f"{row['skipped']} steps skipped")
         parts.append(f"{readable_time(self._seconds_left(row['step']))} left")
         text = " · ".join(parts)
-        if self._live:
-            self._live.update(Text(text), refresh=True)
-        else:
-            print(text, flush=True)
+        try:
+            if self._live:
+                self._live.update(Text(text), refresh=True)
+            else:
+                say(text)
+        except OSError:
+            _say_no_more()
 
     def line(self, text: str) -> None:
         """Prints a line that stays."""
-        if self._live:
-            self._console.print(Text(text))
-        else:
-            print(text, flush=True)
+        try:
+            if self._live:
+                self._console.print(Text(text))
+            else:
+                say(text)
+        except OSError:
+            _say_no_more()
 
     def close(self) -> None:
         """Takes the live line away."""
         if self._live:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
 
     def _seconds_left(self, step: int) -> float:
         done = step - self._first_step

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -40,6 +41,25 @@ def ending(path: Path) -> str:
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
     return Path(name).suffix
+
+
+def refuse_links_out(root: Path, paths: Iterable[Path]) -> None:
+    """Refuses links that lead out of the folder that was given: an unpacked archive may hold one to anywhere.
+
+    Raises:
+        UserError: The message names the first such link.
+    """
+    for path in paths:
+        if path.is_symlink():
+            try:
+                target = Path(os.path.realpath(path))
+            except OSError as error:
+                raise UserError(f"{path}: a link that cannot be read: {error.strerror}") from None
+            if not target.is_relative_to(root):
+                raise UserError(
+                    f"{path}: a link that leads out of its folder, to {target};"
+                    " to read it, name it in data.path itself or by a pattern"
+                )
 
 
 def read_file(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:

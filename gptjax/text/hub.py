@@ -1,5 +1,6 @@
 """Documents from the Hugging Face datasets library: a local folder or the hub, whole or streamed."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any
 
 from gptjax.config import DataConfig
 from gptjax.errors import UserError
-from gptjax.text.formats import Document, check_text, missing_field
+from gptjax.text.formats import Document, check_text, missing_field, refuse_links_out
 
 _SPEC = re.compile(r"(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>.+))?")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -31,9 +32,18 @@ def parse_spec(spec: str) -> tuple[str, str | None, str]:
     if not match:
         raise UserError(f"{where} must have the form NAME[:CONFIG][@SPLIT], such as wikitext:wikitext-2-v1@test")
     name = match["name"]
-    if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
+    if not os.path.isdir(name) and not _HUB_NAME.fullmatch(name):
         raise UserError(f"{where}: {name} is neither a folder that exists nor OWNER/NAME on the hub")
     return name, match["config"], match["split"] or "train"
+
+
+def _check_folder(folder: Path, where: str) -> None:
+    """Refuses a folder that is another one than its name says, or that holds links to files elsewhere."""
+    root = Path(os.path.realpath(folder))
+    if not folder.is_absolute() and not root.is_relative_to(Path.cwd().resolve()):
+        raise UserError(f"{where}: a link that leads out of the working folder, to {root}; give the folder's full path")
+    for parent, folders, names in os.walk(root):
+        refuse_links_out(root, (Path(parent, name) for name in (*folders, *names)))
 
 
 def read_dataset(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
@@ -73,6 +83,8 @@ def fingerprint(data: DataConfig) -> str:
 
 def _load(data: DataConfig) -> Any:
     name, config, split = parse_spec(data.hf_dataset)
+    if os.path.isdir(name):
+        _check_folder(Path(name), f"data.hf_dataset={data.hf_dataset!r}")
     import datasets
 
     try:

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import time
@@ -22,14 +21,14 @@ from gptjax.config import DataConfig, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.files import publish
 from gptjax.text.clean import clean
-from gptjax.text.shard_writer import ShardWriter, write_manifest
-from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, open_dataset
+from gptjax.text.shard_writer import SHARD_TOKENS, CorpusChanged, ShardWriter, write_manifest
+from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, Verify, open_dataset
 from gptjax.text.sources import Document, read_documents, source_fingerprint
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
 
 TOKENIZER = "tokenizer.json"
 # Options that do not change which tokens are stored where.
-_NOT_STORED = ("path", "source", "hf_dataset", "streaming", "attend_across_documents")
+_NOT_STORED = ("path", "source", "hf_dataset", "streaming", "attend_across_documents", "verify")
 _RANKED_DOCUMENTS = 64
 _BATCH_CHARACTERS = 2**22
 _REPORT_SECONDS = 5.0
@@ -59,7 +58,8 @@ def prepare(
 
     A folder below `cache_dir` gets its name from the sources, the tokenizer and every option that changes the
     tokens. It is built under another name and renamed when it is complete, and one process at a time builds
-    it: a killed preparation leaves nothing that looks finished, and the next one starts anew.
+    it: a killed preparation leaves nothing that looks finished. The next one reads the text again, and makes the
+    tokenizer and the shards that were not finished.
 
     Args:
         data: Where the text is and how it is cleaned and split.
@@ -71,24 +71,53 @@ def prepare(
     Raises:
         UserError: No text is there, something cannot be read or encoded, or the cache cannot be written.
     """
+    folder, source = find_folder(data, tokenizer, cache_dir, tokenizer_override)
+    if prepared := _open_finished(folder, data.verify, report=lambda _: None):
+        return prepared
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder, report):
+            if prepared := _open_finished(folder, data.verify, report):
+                return prepared
+            about = {"source": source, "data": dataclasses.asdict(data)}
+            try:
+                _build(folder, data, tokenizer, tokenizer_override, about, report)
+            except CorpusChanged:  # what a killed process left is gone by now
+                report(f"preparing: {folder.name} was begun with other text; it is made anew")
+                _build(folder, data, tokenizer, tokenizer_override, about, report)
+    except OSError as error:
+        raise UserError(f"cache_dir: cannot write {error.filename or folder}: {error.strerror}") from None
+    return open_folder(folder, data.verify)
+
+
+def find_folder(
+    data: DataConfig, tokenizer: TokenizerConfig, cache_dir: Path, tokenizer_override: Tokenizer | None = None
+) -> tuple[Path, str]:
+    """Returns the folder in which `prepare` keeps this data, there or not, and the identity of its sources.
+
+    Raises:
+        UserError: No text is there.
+    """
     source = source_fingerprint(data)
     options = {k: v for k, v in dataclasses.asdict(data).items() if k not in _NOT_STORED}
     made_with = tokenizer_override.fingerprint if tokenizer_override else dataclasses.asdict(tokenizer)
     identity = json.dumps([FORMAT_VERSION, source, made_with, options], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    folder = Path(cache_dir).expanduser() / "data" / f"{_short_name(data)}-{fingerprint}"
-    if prepared := _open_finished(folder, report=lambda _: None):
-        return prepared
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder, report):
-            if prepared := _open_finished(folder, report):
-                return prepared
-            about = {"source": source, "data": dataclasses.asdict(data)}
-            _build(folder, data, tokenizer, tokenizer_override, about, report)
-    except OSError as error:
-        raise UserError(f"cache_dir: cannot write {error.filename or folder}: {error.strerror}") from None
-    return Prepared(folder, open_dataset(folder), load_tokenizer(folder / TOKENIZER))
+    return Path(cache_dir).expanduser() / "data" / f"{_short_name(data)}-{fingerprint}", source
+
+
+def open_folder(folder: Path, verify: Verify = "full") -> Prepared:
+    """Opens prepared data and checks it as `open_dataset` does, and that the tokenizer is the one it was made with.
+
+    Raises:
+        UserError: Something is missing or damaged; the message names the file.
+    """
+    dataset, tokenizer = open_dataset(folder, verify), load_tokenizer(folder / TOKENIZER)
+    if tokenizer.fingerprint != dataset.manifest["tokenizer"]:
+        raise UserError(f"{folder / TOKENIZER}: damaged: not the tokenizer that {MANIFEST} names")
+    if tokenizer.end_of_text != dataset.manifest["end_of_text"]:
+        raise UserError(f"{folder / MANIFEST}: damaged: end_of_text is not that of {TOKENIZER}")
+    return Prepared(folder, dataset, tokenizer)
 
 
 def describe(prepared: Prepared) -> str:
@@ -96,10 +125,10 @@ def describe(prepared: Prepared) -> str:
     train, validation = prepared.dataset.train, prepared.dataset.validation
     n_bytes = train.n_bytes + validation.n_bytes
     n_tokens = train.n_tokens + validation.n_tokens
-    counts = prepared.dataset.manifest["counts"]
+    counts = prepared.dataset.manifest.get("counts", {})
     left_out = [f"{count:,} {_COUNTED[name]}" for name, count in counts.items() if name in _COUNTED]
     return (
-        f"{prepared.folder.name}: {counts['read']:,} documents, {n_bytes / 1e6:,.1f} MB, {n_tokens:,} tokens"
+        f"{prepared.folder.name}: {counts.get('read', 0):,} documents, {n_bytes / 1e6:,.1f} MB, {n_tokens:,} tokens"
         f" ({train.n_tokens:,} train, {validation.n_tokens:,} validation;"
         f" {prepared.tokenizer.vocab_size:,} ids)" + (f"; {', '.join(left_out)}" if left_out else "")
     )
@@ -149,20 +178,19 @@ def _build(
     about: dict,
     report: Report,
 ) -> None:
-    # The lock is ours, so what has such a name was left by a process that was killed.
-    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(leftover)
-    building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    building.mkdir()
+    # The lock is ours, so what is there was left by a process that was killed.
+    building = folder.with_name(f"{folder.name}.tmp")
+    building.mkdir(exist_ok=True)
     try:
         split = _split_of(data)
+        tokenizer = tokenizer or _kept_tokenizer(building)
         tokenizer = tokenizer or make_tokenizer(config, lambda: _learned_from(data, config, split), report)
+        save_tokenizer(tokenizer, building / TOKENIZER)
         counts: Counter[str] = Counter()
         shards = _write_shards(building, _cleaned(data, counts), split, tokenizer, report)
         if source_fingerprint(data) != about["source"]:
             raise UserError(f"{_short_name(data)}: the sources changed while they were read; start again")
         _require_both(data, counts, shards)
-        save_tokenizer(tokenizer, building / TOKENIZER)
         write_manifest(
             building,
             shards,
@@ -173,10 +201,20 @@ def _build(
         )
         if folder.exists():  # damaged, or this process would not be here
             shutil.rmtree(folder)
+        for leftover in building.glob(".*"):
+            leftover.unlink()
         publish(building, folder)
-    except BaseException:
+    except Exception:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def _kept_tokenizer(building: Path) -> Tokenizer | None:
+    """The tokenizer that a killed process had made."""
+    try:
+        return load_tokenizer(building / TOKENIZER)
+    except UserError:
+        return None
 
 
 def _split_of(data: DataConfig) -> Split:
@@ -215,12 +253,15 @@ def _write_shards(
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
             tokenizer=tokenizer.fingerprint,
+            shard_tokens=SHARD_TOKENS,
         )
         for name in ("train", "validation")
     }
+    if finished := sum(writer.n_tokens for writer in writers.values()):
+        report(f"preparing: goes on after {finished:,} tokens in finished shards")
     progress = _progress(report)
     try:
-        for parts, ids in _encoded(_batches(documents, split), tokenizer):
+        for parts, ids in _encoded(_batches(documents, split, writers), tokenizer):
             n_bytes = _write(writers, parts, ids)
             progress(len(parts), n_bytes, sum(writer.n_tokens for writer in writers.values()))
         return {name: writer.close() for name, writer in writers.items()}
@@ -233,13 +274,18 @@ class _Part(NamedTuple):
     where: str
     split: str
     text: str
+    text_hash: int
 
 
-def _batches(documents: Iterable[Document], split: Split) -> Iterator[list[_Part]]:
+def _batches(documents: Iterable[Document], split: Split, writers: dict[str, ShardWriter]) -> Iterator[list[_Part]]:
+    """Gathers what is to be encoded: all but the documents that finished shards hold."""
     batch, size = [], 0
     for document in documents:
-        batch += [_Part(document.where, name, text) for name, text in split(document.text)]
-        size += len(document.text)
+        for name, text in split(document.text):
+            text_hash = _hash(text)
+            if not writers[name].pass_over(text_hash):
+                batch.append(_Part(document.where, name, text, text_hash))
+                size += len(text)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -278,7 +324,7 @@ def _write(writers: dict[str, ShardWriter], parts: list[_Part], ids: list[np.nda
         mine = [i for i, part in enumerate(parts) if part.split == name]
         if mine:
             n_bytes = [_n_bytes(parts[i].text) for i in mine]
-            writer.add([ids[i] for i in mine], n_bytes)
+            writer.add([ids[i] for i in mine], n_bytes, [parts[i].text_hash for i in mine])
             total += sum(n_bytes)
     return total
 
@@ -337,17 +383,14 @@ def _hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def _open_finished(folder: Path, report: Report) -> Prepared | None:
+def _open_finished(folder: Path, verify: Verify, report: Report) -> Prepared | None:
     if not (folder / MANIFEST).exists():
         return None
     try:
-        dataset, tokenizer = open_dataset(folder), load_tokenizer(folder / TOKENIZER)
-        if tokenizer.fingerprint != dataset.manifest["tokenizer"]:
-            raise UserError(f"{folder / TOKENIZER}: damaged: not the tokenizer that {MANIFEST} names")
+        return open_folder(folder, verify)
     except UserError as error:
         report(f"prepared data is damaged and made anew ({error})")
         return None
-    return Prepared(folder, dataset, tokenizer)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Writes shards and the manifest, so that nothing unfinished has a final name."""
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from gptjax.errors import UserError
 from gptjax.files import publish, temporary_name, write_atomic
 from gptjax.text.shards import (
     FORMAT_VERSION,
@@ -17,14 +19,24 @@ from gptjax.text.shards import (
     Header,
     aligned,
     content_hash,
+    open_shard,
+    shard_name,
     token_dtype,
 )
 
 SHARD_TOKENS = 2**27
 
 
+class CorpusChanged(Exception):
+    """Finished shards do not hold the beginning of the documents that come now."""
+
+
 class ShardWriter:
-    """Appends documents to the shards of one split, `NAME-00000.bin` and so on."""
+    """Appends documents to the shards of one split, `NAME-00000.bin` and so on.
+
+    Shards that a killed process finished in `folder` are kept: documents that lie in them whole are passed over
+    (`pass_over`), and of the one that reaches over their end only the rest is written.
+    """
 
     def __init__(
         self,
@@ -41,18 +53,38 @@ class ShardWriter:
         self._shard_tokens = shard_tokens
         self._entries: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
+        self._take_over_finished()
 
     @property
     def n_tokens(self) -> int:
         """Tokens written so far."""
         return sum(entry["n_tokens"] for entry in self._entries) + (self._n_tokens if self._file else 0)
 
-    def add(self, documents: Sequence[np.ndarray], n_bytes: Sequence[int]) -> None:
+    def pass_over(self, text_hash: int) -> bool:
+        """Asked of each document in order; True: it lies whole in finished shards and must not be added.
+
+        Args:
+            text_hash: The document's, as `add` takes it.
+
+        Raises:
+            CorpusChanged: The finished shards hold other documents.
+        """
+        if not self._documents_left:
+            return False
+        self._documents_left -= 1
+        self._passed = _chain(self._passed, text_hash)
+        if not self._documents_left and self._passed != self._texts:
+            raise CorpusChanged
+        # The last one may go on after the end of the shard that it starts in.
+        return self._documents_left > 0
+
+    def add(self, documents: Sequence[np.ndarray], n_bytes: Sequence[int], text_hashes: Sequence[int]) -> None:
         """Appends documents.
 
         Args:
             documents: Their ids, without end-of-text.
             n_bytes: UTF-8 bytes of each.
+            text_hashes: 64-bit hash of each one's text, by which a preparation that goes on knows it again.
 
         Raises:
             ValueError: An id lies outside the vocabulary.
@@ -61,13 +93,15 @@ class ShardWriter:
         sizes = [len(mark) + len(ids) for ids in documents]
         starts = np.cumsum([0, *sizes], dtype=np.int64)[:-1]
         tokens = np.concatenate([part for ids in documents for part in (*mark, ids)])
-        self._append(tokens, starts, np.array(n_bytes, np.int64))
+        self._append(tokens, starts, np.array(n_bytes, np.int64), list(text_hashes))
 
     def close(self) -> list[dict[str, Any]]:
         """Ends the stream and returns the manifest's entry of each shard."""
         if self._end_of_text is not None and self.n_tokens:
             nothing = np.empty(0, np.int64)
-            self._append(np.array([self._end_of_text], np.int32), nothing, nothing)
+            self._append(np.array([self._end_of_text], np.int32), nothing, nothing, [])
+        if self._documents_left or len(self._swallow):
+            raise CorpusChanged
         self._finish_shard()
         return self._entries
 
@@ -77,9 +111,10 @@ class ShardWriter:
             self._file.close()
             self._file = None
 
-    def _append(self, tokens: np.ndarray, starts: np.ndarray, n_bytes: np.ndarray) -> None:
+    def _append(self, tokens: np.ndarray, starts: np.ndarray, n_bytes: np.ndarray, hashes: list[int]) -> None:
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
             raise ValueError(f"ids must lie in [0, {self._vocab_size}), not {tokens.min()} to {tokens.max()}")
+        tokens, starts, n_bytes, hashes = self._without_finished(tokens, starts, n_bytes, hashes)
         done = 0
         while done < len(tokens):
             file = self._file or self._open_shard()
@@ -87,14 +122,52 @@ class ShardWriter:
             first, last = np.searchsorted(starts, [done, done + len(part)])
             self._offsets.append((starts[first:last] - done + self._n_tokens).astype("<u8"))
             self._n_bytes += int(n_bytes[first:last].sum())
+            self._texts = functools.reduce(_chain, hashes[first:last], self._texts)
             self._write(file, part.astype(token_dtype(self._vocab_size)).tobytes())
             self._n_tokens += len(part)
             done += len(part)
             if self._n_tokens == self._shard_tokens:
                 self._finish_shard()
 
+    def _take_over_finished(self) -> None:
+        """Notes the shards that are there, whole and of this tokenizer; removes what else has this split's name."""
+        self._swallow = np.empty(0, np.int32)
+        self._texts = self._passed = bytes(16)
+        while not self._entries or self._entries[-1]["n_tokens"] == self._shard_tokens:
+            path = self._folder / shard_name(self._name, len(self._entries))
+            try:
+                header, tokens, offsets = open_shard(path, "full")
+            except UserError:
+                break
+            if header.tokenizer != self._tokenizer or header.n_tokens > self._shard_tokens:
+                break
+            # From the start of the newest document to the end: what will come once more, and is swallowed then.
+            start = int(offsets[-1]) if len(offsets) else 0
+            before = np.empty(0, np.int32) if len(offsets) else self._swallow
+            self._swallow = np.concatenate([before, tokens[start:]], dtype=np.int32)
+            self._texts = bytes.fromhex(header.texts)
+            self._entries.append(_entry(path, header))
+        self._documents_left = sum(entry["n_documents"] for entry in self._entries)
+        kept = {entry["file"] for entry in self._entries}
+        for path in (*self._folder.glob(f"{self._name}-*.bin"), *self._folder.glob(f".{self._name}-*")):
+            if path.name not in kept:
+                path.unlink()
+
+    def _without_finished(self, tokens: np.ndarray, starts: np.ndarray, n_bytes: np.ndarray, hashes: list[int]):
+        """Takes off the beginning what finished shards hold; its document is counted there."""
+        size = min(len(tokens), len(self._swallow))
+        if not size:
+            return tokens, starts, n_bytes, hashes
+        if not np.array_equal(tokens[:size], self._swallow[:size]):
+            raise CorpusChanged
+        self._swallow = self._swallow[size:]
+        first = int(np.searchsorted(starts, size))
+        return tokens[size:], starts[first:] - size, n_bytes[first:], hashes[first:]
+
     def _open_shard(self) -> BinaryIO:
-        self._path = self._folder / f"{self._name}-{len(self._entries):05d}.bin"
+        if self._entries and self._entries[-1]["n_tokens"] < self._shard_tokens:
+            raise CorpusChanged  # the stream had ended there
+        self._path = self._folder / shard_name(self._name, len(self._entries))
         self._file = open(temporary_name(self._path), "wb")  # noqa: SIM115
         # The header waits until all is written, so that nothing unfinished ever looks like a shard.
         self._file.write(bytes(HEADER_SIZE))
@@ -121,6 +194,7 @@ class ShardWriter:
             n_bytes=self._n_bytes,
             checksum=self._checksum.hexdigest(),
             tokenizer=self._tokenizer,
+            texts=self._texts.hex(),
         )
         file.seek(0)
         file.write(header.pack())
@@ -129,15 +203,18 @@ class ShardWriter:
         file.close()
         self._file = None
         publish(temporary_name(self._path), self._path)
-        self._entries.append(
-            {
-                "file": self._path.name,
-                "n_tokens": header.n_tokens,
-                "n_documents": header.n_documents,
-                "n_bytes": header.n_bytes,
-                "checksum": header.checksum,
-            }
-        )
+        self._entries.append(_entry(self._path, header))
+
+
+def _chain(texts: bytes, text_hash: int) -> bytes:
+    """The hash of some texts and one more."""
+    return xxhash.xxh3_128_digest(texts + text_hash.to_bytes(8, "little"))
+
+
+def _entry(path: Path, header: Header) -> dict[str, Any]:
+    """What the manifest says of a shard."""
+    counts = {"n_tokens": header.n_tokens, "n_documents": header.n_documents, "n_bytes": header.n_bytes}
+    return {"file": path.name, **counts, "checksum": header.checksum}
 
 
 def write_manifest(

@@ -23,12 +23,14 @@ from gptjax.errors import UserError
 MAGIC = b"GPTJAXTS"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+Verify = Literal["full", "header"]
+_ENTRY_KEYS = ("n_tokens", "n_documents", "n_bytes", "checksum")
 
 # magic, version, bytes per token, vocab_size, n_tokens, n_documents, n_bytes, payload checksum, tokenizer
-# fingerprint, zeros; then a checksum of all this.
-_HEADER = struct.Struct("<8sIIQQQQ16s32s24s")
+# fingerprint, hash of the texts, zeros; then a checksum of all this.
+_HEADER = struct.Struct("<8sIIQQQQ16s32s16s8s")
 HEADER_SIZE = _HEADER.size + 8
-_CHUNK = 2**24
+_CHUNK = 2**20  # stays in a core's cache between its checksum and its largest id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Header:
     """XXH3-128 of everything after the header."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
+    texts: str
+    """Hash of the texts of all documents that start in this shard or in one before."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -72,6 +76,7 @@ class Header:
             self.n_bytes,
             bytes.fromhex(self.checksum),
             bytes.fromhex(self.tokenizer),
+            bytes.fromhex(self.texts),
             b"",
         )
         return raw + xxhash.xxh3_64_digest(raw)
@@ -122,6 +127,12 @@ class TokenSplit:
             parts.append(offsets[first:last].astype(np.int64) + self._bases[i])
         return np.concatenate([np.empty(0, np.int64), *parts])
 
+    def document_at(self, position: int) -> int:
+        """Returns the number, in the stream from 0, of the document that a position lies in."""
+        [(shard, low, _)] = self._ranges(position, position + 1)
+        before = sum(len(offsets) for offsets in self.documents[:shard])
+        return before + int(np.searchsorted(self.documents[shard], np.uint64(low), side="right")) - 1
+
     @functools.cached_property
     def _bases(self) -> np.ndarray:
         """Position in the stream at which each shard begins, and the stream's end."""
@@ -160,7 +171,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
-def open_dataset(folder: Path, verify: Literal["full", "header"] = "full") -> Dataset:
+def open_dataset(folder: Path, verify: Verify = "full") -> Dataset:
     """Opens prepared data.
 
     Args:
@@ -198,7 +209,42 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     if "hash" not in manifest or manifest["hash"] != content_hash(manifest):
         raise UserError(f"{path}: damaged: its content does not have the hash that it states")
+    if wrong := _wrong_in_manifest(manifest):
+        raise UserError(f"{path}: damaged: {wrong}")
     return manifest
+
+
+def _wrong_in_manifest(manifest: dict[str, Any]) -> str:
+    """Says what is not as `write_manifest` writes it; an empty string: nothing. A right hash proves no good will."""
+    size, end, splits = manifest["vocab_size"], manifest["end_of_text"], manifest["splits"]
+    if not _is_count(size) or not (end is None or (_is_count(end) and end < size)):
+        return "vocab_size and end_of_text must be whole numbers, the second one below the first or null"
+    if not isinstance(splits, dict) or set(splits) != {"train", "validation"}:
+        return "splits must be train and validation"
+    for name, split in splits.items():
+        entries = split.get("shards") if isinstance(split, dict) else None
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+            return f"splits.{name}.shards must be a list of shards"
+        # Names are what the writer gives, so no shard can be read from another folder.
+        if [entry.get("file") for entry in entries] != [shard_name(name, i) for i in range(len(entries))]:
+            return f"splits.{name}.shards must be {shard_name(name, 0)} and so on"
+        for key in ("n_tokens", "n_documents", "n_bytes"):
+            numbers = [entry.get(key) for entry in entries]
+            if not all(map(_is_count, numbers)) or split.get(key) != sum(numbers):
+                return f"splits.{name}.{key} must be the sum of its shards'"
+    counts = manifest.get("counts", {})
+    if not isinstance(counts, dict) or not all(map(_is_count, counts.values())):
+        return "counts must be whole numbers"
+    return ""
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a split's shard."""
+    return f"{split}-{number:05d}.bin"
 
 
 def content_hash(manifest: dict[str, Any]) -> str:
@@ -209,30 +255,43 @@ def content_hash(manifest: dict[str, Any]) -> str:
 
 
 def _open_shard(
-    path: Path, entry: dict[str, Any], manifest: dict[str, Any], verify: str
+    path: Path, entry: dict[str, Any], manifest: dict[str, Any], verify: Verify
 ) -> tuple[np.ndarray, np.ndarray]:
+    header, tokens, documents = open_shard(path, verify)
+    if header.tokenizer != manifest["tokenizer"] or header.vocab_size != manifest["vocab_size"]:
+        raise UserError(f"{path}: written with another tokenizer than {path.with_name(MANIFEST)} names")
+    for key in _ENTRY_KEYS:
+        if getattr(header, key) != entry.get(key):
+            raise UserError(
+                f"{path}: {key} is {getattr(header, key)}, must be {entry.get(key)} as in {path.with_name(MANIFEST)}"
+            )
+    return tokens, documents
+
+
+def open_shard(path: Path, verify: Verify) -> tuple[Header, np.ndarray, np.ndarray]:
+    """Maps one shard into memory.
+
+    Returns:
+        `(header, tokens, offsets at which documents start)`.
+
+    Raises:
+        UserError: Missing or damaged.
+    """
     try:
         with open(path, "rb") as file:
             raw = file.read(HEADER_SIZE)
             size = os.fstat(file.fileno()).st_size
+        header = _unpack(raw, path)
+        if size != header.file_size:
+            raise UserError(f"{path}: has {size} bytes, must have {header.file_size}: truncated or appended to")
+        whole = np.memmap(path, np.uint8, "r").view(np.ndarray)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    header = _unpack(raw, path)
-    if size != header.file_size:
-        raise UserError(f"{path}: has {size} bytes, must have {header.file_size}: truncated or appended to")
-    if header.tokenizer != manifest["tokenizer"] or header.vocab_size != manifest["vocab_size"]:
-        raise UserError(f"{path}: written with another tokenizer than {path.with_name(MANIFEST)} names")
-    for key in ("n_tokens", "n_documents", "n_bytes", "checksum"):
-        if getattr(header, key) != entry[key]:
-            raise UserError(
-                f"{path}: {key} is {getattr(header, key)}, must be {entry[key]} as in {path.with_name(MANIFEST)}"
-            )
-    whole = np.memmap(path, np.uint8, "r").view(np.ndarray)
     tokens = whole[HEADER_SIZE:][: header.n_tokens * header.dtype.itemsize].view(header.dtype)
     documents = whole[header.documents_at :].view("<u8")
     if verify == "full":
         _verify_payload(path, header, whole[HEADER_SIZE:], tokens, documents)
-    return tokens, documents
+    return header, tokens, documents
 
 
 def _unpack(raw: bytes, path: Path) -> Header:
@@ -245,26 +304,27 @@ def _unpack(raw: bytes, path: Path) -> Header:
         raise UserError(f"{path}: version {version}, this gptjax reads {FORMAT_VERSION}; prepare the data again")
     if xxhash.xxh3_64_digest(raw[: _HEADER.size]) != raw[_HEADER.size :]:
         raise UserError(f"{path}: damaged header: its checksum does not match")
-    _, _, itemsize, vocab_size, n_tokens, n_documents, n_bytes, checksum, tokenizer, _ = _HEADER.unpack(
+    _, _, itemsize, vocab_size, n_tokens, n_documents, n_bytes, checksum, tokenizer, texts, _ = _HEADER.unpack(
         raw[: _HEADER.size]
     )
-    header = Header(vocab_size, n_tokens, n_documents, n_bytes, checksum.hex(), tokenizer.hex())
+    header = Header(vocab_size, n_tokens, n_documents, n_bytes, checksum.hex(), tokenizer.hex(), texts.hex())
     if itemsize != header.dtype.itemsize:
         raise UserError(f"{path}: {itemsize} bytes a token do not fit a vocabulary of {vocab_size}")
     return header
 
 
 def _verify_payload(path: Path, header: Header, payload: np.ndarray, tokens: np.ndarray, documents: np.ndarray) -> None:
-    checksum = xxhash.xxh3_128()
+    checksum, largest, n_bytes = xxhash.xxh3_128(), 0, tokens.nbytes
     for start in range(0, len(payload), _CHUNK):
-        checksum.update(payload[start : start + _CHUNK].data)
+        part = payload[start : start + _CHUNK]
+        checksum.update(part.data)
+        ids = part[: max(0, n_bytes - start)].view(tokens.dtype)
+        largest = max(largest, int(ids.max(initial=0)))
     if checksum.hexdigest() != header.checksum:
         raise UserError(f"{path}: damaged: the checksum of its content does not match its header")
     # A model's embedding silently takes its last row for an id outside the vocabulary, so none may pass here.
-    for start in range(0, len(tokens), _CHUNK):
-        largest = int(tokens[start : start + _CHUNK].max())
-        if largest >= header.vocab_size:
-            raise UserError(f"{path}: holds token id {largest}, must be below the vocabulary's {header.vocab_size}")
+    if largest >= header.vocab_size:
+        raise UserError(f"{path}: holds token id {largest}, must be below the vocabulary's {header.vocab_size}")
     if len(documents) and (np.any(documents[1:] <= documents[:-1]) or documents[-1] >= header.n_tokens):
         raise UserError(f"{path}: document offsets must ascend below {header.n_tokens}")
 

@@ -15,7 +15,7 @@ import xxhash
 from gptjax.config import DataConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.text import hub
-from gptjax.text.formats import COMPRESSIONS, ENDINGS, Document, ending, read_file
+from gptjax.text.formats import COMPRESSIONS, ENDINGS, Document, ending, read_file, refuse_links_out
 
 _NOT_STDLIB = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
@@ -52,7 +52,7 @@ def find_files(paths: Sequence[str], counts: Counter[str]) -> list[Path]:
     found: dict[tuple[int, int], Path] = {}
     for given in paths:
         path = Path(given).expanduser()
-        if path.exists():
+        if os.path.exists(path):
             named, matches = True, [path]
         else:
             named, matches = False, [Path(match) for match in glob.glob(str(path), recursive=True)]
@@ -118,7 +118,7 @@ def _given_files(data: DataConfig, counts: Counter[str]) -> list[Path]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    seen = set()
+    seen, root = set(), Path(os.path.realpath(folder))
     for parent, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
         identity = os.path.realpath(parent)
         if identity in seen:  # a link to a folder above: it would never end
@@ -126,7 +126,9 @@ def _files_below(folder: Path) -> Iterator[Path]:
             continue
         seen.add(identity)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+        files = [Path(parent, name) for name in names if not name.startswith(".")]
+        refuse_links_out(root, (*files, *(Path(parent, name) for name in folders)))
+        yield from files
 
 
 def _cannot_list(error: OSError) -> None:

@@ -1,27 +1,38 @@
 """Run directories and their checkpoints: the only file that knows Orbax.
 
-A checkpoint has the items `params`, `ema` (where the run averages), `rest` (the other fields of the train state) and
-`meta` (plain values: the loop's own state, the data's hash, versions). Sampling and `init_from` read one of the first
-two. Beside the checkpoints lie `config.yaml` and `tokenizer.json`.
+A checkpoint has the items `params`, `ema` (where the run averages) and `rest` (the other fields of the train state).
+Sampling and `init_from` read one of the first two. Its manifest, written last, has the checksums of all files and plain
+values: the loop's own state, the data's hash. Beside the checkpoints lie `config.yaml` and `tokenizer.json`.
 """
 
 import dataclasses
+import errno
 import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from gptjax.config import Config
 from gptjax.config_io import load_config, to_yaml
 from gptjax.errors import UserError
-from gptjax.files import write_atomic
+from gptjax.files import publish, write_atomic
 from gptjax.model.gpt import init_params
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from gptjax.training.step import TrainState
+from gptjax.training.choice import NAME, REJECTED, UNFINISHED, Choice, choose, entries, step_folder
+from gptjax.training.manifest import MANIFEST, DamagedError, Manifest, check_sizes, read_manifest, write_manifest
+from gptjax.training.step import TrainState, init_state
 
 CONFIG_FILE, TOKENIZER_FILE, FOLDER = "config.yaml", "tokenizer.json", "checkpoints"
+ITEMS = ("params", "ema", "rest")
+ROOM = 2**20  # bytes that a checkpoint takes beside its arrays
+DELETED = ".deleted-"  # begins the name of a checkpoint that is on its way out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,67 +46,157 @@ class LoadedRun:
 
 
 class Checkpoints:
-    """The checkpoints of one run, written asynchronously; keeps the newest few and the best."""
+    """The checkpoints that a run writes; keeps the newest few and the best.
 
-    def __init__(self, run_dir: Path, keep: int = 1):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of each checkpoint without an evaluation
-        policies = ocp.checkpoint_managers
-        best = policies.BestN(
-            get_metric_fn=_val_loss,
-            reverse=True,  # the lowest loss counts as best
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        self._manager = ocp.CheckpointManager(
-            (run_dir / FOLDER).absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-                best_fn=_val_loss,
-                best_mode="min",
-                step_format_fixed_length=8,
-                cleanup_tmp_directories=True,
-            ),
-        )
+    A save is finished on a thread: Orbax writes the arrays, then the manifest acknowledges them, then older checkpoints
+    go. A save that fails is told in one line, and leaves what is older as it is. One process at a time, see
+    `guard.locked`.
+    """
 
-    def latest_step(self) -> int | None:
-        """The newest step that was saved whole, or None."""
-        return self._manager.latest_step()
+    def __init__(self, run_dir: Path, keep: int = 1, notify: Callable[[str], None] = print):
+        self.folder = (run_dir / FOLDER).absolute()
+        self.acknowledged: int | None = None
+        """The newest step that this object has saved whole."""
+        self.problem = ""
+        """Why the last save failed."""
+        self._keep, self._notify = keep, notify
+        self._checkpointer = _checkpointer()
+        self._finishing: threading.Thread | None = None
+        self._error: BaseException | None = None
 
-    def best_step(self) -> int | None:
-        """The step with the lowest validation loss, or the newest where none was evaluated."""
-        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        losses = {step: _val_loss(values) for step, values in metrics.items() if values}
-        return min(losses, key=lambda step: losses[step], default=self.latest_step())
+    def resume(self, strict: bool) -> Choice:
+        """Looks for the newest checkpoint that verifies, and puts what stands in its way aside, under another name.
+
+        What a killed save left behind, and was never a checkpoint, is removed.
+
+        Raises:
+            UserError: There are checkpoints and none verifies; or, if `strict`, one does not.
+        """
+        for path in self.folder.glob("[!.]*"):
+            if UNFINISHED in path.name and NAME.fullmatch(path.name.partition(UNFINISHED)[0]):
+                self._notify(f"{path}: removed what an interrupted save left")
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(f"{DELETED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        choice = choose(self.folder, "latest", strict, self._notify)
+        if choice.folder is None and not _only_an_unfinished_first(choice.rejected):
+            raise UserError(
+                f"{self.folder}: none of its {len(choice.rejected)} checkpoints verifies, so the run cannot go on;"
+                " give another run_dir to begin anew"
+            )
+        for path in choice.rejected:
+            if NAME.fullmatch(path.name):
+                aside = _free_name(path)
+                publish(path, aside)
+                self._notify(f"{path.name}: set aside as {aside.name}")
+        return choice
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """Loads a step into the shapes, dtypes and shardings of `abstract`.
+
+        Raises:
+            UserError: Its arrays are not those of `abstract`.
+        """
+        items = _items(abstract)
+        loaded = _restore(self._checkpointer, step_folder(self.folder, step), items)
+        return TrainState(params=loaded["params"], ema=loaded.get("ema"), **loaded["rest"])
 
     def save(self, state: TrainState, meta: dict, val_loss: float | None) -> None:
-        """Starts writing `state`; returns when the arrays are copied. A step that is saved already is left alone."""
-        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
-        self.save_items(int(state.step), items | {"meta": ocp.args.JsonSave(meta)}, val_loss)
+        """Starts writing `state`; returns when it may be changed. See `save_items`."""
+        self.save_items(int(state.step), _items(state), meta, val_loss)
 
-    def save_items(self, step: int, items: dict[str, Any], val_loss: float | None) -> None:
-        """Starts writing named items as checkpoint `step`."""
-        if step not in self._manager.all_steps():
-            metrics = None if val_loss is None else {"val_loss": val_loss}
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+    def save_items(self, step: int, items: dict[str, Any], meta: dict, val_loss: float | None) -> None:
+        """Starts writing trees of arrays as checkpoint `step`, after the save before it is finished.
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-        """Loads a step into the shapes, dtypes and shardings of `abstract`; returns the state and its meta values."""
-        items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
-        loaded = self._manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
-        state = TrainState(params=loaded["params"], ema=loaded.get("ema"), **loaded["rest"])
-        return state, loaded["meta"]
+        A full disk and the like are told, and found in `problem`; they raise nothing.
 
-    def restore_item(self, step: int, name: str, abstract: Any) -> Any:
-        """Loads one item of arrays."""
-        return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
+        Raises:
+            FileExistsError: There is a checkpoint of this step already.
+        """
+        self.wait()
+        folder = step_folder(self.folder, step)
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists already; a checkpoint is never written over")
+        args = ocp.args.Composite(**{name: ocp.args.PyTreeSave(item) for name, item in items.items()})
+        self.problem = ""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_room(items)
+            self._checkpointer.save(folder, args=args)
+        except (OSError, ValueError) as error:
+            self._failed(folder, error)
+            return
+        self._finishing = threading.Thread(target=self._finish, args=(folder, step, val_loss, meta), name="save")
+        self._finishing.start()
 
     def wait(self) -> None:
-        """Returns when all that was started is on the disk."""
-        self._manager.wait_until_finished()
+        """Returns when all that was started is on the disk, or has failed."""
+        if self._finishing is None:
+            return
+        self._finishing.join()
+        folder, error = self._finishing_folder, self._error
+        self._finishing = self._error = None
+        if isinstance(error, (OSError, ValueError)):
+            self._failed(folder, error)
+        elif error is not None:
+            raise error
 
     def close(self) -> None:
         """Finishes all writing."""
-        self._manager.close()
+        self.wait()
+        self._checkpointer.close()
+
+    def _finish(self, folder: Path, step: int, val_loss: float | None, meta: dict) -> None:
+        self._finishing_folder = folder
+        try:
+            self._checkpointer.wait_until_finished()
+            write_manifest(folder, step, val_loss, meta)
+            self.acknowledged = step
+            self._prune()
+        except BaseException as error:  # `wait` raises it in the thread that asked for the save
+            self._error = error
+
+    def _check_room(self, items: dict[str, Any]) -> None:
+        """A disk that fills up half-way is survived too, but with much noise from the libraries below."""
+        if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _failed(self, folder: Path, error: Exception) -> None:
+        """Tells of a save that failed, frees what it took, and makes the next one possible."""
+        free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
+        reason = " ".join(str(error).split())[:200]
+        full = (
+            "no space left" in reason.lower()
+            or "RESOURCE_EXHAUSTED" in reason
+            or getattr(error, "errno", 0) == errno.ENOSPC
+        )
+        reason = "the disk is full" if full else reason
+        self.problem = f"{folder}: not saved: {reason}; {free:,} bytes are free there, older checkpoints are intact"
+        self._notify(self.problem)
+        for path in self.folder.glob(f"{folder.name}{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if not (folder / MANIFEST).exists():  # committed by Orbax, but never acknowledged
+            shutil.rmtree(folder, ignore_errors=True)
+        self._checkpointer = _checkpointer()
+
+    def _prune(self) -> None:
+        """Removes checkpoints that are neither among the newest nor the best. What cannot be read stays."""
+        readable: dict[Path, Manifest] = {}
+        for path in entries(self.folder):
+            try:
+                manifest = read_manifest(path)
+                check_sizes(path, manifest)
+            except (DamagedError, UserError):
+                continue
+            readable[path] = manifest
+        newest = sorted(readable, key=lambda path: readable[path].step)[-self._keep :]
+        measured = [path for path in readable if readable[path].val_loss is not None]
+        best = min(measured, key=lambda path: (readable[path].val_loss, readable[path].step), default=None)
+        for path in readable:
+            if path not in newest and path != best:
+                going = path.with_name(f"{DELETED}{path.name}")
+                os.replace(path, going)
+                shutil.rmtree(going)
 
 
 def write_description(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
@@ -106,45 +207,134 @@ def write_description(run_dir: Path, config: Config, tokenizer: Tokenizer | None
         save_tokenizer(tokenizer, run_dir / TOKENIZER_FILE)
 
 
-def load_run(run_dir: Path, which: Literal["best", "latest"] = "best") -> LoadedRun:
+def load_run(
+    run_dir: Path,
+    which: Literal["best", "latest"] = "best",
+    strict: bool = False,
+    notify: Callable[[str], None] = print,
+) -> LoadedRun:
     """Loads a run's parameters (averaged, where the run averages) on one device, its config and its tokenizer.
 
+    Args:
+        run_dir: The run; nothing in it is changed.
+        which: The checkpoint with the lowest validation loss, or the newest.
+        strict: Refuse, instead of taking another checkpoint, where one is damaged.
+        notify: Told in one line what was rejected, and why.
+
     Raises:
-        UserError: The folder is no run directory or has no checkpoint.
+        UserError: The folder is no run directory, or has no checkpoint that verifies and is finite.
     """
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE}); train one with gptjax train")
     config = load_config(run_dir / CONFIG_FILE)
-    if not (run_dir / FOLDER).is_dir():
+    choice = choose(run_dir / FOLDER, which, strict, notify)
+    if choice.folder is None or choice.manifest is None:
+        number = len(choice.rejected)
+        what = f"none of its {number} checkpoints verifies" if number else "has no checkpoint yet"
+        raise UserError(f"{run_dir}: {what}")
+    item = "ema" if config.train.ema else "params"
+    checkpointer = _checkpointer()
+    try:
+        params = _restore(checkpointer, choice.folder.absolute(), {item: _abstract_params(config)})[item]
+    finally:
+        checkpointer.close()
+    check_finite(params, str(choice.folder))
+    tokenizer_path = run_dir / TOKENIZER_FILE
+    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
+    return LoadedRun(config, params, tokenizer, choice.manifest.step)
+
+
+def load_state(run_dir: Path) -> tuple[TrainState, dict]:
+    """Loads a run's newest state whole, on one device, and its plain values.
+
+    Raises:
+        UserError: The folder is no run directory, or its newest checkpoint does not verify.
+    """
+    config = load_config(run_dir / CONFIG_FILE)
+    manifest = choose(run_dir / FOLDER, "latest", strict=True).manifest
+    if manifest is None:
         raise UserError(f"{run_dir}: has no checkpoint yet")
     checkpoints = Checkpoints(run_dir)
     try:
-        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
-        if step is None:
-            raise UserError(f"{run_dir}: has no checkpoint yet")
-        item = "ema" if config.train.ema else "params"
-        params = checkpoints.restore_item(step, item, _abstract_params(config))
+        abstract = _on_one_device(jax.eval_shape(lambda: init_state(config)))
+        return checkpoints.restore(manifest.step, abstract), manifest.meta
     finally:
         checkpoints.close()
-    tokenizer_path = run_dir / TOKENIZER_FILE
-    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
-    return LoadedRun(config, params, tokenizer, step)
 
 
 def write_run(run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer | None) -> None:
     """Makes a run directory of parameters alone, as checkpoint 0: something to sample from and to start from.
 
     Raises:
-        UserError: The folder holds a run already.
+        UserError: The folder holds a run already, or cannot be written.
     """
     if (run_dir / CONFIG_FILE).exists() or (run_dir / FOLDER).exists():
         raise UserError(f"{run_dir}: holds a run already; name another folder")
     write_description(run_dir, config, tokenizer)
-    checkpoints = Checkpoints(run_dir)
+    checkpoints = Checkpoints(run_dir, notify=lambda message: None)
+    checkpoints.save_items(0, {"params": params}, {}, None)
+    checkpoints.close()
+    if checkpoints.problem:
+        raise UserError(checkpoints.problem)
+
+
+def check_finite(tree: Any, where: str) -> None:
+    """Refuses arrays that hold NaN or infinity: nothing that is computed from them would be a number.
+
+    Raises:
+        UserError: The message names the first such leaf.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    floats = [(path, leaf) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    for (path, _), finite in zip(floats, jax.device_get(_all_finite([leaf for _, leaf in floats])), strict=True):
+        if not finite:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"{where}: {name} holds NaN or infinity; take an older checkpoint, or train again")
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    for name in ("absl", "asyncio"):  # what goes wrong is told in our own words
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Floats hardly get smaller, and compressing them takes more of the CPU than writing them.
+    handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, items: dict[str, Any]) -> dict[str, Any]:
+    """Loads items into the shapes, dtypes and shardings that are given."""
+    args = {
+        name: ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+        for name, item in items.items()
+    }
     try:
-        checkpoints.save_items(0, {"params": ocp.args.StandardSave(params)}, None)
-    finally:
-        checkpoints.close()
+        return dict(checkpointer.restore(folder, args=ocp.args.Composite(**args)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: holds other arrays than the run's config describes: {reason}") from None
+
+
+def _only_an_unfinished_first(rejected: tuple[Path, ...]) -> bool:
+    """Whether no checkpoint was ever acknowledged: at most one folder, from a run killed while it wrote its first."""
+    checkpoints = [path for path in rejected if NAME.fullmatch(path.name)]
+    return not checkpoints or (len(checkpoints) == 1 and _never_finished(checkpoints[0]))
+
+
+def _never_finished(path: Path) -> bool:
+    return path.is_dir() and not (path / MANIFEST).exists()
+
+
+def _free_name(path: Path) -> Path:
+    """A name for a checkpoint that is set aside."""
+    aside, number = path.with_name(f"{path.name}{REJECTED}"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}{REJECTED}.{number}")
+    return aside
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -156,10 +346,10 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _abstract_params(config: Config) -> dict:
     """Shapes and dtypes of a run's parameters, placed on one device."""
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, config.train.param_dtype, sharding=where), shapes)
+    return _on_one_device(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, config.train.param_dtype), shapes))
 
 
-def _val_loss(metrics: dict) -> float:
-    return metrics["val_loss"]
+def _on_one_device(shapes: Any) -> Any:
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)

@@ -1,5 +1,6 @@
 """A trained run, measured on text of one's choice."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,13 +15,15 @@ from gptjax.training.step import compute_options
 from gptjax.verb_options import EvaluateConfig
 
 
-def evaluate_run(options: EvaluateConfig) -> Evaluation:
+def evaluate_run(options: EvaluateConfig, notify: Callable[[str], None] = print) -> Evaluation:
     """Measures a run on the validation split of its own data, or of the data that `options.data` names.
+
+    `notify` is told of damaged checkpoints in one line.
 
     Raises:
         UserError: There is no such run, or its data cannot be read.
     """
-    run = load_run(Path(options.run_dir).expanduser(), options.checkpoint)
+    run = load_run(Path(options.run_dir).expanduser(), options.checkpoint, options.strict, notify)
     own = not (options.data.path or options.data.source or options.data.hf_dataset)
     data = run.config.data if own else options.data
     if run.tokenizer is None:

@@ -13,8 +13,12 @@ from gptjax.errors import UserError
 LOCK_FILE = "lock"
 
 
+EXIT_DIVERGED = 3  # status of a run that stopped because step after step made no update
+
+
 class Signals:
-    """Remembers the first SIGTERM or SIGINT, so that the loop can finish its step and save; a second one ends at once.
+    """Remembers the first SIGTERM, SIGINT or SIGHUP, so that the loop can finish its step and save; a second one ends
+    at once. A SIGHUP that is ignored, as under nohup, stays so.
 
     Use as a context manager around the loop.
     """
@@ -24,7 +28,9 @@ class Signals:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._remember)
         return self
 
@@ -48,10 +54,14 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Holds the run directory for this process; the lock goes with the process, however it ends.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds it, or it cannot be written to.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / LOCK_FILE, "a+") as file:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        opened = open(run_dir / LOCK_FILE, "a+")  # noqa: SIM115 (closed by the with below)
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}; name another folder") from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

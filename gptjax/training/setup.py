@@ -14,18 +14,28 @@ from gptjax.errors import UserError
 from gptjax.evaluation.loss import EvalStep, make_eval_step
 from gptjax.parallel.mesh import batch_shards, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
+from gptjax.report.progress import say
 from gptjax.text.prepare import Prepared, prepare
 from gptjax.text.shards import TokenSplit
 from gptjax.text.tokenizer import Tokenizer
-from gptjax.training.checkpoint import CONFIG_FILE, Checkpoints, LoadedRun, load_run, write_description
+from gptjax.training.checkpoint import (
+    CONFIG_FILE,
+    Checkpoints,
+    LoadedRun,
+    check_finite,
+    load_run,
+    write_description,
+)
 from gptjax.training.step import TrainState, compute_options, init_state, make_train_step
 
 # Fields that may change when a run goes on: they change neither what a parameter means nor which tokens come next.
 RESUMABLE = (
     *("run_dir", "cache_dir", "optim.", "mesh.", "train.num_steps", "train.log_every", "train.eval_every"),
     *("train.eval_windows", "train.save_every", "train.keep_checkpoints", "train.patience", "train.sample_"),
-    *("train.remat", "train.unroll", "train.micro_batch_size"),
+    *("train.remat", "train.unroll", "train.micro_batch_size", "train.spike_sigma", "train.max_skipped_in_a_row"),
+    *("train.strict_checkpoints", "train.allow_data_change", "data.verify"),
 )
+DATA_FIELDS = ("data.", "train.batch_size")  # may change too where train.allow_data_change says so
 
 
 @dataclasses.dataclass
@@ -68,25 +78,35 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
     """
     mesh = make_mesh(config.mesh)
     _check_rows(config, mesh)
-    base = load_run(Path(config.init_from).expanduser()) if config.init_from else None
+    base = _base_run(config)
     prepared = prepare(
         config.data,
         config.tokenizer,
         Path(config.cache_dir).expanduser(),
-        report=print,
+        report=say,
         tokenizer_override=base.tokenizer if base else None,
     )
     config = _resolve(config, prepared, base)
     _check_run_dir(config, run_dir)
     parts = _assemble(config, run_dir, prepared, mesh)
     state, loop = _start(parts, base)
-    write_description(run_dir, config, prepared.tokenizer)
+    try:
+        write_description(run_dir, config, prepared.tokenizer)
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}") from None
     return parts, state, loop
 
 
 def bytes_per_token(split: TokenSplit) -> float:
     """UTF-8 bytes of a split's text per target."""
     return split.n_bytes / max(1, split.n_tokens - 1)
+
+
+def _base_run(config: Config) -> LoadedRun | None:
+    """The run that `init_from` names."""
+    if not config.init_from:
+        return None
+    return load_run(Path(config.init_from).expanduser(), strict=config.train.strict_checkpoints, notify=say)
 
 
 def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -139,13 +159,17 @@ def _check_run_dir(config: Config, run_dir: Path) -> None:
     if not (run_dir / CONFIG_FILE).exists():
         return
     changed = differing_fields(load_config(run_dir / CONFIG_FILE), config)
-    broken = {name: values for name, values in changed.items() if not name.startswith(RESUMABLE)}
+    allowed = RESUMABLE + (DATA_FIELDS if config.train.allow_data_change else ())
+    broken = {name: values for name, values in changed.items() if not name.startswith(allowed)}
     if broken:
         diff = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in broken.items())
-        raise UserError(f"{run_dir}: holds a run of another config: {diff}; give another run_dir, or the same values")
+        data = "" if any(not name.startswith(DATA_FIELDS) for name in broken) else ", or train.allow_data_change=true"
+        raise UserError(
+            f"{run_dir}: holds a run of another config: {diff}; give another run_dir, or the same values{data}"
+        )
     for name, (old, new) in changed.items():
         if not name.endswith("_dir"):
-            print(f"going on with {name} {old!r} -> {new!r}")
+            say(f"going on with {name} {old!r} -> {new!r}")
 
 
 def _assemble(config: Config, run_dir: Path, prepared: Prepared, mesh: jax.sharding.Mesh) -> Parts:
@@ -169,25 +193,42 @@ def _assemble(config: Config, run_dir: Path, prepared: Prepared, mesh: jax.shard
             traced_in(mesh, make_train_step(config)), donate_argnums=0, out_shardings=(state_shardings, None)
         ),
         eval_step=jax.jit(traced_in(mesh, make_eval_step(model, compute_options(config)))),
-        checkpoints=Checkpoints(run_dir, train.keep_checkpoints),
+        checkpoints=Checkpoints(run_dir, train.keep_checkpoints, say),
     )
 
 
 def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
-    """Draws the first state, or restores the newest."""
+    """Draws the first state, or restores the newest that verifies."""
     config = parts.config
     abstract = jax.eval_shape(lambda: init_state(config))
     where = shardings(parts.mesh, abstract)
-    step = parts.checkpoints.latest_step()
-    if step is None:
+    manifest = parts.checkpoints.resume(config.train.strict_checkpoints).manifest
+    if manifest is None:
         params = None if base is None else jax.device_put(base.params, where.params)
         return jax.jit(lambda params: init_state(config, params), out_shardings=where)(params), Loop()
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where)
-    state, meta = parts.checkpoints.restore(step, abstract)
-    if meta["data_hash"] != parts.data_hash or meta["tokenizer"] != parts.tokenizer.fingerprint:
-        raise UserError(f"{config.run_dir}: the data or the tokenizer is not the one that this run was trained on")
-    print(f"going on from step {step}")
-    return state, Loop(**meta["loop"])
+    loop = _check_meta(parts, manifest.meta)
+    state = parts.checkpoints.restore(manifest.step, abstract)
+    check_finite(state, f"{config.run_dir}, step {manifest.step}")
+    say(f"going on from step {manifest.step}")
+    return state, loop
+
+
+def _check_meta(parts: Parts, meta: dict) -> Loop:
+    """Holds what a checkpoint was trained on against what is there now; returns the loop's own state."""
+    config = parts.config
+    if "loop" not in meta:
+        raise UserError(f"{config.run_dir}: holds parameters alone; train in another run_dir, with init_from naming it")
+    if meta["tokenizer"] != parts.tokenizer.fingerprint:
+        raise UserError(f"{config.run_dir}: the tokenizer is not the one that this run was trained with")
+    if meta["data_hash"] != parts.data_hash:
+        if not config.train.allow_data_change:
+            raise UserError(
+                f"{config.run_dir}: the data is not what this run was trained on; give another run_dir, or"
+                " train.allow_data_change=true"
+            )
+        say("going on with other data than before")
+    return Loop(**meta["loop"])
 
 
 def checkpoint_meta(parts: Parts, loop: Loop) -> dict:

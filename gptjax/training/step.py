@@ -15,10 +15,11 @@ from gptjax.batches.pretraining import Batch
 from gptjax.config import Config
 from gptjax.model.gpt import Compute, init_params
 from gptjax.model.loss import batch_loss
-from gptjax.ops.cross_entropy import LossOptions
+from gptjax.ops.cross_entropy import Loss, LossOptions
 from gptjax.ops.order import after_each
 from gptjax.training.optim import make_optimizer, make_schedule
 from gptjax.training.precision import LossScale, init_loss_scale, next_loss_scale
+from gptjax.training.watch import ACCEPTED, HALTED, NOT_FINITE, Watch, init_watch, judge, next_watch
 
 Metrics = dict[str, jax.Array]
 
@@ -31,13 +32,15 @@ class TrainState:
     step: jax.Array
     """Batches seen, int32."""
     skipped: jax.Array
-    """Of those, how many made no update because their gradient was not finite, int32."""
+    """Of those, how many made no update because their gradient was not finite or a spike, int32."""
     params: dict
     opt_state: Any
     loss_scale: LossScale | None
     """Only for float16."""
     ema: dict | None
     """Average of the parameters over steps, where the config asks for it."""
+    watch: Watch
+    """What tells a spike."""
 
 
 def init_state(config: Config, given: dict | None = None) -> TrainState:
@@ -51,6 +54,7 @@ def init_state(config: Config, given: dict | None = None) -> TrainState:
         opt_state=make_optimizer(config.optim).init(params),
         loss_scale=init_loss_scale() if config.train.compute_dtype == "float16" else None,
         ema=jax.tree.map(jnp.copy, params) if config.train.ema else None,
+        watch=init_watch(),
     )
 
 
@@ -59,61 +63,89 @@ def evaluated_params(state: TrainState) -> dict:
     return state.params if state.ema is None else state.ema
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
-
-    Leaves of `batch` are `[M, B, T]`. Gradients and losses are summed over micro-batches and divided once by the
-    number of targets, so the result does not depend on how the batch is cut. A step whose gradient is not finite
-    leaves parameters, moments, average and schedule as they were, and is counted.
+def make_gradient(config: Config) -> Callable[[TrainState, Batch], tuple[Loss, dict]]:
+    """Returns `gradient(state, batch) -> (loss, grads)`: sums over micro-batches, gradients divided by the number of
+    targets. Leaves of `batch` are `[M, B, T]`.
     """
     compute = compute_options(config)
     options = LossOptions(config.model.vocab_size, config.train.label_smoothing, config.train.z_loss)
-    optimizer = make_optimizer(config.optim)
-    schedule = make_schedule(config.optim, config.train.num_steps)
 
     def scaled_loss(params, micro_batch: Batch, key, scale):
         loss = batch_loss(config.model, options, compute, params, micro_batch, key)
         return loss.objective * scale, loss
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def gradient(state: TrainState, batch: Batch) -> tuple[Loss, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.dropout else None
         scale = jnp.float32(1.0) if state.loss_scale is None else state.loss_scale.scale
 
-        def gradient(micro_batch, number):
+        def of_micro_batch(micro_batch, number):
             micro_key = None if key is None else jax.random.fold_in(key, number)
             grad = jax.value_and_grad(scaled_loss, has_aux=True)
             (_, loss), grads = grad(state.params, micro_batch, micro_key, scale)
             return loss, grads
 
-        loss, grads = _summed(gradient, batch)
-        grads = jax.tree.map(lambda g: g / (scale * jnp.maximum(loss.count, 1.0)).astype(g.dtype), grads)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm)
+        loss, grads = _summed(of_micro_batch, batch)
+        return loss, jax.tree.map(lambda g: g / (scale * jnp.maximum(loss.count, 1.0)).astype(g.dtype), grads)
+
+    return gradient
+
+
+def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    Leaves of `batch` are `[M, B, T]`. Gradients and losses are summed over micro-batches and divided once by the
+    number of targets, so the result does not depend on how the batch is cut. A step that `watch` does not accept
+    leaves parameters, moments, average and schedule as they were, and is counted.
+    """
+    gradient = make_gradient(config)
+    optimizer = make_optimizer(config.optim)
+    schedule = make_schedule(config.optim, config.train.num_steps)
+    sigma, limit = config.train.spike_sigma, config.train.max_skipped_in_a_row
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        sums, grads = gradient(state, batch)
+        loss, grad_norm = sums.nll / jnp.maximum(sums.count, 1.0), optax.tree.norm(grads)
+        verdict = judge(state.watch, sigma, limit, loss, grad_norm)
+        accepted = verdict == ACCEPTED
         learning_rate = schedule(state.step - state.skipped)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
-        params, opt_state = _where(finite, (params, opt_state), (state.params, state.opt_state))
+        params, opt_state = _where(accepted, (params, opt_state), (state.params, state.opt_state))
         # Moments wait for the parameters that are made of them; unordered, XLA would copy all moments before.
         opt_state = optax.tree.map_params(optimizer, after_each, opt_state, params)
         ema = state.ema
         if ema is not None:
             decay = config.train.ema
-            ema = jax.tree.map(lambda a, p: jnp.where(finite, decay * a + (1.0 - decay) * p, a), ema, params)
-        metrics = {
-            "loss": loss.nll / jnp.maximum(loss.count, 1.0),
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "targets": loss.count,
-        }
-        loss_scale = state.loss_scale
+            ema = jax.tree.map(lambda a, p: jnp.where(accepted, decay * a + (1.0 - decay) * p, a), ema, params)
+        metrics = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, "targets": sums.count}
+        loss_scale, counts = state.loss_scale, verdict != HALTED
         if loss_scale is not None:
             metrics["loss_scale"] = loss_scale.scale
-            loss_scale = next_loss_scale(loss_scale, finite)
-        skipped = state.skipped + jnp.where(finite, 0, 1)
-        metrics["skipped"] = skipped
-        return TrainState(state.step + 1, skipped, params, opt_state, loss_scale, ema), metrics
+            counts &= (verdict != NOT_FINITE) | (loss_scale.scale <= 1.0)
+            loss_scale = next_loss_scale(loss_scale, verdict != NOT_FINITE)
+        skipped = state.skipped + jnp.where(accepted, 0, 1)
+        watch = next_watch(state.watch, verdict, counts, loss, grad_norm, sums.count)
+        metrics |= {"skipped": skipped, "verdict": verdict, "in_a_row": watch.in_a_row}
+        return TrainState(state.step + 1, skipped, params, opt_state, loss_scale, ema, watch), metrics
 
     return train_step
+
+
+def make_gradient_norms(config: Config) -> Callable[[TrainState, Batch], dict[str, list[float] | float]]:
+    """Returns the norm of each parameter's gradient by the parameter's path: a list over layers for those of blocks."""
+    gradient = jax.jit(make_gradient(config))
+
+    def gradient_norms(state: TrainState, batch: Batch) -> dict[str, list[float] | float]:
+        _, grads = gradient(state, batch)
+        norms = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(grads)):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            rows = leaf.astype("float64").reshape(leaf.shape[0] if name.startswith("blocks/") else 1, -1)
+            values = [float(value) for value in (rows**2).sum(axis=1) ** 0.5]
+            norms[name] = values if name.startswith("blocks/") else values[0]
+        return norms
+
+    return gradient_norms
 
 
 def compute_options(config: Config) -> Compute:

@@ -1,6 +1,5 @@
 """The training loop: step, log, evaluate, save. `setup.build` makes the parts that meet here."""
 
-import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,16 @@ from gptjax import runtime
 from gptjax.batches.prefetch import prefetch
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.evaluation.loss import measure
 from gptjax.generation.sample import sample_texts
 from gptjax.parallel.mesh import batch_sharding
 from gptjax.report import cost
-from gptjax.report.metrics import MetricsFile
-from gptjax.report.progress import Progress
-from gptjax.training.guard import Signals, locked
+from gptjax.report.progress import say
+from gptjax.training import selftest
+from gptjax.training.divergence import write_dump
+from gptjax.training.guard import EXIT_DIVERGED, Signals, locked
+from gptjax.training.log import Log
 from gptjax.training.setup import Loop, Parts, build, checkpoint_meta
 from gptjax.training.step import TrainState, evaluated_params
 from gptjax.verb_options import SampleConfig
@@ -29,11 +31,14 @@ def train(config: Config) -> int:
     """Runs `config` from its beginning, or from the newest checkpoint in its run directory.
 
     Returns:
-        The exit status: 0, or 143 and 130 where SIGTERM and SIGINT ended the run early, with its state saved.
+        The exit status: 0; 143, 130 or 129 where SIGTERM, SIGINT or SIGHUP ended the run early, with its state saved;
+        `EXIT_DIVERGED` where too many steps in a row made no update.
 
     Raises:
-        UserError: Something in the config, the data or the run directory does not fit.
+        UserError: Something in the config, the data or the run directory does not fit, or the last state could not
+            be saved.
     """
+    selftest.check()
     run_dir = Path(config.run_dir).expanduser()
     with locked(run_dir), Signals() as signals:
         parts, state, loop = build(config, run_dir)
@@ -47,11 +52,12 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
     options = parts.config.train
     first = int(state.step)
     if first >= options.num_steps:
-        print(f"{parts.run_dir}: is at step {first} already; raise train.num_steps={options.num_steps} to go on")
+        say(f"{parts.run_dir}: is at step {first} already; raise train.num_steps={options.num_steps} to go on")
         return 0
-    batches = _device_batches(parts, first)
+    batches = _device_batches(parts, first, options.num_steps)
     batch = next(batches)
-    step_program = parts.train_step.lower(state, batch).compile()
+    step_program = selftest.compile_safely(parts.train_step.lower(state, batch))
+    runtime.sign_programs()  # now, because a process that is killed signs no more
     _describe(parts, state, step_program)
     log = Log(parts, state, first)
     step, stop = first, False
@@ -64,17 +70,24 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
             if not stop:
                 batch = next(batches)
             log.flush()
-            if step % options.log_every == 0 or step == 1 or stop:
-                log.note(step, metrics)
+            log.note(step, metrics, due=step % options.log_every == 0 or step == 1 or stop)
+            evaluate = step == options.num_steps or _due(step, options.eval_every)
+            save = stop or _due(step, options.save_every)
+            if evaluate or save:
+                log.flush(everything=True)  # what a checkpoint covers is written before it
+            if log.in_a_row >= options.max_skipped_in_a_row:
+                return _diverged(parts, state, log)
             val_loss = None
-            if step == options.num_steps or _due(step, options.eval_every):
+            if evaluate:
                 val_loss = _evaluate(parts, state, loop, step, log)
                 stop = stop or 0 < options.patience <= loop.evaluations_since_best
             improved = val_loss is not None and loop.evaluations_since_best == 0
-            if stop or improved or _due(step, options.save_every):
+            if save or stop or improved:
+                log.file.sync()
                 parts.checkpoints.save(state, checkpoint_meta(parts, loop), val_loss)
-        log.flush()
         parts.checkpoints.wait()
+        if parts.checkpoints.problem:
+            raise UserError(parts.checkpoints.problem)
         if step < options.num_steps:
             early = f"no better loss in {options.patience} evaluations"
             reason = f"signal {signals.received}" if signals.received else early
@@ -85,12 +98,24 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
         log.close()
 
 
+def _diverged(parts: Parts, state: TrainState, log: Log) -> int:
+    """Ends a run whose steps make no update any more. Its state is not saved: the newest checkpoint is older."""
+    [batch] = _device_batches(parts, log.skips[-1]["step"] - 1, log.skips[-1]["step"])
+    path = write_dump(parts, state, batch, log.skips)
+    limit = parts.config.train.max_skipped_in_a_row
+    log.progress.line(
+        f"stopped: {limit} steps in a row made no update, the last at step {log.skips[-1]['step']}; see {path}."
+        " Nothing was saved since; change optim.learning_rate, the data, or train.spike_sigma, and go on"
+    )
+    return EXIT_DIVERGED
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _device_batches(parts: Parts, first: int) -> Generator[Batch]:
-    """Batches from step `first` on, cut into micro-batches `[M, B, T]` and on their way to the devices."""
+def _device_batches(parts: Parts, first: int, stop: int) -> Generator[Batch]:
+    """Batches from step `first` up to `stop`, cut into micro-batches `[M, B, T]` and on their way to the devices."""
     options = parts.config.train
     sharding = batch_sharding(parts.mesh, leading_axes=1)
 
@@ -98,13 +123,12 @@ def _device_batches(parts: Parts, first: int) -> Generator[Batch]:
         batch = parts.windows.batch(step, options.batch_size)
         return jax.tree.map(lambda x: x.reshape(-1, options.micro_batch, x.shape[-1]), batch)
 
-    for batch in prefetch(make, first, options.num_steps):
+    for batch in prefetch(make, first, stop):
         yield jax.device_put(batch, sharding)
 
 
-def _evaluate(parts: Parts, state: TrainState, loop: Loop, step: int, log: "Log") -> float:
+def _evaluate(parts: Parts, state: TrainState, loop: Loop, step: int, log: Log) -> float:
     """Measures the loss on the fixed validation windows, notes whether it is the best, and shows a sample."""
-    log.flush()
     params = evaluated_params(state)
     sharding = batch_sharding(parts.mesh)
     evaluation = measure(parts.eval_step, params, parts.eval_batches, sharding, parts.bytes_per_token)
@@ -120,7 +144,7 @@ def _evaluate(parts: Parts, state: TrainState, loop: Loop, step: int, log: "Log"
     return evaluation.val_loss
 
 
-def _show_sample(parts: Parts, params: dict, step: int, log: "Log") -> None:
+def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
     config = parts.config
     if not config.train.sample_tokens:
         return
@@ -132,47 +156,6 @@ def _show_sample(parts: Parts, params: dict, step: int, log: "Log") -> None:
         file.write(f"--- step {step}\n{config.train.sample_prompt}{text}\n")
 
 
-class Log:
-    """Metrics on their way to file and screen. A step's numbers are fetched only after the next step was started,
-    so that the device never waits for them.
-    """
-
-    def __init__(self, parts: Parts, state: TrainState, first: int):
-        config = parts.config
-        self._tokens_per_step = parts.tokens_per_step
-        self._noted: tuple[int, dict] | None = None
-        self._clock = (first, time.monotonic())
-        self.file = MetricsFile(parts.run_dir, first)
-        flops = cost.flops_per_token(config.model, state.params)
-        self.progress = Progress(config.train.num_steps, first, flops, cost.peak_flops())
-
-    def note(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of a step, which may not be computed yet."""
-        self._noted = (step, metrics)
-
-    def flush(self) -> None:
-        """Fetches, writes and shows what was noted."""
-        if self._noted is None:
-            return
-        step, metrics = self._noted
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        now, (last_step, last_time) = time.monotonic(), self._clock
-        speed = (step - last_step) * self._tokens_per_step / max(now - last_time, 1e-9)
-        row = {"step": step, **values, "tokens": step * self._tokens_per_step, "tokens_per_s": round(speed, 1)}
-        self._noted, self._clock = None, (step, now)
-        self.file.write(row)
-        self.progress.step(row)
-
-    def restart_clock(self) -> None:
-        """Leaves what was not training out of tokens/s."""
-        self._clock = (self._clock[0], time.monotonic())
-
-    def close(self) -> None:
-        """Closes file and screen."""
-        self.progress.close()
-        self.file.close()
-
-
 def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     """Says what is about to run, before it does."""
     config, windows, tokens = parts.config, parts.windows, parts.tokens_per_step
@@ -182,8 +165,8 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     pages = ", huge pages" if runtime.uses_huge_pages() else ""
     epochs = config.train.num_steps * tokens / windows.tokens_per_epoch
     count = cost.readable_count(cost.parameter_count(state.params))
-    print(f"device      {jax.device_count()} x {jax.devices()[0].device_kind} ({layout}), {config.train.compute_dtype}")
-    print(f"parameters  {count}, vocabulary {config.model.vocab_size:,}")
-    print(f"data        {windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step")
-    print(f"steps       {config.train.num_steps:,} = {epochs:.2f} epochs")
-    print(f"memory      {cost.readable_bytes(needs)} per device for a training step{pages}", flush=True)
+    say(f"device      {jax.device_count()} x {jax.devices()[0].device_kind} ({layout}), {config.train.compute_dtype}")
+    say(f"parameters  {count}, vocabulary {config.model.vocab_size:,}")
+    say(f"data        {windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step")
+    say(f"steps       {config.train.num_steps:,} = {epochs:.2f} epochs")
+    say(f"memory      {cost.readable_bytes(needs)} per device for a training step{pages}")

@@ -1,0 +1,81 @@
+"""What a run tells while it goes on, to its metrics file and to the screen."""
+
+import time
+
+import jax
+
+from gptjax.report import cost
+from gptjax.report.metrics import MetricsFile
+from gptjax.report.progress import Progress
+from gptjax.training.setup import Parts
+from gptjax.training.step import TrainState
+from gptjax.training.watch import REASONS
+
+WATCHED = ("verdict", "in_a_row", "loss", "grad_norm")
+
+
+class Log:
+    """Metrics on their way to file and screen. A step's numbers are fetched only after the next step was started,
+    so that the device never waits for them, and those of steps that are not logged together with one that is.
+    """
+
+    def __init__(self, parts: Parts, state: TrainState, first: int):
+        config = parts.config
+        self._parts = parts
+        self._noted: list[tuple[int, dict, bool]] = []
+        self._clock = (first, time.monotonic())
+        flops = cost.flops_per_token(config.model, state.params)
+        self.progress = Progress(config.train.num_steps, first, flops, cost.peak_flops())
+        self.file = MetricsFile(parts.run_dir, first, self.progress.line)
+        self.in_a_row = 0
+        """Steps in a row that made no update, as of the newest that was fetched."""
+        self.skips: list[dict] = []
+        """What is known of them, the newest last."""
+
+    def note(self, step: int, metrics: dict, due: bool) -> None:
+        """Takes the metrics of a step, which may not be computed yet; `due`: to be logged."""
+        self._noted.append((step, metrics, due))
+
+    def flush(self, everything: bool = False) -> None:
+        """Fetches, writes and shows what was noted, if some of it is due or `everything` is asked for."""
+        if not self._noted or not (everything or any(due for *_, due in self._noted)):
+            return
+        noted, self._noted = self._noted, []
+        fetched = jax.device_get([metrics if due else {k: metrics[k] for k in WATCHED} for _, metrics, due in noted])
+        for (step, _, due), arrays in zip(noted, fetched, strict=True):
+            values = {name: array.item() for name, array in arrays.items()}
+            verdict, self.in_a_row = values.pop("verdict"), values.pop("in_a_row")
+            if verdict in REASONS:
+                self._skip(step, REASONS[verdict], values)
+            if due:
+                self._row(step, values)
+
+    def restart_clock(self) -> None:
+        """Leaves what was not training out of tokens/s."""
+        self._clock = (self._clock[0], time.monotonic())
+
+    def close(self) -> None:
+        """Closes file and screen."""
+        self.progress.close()
+        self.file.close()
+
+    def _row(self, step: int, values: dict) -> None:
+        tokens = self._parts.tokens_per_step
+        now, (last_step, last_time) = time.monotonic(), self._clock
+        speed = (step - last_step) * tokens / max(now - last_time, 1e-9)
+        row = {"step": step, **values, "tokens": step * tokens, "tokens_per_s": round(speed, 1)}
+        self._clock = (step, now)
+        self.file.write(row)
+        self.progress.step(row)
+
+    def _skip(self, step: int, reason: str, values: dict) -> None:
+        """Tells of a step that made no update, with the documents of its batch."""
+        documents = self._parts.windows.documents(step - 1, self._parts.config.train.batch_size)
+        skip = {"reason": reason, "loss": values["loss"], "grad_norm": values["grad_norm"], "documents": documents}
+        self.file.write({"step": step, "skip": skip})
+        low, high = min(first for first, _ in documents), max(last for _, last in documents)
+        self.progress.line(
+            f"step {step} · no update: {reason} (loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g},"
+            f" documents {low} to {high})"
+        )
+        self.skips = [*self.skips, {"step": step, **skip}][-self._parts.config.train.max_skipped_in_a_row :]

@@ -1,0 +1,73 @@
+"""A check of the compiler before a run trusts it.
+
+jaxlib 0.10.2 returns wrong numbers on CPUs for a matrix product without batch dimensions whose result is summed in the
+same fusion, with more than 32,768 rows (github.com/jax-ml/jax/issues/39103). Keeping sums out of all fusions avoids it
+and costs speed, so that is done only for a program that has such a fusion. Those with batch dimensions, which attention
+has, are right; `check` makes sure.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.errors import UserError
+
+ROWS = 32769
+SAFE = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+def check() -> None:
+    """Compares a small program of the kind that attention's backward pass has with exact numbers, in milliseconds.
+
+    Raises:
+        UserError: They differ.
+    """
+    numbers = np.arange(ROWS * 4, dtype=np.float32) % 8
+    x_BNC = numbers.reshape(-1, 1, 4)
+    weights_BNS = x_BNC[:, :, ::-1]
+    eye_BSC = np.broadcast_to(np.eye(4, dtype=np.float32), (ROWS, 4, 4))
+    wrong = int(np.sum(np.asarray(jax.jit(_weighted)(x_BNC, eye_BSC, weights_BNS)) != (x_BNC * weights_BNS).sum(-1)))
+    if wrong:
+        raise UserError(
+            f"this jaxlib computes wrong numbers on {jax.devices()[0].device_kind}: {wrong} of {ROWS:,} sums in its"
+            " self-test; install another jaxlib"
+        )
+
+
+def compile_safely(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program; without the fusions that this jaxlib computes wrongly, if it has them."""
+    program = lowered.compile()
+    if jax.default_backend() == "cpu" and has_wrong_fusions() and may_be_wrong(program.as_text() or ""):
+        return lowered.compile(SAFE)
+    return program
+
+
+def has_wrong_fusions(options: dict | None = None) -> bool:
+    """Whether this jaxlib, with these compiler options, sums wrongly in the smallest program that shows the bug."""
+    x_RC = np.zeros((ROWS, 3), np.float32)
+    x_RC[:, 0] = np.arange(ROWS)
+    program = jax.jit(_squared_lengths).lower(x_RC, np.eye(3, dtype=np.float32)).compile(options)
+    return bool(np.any(np.asarray(program(x_RC, np.eye(3, dtype=np.float32))) != x_RC[:, 0] ** 2))
+
+
+def may_be_wrong(program: str) -> bool:
+    """Whether a compiled program's text has a fusion of the kind that jaxlib 0.10.2 gets wrong."""
+    fused = set(re.findall(r"calls=%?([\w.\-]+)[^\n]*__ynn_fusion", program))
+    for computation in re.split(r"\n(?=\S)", program):
+        name = computation.lstrip("%").partition(" ")[0]
+        if name in fused and " reduce(" in computation:
+            dots = [line for line in computation.splitlines() if " dot(" in line]
+            if any("lhs_batch_dims" not in line for line in dots):
+                return True
+    return False
+
+
+def _weighted(x_BNC: jax.Array, other_BSC: jax.Array, weights_BNS: jax.Array) -> jax.Array:
+    products = jnp.einsum("bnc,bsc->bns", x_BNC, other_BSC, preferred_element_type=jnp.float32)
+    return jnp.sum(products * weights_BNS, axis=-1)
+
+
+def _squared_lengths(x_RC: jax.Array, matrix_CC: jax.Array) -> jax.Array:
+    return jax.vmap(lambda row_C: jnp.sum((matrix_CC @ row_C) ** 2))(x_RC)

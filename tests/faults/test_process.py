@@ -1,0 +1,384 @@
+"""Signals, full disks, two writers, changed configs: what happens to the process and around it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptjax.config_io import to_yaml
+from gptjax.errors import UserError
+from gptjax.training import checkpoint, trainer
+from gptjax.training.checkpoint import load_run
+from gptjax.training.choice import choose
+from gptjax.training.guard import LOCK_FILE
+from gptjax.training.manifest import verify
+from tests.faults.runs import (
+    checkpoints,
+    environment,
+    one_line,
+    process_config,
+    run,
+    start,
+    wait_for_rows,
+    write_config,
+)
+from tests.tiny import HARD, assert_trees_equal, final_state, replace, rows, run_config
+
+LONG = {"num_steps": 100_000, "save_every": 0, "eval_every": 0}
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str):
+    """A file system of its own, of a few MB."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    config = run_config(tmp_path_factory.mktemp("unbroken"), **HARD)
+    assert trainer.train(config) == 0
+    return config, rows(config), final_state(config)
+
+
+def stopped_after(config, k):
+    """Trains until a SIGTERM that comes in step k."""
+
+    class Stopping(trainer.Signals):
+        steps = 0
+
+        @property
+        def received(self):
+            Stopping.steps += 1
+            return signal.SIGTERM if Stopping.steps >= k else None
+
+        @received.setter
+        def received(self, _value):
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "Signals", Stopping)
+        assert trainer.train(config) == 143
+
+
+@pytest.mark.fault(
+    23, "stopped after step k = 1 ... 5 of 6, with dropout, accumulation, average", "all bits as if never stopped"
+)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+def test_k_steps_and_the_rest_are_bit_identical_to_all_at_once(tmp_path, unbroken, k, seen):
+    config, expected_rows, (expected_state, expected_meta) = unbroken
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+
+    # The run stops at step k as a signal would stop it: the schedule still aims at the full number of steps.
+    stopped_after(config, k)
+    assert trainer.train(config) == 0
+    state, meta = final_state(config)
+    assert_trees_equal(state, expected_state)
+    assert meta == expected_meta
+    assert rows(config) == expected_rows
+    seen("parameters, moments, average, counters and metrics are equal")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.fault(3, "SIGTERM", "the step is finished and saved; 143")),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.fault(4, "SIGINT", "the step is finished and saved; 130")),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.fault(4, "SIGHUP", "the step is finished and saved; 129")),
+    ],
+)
+def test_a_signal_saves_and_exits(tmp_path, number, status, seen):
+    config = process_config(tmp_path, train=LONG)
+    process = start("train", write_config(config))
+    wait_for_rows(config, 3)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status
+    line = output.splitlines()[-1]
+    assert "stopped at step" in line and "saved" in line
+    assert load_run(Path(config.run_dir), "latest", strict=True).step == rows(config)[-1]["step"]
+    seen(f"{line.partition(' (')[0]}, saved; status {process.returncode}")
+
+
+@pytest.mark.fault(3, "a second SIGTERM while the first is served", "the process ends at once; 143")
+def test_a_second_signal_ends_at_once(tmp_path, seen):
+    # A pipe that nobody reads holds the process inside its first signal's work.
+    config = process_config(tmp_path, train=LONG | {"sample_tokens": 8})
+    process = start("train", write_config(config), stdout=subprocess.PIPE)
+    wait_for_rows(config, 3)
+    os.kill(process.pid, signal.SIGSTOP)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGCONT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.005)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    seen(f"status {process.returncode}")
+
+
+@pytest.mark.fault(4, "standard output is closed (| head -1)", "training goes on to its end")
+def test_a_closed_standard_output_stops_no_training(tmp_path, seen):
+    config = process_config(tmp_path, train={"num_steps": 40, "eval_every": 10, "save_every": 0})
+    process = start("train", write_config(config))
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=60), error) == (0, "")
+    assert rows(config)[-1]["step"] == 40
+    assert load_run(Path(config.run_dir), "latest", strict=True).step == 40
+    seen("40 of 40 steps, saved; status 0")
+
+
+@pytest.mark.fault(7, "too little room for a save", "said with path and free bytes; older checkpoints stay; status 2")
+def test_a_full_disk_leaves_older_checkpoints(tmp_path, seen):
+    with small_disk(tmp_path / "small", "3m") as disk:
+        config = process_config(tmp_path, run_dir=str(disk / "run"), train={"eval_every": 0, "num_steps": 40})
+        path = tmp_path / "c.yaml"
+        path.write_text(to_yaml(config))
+        done = run("train", path)
+        assert done.returncode == 2
+        error = one_line(done.stderr)
+        assert "not saved: the disk is full" in error and "bytes are free there, older checkpoints are intact" in error
+        kept = checkpoints(config)
+        assert kept and not [name for name in kept if "tmp" in name]
+        newest = choose(disk / "run" / "checkpoints", "latest", strict=True).folder
+        assert newest is not None and newest.name == kept[-1]
+        assert rows(config)[-1]["step"] == 40, "training went on while it could not save"
+        subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)
+        again = run("train", path)
+        assert again.returncode == 0 and f"going on from step {int(kept[-1])}" in again.stdout
+    seen(f"{error.partition('checkpoints/')[2]}; it trained on to its end before it failed; with room again it went on")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's and TensorStore's
+@pytest.mark.fault(7, "the disk fills up while arrays are written", "the save fails, older ones stay, no leftovers")
+def test_a_disk_that_fills_up_during_a_save(tmp_path, monkeypatch, unbroken, seen):
+    _, _, (state, meta) = unbroken
+    monkeypatch.setattr(checkpoint, "ROOM", -(10**9))
+    said = []
+    with small_disk(tmp_path / "small", "1m") as disk:
+        writer = checkpoint.Checkpoints(disk / "run", 10, said.append)
+        for step in range(1, 9):
+            writer.save(dataclasses.replace(state, step=np.int32(step)), meta, None)
+            writer.wait()
+        names = sorted(path.name for path in writer.folder.iterdir())
+        assert said and all("the disk is full" in line for line in said)
+        for name in names:
+            verify(writer.folder / name)
+        shutil.rmtree(writer.folder / names[0])
+        writer.save(dataclasses.replace(state, step=np.int32(99)), meta, None)
+        writer.close()
+        assert writer.acknowledged == 99 and not writer.problem
+    seen(f"{len(names)} saves verify, {len(said)} failed ({said[0].partition('saved: ')[2]}); with room the next works")
+
+
+@pytest.mark.fault(8, "the disk is full for metrics.jsonl only", "said once, training goes on; no half rows")
+def test_metrics_that_cannot_be_written_stop_no_run(tmp_path, seen):
+    config = process_config(tmp_path, train={"num_steps": 30, "eval_every": 0, "save_every": 10})
+    with small_disk(tmp_path / "small", "4k") as disk:
+        Path(config.run_dir).mkdir()
+        (disk / "metrics.jsonl").write_text("")
+        done_before = subprocess.run(
+            ["mount", "--bind", str(disk / "metrics.jsonl"), str(touched(config))], capture_output=True
+        )
+        assert done_before.returncode == 0
+        try:
+            done = run("train", write_config(config))
+            text = (Path(config.run_dir) / "metrics.jsonl").read_text()
+        finally:
+            subprocess.run(["umount", "--lazy", str(touched(config))], check=True)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "cannot be written" in line]
+    assert len(said) == 1 and "rows could not be written" in done.stdout
+    assert all(json.loads(line)["step"] for line in text.splitlines()) and text.endswith("\n")
+    assert load_run(Path(config.run_dir), "latest", strict=True).step == 30
+    seen(f"{said[0].partition('metrics.jsonl: ')[2]}; 30 of 30 steps, status 0")
+
+
+def touched(config) -> Path:
+    path = Path(config.run_dir) / "metrics.jsonl"
+    path.touch()
+    return path
+
+
+@pytest.mark.fault(18, "a second train in the same run directory", "it exits at once, naming the first")
+def test_a_second_writer_is_refused(tmp_path, seen):
+    config = process_config(tmp_path, train=LONG)
+    path = write_config(config)
+    first = start("train", path)
+    wait_for_rows(config, 1)
+    second = run("train", path)
+    assert second.returncode == 2
+    error = one_line(second.stderr)
+    assert f"is in use by process {first.pid} on " in error
+    first.kill()
+    first.communicate()
+    seen(f"status 2: {error.rpartition('run: ')[2].replace(str(first.pid), 'PID').partition(' on ')[0]}")
+
+
+@pytest.mark.fault(18, "the lock of a killed process is left", "the next start takes it over")
+def test_a_stale_lock_is_taken_over(tmp_path, unbroken, seen):
+    config, *_ = unbroken
+    lock = Path(config.run_dir) / LOCK_FILE
+    lock.write_text("process 1 on elsewhere\n")
+    assert trainer.train(config) == 0
+    assert str(os.getpid()) in lock.read_text()
+    seen("taken over")
+
+
+@pytest.mark.fault(19, "the run directory cannot be written to", "one line before anything is compiled; status 2")
+@pytest.mark.parametrize("how", ["below a file", "read-only mount"])
+def test_a_run_directory_that_cannot_be_written_to(tmp_path, how, seen):
+    if how == "below a file":
+        (tmp_path / "file").write_text("")
+        config = process_config(tmp_path, run_dir=str(tmp_path / "file" / "run"))
+        path = tmp_path / "c.yaml"
+        path.write_text(write_config(replace(config, run_dir=str(tmp_path / "x"))).read_text())
+        done = run("train", path, "--run_dir", config.run_dir)
+    else:
+        with small_disk(tmp_path / "small", "1m") as disk:
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            config = process_config(tmp_path, run_dir=str(tmp_path / "x"))
+            done = run("train", write_config(config), "--run_dir", disk / "run")
+    assert done.returncode == 2
+    error = one_line(done.stderr)
+    assert "cannot be written to" in error and "device" not in done.stdout
+    seen(f"{how}: run_dir=... {error.partition(' cannot')[1]}{error.partition(' cannot')[2]}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"n_layer": 1, "dropout": 0.2}}, "model.n_layer 2 -> 1"),
+        ({"train": {"batch_size": 16}}, "train.batch_size 8 -> 16"),
+        ({"data": {"validation_fraction": 0.3}}, "data.validation_fraction 0.1 -> 0.3"),
+    ],
+)
+@pytest.mark.fault(20, "resumed with another shape, batch or data list", "refused field by field")
+def test_another_config_is_refused(unbroken, change, message, seen):
+    config, *_ = unbroken
+    with pytest.raises(UserError, match="holds a run of another config: .*" + message) as error:
+        trainer.train(replace(config, **change))
+    seen(str(error.value).partition("another config: ")[2].partition("; give")[0])
+
+
+@pytest.mark.fault(20, "resumed with another learning rate", "allowed and said")
+def test_another_learning_rate_is_allowed(tmp_path, unbroken, capsys, seen):
+    config, *_ = unbroken
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    changed = replace(config, run_dir=str(tmp_path / "run"), optim={"learning_rate": 1e-3}, train={"num_steps": 7})
+    assert trainer.train(changed) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "learning_rate" in line)
+    assert line == "going on with optim.learning_rate 0.003 -> 0.001"
+    seen(line)
+
+
+@pytest.mark.fault(20, "resumed with another batch_size and other text", "only with train.allow_data_change; said")
+def test_other_data_is_allowed_when_asked_for(tmp_path, capsys, seen):
+    config = run_config(tmp_path, train={"num_steps": 1, "eval_every": 0})
+    trainer.train(config)
+    (tmp_path / "corpus" / "000.txt").write_text("another text\n" * 50)
+    with pytest.raises(UserError, match=r"train\.allow_data_change=true"):
+        trainer.train(replace(config, train={"num_steps": 2}))
+    changed = {"num_steps": 2, "batch_size": 4, "allow_data_change": True}
+    assert trainer.train(replace(config, train=changed)) == 0
+    printed = capsys.readouterr().out
+    assert "going on with train.batch_size 8 -> 4" in printed and "going on with other data than before" in printed
+    seen("refused without; with it: going on with other data than before")
+
+
+@pytest.mark.fault(21, "resumed under another tokenizer", "refused by name, not by a shape")
+@pytest.mark.parametrize("kind", ["another kind", "other characters"])
+def test_another_tokenizer_is_refused(tmp_path, kind, seen):
+    chars = {"tokenizer": {"kind": "chars"}}
+    config = run_config(tmp_path, train={"num_steps": 1, "eval_every": 0}, **chars)
+    trainer.train(config)
+    if kind == "another kind":
+        changed = replace(config, tokenizer={"kind": "bytes"})
+    else:
+        text = (tmp_path / "corpus" / "000.txt").read_text()
+        for path in (tmp_path / "corpus").iterdir():
+            path.write_text(text.replace("a", "z"))
+        changed = replace(config, train={"num_steps": 2, "allow_data_change": True})
+    with pytest.raises(UserError, match="tokenizer") as error:
+        trainer.train(changed)
+    seen(str(error.value).rpartition("run: ")[2].partition("; give")[0])
+
+
+@pytest.mark.slow
+@pytest.mark.fault(22, "resumed on 1, 2, 4, 8 and again 1 devices", "the same order of data, losses within 1e-5")
+def test_the_number_of_devices_may_change(tmp_path, seen):
+    config = process_config(tmp_path, train={"num_steps": 10, "eval_every": 0, "save_every": 2})
+    expected = replace(config, run_dir=str(tmp_path / "one"))
+    assert run("train", write_config(expected)).returncode == 0
+    for number, devices in enumerate((1, 2, 4, 8, 1), 1):
+        code = (
+            f"import jax; jax.config.update('jax_num_cpu_devices', {devices})\n"
+            "from tests.faults.test_process import stop_at\n"
+            f"stop_at({str(write_config(config))!r}, {2 * number})"
+        )
+        done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"device      {devices} x" in done.stdout
+    losses, wanted = ([row["loss"] for row in rows(c) if "loss" in row] for c in (config, expected))
+    difference = max(abs(a - b) / b for a, b in zip(losses, wanted, strict=True))
+    assert len(losses) == 10 and difference < 1e-5
+    seen(f"10 losses, largest relative difference {difference:.1e}")
+
+
+def stop_at(path: str, step: int) -> None:
+    """Trains to a step, as a signal would stop it there, in a process of its own."""
+    from gptjax.config_io import load_config
+
+    config = load_config(path)
+    first = choose(Path(config.run_dir) / "checkpoints", "latest", strict=True).manifest
+    if step == config.train.num_steps:
+        assert trainer.train(config) == 0
+    else:
+        stopped_after(config, step - (first.step if first else 0))
+
+
+@pytest.mark.fault(28, "entries of the compilation cache are garbage", "a warning, compiled again, the same losses")
+def test_a_damaged_compilation_cache_is_compiled_again(tmp_path, seen):
+    config = run_config(tmp_path, cache_dir=str(tmp_path / "cache"), train={"num_steps": 3, "eval_every": 0})
+    results = []
+    env = {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    code = (
+        "import sys, jax\nfrom gptjax import runtime\nfrom gptjax.cli import main\n"
+        "start = runtime.start\n"
+        "def start_all(folder):\n"
+        "    start(folder); jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
+        "runtime.start = start_all\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    for name in ("one", "two"):
+        again = replace(config, run_dir=str(tmp_path / name))
+        args = [sys.executable, "-c", code, "train", str(write_config(again))]
+        done = subprocess.run(args, env=environment(**env), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append(rows(again))
+        entries = [path for path in (tmp_path / "cache" / "compiled").iterdir() if path.name.endswith("-cache")]
+        assert entries
+        for path in entries:
+            path.write_bytes(b"garbage" * 100)
+    assert results[0] == results[1]
+    assert "Error reading persistent compilation cache entry" in done.stderr
+    assert (tmp_path / "cache" / "compiled").stat().st_mode & 0o077 == 0
+    seen(f"{len(entries)} entries: warned and compiled again, the same metrics; the folder is private to its owner")
