@@ -123,25 +123,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count():
     assert_trees_equal(after.opt_state, broken.opt_state)
 
 
-def test_a_batch_without_targets_is_no_nan():
-    batch = make_batch()._replace(targets=np.full((1, 8, MODEL.block_size), -1, np.int32))
-    state, metrics = train_step(CONFIG)(init_state(CONFIG), batch)
-    assert metrics["loss"] == 0 and metrics["targets"] == 0
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
-
-
-def test_float16_scales_its_loss_and_survives_overflow():
-    config = replace(CONFIG, train={"compute_dtype": "float16"})
-    state = init_state(config)
-    state = dataclasses.replace(state, loss_scale=LossScale(jnp.float32(2.0**40), jnp.int32(0)))
-    skipped = []
-    for _ in range(40):
-        state, metrics = train_step(config)(state, make_batch())
-        skipped.append(int(metrics["skipped"]))
-    assert skipped[0] == 1 and skipped[-1] == skipped[-5] < 40, "it halves until it fits, then trains"
-    assert float(metrics["loss"]) < 0.95 * np.log(MODEL.vocab_size)
-
-
 def test_loss_scale_grows_after_many_good_steps():
     scale = LossScale(jnp.float32(8.0), jnp.int32(GROW_AFTER - 1))
     grown = next_loss_scale(scale, jnp.bool(True))
@@ -200,6 +181,9 @@ ELSEWHERE = {
         *("train.eval_every", "train.save_every", "train.keep_checkpoints", "train.patience", "train.eval_windows"),
         *("train.sample_prompt", "train.sample_tokens"),
     ),
+    "faults/test_numbers": ("train.spike_sigma", "train.max_skipped_in_a_row"),
+    "faults/test_damage": ("train.strict_checkpoints",),
+    "faults/test_process": ("train.allow_data_change",),
     "test_prepare": (
         *("cache_dir", "data.validation_fraction", "data.max_documents", "data.attend_across_documents", "data.verify"),
     ),

@@ -30,7 +30,6 @@ from gptjax.training.manifest import MANIFEST, DamagedError, Manifest, check_siz
 from gptjax.training.step import TrainState, init_state
 
 CONFIG_FILE, TOKENIZER_FILE, FOLDER = "config.yaml", "tokenizer.json", "checkpoints"
-ITEMS = ("params", "ema", "rest")
 ROOM = 2**20  # bytes that a checkpoint takes beside its arrays
 DELETED = ".deleted-"  # begins the name of a checkpoint that is on its way out
 
@@ -61,7 +60,7 @@ class Checkpoints:
         """Why the last save failed."""
         self._keep, self._notify = keep, notify
         self._checkpointer = _checkpointer()
-        self._finishing: threading.Thread | None = None
+        self._finishing: tuple[threading.Thread, Path] | None = None
         self._error: BaseException | None = None
 
     def resume(self, strict: bool) -> Choice:
@@ -103,7 +102,12 @@ class Checkpoints:
 
     def save(self, state: TrainState, meta: dict, val_loss: float | None) -> None:
         """Starts writing `state`; returns when it may be changed. See `save_items`."""
-        self.save_items(int(state.step), _items(state), meta, val_loss)
+        items = _items(state)
+        if jax.default_backend() == "cpu":
+            # Orbax would hold the state's own buffers until they are written, and the next step, which takes them
+            # over, would wait for it.
+            items = jax.tree.map(jnp.copy, items)
+        self.save_items(int(state.step), items, meta, val_loss)
 
     def save_items(self, step: int, items: dict[str, Any], meta: dict, val_loss: float | None) -> None:
         """Starts writing trees of arrays as checkpoint `step`, after the save before it is finished.
@@ -126,16 +130,17 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             self._failed(folder, error)
             return
-        self._finishing = threading.Thread(target=self._finish, args=(folder, step, val_loss, meta), name="save")
-        self._finishing.start()
+        thread = threading.Thread(target=self._finish, args=(folder, step, val_loss, meta), name="save")
+        self._finishing = (thread, folder)
+        thread.start()
 
     def wait(self) -> None:
         """Returns when all that was started is on the disk, or has failed."""
         if self._finishing is None:
             return
-        self._finishing.join()
-        folder, error = self._finishing_folder, self._error
-        self._finishing = self._error = None
+        thread, folder = self._finishing
+        thread.join()
+        error, self._error, self._finishing = self._error, None, None
         if isinstance(error, (OSError, ValueError)):
             self._failed(folder, error)
         elif error is not None:
@@ -147,12 +152,14 @@ class Checkpoints:
         self._checkpointer.close()
 
     def _finish(self, folder: Path, step: int, val_loss: float | None, meta: dict) -> None:
-        self._finishing_folder = folder
         try:
             self._checkpointer.wait_until_finished()
             write_manifest(folder, step, val_loss, meta)
             self.acknowledged = step
-            self._prune()
+            try:
+                self._prune()
+            except OSError as error:
+                self._notify(f"{self.folder}: an older checkpoint could not be removed: {error}")
         except BaseException as error:  # `wait` raises it in the thread that asked for the save
             self._error = error
 
@@ -300,9 +307,12 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
 def _checkpointer() -> ocp.AsyncCheckpointer:
     for name in ("absl", "asyncio"):  # what goes wrong is told in our own words
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Floats hardly get smaller, and compressing them takes more of the CPU than writing them.
-    handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(params=_arrays(), ema=_arrays(), rest=_arrays()))
+
+
+def _arrays() -> ocp.PyTreeCheckpointHandler:
+    """Floats hardly get smaller, and compressing them takes more of the CPU than writing them."""
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
 def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, items: dict[str, Any]) -> dict[str, Any]:

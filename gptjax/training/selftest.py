@@ -15,7 +15,7 @@ import numpy as np
 from gptjax.errors import UserError
 
 ROWS = 32769
-SAFE = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+SAFE: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 def check() -> None:
@@ -44,7 +44,7 @@ def compile_safely(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     return program
 
 
-def has_wrong_fusions(options: dict | None = None) -> bool:
+def has_wrong_fusions(options: dict[str, str | bool] | None = None) -> bool:
     """Whether this jaxlib, with these compiler options, sums wrongly in the smallest program that shows the bug."""
     x_RC = np.zeros((ROWS, 3), np.float32)
     x_RC[:, 0] = np.arange(ROWS)

@@ -210,6 +210,11 @@ def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
     loop = _check_meta(parts, manifest.meta)
     state = parts.checkpoints.restore(manifest.step, abstract)
     check_finite(state, f"{config.run_dir}, step {manifest.step}")
+    in_a_row, limit = int(state.watch.in_a_row), config.train.max_skipped_in_a_row
+    if in_a_row >= limit:
+        raise UserError(
+            f"train.max_skipped_in_a_row={limit}: the checkpoint of step {manifest.step} has had {in_a_row} already"
+        )
     say(f"going on from step {manifest.step}")
     return state, loop
 

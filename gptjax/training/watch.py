@@ -39,7 +39,8 @@ class Watch:
 
 def init_watch() -> Watch:
     """Returns what stands before the first step."""
-    return Watch(jnp.int32(0), *(jnp.float32(0.0) for _ in range(4)), jnp.int32(0))
+    zero = jnp.float32(0.0)
+    return Watch(jnp.int32(0), zero, zero, zero, zero, jnp.int32(0))
 
 
 def judge(watch: Watch, sigma: float, limit: int, loss: jax.Array, norm: jax.Array) -> jax.Array:
