@@ -1,11 +1,16 @@
-"""Times gptjax: `python bench/ours.py train WORK DTYPE STEPS` or `generate SEQUENCES DTYPE REPEATS`; prints JSON."""
+"""Times gptjax: `python bench/ours.py train WORK DTYPE STEPS` `generate SEQUENCES DTYPE REPEATS`
+or `whole PRESET DTYPE REPEATS`; prints JSON."""
 
 import json
+import os
 import resource
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
-from work import GENERATION, NEW_TOKENS, PROMPT_TOKENS, TRAINING
+from work import GENERATION, NEW_TOKENS, PROMPT_TOKENS, TRAINING, WHOLE_STEPS
 
 from gptjax.runtime import restart_with_huge_pages, start
 
@@ -95,6 +100,23 @@ def generate(sequences: str, dtype: str, repeats: int) -> dict:
     return {"times": times[1:], "work": int(sequences) * NEW_TOKENS, "peak_bytes": _peak_bytes()}
 
 
+def whole(preset: str, _dtype: str, repeats: int) -> dict:
+    """Seconds from the start of the process to its end, checkpoints and samples included."""
+    root, times = Path(__file__).parents[1], []
+    text = os.environ.get("BENCH_TEXT", str(root / "../shared/data/tinyshakespeare.txt"))
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(root / "train.py"), str(root / f"configs/{preset}.yaml")]
+            command += ["--data.path", text, "--run_dir", folder + "/run", "--cache_dir", folder + "/cache"]
+            started = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            times.append(time.perf_counter() - started)
+            rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    return {"times": times, "work": WHOLE_STEPS * TRAINING["small"].tokens, "peak_bytes": peak, "val_loss": losses[-1]}
+
+
 def _peak_bytes() -> int:
     import jax
 
@@ -107,4 +129,4 @@ def _peak_bytes() -> int:
 if __name__ == "__main__":
     restart_with_huge_pages()
     verb, name, dtype, count = sys.argv[1:]
-    print(json.dumps({"train": train, "generate": generate}[verb](name, dtype, int(count))))
+    print(json.dumps({"train": train, "generate": generate, "whole": whole}[verb](name, dtype, int(count))))

@@ -1,15 +1,28 @@
 """Times `transformers` GPT-2 on PyTorch with the same arguments as ours.py, and eager|compile as the last one."""
 
 import json
+import math
+import os
 import resource
+import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from work import GENERATION, NEW_TOKENS, PROMPT_TOKENS, TRAINING, Training
+from work import (
+    GENERATION,
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    TRAINING,
+    WHOLE_EVAL_EVERY,
+    WHOLE_EVAL_WINDOWS,
+    WHOLE_STEPS,
+    Training,
+)
 
 warnings.filterwarnings("ignore")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,10 +47,13 @@ def make_model(work: Training) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).to(DEVICE)
 
 
-def train(name: str, dtype: str, steps: int, mode: str) -> dict:
-    work = TRAINING[name]
-    if DEVICE == "cuda":
-        torch.set_float32_matmul_precision("high")
+def next_token_loss(run, windows):
+    logits = run(input_ids=windows[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+
+def make_training(work: Training, dtype: str, mode: str):
+    """Model, optimizer, the model as it is called, and `step(windows [B, T + 1]) -> loss`."""
     model = make_model(work)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -45,17 +61,25 @@ def train(name: str, dtype: str, steps: int, mode: str) -> dict:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
     run = torch.compile(model) if mode == "compile" else model
 
-    def step(inputs):
+    def step(windows):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = run(input_ids=inputs, labels=inputs).loss
+            loss = next_token_loss(run, windows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss
 
+    return model, optimizer, run, step
+
+
+def train(name: str, dtype: str, steps: int, mode: str) -> dict:
+    work = TRAINING[name]
+    if DEVICE == "cuda":
+        torch.set_float32_matmul_precision("high")
+    step = make_training(work, dtype, mode)[-1]
     times = []
-    shape = (work.batch_size, work.block_size)
+    shape = (work.batch_size, work.block_size + 1)
     for i in range(steps + 3):
         inputs = torch.from_numpy(np.random.default_rng(i).integers(0, work.vocab_size, shape))
         started = time.perf_counter()
@@ -69,7 +93,7 @@ def train(name: str, dtype: str, steps: int, mode: str) -> dict:
 
 
 def pipelined(step, work: Training, steps: int) -> list[float]:
-    shape = (work.batch_size, work.block_size)
+    shape = (work.batch_size, work.block_size + 1)
     batches = [torch.randint(0, work.vocab_size, shape, device=DEVICE) for _ in range(4)]
     times = []
     for _ in range(5):
@@ -107,6 +131,46 @@ def generate(sequences: str, dtype: str, repeats: int, mode: str) -> dict:
     return {"times": times[1:], "work": int(sequences) * NEW_TOKENS, "peak_bytes": peak_bytes()}
 
 
+def whole(_preset: str, dtype: str, repeats: int, mode: str) -> dict:
+    """Seconds from the start of the process to its end: the steps and evaluations of configs/shakespeare_cpu.yaml."""
+    times = []
+    for _ in range(repeats):
+        command = [sys.executable, __file__, "shakespeare", "small", dtype, "0", mode]
+        started = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        times.append(time.perf_counter() - started)
+        result = json.loads(done.stdout.splitlines()[-1])
+    return result | {"times": times}
+
+
+def shakespeare(name: str, dtype: str, _count: str, mode: str) -> dict:
+    """Trains on the characters of a text as nanoGPT's example for a CPU does; evaluates on fixed windows."""
+    work = TRAINING[name]
+    path = os.environ.get("BENCH_TEXT", str(Path(__file__).parents[2] / "shared/data/tinyshakespeare.txt"))
+    text = Path(path).read_text(encoding="utf-8")
+    ids = {character: number for number, character in enumerate(sorted(set(text)))}
+    data = torch.tensor([ids[character] for character in text])
+    held_out, data = data[int(0.9 * len(data)) :], data[: int(0.9 * len(data))]
+    torch.manual_seed(0)
+    _, optimizer, run, step = make_training(work, dtype, mode)
+    T, B, peak = work.block_size, work.batch_size, 1e-3
+
+    def windows(source, starts):
+        return torch.stack([source[s : s + T + 1] for s in starts])
+
+    fixed = torch.linspace(0, len(held_out) - T - 1, WHOLE_EVAL_WINDOWS).long().split(B)
+    for i in range(WHOLE_STEPS):
+        share = (i - 100) / (WHOLE_STEPS - 100)
+        rate = peak * (i + 1) / 101 if i < 100 else 1e-4 + 0.5 * (1 + math.cos(math.pi * share)) * (peak - 1e-4)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        step(windows(data, torch.randint(len(data) - T - 1, (B,)))).item()
+        if (i + 1) % WHOLE_EVAL_EVERY == 0:
+            with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
+                losses = [next_token_loss(run, windows(held_out, starts)).item() for starts in fixed]
+    return {"work": WHOLE_STEPS * work.tokens, "peak_bytes": peak_bytes(), "val_loss": sum(losses) / len(losses)}
+
+
 def peak_bytes() -> int:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -115,4 +179,5 @@ def peak_bytes() -> int:
 
 if __name__ == "__main__":
     verb, name, dtype, count, mode = sys.argv[1:]
-    print(json.dumps({"train": train, "generate": generate}[verb](name, dtype, int(count), mode)))
+    verbs = {"train": train, "generate": generate, "whole": whole, "shakespeare": shakespeare}
+    print(json.dumps(verbs[verb](name, dtype, int(count), mode)))

@@ -23,16 +23,18 @@ DTYPES = ("bfloat16", "float32")
 
 
 def rows() -> dict[str, tuple]:
-    """Name of a row → (verb, work, dtype, repetitions, environment of both sides)."""
+    """Name of a row → (verb, work, our dtype, the peer's dtypes, repetitions, environment of both sides)."""
     table = {}
     for name, steps in STEPS.items():
         for dtype in DTYPES:
-            table[f"{name}_{dtype}"] = ("train", name, dtype, steps, {})
-            table[f"{name}_{dtype}_same_pages"] = ("train", name, dtype, steps, HUGE_PAGES)
+            table[f"{name}_{dtype}"] = ("train", name, dtype, [dtype], steps, {})
+            table[f"{name}_{dtype}_same_pages"] = ("train", name, dtype, [dtype], steps, HUGE_PAGES)
     for length in (256, 512, 1024, 2048, 4096):
-        table[f"long_{length}"] = ("train", f"long_{length}", "float32", 4, {})
-    for sequences in (1, 8, 32):
-        table[f"generate_{sequences}"] = ("generate", str(sequences), "float32", 3, {})
+        table[f"long_{length}"] = ("train", f"long_{length}", "bfloat16", ["bfloat16"], 4, {})
+    for sequences, dtypes in ((1, ("float32", "bfloat16", "int8")), (8, ("bfloat16",)), (32, ("bfloat16",))):
+        for dtype in dtypes:
+            table[f"generate_{sequences}_{dtype}"] = ("generate", str(sequences), dtype, list(DTYPES), 3, {})
+    table["whole"] = ("whole", "shakespeare_cpu", "bfloat16", ["float32", "bfloat16"], 1, {})
     return table
 
 
@@ -45,12 +47,17 @@ def run(program: str, *arguments: str, environment: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(rounds: int, modes: list[str], verb: str, work: str, dtype: str, count: int, environment: dict) -> dict:
-    """Alternates both sides; the ratio of each pair is ours to the peer's, in work per second."""
+def compare(rounds: int, modes: list[str], row: tuple) -> dict:
+    """Alternates both sides; the ratio of each pair is ours to the peer's fastest, in work per second."""
+    verb, work, dtype, peer_dtypes, count, environment = row
     ours, peers, ratios = [], [], []
     for _ in range(rounds):
-        peer = min((run("peer.py", verb, work, dtype, str(count), mode, environment=environment) for mode in modes),
-                   key=lambda result: statistics.median(result["times"]))  # fmt: skip
+        tried = [
+            run("peer.py", verb, work, peer_dtype, str(count), mode, environment=environment)
+            for peer_dtype in peer_dtypes
+            for mode in modes
+        ]
+        peer = min(tried, key=lambda result: statistics.median(result["times"]))
         own = run("ours.py", verb, work, dtype, str(count), environment=environment)
         peers.append(peer)
         ours.append(own)
@@ -58,7 +65,7 @@ def compare(rounds: int, modes: list[str], verb: str, work: str, dtype: str, cou
     return {"ours": ours, "peer": peers, "ratios": ratios}
 
 
-def line(name: str, verb: str, result: dict) -> str:
+def line(name: str, result: dict) -> str:
     """A row of the table."""
     speeds = [
         statistics.median(side["work"] / statistics.median(side["times"]) for side in result[key])
@@ -76,10 +83,12 @@ def line(name: str, verb: str, result: dict) -> str:
 def share_of_peak(name: str, dtype: str, result: dict, peaks: dict) -> str:
     """Achieved FLOP/s as a share of the measured peak of matrix products, or bytes/s of the measured bandwidth."""
     speed = statistics.median(side["work"] / statistics.median(side["times"]) for side in result["ours"])
+    if name == "whole":
+        return ""
     if name.startswith("generate"):
         weights = 12 * GENERATION.n_layer * GENERATION.n_embd**2 + GENERATION.n_embd * GENERATION.vocab_size
-        sequences = int(name.split("_")[1])
-        return f"{100 * speed / sequences * 4 * weights / peaks['bandwidth']:.0f} % of bandwidth"
+        sequences, size = int(name.split("_")[1]), {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
+        return f"{100 * speed / sequences * size * weights / peaks['bandwidth']:.0f} % of bandwidth"
     return f"{100 * speed * TRAINING[name].flops_per_token / peaks[dtype]:.0f} % of {peaks[dtype] / 1e9:,.0f} GFLOP/s"
 
 
@@ -96,10 +105,11 @@ def main() -> None:
     print("| work | gptjax, tokens/s | peer, tokens/s | ratio (spread of pairs) | peak memory, GB | share |")
     print("|---|---|---|---|---|---|")
     results = {}
-    for name, (verb, work, dtype, count, environment) in chosen.items():
-        results[name] = compare(options.rounds, options.modes, verb, work, dtype, count, environment)
-        share = share_of_peak(name if verb == "generate" else work, dtype, results[name], peaks)
-        print(f"{line(name, verb, results[name])} {share} |", flush=True)
+    for name, row in chosen.items():
+        verb, work, dtype = row[:3]
+        results[name] = compare(options.rounds, options.modes, row)
+        share = share_of_peak(work if verb == "train" else name, dtype, results[name], peaks)
+        print(f"{line(name, results[name])} {share} |", flush=True)
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.json"

@@ -33,6 +33,7 @@ TRAINING = {
     "350m_gpu": Training(24, 16, 1024, 1024, 16, 50257),
     **{f"long_{T}": Training(6, 6, 384, T, 4096 // T, 65) for T in (256, 512, 1024, 2048, 4096)},
 }
+WHOLE_STEPS, WHOLE_EVAL_EVERY, WHOLE_EVAL_WINDOWS = 2000, 250, 512  # those of configs/shakespeare_cpu.yaml
 GENERATION = Training(12, 12, 768, 1024, 1, 50257)
 NEW_TOKENS = 128
 PROMPT_TOKENS = 16
