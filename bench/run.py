@@ -34,6 +34,7 @@ def rows() -> dict[str, tuple]:
     for sequences, dtypes in ((1, ("float32", "bfloat16", "int8")), (8, ("bfloat16",)), (32, ("bfloat16",))):
         for dtype in dtypes:
             table[f"generate_{sequences}_{dtype}"] = ("generate", str(sequences), dtype, list(DTYPES), 3, {})
+    table["tokenize"] = ("tokenize", "100_MB", "", [""], 2, {})
     table["whole"] = ("whole", "shakespeare_cpu", "bfloat16", ["float32", "bfloat16"], 1, {})
     return table
 
@@ -47,18 +48,27 @@ def run(program: str, *arguments: str, environment: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def one_side(ours: bool, verb: str, work: str, dtype: str, count: int, mode: str, environment: dict) -> dict:
+    """What one process of one side measured."""
+    if verb == "tokenize":
+        return run("tokenize_text.py", "ours" if ours else "raw", str(count), environment=environment)
+    if ours:
+        return run("ours.py", verb, work, dtype, str(count), environment=environment)
+    return run("peer.py", verb, work, dtype, str(count), mode, environment=environment)
+
+
 def compare(rounds: int, modes: list[str], row: tuple) -> dict:
     """Alternates both sides; the ratio of each pair is ours to the peer's fastest, in work per second."""
     verb, work, dtype, peer_dtypes, count, environment = row
     ours, peers, ratios = [], [], []
     for _ in range(rounds):
         tried = [
-            run("peer.py", verb, work, peer_dtype, str(count), mode, environment=environment)
+            one_side(False, verb, work, peer_dtype, count, mode, environment)
             for peer_dtype in peer_dtypes
-            for mode in modes
+            for mode in (modes if verb != "tokenize" else [""])
         ]
         peer = min(tried, key=lambda result: statistics.median(result["times"]))
-        own = run("ours.py", verb, work, dtype, str(count), environment=environment)
+        own = one_side(True, verb, work, dtype, count, "", environment)
         peers.append(peer)
         ours.append(own)
         ratios.append(statistics.median(peer["times"]) / statistics.median(own["times"]))
@@ -83,7 +93,7 @@ def line(name: str, result: dict) -> str:
 def share_of_peak(name: str, dtype: str, result: dict, peaks: dict) -> str:
     """Achieved FLOP/s as a share of the measured peak of matrix products, or bytes/s of the measured bandwidth."""
     speed = statistics.median(side["work"] / statistics.median(side["times"]) for side in result["ours"])
-    if name == "whole":
+    if name in ("whole", "tokenize"):
         return ""
     if name.startswith("generate"):
         weights = 12 * GENERATION.n_layer * GENERATION.n_embd**2 + GENERATION.n_embd * GENERATION.vocab_size
@@ -102,7 +112,7 @@ def main() -> None:
     peaks = run("peak.py", environment={})
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(json.dumps(peaks))
-    print("| work | gptjax, tokens/s | peer, tokens/s | ratio (spread of pairs) | peak memory, GB | share |")
+    print("| work | gptjax, tokens (bytes)/s | peer, the same | ratio (spread of pairs) | peak memory, GB | share |")
     print("|---|---|---|---|---|---|")
     results = {}
     for name, row in chosen.items():
@@ -110,6 +120,9 @@ def main() -> None:
         results[name] = compare(options.rounds, options.modes, row)
         share = share_of_peak(work if verb == "train" else name, dtype, results[name], peaks)
         print(f"{line(name, results[name])} {share} |", flush=True)
+    if "start".startswith(tuple(options.rows)):
+        results["start"] = run("start.py", environment={})
+        print(f"start, seconds: {results['start']}")
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
