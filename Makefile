@@ -1,9 +1,10 @@
-# make demo · make test · make faults · make lint · make bench: each makes the environment that it needs in .venv
+# make demo · make test · make faults · make lint · make bench · make finetune-report: each makes the environment that it
+# needs in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults lint bench clean
+.PHONY: demo test faults lint bench finetune-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py configs/demo.yaml
@@ -20,6 +21,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+
+finetune-report: $(VENV)/installed-dev
+	$(BIN)/python bench/finetune_report.py
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python bench/run.py

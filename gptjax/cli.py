@@ -18,6 +18,7 @@ from gptjax.verb_options import (
     EvaluateConfig,
     ExportConfig,
     ImportConfig,
+    PredictConfig,
     SampleConfig,
     VerifyResumeConfig,
 )
@@ -52,7 +53,7 @@ def sample(args: Sequence[str]) -> int:
     from gptjax.generation.sample import sample_texts
     from gptjax.training.checkpoint import load_run
 
-    run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, _notify)
+    run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, _notify, config.base)
     if run.tokenizer is None:
         raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
     one = len(prompts) * config.num_samples == 1
@@ -77,12 +78,24 @@ def sample(args: Sequence[str]) -> int:
 
 
 def evaluate(args: Sequence[str]) -> int:
-    """Measures a run's loss on validation text, its own or other: gptjax evaluate --run_dir DIR [--data.path ...]."""
+    """Measures a run on validation text or labels: gptjax evaluate --run_dir DIR [--data.path ...]."""
     config = _flags(EvaluateConfig, args)
     runtime.start()
     from gptjax.training.evaluate import evaluate_run
 
     print(evaluate_run(config, _notify))
+    return 0
+
+
+def predict(args: Sequence[str]) -> int:
+    """Labels texts: gptjax predict --run_dir DIR --text TEXT, or --file IN --out OUT.jsonl."""
+    config = _flags(PredictConfig, args)
+    runtime.start()
+    from gptjax.training.predict import predict_run
+
+    count = predict_run(config, _notify)
+    if config.out:
+        print(f"{config.out}: {count:,} rows")
     return 0
 
 
@@ -100,12 +113,12 @@ def import_model(args: Sequence[str]) -> int:
 
 
 def export_model(args: Sequence[str]) -> int:
-    """Writes a run as a Hugging Face model: gptjax export RUN_DIR --to HF_DIR."""
-    source, rest = _positional(args, "export RUN_DIR --to HF_DIR")
+    """Writes a run as a Hugging Face model: gptjax export RUN_DIR --to HF_DIR [--merge]."""
+    source, rest = _positional(args, "export RUN_DIR --to HF_DIR [--merge]")
     config = _flags(ExportConfig, rest)
     from gptjax.exchange.runs import export_run
 
-    export_run(Path(source).expanduser(), Path(config.to).expanduser(), config.checkpoint, config.strict, _notify)
+    export_run(Path(source).expanduser(), config, notify=_notify)
     print(f"{config.to}: written")
     return 0
 
@@ -140,6 +153,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
     "train": (train, Config),
     "sample": (sample, SampleConfig),
     "evaluate": (evaluate, EvaluateConfig),
+    "predict": (predict, PredictConfig),
     "import": (import_model, ImportConfig),
     "export": (export_model, ExportConfig),
     "verify-resume": (verify_resume, VerifyResumeConfig),

@@ -1,10 +1,12 @@
 """Everything that defines a run, as frozen dataclasses: the only place that knows a default."""
 
 import dataclasses
+import re
 from typing import Literal
 
 from gptjax.checks import LARGEST_COUNT, fraction, no_effect, not_negative, positive, usable_paths
 from gptjax.errors import UserError, did_you_mean
+from gptjax.task_options import LABELLED, AdapterConfig, FinetuneConfig, TaskConfig
 
 MOST_PARAMETERS = 10**13
 """Beyond it lies a slip of the pen, which would end in an error of the compiler's."""
@@ -37,6 +39,7 @@ class ModelConfig:
     """Bias vectors in linear layers and norms, as GPT-2 has."""
     tied_embeddings: bool = True
     """Read out logits with the token embedding."""
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
     def __post_init__(self):
         positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple")
@@ -72,6 +75,11 @@ class ModelConfig:
         return self.n_embd // self.n_head
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers in the model."""
+        return self.dropout > 0 or self.adapter.dropout > 0
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
@@ -105,7 +113,7 @@ class DataConfig:
     """Where the text comes from and how it is cut. Exactly one of path, source and hf_dataset is given."""
 
     path: tuple[str, ...] = ()
-    """Files, folders or globs: .txt .md .py .jsonl .csv .parquet, each also .gz or .zst."""
+    """Files, folders or globs: .txt .md .py .jsonl .csv .parquet .conll, each also .gz or .zst."""
     source: Literal["", "python-stdlib"] = ""
     """A corpus that every machine has: python-stdlib is the running Python's standard library."""
     hf_dataset: str = ""
@@ -294,6 +302,25 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PartConfig:
+    """One of several tasks that share a model."""
+
+    name: str
+    """Of its head and its scores: letters, digits, - and _."""
+    weight: float = 1.0
+    """Of its mean loss in the sum that is minimised."""
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise UserError(f"parts: name={self.name!r} must be of letters, digits, - and _")
+        positive(f"parts: {self.name}", self, "weight")
+        if self.task.kind not in ("classify", "tag", "instruct"):
+            raise UserError(f"parts: {self.name}: task.kind={self.task.kind} must be classify, tag or instruct")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A training run."""
 
@@ -311,6 +338,10 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+    parts: tuple[PartConfig, ...] = ()
+    """The tasks of task.kind=multi, each with name, weight, task and data of its own; a list in the file, no flag."""
 
     def __post_init__(self):
         if not self.run_dir:
@@ -325,3 +356,53 @@ class Config:
                 f"train.batch_size={self.train.batch_size} times model.block_size={self.model.block_size}"
                 f" must be at most {LARGEST_COUNT} tokens"
             )
+        self._check_task()
+
+    @property
+    def heads(self) -> dict[str, TaskConfig]:
+        """The tasks that have a head, by the name of the head."""
+        if self.task.kind == "multi":
+            return {part.name: part.task for part in self.parts if part.task.kind in LABELLED}
+        return {self.task.kind: self.task} if self.task.kind in LABELLED else {}
+
+    def of_part(self, part: PartConfig) -> "Config":
+        """The config of one task alone, under the same model."""
+        train = "all" if self.model.adapter.kind == "none" else "new"
+        return dataclasses.replace(self, task=part.task, data=part.data, parts=(), finetune=FinetuneConfig(train=train))
+
+    def _check_task(self) -> None:
+        labelled, rows = bool(self.heads), self.task.kind != "pretrain"
+        names = [part.name for part in self.parts]
+        if (self.task.kind == "multi") != (len(names) > 1) or len(set(names)) < len(names):
+            raise UserError("task.kind=multi needs two parts or more, each with another name; other tasks have none")
+        for part in self.parts:
+            self.of_part(part)
+        if self.task.kind == "multi":
+            for field in dataclasses.fields(DataConfig):
+                no_effect("data", self.data, field.name, False, "another task.kind; each of parts has data of its own")
+        new = labelled or self.model.adapter.kind != "none"
+        if rows:
+            no_effect("train", self.train, "eval_windows", False, "task.kind=pretrain")
+            text_only = ("source", "invalid_utf8", "unicode", "newlines", "min_characters", "drop_duplicates")
+            for name in (*text_only, "attend_across_documents"):
+                no_effect("data", self.data, name, False, "task.kind=pretrain")
+        if self.task.kind in LABELLED:
+            no_effect("train", self.train, "z_loss", False, "a task that predicts tokens")
+            no_effect("train", self.train, "sample_prompt", False, "a task that predicts tokens")
+            if self.task.multi_label:
+                no_effect("train", self.train, "label_smoothing", False, "one label a text")
+        if self.finetune.train != "all" and not self.init_from:
+            raise UserError(
+                f"finetune.train={self.finetune.train} would leave random numbers as they are; name the run to start"
+                " from as init_from"
+            )
+        if self.finetune.train == "new" and not new:
+            raise UserError(
+                "finetune.train=new: nothing would be trained; set model.adapter.kind, or a task.kind with a head"
+            )
+        if self.model.adapter.kind != "none" and self.finetune.train not in ("new", "paths"):
+            raise UserError(
+                f"finetune.train={self.finetune.train} would train the model under its"
+                f" {self.model.adapter.kind} adapter; set finetune.train=new (or paths)"
+            )
+        no_effect("finetune", self.finetune, "head_learning_rate", labelled, "a task.kind with a head")

@@ -7,7 +7,7 @@ import reprlib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -85,6 +85,8 @@ class _StrictLoader(yaml.SafeLoader):
 def read_flags(cls: type, args: Sequence[str]) -> dict:
     """Turns `--section.key VALUE`, `--section.key=VALUE` and, for lists, `--key A B C` into nested values.
 
+    A flag of yes or no may go without its value: `--merge` is `--merge true`.
+
     A flag given twice counts for its last value; lists get longer.
 
     Raises:
@@ -105,7 +107,9 @@ def read_flags(cls: type, args: Sequence[str]) -> dict:
             )
             raise UserError(f"command line: unknown option --{name}.{near} --help lists them all.")
         values = [value] if has_value else []
-        if not has_value:
+        if not has_value and flags[name] is bool and (not rest or rest[0].lower() not in ("true", "false")):
+            values = ["true"]
+        elif not has_value:
             many = _is_list(flags[name])
             while rest and not rest[0].startswith("--") and (many or not values):
                 values.append(rest.pop(0))
@@ -122,6 +126,8 @@ def flag_types(cls: type, prefix: str = "") -> dict[str, type]:
     """Maps every dotted field name of `cls` to its type."""
     flags = {}
     for name, field_type in _types(cls).items():
+        if _is_sections(field_type):
+            continue
         if dataclasses.is_dataclass(field_type):
             flags |= flag_types(field_type, f"{prefix}{name}.")
         else:
@@ -134,7 +140,7 @@ def to_dict(config) -> dict:
     return {
         field.name: to_dict(value)
         if dataclasses.is_dataclass(value)
-        else list(value)
+        else [to_dict(item) if dataclasses.is_dataclass(item) else item for item in value]
         if type(value) is tuple
         else value
         for field in dataclasses.fields(config)
@@ -156,6 +162,11 @@ def differing_fields(old, new) -> dict[str, tuple]:
 @functools.cache
 def _types(cls: type) -> dict[str, type]:
     return typing.get_type_hints(cls)
+
+
+def _is_sections(field_type) -> bool:
+    """Whether a field is a list of sections, which files can give and flags cannot."""
+    return _is_list(field_type) and dataclasses.is_dataclass(typing.get_args(field_type)[0])
 
 
 def _is_list(field_type) -> bool:
@@ -181,12 +192,21 @@ def _checked(cls: type, raw: dict, where: str, prefix: str) -> dict:
             near = did_you_mean(str(key), types) or _other_section(str(key))
             raise UserError(f"{where}: unknown key {name!r}{section}.{near} Valid keys: {', '.join(types)}.")
         if dataclasses.is_dataclass(types[key]):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: {name} is a section of keys, not {_shown(value)}")
-            values[key] = _checked(types[key], value, where, f"{name}.")
+            values[key] = _checked_section(types[key], value, where, name)
+        elif _is_sections(types[key]):
+            if not isinstance(value, (list, tuple)):
+                raise UserError(f"{where}: {name} is a list of sections, not {_shown(value)}")
+            [section] = typing.get_args(types[key])[:1]
+            values[key] = tuple(_checked_section(section, v, where, f"{name}[{n}]") for n, v in enumerate(value))
         else:
             values[key] = _coerce(types[key], value, f"{where}: {name}")
     return values
+
+
+def _checked_section(cls: Any, value: Any, where: str, name: str) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {name} is a section of keys, not {_shown(value)}")
+    return _checked(cls, value, where, f"{name}.")
 
 
 def _other_section(key: str) -> str:
@@ -249,9 +269,17 @@ def _build(cls: type, values: dict, where: str):
     if missing:
         raise UserError(f"{where}: {missing[0]} is missing")
     try:
-        return cls(**{k: _build(types[k], v, where) if isinstance(v, dict) else v for k, v in values.items()})
+        return cls(**{key: _built(types[key], value, where) for key, value in values.items()})
     except UserError as error:
         raise error if str(error).startswith(f"{where}: ") else UserError(f"{where}: {error}") from None
+
+
+def _built(field_type: Any, value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return _build(field_type, value, where)
+    if _is_sections(field_type):
+        return tuple(_build(typing.get_args(field_type)[0], item, where) for item in value)
+    return value
 
 
 def _required(field: dataclasses.Field) -> bool:

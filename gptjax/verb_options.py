@@ -21,6 +21,8 @@ class SampleConfig:
     """best: lowest validation loss (the latest where none was evaluated)."""
     strict: bool = False
     """Refuse where that checkpoint is damaged, instead of using another one."""
+    base: str = ""
+    """Run under an adapter, where it is not where it was."""
     prompt: tuple[str, ...] = ()
     """One or several texts to continue; standard input where neither this nor prompt_file is given."""
     prompt_file: str = ""
@@ -80,6 +82,14 @@ class EvaluateConfig:
     """Validation windows, evenly spaced; 0: all."""
     batch_size: int = 16
     """Windows at a time."""
+    base: str = ""
+    """Run under an adapter or head, where it is not where it was."""
+    language_model: bool = False
+    """Measure the next token's loss of a run that learned labels, on the text of the run it started from."""
+    part: str = ""
+    """Which task of a run that learned several."""
+    figure: str = ""
+    """File to draw the confusion matrix of labels into: .png, .svg or .pdf."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self):
@@ -91,7 +101,42 @@ class EvaluateConfig:
                 "data options have no effect on the run's own data; set data.path, source or hf_dataset too"
             )
         not_negative("", self, "windows")
+        if self.language_model:
+            no_effect("", self, "figure", False, "labels")
         positive("", self, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Labels texts with a model that was trained for it; each line of the result is a JSON object."""
+
+    run_dir: str = ""
+    """Run directory of the model."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """best: lowest validation loss (the latest where none was evaluated)."""
+    strict: bool = False
+    """Refuse where that checkpoint is damaged, instead of using another one."""
+    base: str = ""
+    """Run under an adapter or head, where it is not where it was."""
+    part: str = ""
+    """Which task of a run that learned several."""
+    text: tuple[str, ...] = ()
+    """One or several texts; words for a run that tags stand apart by spaces."""
+    file: str = ""
+    """File of rows with the fields of the run's training data: .jsonl .csv .tsv .parquet .conll."""
+    out: str = ""
+    """JSONL file to write, complete or not at all; standard output where none is given."""
+    batch_size: int = 16
+    """Texts at a time."""
+
+    def __post_init__(self):
+        if not self.run_dir:
+            raise UserError("run_dir is missing; name the folder of a trained run")
+        if bool(self.text) == bool(self.file):
+            raise UserError("give either --text TEXT or --file FILE")
+        usable_paths("", self, "run_dir", "base", "file", "out")
+        positive("", self, "batch_size")
+        no_effect("", self, "out", bool(self.file), "file")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,9 +162,13 @@ class ExportConfig:
     """best: lowest validation loss (the latest where none was evaluated)."""
     strict: bool = False
     """Refuse where that checkpoint is damaged, instead of using another one."""
+    base: str = ""
+    """Run under an adapter, where it is not where it was."""
+    merge: bool = False
+    """Add a lora adapter to the weights of its base."""
 
     def __post_init__(self):
-        usable_paths("", self, "to")
+        usable_paths("", self, "to", "base")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptjax"
 ORDER = (
-    *("errors", "files", "checks", "config", "verb_options", "config_io", "runtime", "text", "batches", "ops", "model"),
+    *("errors", "files", "checks", "task_options", "config", "verb_options", "config_io", "runtime"),
+    *("text", "batches", "ops", "model"),
     *("parallel", "generation", "evaluation", "report", "training", "exchange", "cli", "__main__"),
 )
 ONLY_IN = {
@@ -17,8 +18,11 @@ ONLY_IN = {
     "tiktoken": ("gptjax/text/",),
     "rich": ("gptjax/report/",),
     "tyro": ("gptjax/cli.py",),
+    "sklearn": ("gptjax/evaluation/labels.py",),
+    "seqeval": ("gptjax/evaluation/labels.py",),
+    "matplotlib": ("gptjax/evaluation/labels.py",),
 }
-NO_JAX = ("text", "batches", "checks", "config", "verb_options", "config_io", "errors", "files")
+NO_JAX = ("text", "batches", "checks", "task_options", "config", "verb_options", "config_io", "errors", "files")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -7,9 +7,11 @@ import pytest
 from gptjax.config import Config, ModelConfig
 from gptjax.config_io import differing_fields, flag_types, from_dict, load_config, read_flags, to_dict, to_yaml
 from gptjax.errors import UserError
+from gptjax.task_options import TaskConfig
 from gptjax.verb_options import SampleConfig
 
-PRESETS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+PRESETS = sorted(CONFIGS.glob("*.yaml"))
 
 
 def load(tmp_path, text: str, *flags: str) -> Config:
@@ -65,6 +67,13 @@ def test_flags_win_over_the_file(tmp_path):
         ("", ("--model.n_layers", "4"), r"unknown option --model.n_layers. Did you mean 'model.n_layer'\?"),
         ("", ("--n_layer", "4"), r"unknown option --n_layer. Did you mean 'model.n_layer'\?"),
         ("", ("--model.n_layer",), "--model.n_layer needs a value"),
+        ("parts: {}", (), "parts is a list of sections"),
+        ("parts: [1]", (), r"parts\[0\] is a section of keys, not 1"),
+        ("parts: [{weight: 2}]", (), "name is missing"),
+        ("parts: [{name: a, task: {kinds: tag}}]", (), r"unknown key 'parts\[0\].task.kinds'.*Did you mean 'kind'\?"),
+        ("parts: [{name: a}]", (), "a: task.kind=pretrain must be classify, tag or instruct"),
+        ("parts: [{name: a/b}]", (), "name='a/b' must be of letters"),
+        ("task: {kind: multi}", (), "task.kind=multi needs two parts or more"),
         ("", ("stray",), "unexpected 'stray'"),
         ("", ("--seed", "x"), "command line: seed='x' must be a whole number"),
     ],
@@ -73,6 +82,20 @@ def test_wrong_input_is_one_line_that_names_the_place(tmp_path, text, flags, mes
     with pytest.raises(UserError, match=message) as error:
         load(tmp_path, text, *flags)
     assert "\n" not in str(error.value)
+
+
+def test_a_list_of_sections_reads_back_what_was_written(tmp_path):
+    parts = "parts: [{name: a, task: {kind: tag}}, {name: b, weight: 2, task: {kind: classify}, data: {path: [x]}}]"
+    config = load(tmp_path, f"task: {{kind: multi}}\n{parts}")
+    assert [(part.name, part.weight, part.data.path) for part in config.parts] == [("a", 1.0, ()), ("b", 2.0, ("x",))]
+    assert load(tmp_path, to_yaml(config)) == config
+
+
+def test_a_flag_of_yes_or_no_may_go_without_its_value():
+    flags = ("--model.bias", "--data.streaming", "false", "--model.tied_embeddings", "--seed", "1")
+    assert read_flags(Config, flags) == {
+        "model": {"bias": True, "tied_embeddings": True}, "data": {"streaming": False}, "seed": 1
+    }  # fmt: skip
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path):
@@ -100,6 +123,14 @@ def test_presets_load_and_open_with_their_command(path):
     assert config.run_dir == f"runs/{path.stem}"
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("finetune/*.yaml")), ids=lambda path: path.stem)
+def test_recipes_load_and_open_with_their_command(path):
+    config = load_config(path)
+    assert path.read_text().startswith(f"# python train.py configs/finetune/{path.name}\n")
+    assert config.run_dir == f"runs/finetune/{path.stem}"
+    assert config.init_from in ("", "runs/finetune/base", "runs/finetune/speeches")
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_mean_what_they_meant(path):
     golden = Path(__file__).parent / "golden" / path.name
@@ -110,7 +141,7 @@ def test_presets_mean_what_they_meant(path):
 
 @pytest.mark.parametrize("cls", [Config, SampleConfig])
 def test_every_field_is_documented(cls):
-    source = Path(inspect.getfile(cls)).read_text()
+    source = Path(inspect.getfile(cls)).read_text() + Path(inspect.getfile(TaskConfig)).read_text()
     for name in flag_types(cls):
         assert f"    {name.rpartition('.')[2]}: " in source
 

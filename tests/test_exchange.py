@@ -24,7 +24,7 @@ from gptjax.text.tokenizer import (
 )
 from gptjax.text.train_bpe import PATTERN, train_ranks
 from gptjax.training.checkpoint import load_run
-from gptjax.verb_options import SampleConfig
+from gptjax.verb_options import ExportConfig, SampleConfig
 from tests.test_model_parity import make_params, our_logits
 from tests.tiny import assert_trees_equal
 
@@ -319,7 +319,7 @@ def test_import_to_a_run_and_export_from_it_is_the_identity(tmp_path):
     assert run.step == 0
     assert run.tokenizer is not None
     assert run.tokenizer.fingerprint == tokenizer.fingerprint
-    export_run(tmp_path / "run", tmp_path / "again")
+    export_run(tmp_path / "run", ExportConfig(to=str(tmp_path / "again")))
     for path in hf_dir.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -400,7 +400,7 @@ def test_a_model_of_transformers_generates_the_same_tokens_here_and_comes_back(t
     [[ours]] = generate(run.config.model, run.params, [prompt], options)
     assert len(set(ours.tolist())) > 5, "the test needs tokens that differ"
     assert ours.tolist() == theirs[0, 9:].tolist()
-    export_run(tmp_path / "run", tmp_path / "again")
+    export_run(tmp_path / "run", ExportConfig(to=str(tmp_path / "again")))
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "again")
     for name, tensor in hf.state_dict().items():
         np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy())

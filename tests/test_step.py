@@ -191,6 +191,19 @@ ELSEWHERE = {
     "test_clean": ("data.unicode", "data.newlines", "data.min_characters", "data.drop_duplicates"),
     "test_tokenizer": ("tokenizer.kind", "tokenizer.name", "tokenizer.vocab_size"),
     "test_model": ("train.remat", "train.unroll"),
+    "test_adapters": (
+        *("model.adapter.kind", "model.adapter.rank", "model.adapter.alpha", "model.adapter.targets"),
+        *("model.adapter.dropout", "model.adapter.tokens", "task.pooling"),
+    ),
+    "test_rows": (
+        *("task.labels", "task.template", "task.multi_label", "task.label_field", "task.tokens_field"),
+        *("task.tags_field", "task.prompt_field", "task.response_field", "task.messages_field"),
+    ),
+    "test_labelled": ("task.class_weights", "task.augment_delete", "task.augment_swap"),
+    "test_finetune": (
+        *("task.kind", "task.validation_path", "task.max_tokens", "task.lookahead", "finetune.train"),
+        *("finetune.top_k", "finetune.paths", "finetune.layer_decay", "finetune.head_learning_rate"),
+    ),
     "test_step": ("optim.wsd_decay_fraction", "mesh.data", "mesh.fsdp", "mesh.tensor"),
 }
 

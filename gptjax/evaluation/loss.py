@@ -24,6 +24,10 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
     """Of the UTF-8 text, so that models with different tokenizers can be compared."""
 
+    def row(self) -> dict[str, float]:
+        """What there is, for `metrics.jsonl`."""
+        return self._asdict()
+
     def __str__(self) -> str:
         return f"loss {self.val_loss:.4f} · perplexity {self.perplexity:.2f} · {self.bits_per_byte:.4f} bits per byte"
 

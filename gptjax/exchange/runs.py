@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from gptjax.config import Config, TokenizerConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.exchange.gpt2 import Imported, export_gpt2, import_gpt2
 from gptjax.exchange.hf_files import read_config
+from gptjax.model.adapters import merge_lora
 from gptjax.text.tokenizer import Tokenizer, make_tokenizer
 from gptjax.training.checkpoint import load_run, write_run
+from gptjax.verb_options import ExportConfig
 
 
 class Architecture(NamedTuple):
@@ -61,27 +63,34 @@ def import_run(
     return config
 
 
-def export_run(
-    run_dir: Path,
-    hf_dir: Path,
-    which: Literal["best", "latest"] = "best",
-    strict: bool = False,
-    notify: Callable[[str], None] = lambda message: None,
-) -> None:
+def export_run(run_dir: Path, options: ExportConfig, notify: Callable[[str], None] = lambda message: None) -> None:
     """Writes a run's model and tokenizer as a Hugging Face GPT-2 folder.
 
     Args:
         run_dir: The run.
-        hf_dir: Folder to make; an empty one will do.
-        which: The checkpoint with the lowest validation loss, or the newest.
-        strict: Refuse where that checkpoint is damaged, instead of using another.
-        notify: Told in one line where the tokenizer has no form that transformers reads, or a checkpoint is damaged.
+        options: The folder to make (an empty one will do), the checkpoint, and whether to merge an adapter.
+        notify: Told in one line what is left out (heads, a tokenizer that has no form that transformers reads), and of
+            damaged checkpoints.
 
     Raises:
-        UserError: No run or no checkpoint there, the model is not a GPT-2, or `hf_dir` holds files.
+        UserError: No run or no checkpoint there, the model is not a GPT-2, an adapter cannot be merged or is not asked
+            to be, or the folder holds files.
     """
-    run = load_run(run_dir, which, strict, notify)
-    ARCHITECTURES["gpt2"].export_model(run.config.model, run.params, run.tokenizer, hf_dir, notify)
+    run = load_run(run_dir, options.checkpoint, options.strict, notify, options.base)
+    model, params = run.config.model, run.params
+    kind = model.adapter.kind
+    if options.merge and kind != "lora":
+        raise UserError(f"{run_dir}: merge needs a lora adapter, this run has model.adapter.kind={kind}")
+    if not options.merge and kind == "lora":
+        raise UserError(f"{run_dir}: has a lora adapter, which the format cannot hold; add --merge")
+    if kind not in ("none", "lora"):
+        raise UserError(f"{run_dir}: has a {kind} adapter, which the format cannot hold")
+    if options.merge:
+        model, params = merge_lora(model, params)
+    if heads := params.get("heads"):
+        notify(f"the head {', '.join(heads)} is left out: the folder holds the model under it")
+        params = {name: part for name, part in params.items() if name != "heads"}
+    ARCHITECTURES["gpt2"].export_model(model, params, run.tokenizer, Path(options.to).expanduser(), notify)
 
 
 def _description(tokenizer: Tokenizer) -> TokenizerConfig:

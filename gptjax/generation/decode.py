@@ -19,7 +19,7 @@ from gptjax.errors import UserError
 from gptjax.generation.choose import Rule, choice_rule, choose
 from gptjax.generation.weights import DecodingWeights, decoding_weights
 from gptjax.model.cache import Cache, init_cache
-from gptjax.model.gpt import extend
+from gptjax.model.gpt import extend, for_decoding
 from gptjax.ops.projection import project
 from gptjax.verb_options import SampleConfig
 
@@ -81,6 +81,7 @@ def stream(
 
 
 def _stream(config, params, prompts, options, end_of_text, notify, piece_length):
+    config, params = for_decoding(config, params)
     weight_dtype = options.compute_dtype if options.quantize == "none" else options.quantize
     weights = decoding_weights(config, params, weight_dtype, rows=len(prompts) * options.num_samples)
     dtype = "float32" if jax.default_backend() == "cpu" else options.compute_dtype

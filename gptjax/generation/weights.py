@@ -28,7 +28,7 @@ class DecodingWeights(NamedTuple):
 def decoding_weights(
     config: ModelConfig, params: dict, dtype: Literal["float32", "bfloat16", "int8"], rows: int
 ) -> DecodingWeights:
-    """Lays out `params` for `rows` sequences; call it once, outside `jit`.
+    """Lays out `params`, as `for_decoding` returns them, for `rows` sequences; call it once, outside `jit`.
 
     Each layer's leaves lie by themselves (slices of stacked blocks would be copied for every token), the matrices in
     `dtype`, and the readout without rows that pad the vocabulary. Embeddings, norms and biases keep their dtype, as the
@@ -42,6 +42,8 @@ def decoding_weights(
     else:
         readout = _readout(w_VD, config.vocab_size, dtype)
     trunk = {name: params[name] for name in ("embed", "norm_f")}
+    if "adapters" in params:
+        trunk["adapters"] = {n: jax.tree.map(lambda x, n=n: x[n], params["adapters"]) for n in range(config.n_layer)}
     return DecodingWeights(trunk | {"blocks": dict(enumerate(layers))}, readout)
 
 

@@ -1,11 +1,13 @@
 """The decoder as functions of `params`, a nested dict of arrays; Flax stays inside.
 
 `params` holds `embed/tokens [V, D]`, `embed/positions [block_size, D]`, `blocks/...` with a leading layer axis on every
-leaf, `norm_f/...`, and `head/w [V, D]` where the embeddings are not tied.
+leaf, `norm_f/...`, and `head/w [V, D]` where the embeddings are not tied. With `model.adapter` also `adapters/...`,
+with a leading layer axis, or `prompt/w [P, D]`. Other entries, as `heads`, are passed over. `blocks` may be several
+stacks in order: then those that are constants cost no gradient.
 
 Decoding takes the same with `blocks/0/...`, `blocks/1/...` instead of stacks, see `generation/weights.py`.
 
-Shape suffixes: B batch, T position, D n_embd, V vocabulary (padded).
+Shape suffixes: B batch, T position, D n_embd, V vocabulary (padded), P learned vectors.
 """
 
 import dataclasses
@@ -18,10 +20,12 @@ from flax import nnx
 
 from gptjax.config import ModelConfig
 from gptjax.model import cache as kv
+from gptjax.model.adapters import BlockAdapter, Prefix, Prompt, merge_lora
 from gptjax.model.cache import Cache
 from gptjax.model.layers import INIT_STD, Block, LayerNorm, normal
 from gptjax.ops.elementwise import dropout, embedding
 from gptjax.ops.matmul import dot
+from gptjax.task_options import AdapterConfig
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -66,6 +70,10 @@ class GPT(nnx.Module):
         self.blocks = jax.vmap(lambda rngs: Block(config, rngs=rngs))(rngs.split(config.n_layer))
         self.norm_f = LayerNorm(config)
         self.head = None if config.tied_embeddings else Unembed(config, rngs=rngs)
+        kind = config.adapter.kind
+        self.prompt = Prompt(config, rngs=rngs) if kind == "prompt" else None
+        drawn = jax.vmap(lambda rngs: BlockAdapter(config, rngs=rngs))
+        self.adapters = None if kind in ("none", "prompt") else drawn(rngs.split(config.n_layer))
         self.n_layer = config.n_layer
         self.dropout = config.dropout
 
@@ -76,23 +84,40 @@ class GPT(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
         key: jax.Array | None,
+        lower: tuple[Block, ...] = (),
     ) -> jax.Array:
-        """Returns the normed hidden states `[B, T, D]` in the compute dtype."""
+        """Returns the normed hidden states `[B, T, D]` in the compute dtype.
+
+        `lower` are stacks of blocks that come before `self.blocks`, in a model without adapters.
+        """
         dtype = jnp.dtype(compute.dtype)
         embed_key = None if key is None else jax.random.fold_in(key, self.n_layer)
         x_BTD = dropout(self.embed(tokens_BT, positions_BT), self.dropout, embed_key)
 
         def apply(x_BTD, numbered_block):
-            block, layer = numbered_block
+            block, layer, adapter, prefix = numbered_block
             block_key = None if key is None else jax.random.fold_in(key, layer)
-            return block(x_BTD, dtype, segments_BT, block_key), None
+            return block(x_BTD, dtype, segments_BT, block_key, adapter, prefix), None
 
         if compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat])
-        x_BTD, _ = jax.lax.scan(
-            apply, x_BTD, (self.blocks, jnp.arange(self.n_layer)), unroll=compute.unroll or self.n_layer
-        )
+        first, prefix = 0, self.prefix(dtype)
+        for blocks in (*lower, self.blocks):
+            layers = jnp.arange(first, first + blocks.attn.w_qkv.shape[0])
+            numbered = (blocks, layers, self.adapters, prefix)
+            x_BTD, _ = jax.lax.scan(apply, x_BTD, numbered, unroll=compute.unroll or len(layers))
+            first += len(layers)
         return self.norm_f(x_BTD, dtype)
+
+    def prefix(self, dtype: jax.typing.DTypeLike) -> Prefix | None:
+        """What stands before every text, with a leading layer axis: learned, or what the blocks make of a prompt."""
+        if self.prompt is None:
+            return None if self.adapters is None else self.adapters.prefix(dtype)
+
+        def apply(prompt_1PD, block):
+            return block(prompt_1PD, dtype, None, None), block.prefix_of(prompt_1PD, dtype)
+
+        return jax.lax.scan(apply, self.prompt.w[...].astype(jnp.float32)[None], self.blocks)[1]
 
 
 class Decoder(nnx.Module):
@@ -102,6 +127,8 @@ class Decoder(nnx.Module):
         self.embed = Embed(config, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)])
         self.norm_f = LayerNorm(config)
+        adapters = [BlockAdapter(config, rngs=rngs) for _ in range(config.n_layer)]
+        self.adapters = None if config.adapter.kind == "none" else nnx.List(adapters)
         self.window = config.attention_window
 
     def __call__(self, tokens_BT: jax.Array, cache: Cache, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Cache]:
@@ -109,9 +136,9 @@ class Decoder(nnx.Module):
         T = tokens_BT.shape[1]
         x_BTD = self.embed(tokens_BT, kv.positions(cache, T))
         visible_BTS = kv.visible_slots(cache, T, self.window)
-        layers = []
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x_BTD, layer = block.extend(x_BTD, dtype, layer, cache.used, visible_BTS)
+        layers, adapters = [], self.adapters or [None] * len(cache.layers)
+        for block, layer, adapter in zip(self.blocks, cache.layers, adapters, strict=True):
+            x_BTD, layer = block.extend(x_BTD, dtype, layer, cache.used, visible_BTS, adapter)
             layers.append(layer)
         return self.norm_f(x_BTD, dtype), cache._replace(layers=tuple(layers), used=cache.used + T)
 
@@ -142,8 +169,23 @@ def hidden_states(
         compute: Precision and layout of the computation.
         key: Randomness for dropout; None: no dropout.
     """
-    model = nnx.merge(_graphdef(config), params)
-    return model(compute, tokens_BT, positions_BT, segments_BT, key)
+    *stacks, blocks = params["blocks"] if isinstance(params["blocks"], tuple) else (params["blocks"],)
+    lower = tuple(_merge(config, params | {"blocks": stack}).blocks for stack in stacks)
+    model = _merge(config, params | {"blocks": blocks})
+    return model(compute, tokens_BT, positions_BT, segments_BT, key, lower)
+
+
+def for_decoding(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
+    """The same model without what decoding does not know: lora becomes part of the weights, a prompt a prefix."""
+    if config.adapter.kind == "lora":
+        return merge_lora(config, params)
+    if config.adapter.kind == "prompt":
+        prefix = _merge(config, params).prefix(jnp.float32)
+        assert prefix is not None  # a prompt makes one
+        adapter = AdapterConfig(kind="prefix", tokens=config.adapter.tokens)
+        kept = {name: part for name, part in params.items() if name != "prompt"}
+        return dataclasses.replace(config, adapter=adapter), kept | {"adapters": prefix._asdict()}
+    return config, params
 
 
 def extend(
@@ -151,7 +193,8 @@ def extend(
 ) -> tuple[jax.Array, Cache]:
     """Runs tokens that follow those in `cache`; returns their hidden states `[B, T, D]` and the longer cache.
 
-    `params` holds blocks one by one; their matrices may be `Projection`s.
+    `config` and `params` are as `for_decoding` returns them, with blocks and adapters one by one; their matrices may be
+    `Projection`s.
     """
     return nnx.merge(_decoder_graphdef(config), params)(tokens_BT, cache, dtype)
 
@@ -165,6 +208,10 @@ def logits(config: ModelConfig, params: dict, x_BTD: jax.Array) -> jax.Array:
     """Returns float32 logits `[B, T, vocab_size]` of hidden states; rows that only pad the embedding are cut off."""
     w_VD = unembedding(params)[: config.vocab_size].astype(x_BTD.dtype)
     return dot("btd,vd->btv", x_BTD, w_VD, jnp.float32)
+
+
+def _merge(config: ModelConfig, params: dict) -> GPT:
+    return nnx.merge(_graphdef(config), {name: part for name, part in params.items() if name != "heads"})
 
 
 @functools.cache

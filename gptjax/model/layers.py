@@ -10,6 +10,7 @@ from flax import nnx
 
 from gptjax.config import ModelConfig
 from gptjax.model import cache as kv
+from gptjax.model.adapters import BlockAdapter, LowRank, Prefix, prefixed_attention, with_prefix
 from gptjax.model.cache import LayerCache
 from gptjax.ops.attention import attention, cached_attention
 from gptjax.ops.elementwise import dropout, gelu, layer_norm
@@ -45,29 +46,49 @@ class Attention(nnx.Module):
         self.dropout = config.dropout
         self.window = config.attention_window
 
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None,
+        key: jax.Array | None,
+        adapter: BlockAdapter | None = None,
+        prefix: Prefix | None = None,
+    ) -> jax.Array:
         """Returns what the layer adds to the residual stream, float32."""
-        y_BTHC = attention(*self._qkv(x_BTD), segments_BT, self.window, self.dropout, key)
-        return self._out(y_BTHC)
+        keys = (None, None) if adapter is None or key is None else jax.random.split(jax.random.fold_in(key, 1))
+        projected = self.qkv(x_BTD, adapter and adapter.attn_w_qkv, keys[0])
+        if prefix is None:
+            y_BTHC = attention(*projected, segments_BT, self.window, self.dropout, key)
+        else:
+            y_BTHC = prefixed_attention(*projected, segments_BT, self.window, prefix)
+        return self._out(y_BTHC, adapter and adapter.attn_w_out, keys[1])
 
     def extend(
-        self, x_BTD: jax.Array, cache: LayerCache, used: jax.Array, visible_BTS: jax.Array
+        self, x_BTD: jax.Array, cache: LayerCache, used: jax.Array, visible_BTS: jax.Array, prefix: Prefix | None
     ) -> tuple[jax.Array, LayerCache]:
         """The same for tokens that follow `used` others in `cache`; returns the longer cache too."""
-        q_BTHC, k_BTGC, v_BTGC = self._qkv(x_BTD)
+        q_BTHC, k_BTGC, v_BTGC = self.qkv(x_BTD)
         cache = kv.write(cache, used, k_BTGC, v_BTGC)
-        return self._out(cached_attention(q_BTHC, *cache, visible_BTS)), cache
+        seen = (*cache, visible_BTS) if prefix is None else with_prefix(prefix, *cache, visible_BTS)
+        return self._out(cached_attention(q_BTHC, *seen)), cache
 
-    def _qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(
+        self, x_BTD: jax.Array, low_rank: LowRank | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `[B, T, H, C]`, keys and values `[B, T, G, C]` each."""
         B, T, _ = x_BTD.shape
         qkv_BTGEC = _linear(x_BTD, self.w_qkv, x_BTD.dtype).reshape(B, T, *self.shape_GEC)
         qkv_BTGEC = _add_bias(qkv_BTGEC, self.b_qkv)
+        if low_rank is not None:
+            qkv_BTGEC = qkv_BTGEC + low_rank(x_BTD, key, x_BTD.dtype)
         q_BTHC = qkv_BTGEC[:, :, :, :-2].reshape(B, T, -1, self.shape_GEC[-1])
         return q_BTHC, qkv_BTGEC[:, :, :, -2], qkv_BTGEC[:, :, :, -1]
 
-    def _out(self, y_BTHC: jax.Array) -> jax.Array:
+    def _out(self, y_BTHC: jax.Array, low_rank: LowRank | None = None, key: jax.Array | None = None) -> jax.Array:
         B, T, H, C = y_BTHC.shape
-        return _add_bias(_linear(y_BTHC.reshape(B, T, H * C), self.w_out, jnp.float32), self.b_out)
+        y_BTK = y_BTHC.reshape(B, T, H * C)
+        y_BTD = _add_bias(_linear(y_BTK, self.w_out, jnp.float32), self.b_out)
+        return y_BTD if low_rank is None else y_BTD + low_rank(y_BTK, key, jnp.float32)
 
 
 class MLP(nnx.Module):
@@ -80,10 +101,19 @@ class MLP(nnx.Module):
         self.b_in = nnx.Param(jnp.zeros(F)) if config.bias else None
         self.b_out = nnx.Param(jnp.zeros(D)) if config.bias else None
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, adapter: BlockAdapter | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
         """Returns what the layer adds to the residual stream, float32."""
-        h_BTF = gelu(_add_bias(_linear(x_BTD, self.w_in, x_BTD.dtype), self.b_in))
-        return _add_bias(_linear(h_BTF, self.w_out, jnp.float32, outputs_first=True), self.b_out)
+        keys = (None, None) if key is None else jax.random.split(key)
+        h_BTF = _add_bias(_linear(x_BTD, self.w_in, x_BTD.dtype), self.b_in)
+        if adapter is not None and adapter.mlp_w_in is not None:
+            h_BTF = h_BTF + adapter.mlp_w_in(x_BTD, keys[0], x_BTD.dtype)
+        h_BTF = gelu(h_BTF)
+        y_BTD = _add_bias(_linear(h_BTF, self.w_out, jnp.float32, outputs_first=True), self.b_out)
+        if adapter is not None and adapter.mlp_w_out is not None:
+            y_BTD = y_BTD + adapter.mlp_w_out(h_BTF, keys[1], jnp.float32)
+        return y_BTD
 
 
 class Block(nnx.Module):
@@ -102,12 +132,25 @@ class Block(nnx.Module):
         dtype: jax.typing.DTypeLike,
         segments_BT: jax.Array | None,
         key: jax.Array | None,
+        adapter: BlockAdapter | None = None,
+        prefix: Prefix | None = None,
     ) -> jax.Array:
-        """Applies the block to the float32 residual stream; `key` is of this block, None: no dropout."""
+        """Applies the block to the float32 residual stream; `key` is of this block, None: no dropout.
+
+        `adapter` is what was added to this block. What `prefix` holds stands before every row; attention weights are
+        then not dropped.
+        """
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        y_BTD = self.attn(self.norm_1(x_BTD, dtype), segments_BT, keys[0])
+        adapter_keys = (
+            (None,) * 3 if adapter is None or key is None else jax.random.split(jax.random.fold_in(key, 3), 3)
+        )
+        y_BTD = self.attn(self.norm_1(x_BTD, dtype), segments_BT, keys[0], adapter, prefix)
+        if adapter is not None and adapter.attn is not None:
+            y_BTD = adapter.attn(y_BTD, dtype, adapter_keys[0])
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, keys[1])
-        y_BTD = self.mlp(self.norm_2(x_BTD, dtype))
+        y_BTD = self.mlp(self.norm_2(x_BTD, dtype), adapter, adapter_keys[1])
+        if adapter is not None and adapter.mlp is not None:
+            y_BTD = adapter.mlp(y_BTD, dtype, adapter_keys[2])
         return x_BTD + dropout(y_BTD, self.dropout, keys[2])
 
     def extend(
@@ -117,11 +160,23 @@ class Block(nnx.Module):
         cache: LayerCache,
         used: jax.Array,
         visible_BTS: jax.Array,
+        adapter: BlockAdapter | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """Applies the block to tokens that follow those in `cache`; returns the longer cache too."""
-        y_BTD, cache = self.attn.extend(self.norm_1(x_BTD, dtype), cache, used, visible_BTS)
+        prefix = None if adapter is None else adapter.prefix(dtype)
+        y_BTD, cache = self.attn.extend(self.norm_1(x_BTD, dtype), cache, used, visible_BTS, prefix)
+        if adapter is not None and adapter.attn is not None:
+            y_BTD = adapter.attn(y_BTD, dtype, None)
         x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.norm_2(x_BTD, dtype)), cache
+        y_BTD = self.mlp(self.norm_2(x_BTD, dtype))
+        if adapter is not None and adapter.mlp is not None:
+            y_BTD = adapter.mlp(y_BTD, dtype, None)
+        return x_BTD + y_BTD, cache
+
+    def prefix_of(self, prompt_1PD: jax.Array, dtype: jax.typing.DTypeLike) -> Prefix:
+        """What a prompt shows to what follows it."""
+        _, k_1PGC, v_1PGC = self.attn.qkv(self.norm_1(prompt_1PD, dtype))
+        return Prefix(k_1PGC[0], v_1PGC[0])
 
 
 def _residual_std(config: ModelConfig) -> float:

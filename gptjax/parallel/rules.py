@@ -11,6 +11,7 @@ from gptjax.errors import UserError
 # First match wins. Paths end in the parameter's name, for parameters, Adam's moments and averages alike; leaves of
 # blocks have a leading layer axis.
 RULES = (
+    (r"(^|/)(adapters|prompt|heads)/", PartitionSpec()),  # small: every device holds them whole
     (r"embed/tokens$", PartitionSpec("tensor", "fsdp")),
     (r"embed/positions$", PartitionSpec(None, "fsdp")),
     (r"head/w$", PartitionSpec("tensor", "fsdp")),

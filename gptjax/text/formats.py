@@ -1,4 +1,4 @@
-"""One file → documents: plain text, JSONL, CSV and parquet, each also compressed with gzip or zstandard.
+"""One file → documents: plain text, JSONL, CSV, parquet and CoNLL, each also compressed with gzip or zstandard.
 
 Everything is read as a stream, except that a plain text file is one document and is held whole.
 """
@@ -22,8 +22,9 @@ from typing import NamedTuple
 from gptjax.config import DataConfig
 from gptjax.errors import UserError, did_you_mean
 
-ENDINGS = (".txt", ".md", ".py", ".jsonl", ".csv", ".parquet")
+ENDINGS = (".txt", ".md", ".py", ".jsonl", ".csv", ".parquet", ".conll")
 COMPRESSIONS = (".gz", ".zst")
+CONLL_SENTENCES = 32  # that make a document: the format does not say where one ends
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -73,9 +74,9 @@ def read_file(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Do
     Raises:
         UserError: The file cannot be read, is truncated or malformed, or a row has no text.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".conll": _read_conll}
     reader = readers.get(ending(path), _read_text)
-    with _named_errors(path), open_binary(path) as file:
+    with named_errors(path), open_binary(path) as file:
         yield from reader(file, str(path), data, counts)
 
 
@@ -238,6 +239,52 @@ def _read_parquet(file: io.BufferedReader, name: str, data: DataConfig, counts: 
             raise UserError(f"{name}: not a valid parquet file: {_one_line(error)}") from None
 
 
+def _read_conll(file: io.BufferedReader, name: str, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
+    """Words without their tags: a sentence is a line, its words apart by one space."""
+    sentences: list[str] = []
+    where = f"{name}:1"
+    for first, words in conll_sentences(file, name, data, counts):
+        where = where if sentences else f"{name}:{first}"
+        sentences.append(" ".join(word for word, *_ in words))
+        if len(sentences) == CONLL_SENTENCES:
+            yield Document("\n".join(sentences) + "\n", where)
+            sentences = []
+    if sentences:
+        yield Document("\n".join(sentences) + "\n", where)
+
+
+def conll_sentences(
+    file: io.BufferedReader, name: str, data: DataConfig, counts: Counter[str]
+) -> Iterator[tuple[int, list[list[str]]]]:
+    """Yields sentences: the number of the first line, and a list of columns for each word.
+
+    Sentences stand apart by blank lines, columns by tabs (or, in a line without a tab, by spaces).
+
+    Raises:
+        UserError: A line has another number of columns than the first.
+    """
+    rows: list[list[str]] = []
+    first, columns = 1, 0
+    for number, raw in enumerate(file, 1):
+        line = decode_utf8(raw, f"{name}:{number}", data, counts)
+        if line is None:
+            continue
+        line = (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
+        if not line.strip():
+            if rows:
+                yield first, rows
+            rows = []
+            continue
+        cells = line.split("\t") if "\t" in line else line.split()
+        columns = columns or len(cells)
+        if len(cells) != columns:
+            raise UserError(f"{name}:{number}: {len(cells)} columns, must be {columns} as in the first line")
+        first = first if rows else number
+        rows.append(cells)
+    if rows:
+        yield first, rows
+
+
 def _decode_cell(raw: bytes | None, where: str, data: DataConfig, counts: Counter[str]) -> str | None:
     if raw is None:
         return check_text(raw, where, data, counts)
@@ -245,7 +292,7 @@ def _decode_cell(raw: bytes | None, where: str, data: DataConfig, counts: Counte
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
     """Turns what reading raises into one line that names the file."""
     import zstandard
 

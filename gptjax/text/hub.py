@@ -76,6 +76,29 @@ def read_dataset(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
                 yield Document(text, where)
 
 
+def dataset_rows(data: DataConfig) -> Iterator[tuple[dict[str, Any], dict[str, list[str]]]]:
+    """Yields each row with all its fields, and the names of the classes of those fields that hold numbers of classes.
+
+    Raises:
+        UserError: The dataset cannot be loaded or read.
+    """
+    dataset = _load(data)
+    names = {}
+    for field, feature in (dataset.features or {}).items():
+        inner = getattr(feature, "feature", feature)  # of a list, what it is a list of
+        if getattr(inner, "names", None):
+            names[field] = list(inner.names)
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise _wrapped(data, error) from None
+        if row is None:
+            return
+        yield row, names
+
+
 def fingerprint(data: DataConfig) -> str:
     """The datasets library's identity of the prepared dataset."""
     return _load(data)._fingerprint

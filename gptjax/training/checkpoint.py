@@ -3,10 +3,14 @@
 A checkpoint has the items `params`, `ema` (where the run averages) and `rest` (the other fields of the train state).
 Sampling and `init_from` read one of the first two. Its manifest, written last, has the checksums of all files and plain
 values: the loop's own state, the data's hash. Beside the checkpoints lie `config.yaml` and `tokenizer.json`.
+
+A run that trains only some parameters (`finetune.train`) saves those alone. The others are read from the run that it
+started from, which `base.json` identifies.
 """
 
 import dataclasses
 import errno
+import json
 import logging
 import os
 import shutil
@@ -17,19 +21,21 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import xxhash
 
 from gptjax.config import Config
 from gptjax.config_io import load_config, to_yaml
 from gptjax.errors import UserError
 from gptjax.files import publish, write_atomic
-from gptjax.model.gpt import init_params
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.training.choice import NAME, REJECTED, UNFINISHED, Choice, choose, entries, step_folder
+from gptjax.training.finetune import join, without_heads
 from gptjax.training.manifest import MANIFEST, DamagedError, Manifest, check_sizes, read_manifest, write_manifest
 from gptjax.training.step import TrainState, init_state
 
-CONFIG_FILE, TOKENIZER_FILE, FOLDER = "config.yaml", "tokenizer.json", "checkpoints"
+CONFIG_FILE, TOKENIZER_FILE, BASE_FILE, FOLDER = "config.yaml", "tokenizer.json", "base.json", "checkpoints"
 ROOM = 2**20  # bytes that a checkpoint takes beside its arrays
 DELETED = ".deleted-"  # begins the name of a checkpoint that is on its way out
 
@@ -91,14 +97,14 @@ class Checkpoints:
         return choice
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Loads a step into the shapes, dtypes and shardings of `abstract`.
+        """Loads a step into the shapes, dtypes and shardings of `abstract`; what is frozen is taken from there.
 
         Raises:
             UserError: Its arrays are not those of `abstract`.
         """
         items = _items(abstract)
         loaded = _restore(self._checkpointer, step_folder(self.folder, step), items)
-        return TrainState(params=loaded["params"], ema=loaded.get("ema"), **loaded["rest"])
+        return TrainState(params=loaded["params"], ema=loaded.get("ema"), frozen=abstract.frozen, **loaded["rest"])
 
     def save(self, state: TrainState, meta: dict, val_loss: float | None) -> None:
         """Starts writing `state`; returns when it may be changed. See `save_items`."""
@@ -206,9 +212,21 @@ class Checkpoints:
                 shutil.rmtree(going)
 
 
-def write_description(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
-    """Writes `config.yaml` and `tokenizer.json`."""
+def write_description(
+    run_dir: Path, config: Config, tokenizer: Tokenizer | None, base: LoadedRun | None = None
+) -> None:
+    """Writes `config.yaml`, `tokenizer.json` and, where parameters of `base` stay as they are, `base.json`.
+
+    Raises:
+        UserError: The run was started over another base.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
+    if base is not None and config.finetune.train != "all":
+        if (run_dir / BASE_FILE).is_file():
+            _check_base(run_dir, base.params, config.init_from)
+        else:
+            content = {"init_from": config.init_from, "step": base.step, "fingerprint": fingerprint(base.params)}
+            write_atomic(run_dir / BASE_FILE, json.dumps(content, indent=1).encode())
     write_atomic(run_dir / CONFIG_FILE, to_yaml(config).encode())
     if tokenizer is not None:
         save_tokenizer(tokenizer, run_dir / TOKENIZER_FILE)
@@ -219,6 +237,7 @@ def load_run(
     which: Literal["best", "latest"] = "best",
     strict: bool = False,
     notify: Callable[[str], None] = print,
+    base_dir: str = "",
 ) -> LoadedRun:
     """Loads a run's parameters (averaged, where the run averages) on one device, its config and its tokenizer.
 
@@ -227,9 +246,11 @@ def load_run(
         which: The checkpoint with the lowest validation loss, or the newest.
         strict: Refuse, instead of taking another checkpoint, where one is damaged.
         notify: Told in one line what was rejected, and why.
+        base_dir: Run to take parameters from that this one did not train; empty: the one that it started from.
 
     Raises:
-        UserError: The folder is no run directory, or has no checkpoint that verifies and is finite.
+        UserError: The folder is no run directory, or has no checkpoint that verifies and is finite, or the base is not
+            the one trained over.
     """
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE}); train one with gptjax train")
@@ -246,6 +267,10 @@ def load_run(
     finally:
         checkpointer.close()
     check_finite(params, str(choice.folder))
+    if config.finetune.train != "all":
+        params = join(params, _frozen(run_dir, config, base_dir or config.init_from, strict, notify))
+    elif base_dir:
+        raise UserError(f"{run_dir}: trained all of its parameters and needs no base; leave out base={base_dir}")
     tokenizer_path = run_dir / TOKENIZER_FILE
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
     return LoadedRun(config, params, tokenizer, choice.manifest.step)
@@ -264,6 +289,9 @@ def load_state(run_dir: Path) -> tuple[TrainState, dict]:
     checkpoints = Checkpoints(run_dir)
     try:
         abstract = _on_one_device(jax.eval_shape(lambda: init_state(config)))
+        if config.finetune.train != "all":
+            frozen = _frozen(run_dir, config, config.init_from, strict=True, notify=print)
+            abstract = dataclasses.replace(abstract, frozen=frozen)
         return checkpoints.restore(manifest.step, abstract), manifest.meta
     finally:
         checkpoints.close()
@@ -348,16 +376,41 @@ def _free_name(path: Path) -> Path:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The arrays of a state (or their shapes), by item."""
-    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    """The arrays of a state (or their shapes), by item; those that stay as they are belong to the base."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "frozen"}
     items: dict[str, Any] = {"params": fields.pop("params"), "ema": fields.pop("ema"), "rest": fields}
     return {name: item for name, item in items.items() if item is not None}
 
 
 def _abstract_params(config: Config) -> dict:
-    """Shapes and dtypes of a run's parameters, placed on one device."""
-    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    return _on_one_device(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, config.train.param_dtype), shapes))
+    """Shapes and dtypes of the parameters that a run trains, placed on one device."""
+    return _on_one_device(jax.eval_shape(lambda: init_state(config).params))
+
+
+def fingerprint(params: dict) -> str:
+    """Identity of parameters, heads left out: 32 hexadecimal digits, the same for the same names and bits."""
+    digest = xxhash.xxh3_128()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(without_heads(params))
+    for path, leaf in leaves:
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _frozen(run_dir: Path, config: Config, base_dir: str, strict: bool, notify: Callable[[str], None]) -> dict:
+    """The parameters of its base that a run did not train, in the run's dtype."""
+    base = load_run(Path(base_dir).expanduser(), strict=strict, notify=notify)
+    _check_base(run_dir, base.params, base_dir)
+    return jax.jit(lambda given: init_state(config, given).frozen)(without_heads(base.params))
+
+
+def _check_base(run_dir: Path, params: dict, base_dir: str) -> None:
+    expected = json.loads((run_dir / BASE_FILE).read_text())["fingerprint"]
+    if fingerprint(params) != expected:
+        raise UserError(
+            f"{run_dir}: was trained over another base than {base_dir}: its parameters are not those that"
+            f" {BASE_FILE} identifies ({expected[:8]}); give the right run as base, or train again"
+        )
 
 
 def _on_one_device(shapes: Any) -> Any:

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
-from gptjax.batches.pretraining import Batch
 from gptjax.files import write_atomic
 from gptjax.report.metrics import plain
 from gptjax.training.setup import Parts
@@ -15,7 +15,7 @@ from gptjax.training.step import TrainState, make_gradient_norms
 DUMP_FILE = "diverged.json"
 
 
-def write_dump(parts: Parts, state: TrainState, batch: Batch, skips: list[dict]) -> Path:
+def write_dump(parts: Parts, state: TrainState, batch: Any, skips: list[dict]) -> Path:
     """Writes the steps that made no update and, of the last one, the gradient's norm by layer; returns the file.
 
     Args:

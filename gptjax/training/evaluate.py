@@ -1,39 +1,134 @@
-"""A trained run, measured on text of one's choice."""
+"""A trained run, measured on text or labels of one's choice."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from gptjax.batches.labelled import encode_texts
+from gptjax.batches.packed import encode_words
 from gptjax.batches.pretraining import evaluation_batches
-from gptjax.errors import UserError
+from gptjax.config import Config, ModelConfig
+from gptjax.config_io import load_config
+from gptjax.errors import UserError, did_you_mean
+from gptjax.evaluation.labels import Predictions, require_finetune, save_confusion, score, table
 from gptjax.evaluation.loss import Evaluation, make_eval_step, measure
+from gptjax.evaluation.predict import Predict, make_predict, predict_texts, predict_words
+from gptjax.model.gpt import Compute
+from gptjax.task_options import LABELLED, TaskConfig
+from gptjax.text.labelled import check_labels, parse, read_examples
 from gptjax.text.prepare import prepare
-from gptjax.training.checkpoint import load_run
-from gptjax.training.setup import bytes_per_token
+from gptjax.text.rows import limited, read_dataset_rows, read_rows
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.training.checkpoint import CONFIG_FILE, LoadedRun, load_run
 from gptjax.training.step import compute_options
+from gptjax.training.tasks import bytes_per_token, longest, measure_chats, parts_of
 from gptjax.verb_options import EvaluateConfig
 
 
-def evaluate_run(options: EvaluateConfig, notify: Callable[[str], None] = print) -> Evaluation:
-    """Measures a run on the validation split of its own data, or of the data that `options.data` names.
+def evaluate_run(options: EvaluateConfig, notify: Callable[[str], None] = print) -> str:
+    """Measures a run on the validation split of its own data, or on all of what `options.data` names.
 
     `notify` is told of damaged checkpoints in one line.
+
+    Returns:
+        Loss, perplexity and bits per byte of text; for labels their scores as a table.
 
     Raises:
         UserError: There is no such run, or its data cannot be read.
     """
-    run = load_run(Path(options.run_dir).expanduser(), options.checkpoint, options.strict, notify)
-    own = not (options.data.path or options.data.source or options.data.hf_dataset)
-    data = run.config.data if own else options.data
-    if run.tokenizer is None:
+    run = load_run(Path(options.run_dir).expanduser(), options.checkpoint, options.strict, notify, options.base)
+    tokenizer = run.tokenizer
+    if tokenizer is None:
         raise UserError(f"{options.run_dir}: has no tokenizer, so no text can be measured")
-    override = None if own and not run.config.init_from else run.tokenizer  # as the run itself was prepared
-    prepared = prepare(data, run.config.tokenizer, Path(run.config.cache_dir).expanduser(), tokenizer_override=override)
-    split = prepared.dataset.validation
-    batches = evaluation_batches(
-        split, run.config.model.block_size, options.windows, options.batch_size, data.attend_across_documents
-    )
+    if options.language_model:
+        return str(evaluate_text(run, tokenizer, options))
+    run, name = one_task(run, options.part, options.run_dir)
+    kind = run.config.task.kind
+    if options.figure and kind not in LABELLED:
+        raise UserError(f"figure={options.figure!r} has no effect: {options.run_dir} has task.kind={kind}, no labels")
+    if kind == "pretrain":
+        return str(evaluate_text(run, tokenizer, options))
+    if options.windows:
+        raise UserError(f"windows={options.windows} has no effect: task.kind={kind} is measured on every row")
+    if kind not in LABELLED:
+        examples = _examples(run.config, options)
+        compute = compute_options(run.config)
+        return str(measure_chats(run.config, tokenizer, examples, compute, jax.jit)(run.params, _device()))
+    require_finetune()
+    predictions, loss = predict_labels(run, name, _examples(run.config, options), options.batch_size)
+    if options.figure:
+        save_confusion(predictions, Path(options.figure).expanduser())
+    return table(predictions, score(predictions, loss))
+
+
+def evaluate_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig) -> Evaluation:
+    """The next token's loss; of a run that learned something else, on the text of the run it started from."""
+    owner = run.config
+    own = not _given(options)
+    while own and owner.task.kind != "pretrain" and owner.init_from:
+        owner = load_config(Path(owner.init_from).expanduser() / CONFIG_FILE)
+    if own and owner.task.kind != "pretrain":
+        raise UserError(f"{options.run_dir}: started from no run with text of its own; give --data.path")
+    data = owner.data if own else options.data
+    override = None if own and not owner.init_from else tokenizer  # as the run itself was prepared
+    prepared = prepare(data, owner.tokenizer, Path(owner.cache_dir).expanduser(), tokenizer_override=override)
+    split, block_size = prepared.dataset.validation, run.config.model.block_size
+    batches = evaluation_batches(split, block_size, options.windows, options.batch_size, data.attend_across_documents)
     eval_step = jax.jit(make_eval_step(run.config.model, compute_options(run.config)))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return measure(eval_step, run.params, batches, device, bytes_per_token(split))
+    return measure(eval_step, run.params, batches, _device(), bytes_per_token(split))
+
+
+def one_task(run: LoadedRun, part: str, where: str) -> tuple[LoadedRun, str]:
+    """The run as one that learned a single task, and the name of its head.
+
+    Raises:
+        UserError: The run has no such part, or several and none is named.
+    """
+    tasks = parts_of(run.config)
+    if part not in tasks and (part or len(tasks) > 1):
+        raise UserError(f"{where}: part={part!r} must be one of {', '.join(tasks)}.{did_you_mean(part, tasks)}")
+    name = part or next(iter(tasks))
+    return dataclasses.replace(run, config=tasks[name]), name
+
+
+def predict_labels(run: LoadedRun, name: str, examples: list, batch_size: int) -> tuple[Predictions, float]:
+    """What head `name` of a run says of examples, and the mean loss where their labels are known."""
+    config, task, tokenizer = run.config, run.config.task, run.tokenizer
+    assert tokenizer is not None  # labels were learned with one
+    predict = _compiled_predict(config.model, task, name, compute_options(config))
+    if task.kind == "classify":
+        texts = encode_texts(examples, tokenizer, task.labels, task.multi_label, longest(config))
+        return predict_texts(predict, run.params, texts, task.labels, batch_size, _device())
+    words = encode_words(examples, tokenizer, task.labels, longest(config), task.lookahead)
+    return predict_words(predict, run.params, words, task.labels, batch_size, _device())
+
+
+def _examples(config: Config, options: EvaluateConfig) -> list:
+    if not _given(options):
+        return read_examples(config.task, config.data).validation
+    data = options.data
+    rows = read_dataset_rows(data) if data.hf_dataset else read_rows(data.path, "data.path")
+    named = dataclasses.replace(data, text_field=config.data.text_field)
+    examples = list(parse(limited(rows, data), config.task, named))
+    for example in examples:
+        if config.task.kind in LABELLED:
+            check_labels(example, config.task.labels)
+    if not examples:
+        raise UserError(f"{', '.join(data.path) or data.hf_dataset}: no rows")
+    return examples
+
+
+@functools.cache
+def _compiled_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
+    return jax.jit(make_predict(model, task, name, compute))
+
+
+def _given(options: EvaluateConfig) -> bool:
+    return bool(options.data.path or options.data.source or options.data.hf_dataset)
+
+
+def _device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -24,8 +24,9 @@ class Log:
         self._parts = parts
         self._noted: list[tuple[int, dict, bool]] = []
         self._clock = (first, time.monotonic())
-        flops = cost.flops_per_token(config.model, state.params)
-        self.progress = Progress(config.train.num_steps, first, flops, cost.peak_flops())
+        whole = not config.heads and config.finetune.train == "all"
+        flops = cost.flops_per_token(config.model, state.params) if whole else 0.0
+        self.progress = Progress(config.train.num_steps, first, flops, cost.peak_flops() if whole else None)
         self.file = MetricsFile(parts.run_dir, first, self.progress.line)
         self.in_a_row = 0
         """Steps in a row that made no update, as of the newest that was fetched."""
@@ -70,7 +71,7 @@ class Log:
 
     def _skip(self, step: int, reason: str, values: dict) -> None:
         """Tells of a step that made no update, with the documents of its batch."""
-        documents = self._parts.windows.documents(step - 1, self._parts.config.train.batch_size)
+        documents = self._parts.task.windows.documents(step - 1, self._parts.config.train.batch_size)
         skip = {"reason": reason, "loss": values["loss"], "grad_norm": values["grad_norm"], "documents": documents}
         self.file.write({"step": step, "skip": skip})
         low, high = min(first for first, _ in documents), max(last for _, last in documents)

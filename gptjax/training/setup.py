@@ -7,16 +7,12 @@ from typing import Any
 
 import jax
 
-from gptjax.batches.pretraining import Batch, PackedWindows, evaluation_batches
 from gptjax.config import Config, ModelConfig
 from gptjax.config_io import differing_fields, load_config
 from gptjax.errors import UserError
-from gptjax.evaluation.loss import EvalStep, make_eval_step
 from gptjax.parallel.mesh import batch_shards, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
 from gptjax.report.progress import say
-from gptjax.text.prepare import Prepared, prepare
-from gptjax.text.shards import TokenSplit
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.checkpoint import (
     CONFIG_FILE,
@@ -26,7 +22,9 @@ from gptjax.training.checkpoint import (
     load_run,
     write_description,
 )
+from gptjax.training.finetune import without_heads
 from gptjax.training.step import TrainState, compute_options, init_state, make_train_step
+from gptjax.training.tasks import Source, Task, make_task, parts_of, read_source, with_labels
 
 # Fields that may change when a run goes on: they change neither what a parameter means nor which tokens come next.
 RESUMABLE = (
@@ -34,6 +32,7 @@ RESUMABLE = (
     *("train.eval_windows", "train.save_every", "train.keep_checkpoints", "train.patience", "train.sample_"),
     *("train.remat", "train.unroll", "train.micro_batch_size", "train.spike_sigma", "train.max_skipped_in_a_row"),
     *("train.strict_checkpoints", "train.allow_data_change", "data.verify"),
+    *("finetune.layer_decay", "finetune.head_learning_rate"),
 )
 DATA_FIELDS = ("data.", "train.batch_size")  # may change too where train.allow_data_change says so
 
@@ -54,20 +53,15 @@ class Parts:
     run_dir: Path
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
-    windows: PackedWindows
-    eval_batches: list[Batch]
-    bytes_per_token: float
-    """UTF-8 bytes of the validation text per target."""
-    data_hash: str
+    task: Task
     train_step: Any
     """Jitted; the state is donated."""
-    eval_step: EvalStep
     checkpoints: Checkpoints
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions in a batch."""
-        return self.config.train.batch_size * self.config.model.block_size
+        """Tokens in a batch; on average, where batches differ."""
+        return round(self.config.train.batch_size * self.task.tokens_per_row)
 
 
 def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
@@ -79,27 +73,16 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
     mesh = make_mesh(config.mesh)
     _check_rows(config, mesh)
     base = _base_run(config)
-    prepared = prepare(
-        config.data,
-        config.tokenizer,
-        Path(config.cache_dir).expanduser(),
-        report=say,
-        tokenizer_override=base.tokenizer if base else None,
-    )
-    config = _resolve(config, prepared, base)
+    source = read_source(config, base.tokenizer if base else None)
+    config = _resolve(config, source, base)
     _check_run_dir(config, run_dir)
-    parts = _assemble(config, run_dir, prepared, mesh)
+    parts = _assemble(config, run_dir, source, mesh)
     state, loop = _start(parts, base)
     try:
-        write_description(run_dir, config, prepared.tokenizer)
+        write_description(run_dir, config, source.tokenizer, base)
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}") from None
     return parts, state, loop
-
-
-def bytes_per_token(split: TokenSplit) -> float:
-    """UTF-8 bytes of a split's text per target."""
-    return split.n_bytes / max(1, split.n_tokens - 1)
 
 
 def _base_run(config: Config) -> LoadedRun | None:
@@ -119,9 +102,9 @@ def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _resolve(config: Config, prepared: Prepared, base: LoadedRun | None) -> Config:
-    """Fills in what only the tokenizer and the base model know, and checks that they fit."""
-    vocab_size = prepared.tokenizer.vocab_size
+def _resolve(config: Config, source: Source, base: LoadedRun | None) -> Config:
+    """Fills in what only the tokenizer, the labels and the base model know, and checks that they fit."""
+    vocab_size = source.tokenizer.vocab_size
     if base is not None:
         if base.config.model.vocab_size < vocab_size:
             raise UserError(
@@ -136,15 +119,28 @@ def _resolve(config: Config, prepared: Prepared, base: LoadedRun | None) -> Conf
             f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {vocab_size};"
             " leave it out, or raise it"
         )
-    if config.train.sample_tokens:
-        prepared.tokenizer.encode(config.train.sample_prompt)  # a prompt that cannot be encoded fails now, not later
+    for part in parts_of(config).values():
+        if part.task.max_tokens > config.model.block_size:
+            raise UserError(
+                f"task.max_tokens={part.task.max_tokens} must be at most model.block_size={config.model.block_size}"
+            )
+    if config.finetune.train == "top" and config.finetune.top_k > config.model.n_layer:
+        raise UserError(f"finetune.top_k={config.finetune.top_k} must be at most model.n_layer={config.model.n_layer}")
+    config = with_labels(config, source.examples)
+    if config.train.sample_tokens and not config.heads:
+        source.tokenizer.encode(config.train.sample_prompt)  # a prompt that cannot be encoded fails now, not later
     return config
 
 
 def _base_shape(config: Config, base: LoadedRun) -> ModelConfig:
     """The base model's shape; the config may name only what does not change it, or what agrees with it."""
     default = type(config.model)()
-    shape = dataclasses.replace(base.config.model, dropout=config.model.dropout)
+    if base.config.model.adapter.kind != "none":
+        raise UserError(
+            f"init_from={config.init_from}: has a {base.config.model.adapter.kind} adapter of its own; start from the"
+            " run under it, or merge the two with gptjax export --merge true and import the result"
+        )
+    shape = dataclasses.replace(base.config.model, dropout=config.model.dropout, adapter=config.model.adapter)
     for field in dataclasses.fields(default):
         wanted, has = getattr(config.model, field.name), getattr(shape, field.name)
         if wanted not in (getattr(default, field.name), has):
@@ -172,28 +168,19 @@ def _check_run_dir(config: Config, run_dir: Path) -> None:
             say(f"going on with {name} {old!r} -> {new!r}")
 
 
-def _assemble(config: Config, run_dir: Path, prepared: Prepared, mesh: jax.sharding.Mesh) -> Parts:
-    dataset, model, train = prepared.dataset, config.model, config.train
-    across = config.data.attend_across_documents
-    eval_batches = evaluation_batches(
-        dataset.validation, model.block_size, train.eval_windows, train.micro_batch, across
-    )
+def _assemble(config: Config, run_dir: Path, source: Source, mesh: jax.sharding.Mesh) -> Parts:
     state_shardings = shardings(mesh, jax.eval_shape(lambda: init_state(config)))
     return Parts(
         config=config,
         run_dir=run_dir,
         mesh=mesh,
-        tokenizer=prepared.tokenizer,
-        windows=PackedWindows(dataset.train, model.block_size, config.seed, across),
-        eval_batches=list(eval_batches),
-        bytes_per_token=bytes_per_token(dataset.validation),
-        data_hash=dataset.hash,
+        tokenizer=source.tokenizer,
+        task=make_task(config, source, compute_options(config), lambda function: jax.jit(traced_in(mesh, function))),
         # Without out_shardings the compiler may return the state laid out differently from how it came in.
         train_step=jax.jit(
             traced_in(mesh, make_train_step(config)), donate_argnums=0, out_shardings=(state_shardings, None)
         ),
-        eval_step=jax.jit(traced_in(mesh, make_eval_step(model, compute_options(config)))),
-        checkpoints=Checkpoints(run_dir, train.keep_checkpoints, say),
+        checkpoints=Checkpoints(run_dir, config.train.keep_checkpoints, say),
     )
 
 
@@ -202,13 +189,15 @@ def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
     config = parts.config
     abstract = jax.eval_shape(lambda: init_state(config))
     where = shardings(parts.mesh, abstract)
+    given = None if base is None else without_heads(base.params)
+    given = None if given is None else jax.device_put(given, shardings(parts.mesh, given))
     manifest = parts.checkpoints.resume(config.train.strict_checkpoints).manifest
     if manifest is None:
-        params = None if base is None else jax.device_put(base.params, where.params)
-        return jax.jit(lambda params: init_state(config, params), out_shardings=where)(params), Loop()
+        return jax.jit(lambda given: init_state(config, given), out_shardings=where)(given), Loop()
+    frozen = jax.jit(lambda given: init_state(config, given).frozen, out_shardings=where.frozen)(given)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where)
     loop = _check_meta(parts, manifest.meta)
-    state = parts.checkpoints.restore(manifest.step, abstract)
+    state = parts.checkpoints.restore(manifest.step, dataclasses.replace(abstract, frozen=frozen))
     check_finite(state, f"{config.run_dir}, step {manifest.step}")
     in_a_row, limit = int(state.watch.in_a_row), config.train.max_skipped_in_a_row
     if in_a_row >= limit:
@@ -226,7 +215,7 @@ def _check_meta(parts: Parts, meta: dict) -> Loop:
         raise UserError(f"{config.run_dir}: holds parameters alone; train in another run_dir, with init_from naming it")
     if meta["tokenizer"] != parts.tokenizer.fingerprint:
         raise UserError(f"{config.run_dir}: the tokenizer is not the one that this run was trained with")
-    if meta["data_hash"] != parts.data_hash:
+    if meta["data_hash"] != parts.task.data_hash:
         if not config.train.allow_data_change:
             raise UserError(
                 f"{config.run_dir}: the data is not what this run was trained on; give another run_dir, or"
@@ -240,6 +229,6 @@ def checkpoint_meta(parts: Parts, loop: Loop) -> dict:
     """Plain values that a checkpoint holds beside the state, and that a run that goes on is checked against."""
     return {
         "loop": dataclasses.asdict(loop) | {"best_loss": min(loop.best_loss, 1e30)},  # JSON has no infinity
-        "data_hash": parts.data_hash,
+        "data_hash": parts.task.data_hash,
         "tokenizer": parts.tokenizer.fingerprint,
     }

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.batches.pretraining import Batch
 from gptjax.config import Config
-from gptjax.model.gpt import Compute, init_params
-from gptjax.model.loss import batch_loss
-from gptjax.ops.cross_entropy import Loss, LossOptions
+from gptjax.model.gpt import Compute
+from gptjax.ops.cross_entropy import Loss
 from gptjax.ops.order import after_each
+from gptjax.training.finetune import forward_params, init_all, join, rates, split
 from gptjax.training.optim import make_optimizer, make_schedule
 from gptjax.training.precision import LossScale, init_loss_scale, next_loss_scale
+from gptjax.training.tasks import make_loss
 from gptjax.training.watch import ACCEPTED, HALTED, NOT_FINITE, Watch, init_watch, judge, next_watch
 
 Metrics = dict[str, jax.Array]
@@ -34,6 +34,7 @@ class TrainState:
     skipped: jax.Array
     """Of those, how many made no update because their gradient was not finite or a spike, int32."""
     params: dict
+    """Those that learn."""
     opt_state: Any
     loss_scale: LossScale | None
     """Only for float16."""
@@ -41,12 +42,14 @@ class TrainState:
     """Average of the parameters over steps, where the config asks for it."""
     watch: Watch
     """What tells a spike."""
+    frozen: dict
+    """Parameters that stay as they are."""
 
 
 def init_state(config: Config, given: dict | None = None) -> TrainState:
-    """Draws a state from `config.seed`, or starts from given parameters."""
-    drawn = init_params(config.model, jax.random.key(config.seed)) if given is None else given
-    params: dict = jax.tree.map(lambda p: p.astype(config.train.param_dtype), drawn)
+    """Draws a state from `config.seed`; parameters that are given are not drawn."""
+    drawn = init_all(config, jax.random.key(config.seed), given)
+    params, frozen = split(config, jax.tree.map(lambda p: p.astype(config.train.param_dtype), drawn))
     return TrainState(
         step=jnp.int32(0),
         skipped=jnp.int32(0),
@@ -55,33 +58,33 @@ def init_state(config: Config, given: dict | None = None) -> TrainState:
         loss_scale=init_loss_scale() if config.train.compute_dtype == "float16" else None,
         ema=jax.tree.map(jnp.copy, params) if config.train.ema else None,
         watch=init_watch(),
+        frozen=frozen,
     )
 
 
 def evaluated_params(state: TrainState) -> dict:
-    """The parameters that evaluation and sampling use."""
-    return state.params if state.ema is None else state.ema
+    """All parameters, as evaluation and sampling use them."""
+    return join(state.params if state.ema is None else state.ema, state.frozen)
 
 
-def make_gradient(config: Config) -> Callable[[TrainState, Batch], tuple[Loss, dict]]:
+def make_gradient(config: Config) -> Callable[[TrainState, Any], tuple[Loss, dict]]:
     """Returns `gradient(state, batch) -> (loss, grads)`: sums over micro-batches, gradients divided by the number of
-    targets. Leaves of `batch` are `[M, B, T]`.
+    targets. Leaves of `batch` are `[M, B, ...]`, those of the task.
     """
-    compute = compute_options(config)
-    options = LossOptions(config.model.vocab_size, config.train.label_smoothing, config.train.z_loss)
+    task_loss = make_loss(config, compute_options(config))
 
-    def scaled_loss(params, micro_batch: Batch, key, scale):
-        loss = batch_loss(config.model, options, compute, params, micro_batch, key)
+    def scaled_loss(learning, frozen, micro_batch, key, scale):
+        loss = task_loss(forward_params(learning, frozen), micro_batch, key)
         return loss.objective * scale, loss
 
-    def gradient(state: TrainState, batch: Batch) -> tuple[Loss, dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.dropout else None
+    def gradient(state: TrainState, batch: Any) -> tuple[Loss, dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.has_dropout else None
         scale = jnp.float32(1.0) if state.loss_scale is None else state.loss_scale.scale
 
         def of_micro_batch(micro_batch, number):
             micro_key = None if key is None else jax.random.fold_in(key, number)
             grad = jax.value_and_grad(scaled_loss, has_aux=True)
-            (_, loss), grads = grad(state.params, micro_batch, micro_key, scale)
+            (_, loss), grads = grad(state.params, state.frozen, micro_batch, micro_key, scale)
             return loss, grads
 
         loss, grads = _summed(of_micro_batch, batch)
@@ -90,25 +93,28 @@ def make_gradient(config: Config) -> Callable[[TrainState, Batch], tuple[Loss, d
     return gradient
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(config: Config) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    Leaves of `batch` are `[M, B, T]`. Gradients and losses are summed over micro-batches and divided once by the
-    number of targets, so the result does not depend on how the batch is cut. A step that `watch` does not accept
-    leaves parameters, moments, average and schedule as they were, and is counted.
+    Leaves of `batch` are `[M, B, ...]`, those of the task. Gradients and losses are summed over micro-batches and
+    divided once by the number of targets, so the result does not depend on how the batch is cut. A step that `watch`
+    does not accept leaves parameters, moments, average and schedule as they were, and is counted.
     """
     gradient = make_gradient(config)
     optimizer = make_optimizer(config.optim)
     schedule = make_schedule(config.optim, config.train.num_steps)
     sigma, limit = config.train.spike_sigma, config.train.max_skipped_in_a_row
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         sums, grads = gradient(state, batch)
         loss, grad_norm = sums.nll / jnp.maximum(sums.count, 1.0), optax.tree.norm(grads)
         verdict = judge(state.watch, sigma, limit, loss, grad_norm)
         accepted = verdict == ACCEPTED
         learning_rate = schedule(state.step - state.skipped)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        factors = rates(config, state.params)
+        if factors is not None:
+            updates = jax.tree.map(jnp.multiply, updates, factors)
         params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
         params, opt_state = _where(accepted, (params, opt_state), (state.params, state.opt_state))
         # Moments wait for the parameters that are made of them; unordered, XLA would copy all moments before.
@@ -126,16 +132,16 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         skipped = state.skipped + jnp.where(accepted, 0, 1)
         watch = next_watch(state.watch, verdict, counts, loss, grad_norm, sums.count)
         metrics |= {"skipped": skipped, "verdict": verdict, "in_a_row": watch.in_a_row}
-        return TrainState(state.step + 1, skipped, params, opt_state, loss_scale, ema, watch), metrics
+        return TrainState(state.step + 1, skipped, params, opt_state, loss_scale, ema, watch, state.frozen), metrics
 
     return train_step
 
 
-def make_gradient_norms(config: Config) -> Callable[[TrainState, Batch], dict[str, list[float] | float]]:
+def make_gradient_norms(config: Config) -> Callable[[TrainState, Any], dict[str, list[float] | float]]:
     """Returns the norm of each parameter's gradient by the parameter's path: a list over layers for those of blocks."""
     gradient = jax.jit(make_gradient(config))
 
-    def gradient_norms(state: TrainState, batch: Batch) -> dict[str, list[float] | float]:
+    def gradient_norms(state: TrainState, batch: Any) -> dict[str, list[float] | float]:
         _, grads = gradient(state, batch)
         norms = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(grads)):
@@ -153,9 +159,9 @@ def compute_options(config: Config) -> Compute:
     return Compute(config.train.compute_dtype, config.train.remat, config.train.unroll)
 
 
-def _summed(gradient, batch: Batch):
+def _summed(gradient, batch):
     """Adds losses and gradients over the leading axis of the batch; a single micro-batch needs no zeros to add to."""
-    micro_batches = batch.inputs.shape[0]
+    micro_batches = jax.tree.leaves(batch)[0].shape[0]
     first = gradient(jax.tree.map(lambda x: x[0], batch), 0)
     if micro_batches == 1:
         return first

@@ -8,11 +8,10 @@ import jax
 
 from gptjax import runtime
 from gptjax.batches.prefetch import prefetch
-from gptjax.batches.pretraining import Batch
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.evaluation.loss import measure
 from gptjax.generation.sample import sample_texts
+from gptjax.model.gpt import Compute
 from gptjax.parallel.mesh import batch_sharding
 from gptjax.report import cost
 from gptjax.report.progress import say
@@ -56,13 +55,13 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
         return 0
     batches = _device_batches(parts, first, options.num_steps)
     batch = next(batches)
-    step_program = selftest.compile_safely(parts.train_step.lower(state, batch))
-    runtime.sign_programs()  # now, because a process that is killed signs no more
-    _describe(parts, state, step_program)
+    programs = {}
+    _describe(parts, state, _program(parts, state, batch, programs))
     log = Log(parts, state, first)
     step, stop = first, False
     try:
         while not stop:
+            step_program = _program(parts, state, batch, programs)
             with jax.transfer_guard("disallow"):
                 state, metrics = step_program(state, batch)
             step += 1
@@ -98,6 +97,15 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
         log.close()
 
 
+def _program(parts: Parts, state: TrainState, batch: Any, programs: dict) -> Any:
+    """The compiled step for a batch of this shape; a task may have a few."""
+    shape = jax.tree.leaves(batch)[0].shape
+    if shape not in programs:
+        programs[shape] = selftest.compile_safely(parts.train_step.lower(state, batch))
+        runtime.sign_programs()  # now, because a process that is killed signs no more
+    return programs[shape]
+
+
 def _diverged(parts: Parts, state: TrainState, log: Log) -> int:
     """Ends a run whose steps make no update any more. Its state is not saved: the newest checkpoint is older."""
     [batch] = _device_batches(parts, log.skips[-1]["step"] - 1, log.skips[-1]["step"])
@@ -114,29 +122,28 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _device_batches(parts: Parts, first: int, stop: int) -> Generator[Batch]:
-    """Batches from step `first` up to `stop`, cut into micro-batches `[M, B, T]` and on their way to the devices."""
+def _device_batches(parts: Parts, first: int, stop: int) -> Generator[Any]:
+    """Batches from step `first` up to `stop`, cut into micro-batches `[M, B, ...]` and on their way to the devices."""
     options = parts.config.train
     sharding = batch_sharding(parts.mesh, leading_axes=1)
 
-    def make(step: int) -> Batch:
-        batch = parts.windows.batch(step, options.batch_size)
-        return jax.tree.map(lambda x: x.reshape(-1, options.micro_batch, x.shape[-1]), batch)
+    def make(step: int) -> Any:
+        batch = parts.task.windows.batch(step, options.batch_size)
+        return jax.tree.map(lambda x: x.reshape(-1, options.micro_batch, *x.shape[1:]), batch)
 
     for batch in prefetch(make, first, stop):
         yield jax.device_put(batch, sharding)
 
 
 def _evaluate(parts: Parts, state: TrainState, loop: Loop, step: int, log: Log) -> float:
-    """Measures the loss on the fixed validation windows, notes whether it is the best, and shows a sample."""
+    """Measures the validation data, notes whether it is the best, and shows a sample."""
     params = evaluated_params(state)
-    sharding = batch_sharding(parts.mesh)
-    evaluation = measure(parts.eval_step, params, parts.eval_batches, sharding, parts.bytes_per_token)
+    evaluation = parts.task.evaluate(params, batch_sharding(parts.mesh))
     if evaluation.val_loss < loop.best_loss:
         loop.best_loss, loop.evaluations_since_best = evaluation.val_loss, 0
     else:
         loop.evaluations_since_best += 1
-    log.file.write({"step": step, **evaluation._asdict()})
+    log.file.write({"step": step, **evaluation.row()})
     best = " (best)" if loop.evaluations_since_best == 0 else ""
     log.progress.line(f"step {step} · validation {evaluation}{best}")
     _show_sample(parts, params, step, log)
@@ -146,11 +153,13 @@ def _evaluate(parts: Parts, state: TrainState, loop: Loop, step: int, log: Log) 
 
 def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
     config = parts.config
-    if not config.train.sample_tokens:
+    if not config.train.sample_tokens or config.heads:
         return
     options = SampleConfig(max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
     params = jax.device_put(params, jax.devices()[0])
-    [[text]] = sample_texts(config.model, params, parts.tokenizer, [config.train.sample_prompt], options)
+    dtype = "bfloat16" if config.train.compute_dtype == "bfloat16" else "float32"
+    prompts = [config.train.sample_prompt]
+    [[text]] = sample_texts(config.model, params, parts.tokenizer, prompts, options, Compute(dtype))
     log.progress.line(f"    {text!r}")
     with open(parts.run_dir / SAMPLES_FILE, "a", encoding="utf-8") as file:
         file.write(f"--- step {step}\n{config.train.sample_prompt}{text}\n")
@@ -158,15 +167,20 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
 
 def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     """Says what is about to run, before it does."""
-    config, windows, tokens = parts.config, parts.windows, parts.tokens_per_step
+    config, task, tokens = parts.config, parts.task, parts.tokens_per_step
     layout = " x ".join(f"{name} {size}" for name, size in parts.mesh.shape.items() if size > 1) or "one device"
     memory = step_program.memory_analysis()
     needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     pages = ", huge pages" if runtime.uses_huge_pages() else ""
-    epochs = config.train.num_steps * tokens / windows.tokens_per_epoch
-    count = cost.readable_count(cost.parameter_count(state.params))
+    epochs = config.train.num_steps * tokens / task.windows.tokens_per_epoch
+    learning, frozen = (cost.parameter_count(params) for params in (state.params, state.frozen))
+    count = cost.readable_count(learning + frozen)
+    if frozen:
+        count += f", of which {cost.readable_count(learning)} learn ({100 * learning / (learning + frozen):.2f} %)"
     say(f"device      {jax.device_count()} x {jax.devices()[0].device_kind} ({layout}), {config.train.compute_dtype}")
     say(f"parameters  {count}, vocabulary {config.model.vocab_size:,}")
-    say(f"data        {windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step")
+    say(f"data        {task.windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step")
+    for note in task.notes:
+        say(f"examples    {note}")
     say(f"steps       {config.train.num_steps:,} = {epochs:.2f} epochs")
     say(f"memory      {cost.readable_bytes(needs)} per device for a training step{pages}")

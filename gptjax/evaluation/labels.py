@@ -1,0 +1,205 @@
+"""How well labels are predicted: scores, a table and a figure. Scores come from scikit-learn and seqeval.
+
+Shape suffixes: E examples (texts or words), N labels.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.errors import UserError
+
+CALIBRATION_BINS = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Probabilities of labels and the truth."""
+
+    probabilities_EN: np.ndarray
+    targets: np.ndarray
+    """`[E]` numbers of labels; with several labels a text `[E, N]` of 0 and 1."""
+    labels: tuple[str, ...]
+    sentences: tuple[int, ...] = ()
+    """Words in each sentence, where examples are words."""
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """What is predicted, in the form of `targets`: the likeliest label, or those above one half."""
+        if self.targets.ndim == 2:
+            return (self.probabilities_EN > 0.5).astype(np.int64)
+        return self.probabilities_EN.argmax(axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelScores:
+    """What a run is judged by at each evaluation; the names are those of `metrics.jsonl`."""
+
+    val_loss: float
+    """Nats per label."""
+    accuracy: float
+    """Share of examples that are right, all their labels where there are several."""
+    macro_f1: float
+    """Mean over labels of F1, each weighing the same."""
+    span_f1: float | None = None
+    """F1 of whole spans, for tags of the form B-, I- and O."""
+
+    def row(self) -> dict[str, float]:
+        """What there is, for `metrics.jsonl`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        span = "" if self.span_f1 is None else f" · span F1 {self.span_f1:.4f}"
+        return f"loss {self.val_loss:.4f} · accuracy {self.accuracy:.4f} · macro F1 {self.macro_f1:.4f}{span}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiScores:
+    """What a run of several tasks is judged by."""
+
+    val_loss: float
+    """Mean over tasks, by their weights."""
+    parts: dict[str, Any]
+    """Scores of each task."""
+
+    def row(self) -> dict[str, float]:
+        """What there is, for `metrics.jsonl`: `spam/accuracy`."""
+        named = {f"{name}/{key}": value for name, scores in self.parts.items() for key, value in scores.row().items()}
+        return {"val_loss": self.val_loss} | named
+
+    def __str__(self) -> str:
+        return " · ".join([f"loss {self.val_loss:.4f}", *(f"{name}: {scores}" for name, scores in self.parts.items())])
+
+
+def require_finetune() -> None:
+    """Says early that the libraries of the scores are missing.
+
+    Raises:
+        UserError: Naming the extra.
+    """
+    try:
+        import seqeval.metrics  # noqa: F401
+        import sklearn.metrics  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the scores of labels need {error.name}, of the extra finetune: pip install 'gptjax[finetune]'"
+        ) from None
+
+
+def score(predictions: Predictions, val_loss: float) -> LabelScores:
+    """Scores predictions; labels that no example has and none was given do not count in the mean."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    truth, chosen = predictions.targets, predictions.chosen
+    macro = f1_score(truth, chosen, average="macro", zero_division=0.0)  # pyright: ignore[reportArgumentType]
+    return LabelScores(val_loss, float(accuracy_score(truth, chosen)), float(macro), _span_f1(predictions))
+
+
+def expected_calibration_error(predictions: Predictions) -> float:
+    """Mean distance between confidence and accuracy over equal bins of confidence (arXiv:1706.04599, section 2)."""
+    probabilities, truth = predictions.probabilities_EN, predictions.targets
+    if truth.ndim == 2:  # each yes-or-no answer by itself
+        confidence = np.maximum(probabilities, 1.0 - probabilities).ravel()
+        right = (predictions.chosen == truth).ravel()
+    else:
+        confidence, right = probabilities.max(axis=-1), predictions.chosen == truth
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
+    gaps = np.bincount(bins, confidence - right, CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / max(1, counts.sum()))
+
+
+def confusion(predictions: Predictions) -> np.ndarray:
+    """Counts `[N, N]`: row is the truth, column what was predicted; one label for each example."""
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix(predictions.targets, predictions.chosen, labels=range(len(predictions.labels)))
+
+
+def table(predictions: Predictions, scores: LabelScores) -> str:
+    """Scores, each label's own, what is taken for what, and calibration, as text."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    labels = predictions.labels
+    columns: Any = precision_recall_fscore_support(
+        predictions.targets,
+        predictions.chosen,
+        labels=range(len(labels)),
+        zero_division=0.0,  # pyright: ignore
+    )
+    width = max(5, *(len(label) for label in labels))
+    lines = [str(scores), f"calibration error {expected_calibration_error(predictions):.4f}", ""]
+    lines.append(f"{'label':{width}}  precision  recall      F1  examples")
+    for label, precision, recall, f1, support in zip(labels, *columns, strict=True):
+        lines.append(f"{label:{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:8}")
+    if predictions.targets.ndim == 1:
+        lines += ["", *_confusions(predictions, width)]
+    return "\n".join(lines)
+
+
+def save_confusion(predictions: Predictions, path: Path) -> None:
+    """Draws the confusion matrix, each row as shares of its label.
+
+    Raises:
+        UserError: matplotlib is missing, or examples have several labels.
+    """
+    if predictions.targets.ndim == 2:
+        raise UserError("figure: a text with several labels has no confusion matrix; leave the option out")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("figure needs matplotlib, of the extra finetune: pip install 'gptjax[finetune]'") from None
+    counts = confusion(predictions)
+    size = 2.5 + 0.25 * len(counts)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot(xlabel="predicted", ylabel="truth")
+    image = axes.imshow(counts / np.maximum(1, counts.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(counts))
+    axes.set_xticks(ticks, predictions.labels, rotation=90)
+    axes.set_yticks(ticks, predictions.labels)
+    if len(counts) <= 12:
+        for i, j in np.ndindex(*counts.shape):
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", color="black")
+    figure.colorbar(image, label="share of the label's examples")
+    figure.savefig(path)
+
+
+def _confusions(predictions: Predictions, width: int) -> list[str]:
+    """The matrix of few labels; of many, the pairs that are taken for each other most often."""
+    counts, labels = confusion(predictions), predictions.labels
+    if len(labels) <= 12:
+        cells = max(width, len(str(counts.max())))
+        head = f"{'':{width}}  " + "  ".join(f"{label:>{cells}}" for label in labels) + "   (predicted)"
+        rows = (
+            f"{label:{width}}  " + "  ".join(f"{n:{cells}}" for n in row)
+            for label, row in zip(labels, counts, strict=True)
+        )
+        return [head, *rows]
+    wrong = counts - np.diag(np.diag(counts))
+    pairs = sorted(np.argwhere(wrong).tolist(), key=lambda pair: -wrong[tuple(pair)])[:20]
+    return ["taken for another most often (truth, predicted, times):"] + [
+        f"{labels[i]:{width}}  {labels[j]:{width}}  {wrong[i, j]}" for i, j in pairs
+    ]
+
+
+def _span_f1(predictions: Predictions) -> float | None:
+    labels = predictions.labels
+    if not predictions.sentences or not all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
+        return None
+    from seqeval.metrics import f1_score
+
+    ends = np.cumsum(predictions.sentences)[:-1]
+    truth, chosen = (
+        [[labels[n] for n in part] for part in np.split(values, ends)]
+        for values in (predictions.targets, predictions.chosen)
+    )
+    return float(f1_score(truth, chosen))  # pyright: ignore[reportArgumentType]
+
+
+def as_sentences(values: Sequence[Any], lengths: Sequence[int]) -> list[Sequence[Any]]:
+    """Cuts values of all words into those of each sentence."""
+    ends = np.cumsum(lengths)
+    return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]

@@ -1,0 +1,78 @@
+"""Labels of texts and words from a model's heads.
+
+Shape suffixes: N labels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.batches.labelled import TextBatch, TextSet, ordered_batches
+from gptjax.batches.packed import EncodedWords, PackedSequences
+from gptjax.batches.pretraining import Batch
+from gptjax.config import ModelConfig
+from gptjax.evaluation.labels import Predictions
+from gptjax.model.gpt import Compute
+from gptjax.model.loss import label_batch_loss, label_logits
+from gptjax.task_options import TaskConfig
+
+Predict = Callable[[dict, Any], tuple[jax.Array, jax.Array]]
+
+
+def make_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
+    """Returns `predict(params, batch) -> (probabilities, [nll, count])` of head `name`, to be jitted."""
+
+    def predict(params: dict, batch: TextBatch | Batch) -> tuple[jax.Array, jax.Array]:
+        logits = label_logits(model, task, compute, params, name, batch)
+        loss = label_batch_loss(task, logits, batch)
+        probabilities = jax.nn.sigmoid(logits) if task.multi_label else jax.nn.softmax(logits)
+        return probabilities, jnp.stack([loss.nll, loss.count])
+
+    return predict
+
+
+def predict_texts(
+    predict: Predict,
+    params: dict,
+    texts: TextSet,
+    labels: tuple[str, ...],
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+) -> tuple[Predictions, float]:
+    """Predicts all texts; returns probabilities in their order, and the mean loss where labels are known."""
+    probabilities_EN = np.zeros((len(texts.tokens), len(labels)), np.float32)
+    sums = np.zeros(2)
+    for numbers, batch in ordered_batches(texts, batch_size):
+        found, loss = jax.device_get(predict(params, jax.device_put(batch, sharding)))
+        probabilities_EN[numbers[numbers >= 0]] = found[numbers >= 0]
+        sums += loss
+    return Predictions(probabilities_EN, texts.targets, labels), float(sums[0] / max(1.0, sums[1]))
+
+
+def predict_words(
+    predict: Predict,
+    params: dict,
+    words: EncodedWords,
+    labels: tuple[str, ...],
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+) -> tuple[Predictions, float]:
+    """Predicts all words of sentences; returns probabilities in their order, and the mean loss where tags are known."""
+    packed = PackedSequences(words.sequences, words.max_tokens, seed=0)
+    found: list[Any] = [None] * len(words.sequences)
+    targets: list[Any] = [None] * len(words.sequences)
+    sums = np.zeros(2)
+    for windows, batch in packed.ordered(batch_size):
+        probabilities, loss = jax.device_get(predict(params, jax.device_put(batch, sharding)))
+        sums += loss
+        for row, numbers in zip(probabilities, windows, strict=True):
+            start = 0
+            for number in numbers:
+                asked, sequence = words.asked[number], words.sequences[number]
+                found[number], targets[number] = row[start + asked], sequence.targets[asked]
+                start += len(sequence.inputs)
+    predictions = Predictions(np.concatenate(found), np.concatenate(targets), labels, words.lengths)
+    return predictions, float(sums[0] / max(1.0, sums[1]))
