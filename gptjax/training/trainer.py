@@ -11,7 +11,6 @@ from gptjax.batches.prefetch import prefetch
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
-from gptjax.model.gpt import Compute
 from gptjax.parallel.mesh import batch_sharding
 from gptjax.report import cost
 from gptjax.report.progress import say
@@ -157,9 +156,7 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
         return
     options = SampleConfig(max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
     params = jax.device_put(params, jax.devices()[0])
-    dtype = "bfloat16" if config.train.compute_dtype == "bfloat16" else "float32"
-    prompts = [config.train.sample_prompt]
-    [[text]] = sample_texts(config.model, params, parts.tokenizer, prompts, options, Compute(dtype))
+    [[text]] = sample_texts(config.model, params, parts.tokenizer, [config.train.sample_prompt], options)
     log.progress.line(f"    {text!r}")
     with open(parts.run_dir / SAMPLES_FILE, "a", encoding="utf-8") as file:
         file.write(f"--- step {step}\n{config.train.sample_prompt}{text}\n")
