@@ -218,5 +218,5 @@ def test_no_option_is_without_a_test_that_changes_it():
     elsewhere = {name for names in ELSEWHERE.values() for name in names}
     assert flipped | elsewhere == set(flag_types(Config))
     for module, names in ELSEWHERE.items():
-        text = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+        text = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
         assert not [name for name in names if name.rpartition(".")[2] not in text], module

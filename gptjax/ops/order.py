@@ -23,4 +23,5 @@ def after_each(x: jax.Array, earlier: jax.Array) -> jax.Array:
     """
     if jax.default_backend() != "cpu":
         return x
-    return x + (earlier * jnp.zeros((), earlier.dtype)).astype(x.dtype)
+    finite = jnp.where(jnp.isfinite(earlier), earlier, 0.0)  # times zero would be NaN otherwise
+    return x + (finite * jnp.zeros((), earlier.dtype)).astype(x.dtype)

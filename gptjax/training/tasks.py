@@ -129,21 +129,21 @@ def make_part_loss(config: Config, name: str, compute: Compute) -> LossFunction:
     return lambda params, batch, key: batch_loss(model, options, compute, params, batch, key)
 
 
-def make_task(config: Config, source: Source, compute: Compute, compile: Compile) -> Task:
+def make_task(config: Config, source: Source, compute: Compute, compiled: Compile) -> Task:
     """Builds batches and measurement of a run from what was read.
 
     Args:
         config: Knows vocabulary and labels by now.
         source: As `read_source` returns it.
         compute: Precision and layout.
-        compile: Makes a function of parameters and a batch a compiled one.
+        compiled: Makes a function of parameters and a batch a compiled one.
     """
     if source.dataset is not None:
-        return _pretrain(config, source.dataset, compute, compile)
+        return _pretrain(config, source.dataset, compute, compiled)
     tasks = {}
     for name, part in parts_of(config).items():
         make = {"classify": _classify, "tag": _tag, "instruct": _instruct}[part.task.kind]
-        tasks[name] = make(part, name, source.tokenizer, source.examples[name], compute, compile)
+        tasks[name] = make(part, name, source.tokenizer, source.examples[name], compute, compiled)
     if config.task.kind != "multi":
         return tasks[config.task.kind]
     return _multi({part.name: part.weight for part in config.parts}, tasks)
@@ -174,12 +174,12 @@ def longest(config: Config) -> int:
     return config.task.max_tokens or config.model.block_size
 
 
-def _pretrain(config: Config, dataset: Dataset, compute: Compute, compile: Compile) -> Task:
+def _pretrain(config: Config, dataset: Dataset, compute: Compute, compiled: Compile) -> Task:
     model, train, across = config.model, config.train, config.data.attend_across_documents
     batches = list(
         evaluation_batches(dataset.validation, model.block_size, train.eval_windows, train.micro_batch, across)
     )
-    eval_step, ratio = compile(make_eval_step(model, compute)), bytes_per_token(dataset.validation)
+    eval_step, ratio = compiled(make_eval_step(model, compute)), bytes_per_token(dataset.validation)
     return Task(
         PackedWindows(dataset.train, model.block_size, config.seed, across),
         model.block_size,
@@ -189,7 +189,7 @@ def _pretrain(config: Config, dataset: Dataset, compute: Compute, compile: Compi
 
 
 def _classify(
-    config: Config, name: str, tokenizer: Tokenizer, examples: Examples, compute: Compute, compile: Compile
+    config: Config, name: str, tokenizer: Tokenizer, examples: Examples, compute: Compute, compiled: Compile
 ) -> Task:
     task = config.task
     train, validation = (
@@ -197,7 +197,7 @@ def _classify(
         for side in (examples.train, examples.validation)
     )
     windows = TextBatches(train, task, config.seed)
-    predict = compile(make_predict(config.model, task, name, compute))
+    predict = compiled(make_predict(config.model, task, name, compute))
 
     def evaluate(params: dict, sharding: jax.sharding.Sharding) -> LabelScores:
         return score(*predict_texts(predict, params, validation, task.labels, config.train.micro_batch, sharding))
@@ -211,13 +211,13 @@ def _classify(
 
 
 def _tag(
-    config: Config, name: str, tokenizer: Tokenizer, examples: Examples, compute: Compute, compile: Compile
+    config: Config, name: str, tokenizer: Tokenizer, examples: Examples, compute: Compute, compiled: Compile
 ) -> Task:
     task = config.task
     train = encode_words(examples.train, tokenizer, task.labels, longest(config), task.lookahead)
     validation = encode_words(examples.validation, tokenizer, task.labels, longest(config), task.lookahead)
     windows = PackedSequences(train.sequences, longest(config), config.seed)
-    predict = compile(make_predict(config.model, task, name, compute))
+    predict = compiled(make_predict(config.model, task, name, compute))
 
     def evaluate(params: dict, sharding: jax.sharding.Sharding) -> LabelScores:
         return score(*predict_words(predict, params, validation, task.labels, config.train.micro_batch, sharding))
@@ -227,7 +227,7 @@ def _tag(
 
 
 def _instruct(
-    config: Config, _name: str, tokenizer: Tokenizer, examples: Examples, compute: Compute, compile: Compile
+    config: Config, _name: str, tokenizer: Tokenizer, examples: Examples, compute: Compute, compiled: Compile
 ) -> Task:
     train, cut, left_out = encode_chats(examples.train, tokenizer, longest(config))
     if not train:
@@ -239,19 +239,19 @@ def _instruct(
         f"{len(examples.train):,} chats, {len(examples.validation):,} to validate on; {cut:,} cut at"
         f" {longest(config)} tokens, {left_out:,} left out because nothing to learn was left"
     )
-    evaluate = measure_chats(config, tokenizer, examples.validation, compute, compile)
+    evaluate = measure_chats(config, tokenizer, examples.validation, compute, compiled)
     return Task(windows, windows.mean_tokens, _hash_of(train), evaluate, (note,))
 
 
 def measure_chats(
-    config: Config, tokenizer: Tokenizer, chats: Sequence[Chat], compute: Compute, compile: Compile
+    config: Config, tokenizer: Tokenizer, chats: Sequence[Chat], compute: Compute, compiled: Compile
 ) -> Callable[[dict, jax.sharding.Sharding], Evaluation]:
     """Returns the measurement of responses: the next token's loss on what is to be learned."""
     sequences, _, _ = encode_chats(chats, tokenizer, longest(config))
     batches = [batch for _, batch in PackedSequences(sequences, longest(config), 0).ordered(config.train.micro_batch)]
     asked = sum(int((sequence.targets >= 0).sum()) for sequence in sequences)
     size = sum(len(text.encode()) for chat in chats for text, learn in chat.pieces if learn)
-    eval_step = compile(make_eval_step(config.model, compute))
+    eval_step = compiled(make_eval_step(config.model, compute))
     return lambda params, sharding: measure(eval_step, params, batches, sharding, size / max(1, asked))
 
 

@@ -84,6 +84,7 @@ def storm(tmp_path, server, kills: int, steps: int) -> str:
 EXPECTED = "goes on from at least the last acknowledged checkpoint; the final state has the unbroken run's bits"
 
 
+@pytest.mark.slow
 @pytest.mark.fault(1, "kill -9 at 20 random moments", EXPECTED)
 def test_twenty_kills_lose_nothing(tmp_path, server, seen):
     seen(storm(tmp_path, server, kills=20, steps=150))
@@ -104,6 +105,7 @@ def test_verify_resume_says_that_bits_are_the_same(tmp_path):
     assert "the same: all arrays and metrics of 40 steps, after 2 kills, bit for bit" in done.stdout
 
 
+@pytest.mark.slow
 def test_verify_resume_names_what_differs(tmp_path, monkeypatch, capsys):
     def train(config, *_):
         from gptjax.training import trainer
