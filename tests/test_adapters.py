@@ -51,7 +51,7 @@ def test_an_adapter_changes_the_output_but_not_at_first_where_it_can(kind):
     plain = hidden_states(MODEL, init_params(MODEL, KEY), TOKENS, POSITIONS)
     first = hidden_states(model, params, TOKENS, POSITIONS)
     if kind in ("lora", "bottleneck"):
-        np.testing.assert_array_equal(first, plain)
+        np.testing.assert_allclose(first, plain, atol=1e-6)  # another program, which may round sums otherwise
     model, params = adapted(kind)
     assert float(jnp.abs(hidden_states(model, params, TOKENS, POSITIONS) - plain).max()) > 0.05
 
