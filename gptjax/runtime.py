@@ -33,15 +33,13 @@ def start(cache_dir: str = Config.cache_dir) -> None:
             raise UserError(f"cache_dir={cache_dir} cannot be written: {reason}") from None
         print(f"gptjax: compiled programs are not kept: {reason}", file=sys.stderr)
         return
-    damaged, _ = check_programs(folder)
+    unsound, _ = check_programs(folder)
+    damaged = [path for path in unsound if _signature(path).exists()]  # the others may be a running process's
     if damaged:
-        print(
-            f"gptjax: {folder}: {len(damaged)} compiled programs are damaged or unfinished; they are made anew",
-            file=sys.stderr,
-        )
-        for path in damaged:
-            path.unlink(missing_ok=True)
-            _signature(path).unlink(missing_ok=True)
+        print(f"gptjax: {folder}: {len(damaged)} compiled programs are damaged; they are made anew", file=sys.stderr)
+    for path in unsound:
+        path.unlink(missing_ok=True)
+        _signature(path).unlink(missing_ok=True)
     atexit.register(sign_programs)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -12,17 +12,26 @@ MOST_ROWS = 2**16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Continues prompts with a trained model."""
+class CheckpointConfig:
+    """Which parameters of a run are used."""
 
-    run_dir: str = ""
-    """Run directory of the model."""
     checkpoint: Literal["best", "latest"] = "best"
     """best: lowest validation loss (the latest where none was evaluated)."""
     strict: bool = False
     """Refuse where that checkpoint is damaged, instead of using another one."""
     base: str = ""
-    """Run under an adapter, where it is not where it was."""
+    """Run under an adapter or a head, where it is not where it was."""
+
+    def __post_init__(self):
+        usable_paths("", self, "base")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig(CheckpointConfig):
+    """Continues prompts with a trained model."""
+
+    run_dir: str = ""
+    """Run directory of the model."""
     prompt: tuple[str, ...] = ()
     """One or several texts to continue; standard input where neither this nor prompt_file is given."""
     prompt_file: str = ""
@@ -49,6 +58,7 @@ class SampleConfig:
     """Go on after end-of-text."""
 
     def __post_init__(self):
+        super().__post_init__()
         positive("", self, "num_samples", "max_new_tokens")
         not_negative("", self, "temperature", "top_k")
         usable_paths("", self, "run_dir", "prompt_file")
@@ -69,21 +79,15 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(CheckpointConfig):
     """Measures a trained model on text: its own validation data, or what `data` names."""
 
     run_dir: str = ""
     """Run directory of the model."""
-    checkpoint: Literal["best", "latest"] = "best"
-    """best: lowest validation loss (the latest where none was evaluated)."""
-    strict: bool = False
-    """Refuse where that checkpoint is damaged, instead of using another one."""
     windows: int = 0
     """Validation windows, evenly spaced; 0: all."""
     batch_size: int = 16
     """Windows at a time."""
-    base: str = ""
-    """Run under an adapter or head, where it is not where it was."""
     language_model: bool = False
     """Measure the next token's loss of a run that learned labels, on the text of the run it started from."""
     part: str = ""
@@ -93,6 +97,7 @@ class EvaluateConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.run_dir:
             raise UserError("run_dir is missing; name the folder of a trained run")
         usable_paths("", self, "run_dir")
@@ -107,17 +112,11 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictConfig:
+class PredictConfig(CheckpointConfig):
     """Labels texts with a model that was trained for it; each line of the result is a JSON object."""
 
     run_dir: str = ""
     """Run directory of the model."""
-    checkpoint: Literal["best", "latest"] = "best"
-    """best: lowest validation loss (the latest where none was evaluated)."""
-    strict: bool = False
-    """Refuse where that checkpoint is damaged, instead of using another one."""
-    base: str = ""
-    """Run under an adapter or head, where it is not where it was."""
     part: str = ""
     """Which task of a run that learned several."""
     text: tuple[str, ...] = ()
@@ -130,11 +129,12 @@ class PredictConfig:
     """Texts at a time."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.run_dir:
             raise UserError("run_dir is missing; name the folder of a trained run")
         if bool(self.text) == bool(self.file):
             raise UserError("give either --text TEXT or --file FILE")
-        usable_paths("", self, "run_dir", "base", "file", "out")
+        usable_paths("", self, "run_dir", "file", "out")
         positive("", self, "batch_size")
         no_effect("", self, "out", bool(self.file), "file")
 
@@ -153,22 +153,17 @@ class ImportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(CheckpointConfig):
     """Where an exported model goes."""
 
     to: str
     """Folder to write."""
-    checkpoint: Literal["best", "latest"] = "best"
-    """best: lowest validation loss (the latest where none was evaluated)."""
-    strict: bool = False
-    """Refuse where that checkpoint is damaged, instead of using another one."""
-    base: str = ""
-    """Run under an adapter, where it is not where it was."""
     merge: bool = False
     """Add a lora adapter to the weights of its base."""
 
     def __post_init__(self):
-        usable_paths("", self, "to", "base")
+        super().__post_init__()
+        usable_paths("", self, "to")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

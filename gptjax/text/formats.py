@@ -147,6 +147,22 @@ def _by_policy(replaced: str, data: DataConfig, counts: Counter[str]) -> str | N
     return replaced
 
 
+def json_object(line: str, where: str, whole: bool) -> dict:
+    """The object on a line of JSONL; `whole`: the line ends in a newline.
+
+    Raises:
+        UserError: It is not valid JSON, or something else than an object.
+    """
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        cut = "" if whole else " (the last line has no newline: is the file truncated?)"
+        raise UserError(f"{where}: not valid JSON: {error}{cut}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: a {type(values).__name__}, must be an object")
+    return values
+
+
 def _read_text(file: io.BufferedReader, where: str, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
     text = decode_utf8(file.read(), where, data, counts)
     if text is not None:
@@ -162,13 +178,7 @@ def _read_jsonl(file: io.BufferedReader, name: str, data: DataConfig, counts: Co
         line = line.removeprefix("\ufeff") if number == 1 else line
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            cut = "" if raw.endswith(b"\n") else " (the last line has no newline: is the file truncated?)"
-            raise UserError(f"{where}: not valid JSON: {error}{cut}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a {type(row).__name__}, must be an object with a field {data.text_field!r}")
+        row = json_object(line, where, whole=raw.endswith(b"\n"))
         if data.text_field not in row:
             raise missing_field(where, data.text_field, row)
         text = check_text(row[data.text_field], where, data, counts)

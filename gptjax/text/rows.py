@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import itertools
-import json
 import shutil
 import sys
 import tempfile
@@ -16,7 +15,15 @@ from typing import Any, NamedTuple
 from gptjax.config import DataConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.text import hub
-from gptjax.text.formats import COMPRESSIONS, conll_sentences, decode_utf8, ending, named_errors, open_binary
+from gptjax.text.formats import (
+    COMPRESSIONS,
+    conll_sentences,
+    decode_utf8,
+    ending,
+    json_object,
+    named_errors,
+    open_binary,
+)
 
 ROW_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet", ".conll")
 CONLL_TOKENS, CONLL_TAGS = "tokens", "tags"
@@ -101,14 +108,7 @@ def _jsonl(file: io.BufferedReader, name: str) -> Iterator[Row]:
         line = _decoded(raw, where).removeprefix("\ufeff" if number == 1 else "")
         if not line.strip():
             continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            cut = "" if raw.endswith(b"\n") else " (the last line has no newline: is the file truncated?)"
-            raise UserError(f"{where}: not valid JSON: {error}{cut}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: a {type(values).__name__}, must be an object")
-        yield Row(values, where)
+        yield Row(json_object(line, where, whole=raw.endswith(b"\n")), where)
 
 
 def _table(file: io.BufferedReader, name: str) -> Iterator[Row]:
