@@ -175,10 +175,7 @@ def test_damaged_compile_cache(tmp_path, seen):
         path.write_bytes(fault(raw))
     again, told = compute(cache)
     assert again == result
-    assert (
-        told.count("\n") == 1
-        and f"{len(programs)} compiled programs are damaged; they are made anew" in told
-    )
+    assert told.count("\n") == 1 and f"{len(programs)} compiled programs are damaged; they are made anew" in told
     assert compute(cache) == (result, "")
     (line,) = told.splitlines()
     seen(f"the same result; {line.replace(str(cache), '')}")
