@@ -1,10 +1,10 @@
-# make demo · make test · make faults · make lint · make bench · make finetune-report: each makes the environment that it
-# needs in .venv
+# make demo · make test · make cluster · make faults · make lint · make bench · make finetune-report: each makes the
+# environment that it needs in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults lint bench finetune-report clean
+.PHONY: demo test cluster faults lint bench finetune-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py configs/demo.yaml
@@ -13,6 +13,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+cluster: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow tests/cluster tests/faults/test_cluster.py
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 tests/faults --fault-table docs/reliability.md

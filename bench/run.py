@@ -31,8 +31,8 @@ def rows() -> dict[str, tuple]:
             table[f"{name}_{dtype}_same_pages"] = ("train", name, dtype, [dtype], steps, HUGE_PAGES)
     for length in (256, 512, 1024, 2048, 4096):
         table[f"long_{length}"] = ("train", f"long_{length}", "bfloat16", ["bfloat16"], 4, {})
-    for sequences, dtypes in ((1, ("float32", "bfloat16", "int8")), (8, ("bfloat16",)), (32, ("bfloat16",))):
-        for dtype in dtypes:
+    for sequences in (1, 8, 32):
+        for dtype in ("float32", "bfloat16", "int8"):
             table[f"generate_{sequences}_{dtype}"] = ("generate", str(sequences), dtype, list(DTYPES), 3, {})
     table["tokenize"] = ("tokenize", "100_MB", "", [""], 2, {})
     table["whole"] = ("whole", "shakespeare_cpu", "bfloat16", ["float32", "bfloat16"], 1, {})

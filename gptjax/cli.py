@@ -12,7 +12,7 @@ from gptjax import __version__, runtime
 from gptjax.checks import usable_path
 from gptjax.config import Config
 from gptjax.config_io import flag_types, from_dict, load_config, read_flags
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError, did_you_mean, one_line
 from gptjax.verb_options import (
     DoctorConfig,
     EvaluateConfig,
@@ -28,9 +28,12 @@ def train(args: Sequence[str]) -> int:
     """Trains: gptjax train CONFIG.yaml [--section.key VALUE ...]; goes on where the run directory has a checkpoint."""
     config = _config(args, "train")
     runtime.start(config.cache_dir)
-    from gptjax.training import trainer
+    from gptjax.parallel import cluster
 
-    return trainer.train(config)
+    with cluster.joined(config.cluster):
+        from gptjax.training import trainer
+
+        return trainer.train(config)
 
 
 def prepare(args: Sequence[str]) -> int:
@@ -174,28 +177,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
-    except UserError as error:
-        return _refuse(str(error))
     except BrokenPipeError:  # the reader of standard output went away, as `| head` does
         sys.stderr.close()
         return 0
-    except OSError as error:
-        return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}")
-    except MemoryError as error:
-        return _refuse(f"not enough memory: {error}")
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
             raise
-        return _refuse(f"not enough memory on the device; make train.micro_batch_size or the model smaller: {error}")
-
-
-def _refuse(message: str) -> int:
-    """Says on one line, whatever a file's name or a library's message holds, why nothing was done; returns 2."""
-    line = " ".join(message.splitlines())
-    if len(line) > 2000:
-        line = f"{line[:1000]} ... {line[-1000:]}"
-    print(f"gptjax: {line}", file=sys.stderr)
-    return 2
+        print(f"gptjax: {line}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(args: list[str]) -> int:

@@ -1,10 +1,12 @@
 """Everything that defines a run, as frozen dataclasses: the only place that knows a default."""
 
 import dataclasses
+import math
 import re
 from typing import Literal
 
 from gptjax.checks import LARGEST_COUNT, fraction, no_effect, not_negative, positive, usable_paths
+from gptjax.cluster_options import ClusterConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.task_options import LABELLED, AdapterConfig, FinetuneConfig, TaskConfig
 
@@ -216,8 +218,9 @@ class TrainConfig:
     """Sequences per forward pass, over all devices; gradients add up to batch_size. 0: batch_size."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameters and optimizer moments."""
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Operands of matrix products; float16 brings a dynamic loss scale."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Operands of matrix products; float16 brings a dynamic loss scale. auto: bfloat16 where the machine multiplies it,
+    else float32; the run's own config says which."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over the vocabulary."""
     z_loss: float = 0.0
@@ -291,6 +294,10 @@ class MeshConfig:
     """Data parallel with parameters and optimizer state cut over the devices."""
     tensor: int = 1
     """Heads, MLP width and vocabulary cut over the devices."""
+    context: int = 1
+    """Positions of each row cut over the devices; keys and values go round them."""
+    stage: int = 1
+    """Layers cut over the devices; micro-batches go through them one after another."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -299,6 +306,11 @@ class MeshConfig:
                 raise UserError(f"mesh.{name}={size} must be positive, or -1 for all devices that are left")
         if list(sizes.values()).count(-1) > 1:
             raise UserError(f"mesh: only one axis may be -1, not {[n for n, s in sizes.items() if s == -1]}")
+
+    @property
+    def size(self) -> int:
+        """Devices that the axes take, one that is -1 left out."""
+        return math.prod(size for size in dataclasses.asdict(self).values() if size != -1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,6 +350,7 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     parts: tuple[PartConfig, ...] = ()

@@ -155,8 +155,13 @@ def to_yaml(config) -> str:
 
 def differing_fields(old, new) -> dict[str, tuple]:
     """Maps the dotted name of each field that differs to `(old value, new value)`."""
-    old_flat, new_flat = _flatten(to_dict(old)), _flatten(to_dict(new))
+    old_flat, new_flat = to_flat(old), to_flat(new)
     return {name: (old_flat[name], new_flat[name]) for name in new_flat if old_flat[name] != new_flat[name]}
+
+
+def to_flat(config) -> dict[str, Any]:
+    """Maps the dotted name of each field to its plain value."""
+    return _flatten(to_dict(config))
 
 
 @functools.cache

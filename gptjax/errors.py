@@ -16,6 +16,22 @@ class UserError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
+def one_line(error: BaseException) -> str | None:
+    """Says what the user should read of an error, on one line; None: it is a fault of the program."""
+    if isinstance(error, UserError):
+        message = str(error)
+    elif isinstance(error, OSError):
+        message = f"{error.filename or 'the system'}: {error.strerror or error}"
+    elif isinstance(error, MemoryError):
+        message = f"not enough memory: {error}"
+    elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        message = f"not enough memory on the device; make train.micro_batch_size or the model smaller: {error}"
+    else:
+        return None
+    line = " ".join(message.splitlines())
+    return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-1000:]}"
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Returns `" Did you mean 'x'?"` for the closest option, or an empty string where none is close."""
     close = difflib.get_close_matches(word, list(options), n=1)

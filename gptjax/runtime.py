@@ -14,6 +14,7 @@ from gptjax.files import write_atomic
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+CPU_INFO = Path("/proc/cpuinfo")
 THP_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -106,15 +107,24 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16; no, where the system does not tell."""
+    words = {word for line in _processor_lines() for word in line.split()}
+    return not words.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))  # the last one: Arm
+
+
 def _processor() -> str:
     """Names the processor by what it can do, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    identity = "\n".join([platform.machine(), platform.processor(), *told])
+    identity = "\n".join([platform.machine(), platform.processor(), *_processor_lines()])
     return f"{platform.machine()}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _processor_lines() -> list[str]:
+    try:
+        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
 
 
 def restart_with_huge_pages() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptjax"
 ORDER = (
-    *("errors", "files", "checks", "task_options", "config", "verb_options", "config_io", "runtime"),
+    *("errors", "files", "checks", "task_options", "cluster_options", "config", "verb_options", "config_io", "runtime"),
     *("text", "batches", "ops", "model"),
     *("parallel", "generation", "evaluation", "report", "training", "exchange", "cli", "__main__"),
 )
@@ -22,7 +22,18 @@ ONLY_IN = {
     "seqeval": ("gptjax/evaluation/labels.py",),
     "matplotlib": ("gptjax/evaluation/labels.py",),
 }
-NO_JAX = ("text", "batches", "checks", "task_options", "config", "verb_options", "config_io", "errors", "files")
+NO_JAX = (
+    "text",
+    "batches",
+    "checks",
+    "task_options",
+    "cluster_options",
+    "config",
+    "verb_options",
+    "config_io",
+    "errors",
+    "files",
+)
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

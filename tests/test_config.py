@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gptjax.cluster_options import ClusterConfig
 from gptjax.config import Config, ModelConfig
 from gptjax.config_io import differing_fields, flag_types, from_dict, load_config, read_flags, to_dict, to_yaml
 from gptjax.errors import UserError
@@ -141,7 +142,7 @@ def test_presets_mean_what_they_meant(path):
 
 @pytest.mark.parametrize("cls", [Config, SampleConfig])
 def test_every_field_is_documented(cls):
-    source = Path(inspect.getfile(cls)).read_text() + Path(inspect.getfile(TaskConfig)).read_text()
+    source = "".join(Path(inspect.getfile(part)).read_text() for part in (cls, TaskConfig, ClusterConfig))
     for name in flag_types(cls):
         assert f"    {name.rpartition('.')[2]}: " in source
 

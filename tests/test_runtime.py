@@ -33,3 +33,21 @@ def test_a_program_restarts_itself_once_with_huge_pages():
 
 def test_a_setting_of_the_users_own_is_left_alone():
     assert run(GLIBC_TUNABLES="glibc.malloc.arena_max=4")[0] == "False"
+
+
+@pytest.mark.parametrize(
+    ("line", "known"),
+    [
+        ("flags\t\t: fpu sse2 avx2 avx512f avx512_bf16", True),
+        ("flags\t\t: fpu sse2 avx2 amx_bf16 amx_tile", True),
+        ("Features\t: fp asimd bf16", True),
+        ("flags\t\t: fpu sse2 avx2 avx512f", False),
+        ("model name\t: a processor that tells nothing", False),
+    ],
+)
+def test_processors_that_multiply_bfloat16_are_known(tmp_path, monkeypatch, line, known):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    monkeypatch.setattr(runtime, "CPU_INFO", tmp_path / "cpuinfo")
+    assert runtime.multiplies_bfloat16() == known
+    monkeypatch.setattr(runtime, "CPU_INFO", tmp_path / "nothing")
+    assert not runtime.multiplies_bfloat16()

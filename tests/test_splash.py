@@ -1,12 +1,15 @@
 """The TPU's attention kernel in interpret mode, against the plain form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from gptjax.ops.attention import attention_reference
+from gptjax.ops.axes import HEADS, ROWS, per_device
 from gptjax.ops.splash import splash_attention, splash_fits
 
 B, T, C = 4, 256, 16
@@ -31,7 +34,7 @@ def value_and_gradients(function, q, k, v):
 def test_splash_attention(kv_heads, segmented, window):
     q, k, v, segments = arrays(kv_heads)
     segments = segments if segmented else None
-    actual = value_and_gradients(lambda *x: splash_attention(*x, segments, window, interpret=True), q, k, v)
+    actual = value_and_gradients(lambda *x: splash_attention(window, *x, segments, interpret=True), q, k, v)
     expected = value_and_gradients(lambda *x: attention_reference(*x, segments, window), q, k, v)
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, e, atol=5e-6 * np.abs(e).max())  # float32 sums in another order
@@ -43,8 +46,10 @@ def test_splash_attention_on_a_mesh():
     mesh = jax.make_mesh(
         (2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:4]
     )
+    cut = PartitionSpec(ROWS, None, HEADS)
+    call = functools.partial(splash_attention, 0, interpret=True)
     with jax.set_mesh(mesh):
-        actual = jax.jit(lambda *x: splash_attention(*x, segments, 0, interpret=True))(q, k, v)
+        actual = jax.jit(per_device(call, (cut, cut, cut, PartitionSpec(ROWS)), cut))(q, k, v, segments)
     np.testing.assert_allclose(actual, attention_reference(q, k, v, segments), atol=1e-5)
     assert len(actual.sharding.device_set) == 4
 

@@ -11,7 +11,7 @@ import pytest
 from gptjax.config import Config, MeshConfig, OptimConfig
 from gptjax.config_io import flag_types
 from gptjax.errors import UserError
-from gptjax.parallel.mesh import batch_sharding, make_mesh
+from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
 from gptjax.training.optim import decayed, make_optimizer, make_schedule
 from gptjax.training.precision import GROW_AFTER, LossScale, next_loss_scale
@@ -50,7 +50,7 @@ def test_step_does_not_depend_on_the_mesh(axes):
     mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), axes, strict=True))))
     where = shardings(mesh, jax.eval_shape(lambda: init_state(config)))
     state = jax.jit(lambda: init_state(config), out_shardings=where)()
-    step = jax.jit(make_train_step(config), out_shardings=(where, None))
+    step = jax.jit(traced_in(mesh, make_train_step(config)), out_shardings=(where, None))
     actual, sharded_metrics = step(state, jax.device_put(batch, batch_sharding(mesh, 1)))
     np.testing.assert_allclose(sharded_metrics["loss"], metrics["loss"], rtol=1e-6)
     for array, sharding in zip(jax.tree.leaves(actual), jax.tree.leaves(where), strict=True):
@@ -68,12 +68,13 @@ def test_fsdp_cuts_the_state():
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(UserError, match=r"mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not lay out 4 device"):
+    with pytest.raises(UserError, match=r"mesh.data=3 does not lay out 4 device.*set mesh.data=-1"):
         make_mesh(MeshConfig(data=3))
-    odd = replace(CONFIG, model={"vocab_size": 63})
-    mesh = make_mesh(MeshConfig(data=2, tensor=2))
-    with pytest.raises(UserError, match=r"mesh.tensor=2 does not divide 63, .*set model.vocab_multiple"):
-        shardings(mesh, jax.eval_shape(lambda: init_state(odd)))
+    with pytest.raises(UserError, match=r"mesh.data=2 x mesh.stage=4 does not lay out 4 device.*the axes take 8"):
+        make_mesh(MeshConfig(data=2, stage=4))
+    mesh = make_mesh(MeshConfig(fsdp=4))
+    with pytest.raises(UserError, match=r"mesh.fsdp=4 does not divide 18, a dimension of params/blocks/"):
+        shardings(mesh, jax.eval_shape(lambda: init_state(replace(CONFIG, model={"n_embd": 18}))))
 
 
 def test_a_leaf_without_a_rule_is_an_error():
@@ -205,6 +206,10 @@ ELSEWHERE = {
         *("finetune.top_k", "finetune.paths", "finetune.layer_decay", "finetune.head_learning_rate"),
     ),
     "test_step": ("optim.wsd_decay_fraction", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    "test_parallel": ("mesh.context", "mesh.stage"),
+    "cluster/processes": ("cluster.coordinator", "cluster.num_processes", "cluster.process_id"),
+    "cluster/test_agreement": ("cluster.detect",),
+    "faults/test_cluster": ("cluster.start_timeout", "cluster.lost_timeout"),
 }
 
 

@@ -15,8 +15,8 @@ import pytest
 from gptjax.config_io import load_config, to_yaml
 from gptjax.errors import UserError
 from gptjax.report.metrics import MetricsFile, read_metrics
-from gptjax.training import trainer
-from gptjax.training.checkpoint import load_run, write_run
+from gptjax.training import precision, setup, trainer
+from gptjax.training.checkpoint import load_run, write_description, write_run
 from gptjax.training.guard import locked
 from gptjax.training.step import init_state
 from tests.tiny import CONFIG, HARD, assert_trees_equal, final_state, replace, rows, run_config
@@ -204,3 +204,14 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     assert load_run(tmp_path).step == 0
     with pytest.raises(UserError, match="holds a run already"):
         write_run(tmp_path, config, init_state(config).params, None)
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch):
+    config = replace(CONFIG, run_dir=str(tmp_path), train={"compute_dtype": "auto"})
+    for on_cpu, chosen in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda on_cpu=on_cpu: on_cpu)
+        settled = setup.with_compute_dtype(config, tmp_path)
+        assert settled.train.compute_dtype == chosen
+    write_description(tmp_path, settled, None)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
+    assert setup.with_compute_dtype(config, tmp_path).train.compute_dtype == "float32"

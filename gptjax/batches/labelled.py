@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.batches.permutation import draw_keys, permute
+from gptjax.batches.rows import ALL, Rows, take_rows
 from gptjax.task_options import TaskConfig
 from gptjax.text.labelled import Text
 from gptjax.text.tokenizer import Tokenizer
@@ -112,13 +113,13 @@ class TextBatches:
         """Tokens of a text."""
         return self.tokens_per_epoch / len(self.texts.tokens)
 
-    def batch(self, step: int, batch_size: int) -> TextBatch:
-        """Returns the batch of `step`, from 0."""
+    def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> TextBatch:
+        """Returns rows of the batch of `step`, from 0; all are made, since the longest says how long they are."""
         draws, numbers = self._rows(step, batch_size)
         tokens = [
             self._augmented(self.texts.tokens[n], d) for d, n in zip(draws.tolist(), numbers.tolist(), strict=True)
         ]
-        return self.texts.batch(numbers, tokens, self._weights[numbers])
+        return take_rows(self.texts.batch(numbers, tokens, self._weights[numbers]), rows)
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
         """Returns the text of each row of the batch of `step`, twice: as the first and as the last."""

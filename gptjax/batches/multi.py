@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gptjax.batches.labelled import TextBatch
+from gptjax.batches.rows import ALL, Rows, take_rows
 
 
 class Windows(Protocol):
@@ -16,8 +17,8 @@ class Windows(Protocol):
         """Tokens in one pass."""
         ...
 
-    def batch(self, step: int, batch_size: int) -> Any:
-        """Returns the batch of `step`, a tuple of arrays whose first axis is the row."""
+    def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Any:
+        """Returns rows of the batch of `step`, a tuple of arrays whose first axis is the row."""
         ...
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
@@ -47,11 +48,11 @@ class MultiBatches:
         """Tokens in one pass over every task."""
         return sum(windows.tokens_per_epoch for windows in self.windows.values())
 
-    def batch(self, step: int, batch_size: int) -> MultiBatch:
-        """Returns the batch of `step`, with `batch_size` rows of each task."""
+    def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> MultiBatch:
+        """Returns rows of the batch of `step`, `batch_size` of each task in all; every one is made, for the shares."""
         parts = {name: windows.batch(step, batch_size) for name, windows in self.windows.items()}
         shares = {name: np.full(batch_size, self.weights[name] / _targets(p), np.float32) for name, p in parts.items()}
-        return MultiBatch(parts, shares, np.full(batch_size, 1.0 / batch_size, np.float32))
+        return take_rows(MultiBatch(parts, shares, np.full(batch_size, 1.0 / batch_size, np.float32)), rows)
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
         """Returns the first and the last example of each row, those of every task in turn."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from gptjax.batches.permutation import draw_keys, permute
 from gptjax.batches.pretraining import Batch
+from gptjax.batches.rows import ALL, Rows
 from gptjax.text.labelled import Chat, Words
 from gptjax.text.tokenizer import Tokenizer
 
@@ -68,18 +69,18 @@ class PackedSequences:
         """Positions of a window that hold a token."""
         return self.tokens_per_epoch / len(self.windows)
 
-    def batch(self, step: int, batch_size: int) -> Batch:
-        """Returns the batch of `step`, from 0."""
-        return self.pack([self.windows[number] for number in self._rows(step, batch_size)])
+    def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Batch:
+        """Returns rows of the batch of `step`, from 0."""
+        return self.pack([self.windows[number] for number in self._rows(step, batch_size, rows)])
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
         """Returns the lowest and the highest sequence of each row of the batch of `step`."""
         windows = (self.windows[number] for number in self._rows(step, batch_size))
         return [(min(window), max(window)) for window in windows]
 
-    def _rows(self, step: int, batch_size: int) -> list[int]:
+    def _rows(self, step: int, batch_size: int, rows: Rows = ALL) -> list[int]:
         """The window of each row."""
-        epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(self.windows))
+        epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size)[rows], len(self.windows))
         return [
             int(permute(np.array([place]), len(self.windows), draw_keys(self.seed, int(epoch) + 1)[1:])[0])
             for epoch, place in zip(epochs, places, strict=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.batches.permutation import draw_keys, permute
+from gptjax.batches.rows import ALL, Rows
 from gptjax.errors import UserError
 from gptjax.text.shards import TokenSplit
 
@@ -60,7 +61,7 @@ class PackedWindows:
         """Targets in one pass."""
         return self.windows_per_epoch * self.block_size
 
-    def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Batch:
         """Returns rows of the batch of `step`, whose row r is window `step * batch_size + r`.
 
         Args:

@@ -11,6 +11,7 @@ from gptjax.config import ModelConfig
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import batch_loss
 from gptjax.ops.cross_entropy import LossOptions
+from gptjax.parallel.place import put
 
 EvalStep = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
 
@@ -51,7 +52,7 @@ def measure(
     bytes_per_token: float,
 ) -> Evaluation:
     """Averages the loss over all targets of `batches`, summed before it is divided."""
-    sums = [eval_step(params, jax.device_put(batch, sharding)) for batch in batches]
+    sums = [eval_step(params, put(batch, sharding)) for batch in batches]
     nll, count = (math.fsum(float(value) for value in values) for values in zip(*sums, strict=True))
     loss = nll / count
     return Evaluation(loss, math.exp(min(loss, 700.0)), loss / math.log(2) / bytes_per_token)

@@ -17,6 +17,7 @@ from gptjax.config import ModelConfig
 from gptjax.evaluation.labels import Predictions
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import label_batch_loss, label_logits
+from gptjax.parallel.place import put
 from gptjax.task_options import TaskConfig
 
 Predict = Callable[[dict, Any], tuple[jax.Array, jax.Array]]
@@ -46,7 +47,7 @@ def predict_texts(
     probabilities_EN = np.zeros((len(texts.tokens), len(labels)), np.float32)
     sums = np.zeros(2)
     for numbers, batch in ordered_batches(texts, batch_size):
-        found, loss = jax.device_get(predict(params, jax.device_put(batch, sharding)))
+        found, loss = jax.device_get(predict(params, put(batch, sharding)))
         probabilities_EN[numbers[numbers >= 0]] = found[numbers >= 0]
         sums += loss
     return Predictions(probabilities_EN, texts.targets, labels), float(sums[0] / max(1.0, sums[1]))
@@ -66,7 +67,7 @@ def predict_words(
     targets: list[Any] = [None] * len(words.sequences)
     sums = np.zeros(2)
     for windows, batch in packed.ordered(batch_size):
-        probabilities, loss = jax.device_get(predict(params, jax.device_put(batch, sharding)))
+        probabilities, loss = jax.device_get(predict(params, put(batch, sharding)))
         sums += loss
         for row, numbers in zip(probabilities, windows, strict=True):
             start = 0

@@ -23,6 +23,8 @@ from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, Prefix, Prompt, merge_lora
 from gptjax.model.cache import Cache
 from gptjax.model.layers import INIT_STD, Block, LayerNorm, normal
+from gptjax.model.stages import cut_layers, split_stacks, stream
+from gptjax.ops.axes import HEADS, STAGES, axis_size, pin, pin_batch
 from gptjax.ops.elementwise import dropout, embedding
 from gptjax.ops.matmul import dot
 from gptjax.task_options import AdapterConfig
@@ -51,7 +53,8 @@ class Embed(nnx.Module):
         self.positions = nnx.Param(normal(INIT_STD)(rngs.params(), (config.block_size, config.n_embd)))
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        x_BTD = embedding(self.tokens[...], tokens_BT) + embedding(self.positions[...], positions_BT)
+        tokens_VD, positions_SD = shared_rows(self.tokens[...]), pin(self.positions[...], None)
+        x_BTD = embedding(tokens_VD, tokens_BT) + embedding(positions_SD, positions_BT)
         return x_BTD.astype(jnp.float32)
 
 
@@ -77,37 +80,40 @@ class GPT(nnx.Module):
         self.n_layer = config.n_layer
         self.dropout = config.dropout
 
-    def __call__(
+    def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Returns what the first block reads, float32 `[B, T, D]`."""
+        key = None if key is None else jax.random.fold_in(key, self.n_layer)
+        return pin_batch(dropout(self.embed(pin_batch(tokens_BT), pin_batch(positions_BT)), self.dropout, key))
+
+    def through_blocks(
         self,
         compute: Compute,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
+        x_BTD: jax.Array,
         segments_BT: jax.Array | None,
         key: jax.Array | None,
+        first: jax.Array | int = 0,
         lower: tuple[Block, ...] = (),
     ) -> jax.Array:
-        """Returns the normed hidden states `[B, T, D]` in the compute dtype.
+        """Returns what the blocks make of `x_BTD`; the lowest has number `first` among those of the whole model.
 
         `lower` are stacks of blocks that come before `self.blocks`, in a model without adapters.
         """
         dtype = jnp.dtype(compute.dtype)
-        embed_key = None if key is None else jax.random.fold_in(key, self.n_layer)
-        x_BTD = dropout(self.embed(tokens_BT, positions_BT), self.dropout, embed_key)
 
         def apply(x_BTD, numbered_block):
             block, layer, adapter, prefix = numbered_block
             block_key = None if key is None else jax.random.fold_in(key, layer)
-            return block(x_BTD, dtype, segments_BT, block_key, adapter, prefix), None
+            return pin_batch(block(x_BTD, dtype, segments_BT, block_key, adapter, prefix)), None
 
         if compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat])
-        first, prefix = 0, self.prefix(dtype)
+        prefix = self.prefix(dtype)
         for blocks in (*lower, self.blocks):
-            layers = jnp.arange(first, first + blocks.attn.w_qkv.shape[0])
+            layers = first + jnp.arange(blocks.attn.w_qkv.shape[0])
             numbered = (blocks, layers, self.adapters, prefix)
             x_BTD, _ = jax.lax.scan(apply, x_BTD, numbered, unroll=compute.unroll or len(layers))
             first += len(layers)
-        return self.norm_f(x_BTD, dtype)
+        return x_BTD
 
     def prefix(self, dtype: jax.typing.DTypeLike) -> Prefix | None:
         """What stands before every text, with a leading layer axis: learned, or what the blocks make of a prompt."""
@@ -169,10 +175,40 @@ def hidden_states(
         compute: Precision and layout of the computation.
         key: Randomness for dropout; None: no dropout.
     """
-    *stacks, blocks = params["blocks"] if isinstance(params["blocks"], tuple) else (params["blocks"],)
+    x_BTD = embed_tokens(config, params, tokens_BT, positions_BT, key=key)
+    if axis_size(STAGES) > 1:
+        x_BTD = _through_stages(config, params, x_BTD, segments_BT, compute, key)
+    else:
+        x_BTD = apply_blocks(config, params, x_BTD, segments_BT, compute=compute, key=key)
+    return final_norm(config, params, x_BTD, compute=compute)
+
+
+def embed_tokens(
+    config: ModelConfig, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, *, key: jax.Array | None = None
+) -> jax.Array:
+    """The first piece of `hidden_states`: what the first block reads, float32 `[B, T, D]`."""
+    return _merge(config, _top_stack(params)).embedded(tokens_BT, positions_BT, key)
+
+
+def apply_blocks(
+    config: ModelConfig,
+    params: dict,
+    x_BTD: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    compute: Compute = Compute(),
+    key: jax.Array | None = None,
+    first: jax.Array | int = 0,
+) -> jax.Array:
+    """The second piece: the residual stream after the blocks in `params`, the lowest of which has number `first`."""
+    *stacks, _ = params["blocks"] if isinstance(params["blocks"], tuple) else (None,)
     lower = tuple(_merge(config, params | {"blocks": stack}).blocks for stack in stacks)
-    model = _merge(config, params | {"blocks": blocks})
-    return model(compute, tokens_BT, positions_BT, segments_BT, key, lower)
+    return _merge(config, _top_stack(params)).through_blocks(compute, x_BTD, segments_BT, key, first, lower)
+
+
+def final_norm(config: ModelConfig, params: dict, x_BTD: jax.Array, *, compute: Compute = Compute()) -> jax.Array:
+    """The third piece: final hidden states in the compute dtype."""
+    return _merge(config, _top_stack(params)).norm_f(x_BTD, jnp.dtype(compute.dtype))
 
 
 def for_decoding(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
@@ -204,10 +240,35 @@ def unembedding(params: dict) -> jax.Array:
     return params["head"]["w"] if "head" in params else params["embed"]["tokens"]
 
 
+def shared_rows(w_VD: jax.Array) -> jax.Array:
+    """A table of the vocabulary as it is used: whole rows, shared among the devices of `mesh.tensor`.
+
+    Where these do not divide the rows, some are added that no token names and that the loss gives no probability.
+    """
+    short = -w_VD.shape[0] % axis_size(HEADS)
+    return pin(jnp.pad(w_VD, ((0, short), (0, 0))) if short else w_VD, HEADS)
+
+
 def logits(config: ModelConfig, params: dict, x_BTD: jax.Array) -> jax.Array:
     """Returns float32 logits `[B, T, vocab_size]` of hidden states; rows that only pad the embedding are cut off."""
     w_VD = unembedding(params)[: config.vocab_size].astype(x_BTD.dtype)
     return dot("btd,vd->btv", x_BTD, w_VD, jnp.float32)
+
+
+def _through_stages(config, params, x_BTD, segments_BT, compute, key):
+    """The second piece where layers are cut over devices; to train, `parallel/pipeline.py` has a better schedule."""
+    assert key is None  # rows are streamed in parts, so dropout would not be that of one device
+    stacks, rest = split_stacks(params)
+
+    def stage(stacks, number, x_BTD, segments_BT):
+        first = number * (config.n_layer // axis_size(STAGES))
+        return apply_blocks(config, rest | stacks, x_BTD, segments_BT, compute=compute, first=first)
+
+    return stream(stage, cut_layers(stacks), x_BTD, segments_BT)
+
+
+def _top_stack(params: dict) -> dict:
+    return params | {"blocks": params["blocks"][-1]} if isinstance(params["blocks"], tuple) else params
 
 
 def _merge(config: ModelConfig, params: dict) -> GPT:

@@ -5,8 +5,9 @@ import jax
 from gptjax.batches.labelled import TextBatch
 from gptjax.batches.pretraining import Batch
 from gptjax.config import ModelConfig
-from gptjax.model.gpt import Compute, hidden_states, unembedding
+from gptjax.model.gpt import Compute, hidden_states, shared_rows, unembedding
 from gptjax.model.heads import head_logits, label_loss, multi_label_loss, pool
+from gptjax.ops.axes import pin_batch
 from gptjax.ops.cross_entropy import Loss, LossOptions, cross_entropy
 from gptjax.task_options import TaskConfig
 
@@ -24,32 +25,54 @@ def batch_loss(
         batch: Its `segments` may be None: one document a row.
         key: Randomness for dropout; None: no dropout.
     """
-    x_BTD = hidden_states(model, params, batch.inputs, batch.positions, batch.segments, compute=compute, key=key)
-    return cross_entropy(options, x_BTD, unembedding(params), batch.targets)
+    return token_loss(options, params, batch_states(model, compute, params, batch, key), batch)
+
+
+def token_loss(options: LossOptions, params: dict, x_BTD: jax.Array, batch: Batch) -> Loss:
+    """Sums the next-token loss of final hidden states."""
+    return cross_entropy(options, x_BTD, shared_rows(unembedding(params)), pin_batch(batch.targets))
+
+
+def batch_states(
+    model: ModelConfig, compute: Compute, params: dict, batch: TextBatch | Batch, key: jax.Array | None = None
+) -> jax.Array:
+    """Returns the final hidden states `[B, T, D]` of a batch."""
+    inputs, positions, segments = batch.inputs, positions_of(batch), segments_of(batch)
+    return hidden_states(model, params, inputs, positions, segments, compute=compute, key=key)
+
+
+def positions_of(batch: TextBatch | Batch) -> jax.Array:
+    """Position of each token in its text."""
+    # Rows of texts are filled up at their end, which causal attention never looks at.
+    return (
+        batch.positions
+        if isinstance(batch, Batch)
+        else jax.lax.broadcasted_iota("int32", batch.inputs.shape, batch.inputs.ndim - 1)
+    )
+
+
+def segments_of(batch: TextBatch | Batch) -> jax.Array | None:
+    """Document of each token; None: one a row."""
+    return batch.segments if isinstance(batch, Batch) else None
 
 
 def label_logits(
-    model: ModelConfig,
-    task: TaskConfig,
-    compute: Compute,
-    params: dict,
-    name: str,
-    batch: TextBatch | Batch,
-    key: jax.Array | None = None,
+    model: ModelConfig, task: TaskConfig, compute: Compute, params: dict, name: str, batch: TextBatch | Batch
 ) -> jax.Array:
     """Returns float32 logits of the labels of head `name`: `[B, N]` of texts, `[B, T, N]` of word tags."""
+    return state_logits(task, params, name, batch_states(model, compute, params, batch), batch)
+
+
+def state_logits(task: TaskConfig, params: dict, name: str, x_BTD: jax.Array, batch: TextBatch | Batch) -> jax.Array:
+    """The same of final hidden states."""
     head = params["heads"][name]
     if isinstance(batch, TextBatch):
-        # Rows are filled up at their end, which causal attention never looks at.
-        positions_BT = jax.lax.broadcasted_iota("int32", batch.inputs.shape, 1)
-        x_BTD = hidden_states(model, params, batch.inputs, positions_BT, compute=compute, key=key)
         return head_logits(head, pool(x_BTD, batch.lengths, task.pooling))
-    x_BTD = hidden_states(model, params, batch.inputs, batch.positions, batch.segments, compute=compute, key=key)
     return head_logits(head, x_BTD)
 
 
 def label_batch_loss(task: TaskConfig, logits: jax.Array, batch: TextBatch | Batch, smoothing: float = 0.0) -> Loss:
-    """Sums the loss of `label_logits` over the labels of a batch."""
+    """Sums the loss of `state_logits` over the labels of a batch."""
     if isinstance(batch, Batch):
         return label_loss(logits, batch.targets, (batch.targets >= 0).astype("float32"), smoothing)
     if task.multi_label:

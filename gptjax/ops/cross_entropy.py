@@ -1,6 +1,7 @@
 """Next-token loss from hidden states, without the logits ever existing all at once.
 
-Shape suffixes: B batch, T position, D n_embd, V vocabulary (padded), N = B times the positions of a chunk.
+Shape suffixes: B batch, T position, D n_embd, V vocabulary (padded), N = B times the positions of a chunk (two axes
+where positions are cut over devices), K devices that share positions, Z chunks.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gptjax.ops.axes import HEADS, POSITIONS, ROWS, axis_size, flat, pin, positions_cut
 from gptjax.ops.matmul import dot, weight_gradient
 
 CHUNK_LOGITS = 2**25  # logits in memory at a time: 128 MB in float32
@@ -75,8 +77,8 @@ def cross_entropy(options: LossOptions, x_BTD: jax.Array, w_VD: jax.Array, targe
     w_VD = w_VD.astype(x_BTD.dtype)
 
     def visit(total, chunk):
-        x_bTD, targets_bT = chunk
-        loss, _ = _chunk_loss(options, x_bTD.reshape(-1, x_bTD.shape[-1]), w_VD, targets_bT.reshape(-1))
+        x_ND, targets_N = _rows(chunk)
+        loss, _ = _chunk_loss(options, x_ND, w_VD, targets_N)
         return jax.tree.map(jnp.add, total, loss), None
 
     return _over_chunks(visit, _no_loss(), x_BTD, targets_BT, w_VD.shape[0])[0]
@@ -86,13 +88,12 @@ def _forward(options, x_BTD, w_VD, targets_BT):
     w_cast_VD = w_VD.astype(x_BTD.dtype)
 
     def visit(total, chunk):
-        x_BCD, targets_BC = chunk
-        x_ND = x_BCD.reshape(-1, x_BCD.shape[-1])
-        loss, dlogits_NV = _chunk_loss(options, x_ND, w_cast_VD, targets_BC.reshape(-1))
+        x_ND, targets_N = _rows(chunk)
+        loss, dlogits_NV = _chunk_loss(options, x_ND, w_cast_VD, targets_N)
         dlogits_NV = dlogits_NV.astype(x_ND.dtype)
-        dx_ND = dot("nv,vd->nd", dlogits_NV, w_cast_VD, x_ND.dtype)
+        dx_ND = dot("...v,vd->...d", dlogits_NV, w_cast_VD, x_ND.dtype)
         dw_VD = weight_gradient(dlogits_NV, x_ND, jnp.float32)
-        return jax.tree.map(jnp.add, total, (loss, dw_VD)), dx_ND.reshape(x_BCD.shape)
+        return jax.tree.map(jnp.add, total, (loss, dw_VD)), dx_ND.reshape(chunk[0].shape)
 
     zeros = (_no_loss(), jnp.zeros(w_VD.shape, jnp.float32))
     (loss, dw_VD), dx_BTD = _over_chunks(visit, zeros, x_BTD, targets_BT, w_VD.shape[0])
@@ -110,22 +111,25 @@ cross_entropy.defvjp(_forward, _backward)
 def _chunk_loss(options, x_ND, w_VD, targets_N):
     """Returns the `Loss` of some rows and the gradient of its objective in the logits, `[N, V]` float32."""
     V, smooth = w_VD.shape[0], options.label_smoothing
-    logits_NV = dot("nd,vd->nv", x_ND, w_VD, jnp.float32)
-    column_1V = jnp.arange(V)[None]
+    logits_NV = dot("...d,vd->...v", x_ND, w_VD, jnp.float32)
+    column_1V = jnp.arange(V).reshape((1,) * targets_N.ndim + (V,))
     if options.vocab_size < V:
         logits_NV = jnp.where(column_1V < options.vocab_size, logits_NV, -jnp.inf)
     largest_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
     exp_NV = jnp.exp(logits_NV - largest_N1)
     total_N1 = jnp.sum(exp_NV, axis=-1, keepdims=True)
-    log_z_N = (jnp.log(total_N1) + largest_N1)[:, 0]
-    target_N = jnp.take_along_axis(logits_NV, jnp.maximum(targets_N, 0)[:, None], axis=-1)[:, 0]
+    log_z_N = (jnp.log(total_N1) + largest_N1)[..., 0]
+    hit_NV = column_1V == targets_N[..., None]
+    if axis_size(HEADS) > 1:  # each device looks among its own columns; a lookup would gather all of them
+        target_N = jnp.sum(logits_NV, axis=-1, where=hit_NV)
+    else:
+        target_N = jnp.take_along_axis(logits_NV, jnp.maximum(targets_N, 0)[..., None], axis=-1)[..., 0]
     nll_N = log_z_N - target_N
     objective_N = nll_N + options.z_loss * jnp.square(log_z_N) if options.z_loss else nll_N
     mask_N = targets_N >= 0
-    weight_N1 = mask_N[:, None].astype(jnp.float32)
-    z_weight_N1 = weight_N1 * (1.0 + 2.0 * options.z_loss * log_z_N[:, None])
+    weight_N1 = mask_N[..., None].astype(jnp.float32)
+    z_weight_N1 = weight_N1 * (1.0 + 2.0 * options.z_loss * log_z_N[..., None])
     dlogits_NV = exp_NV * (z_weight_N1 / total_N1)
-    hit_NV = column_1V == targets_N[:, None]
     dlogits_NV -= jnp.where(hit_NV, (1.0 - smooth) * weight_N1, 0.0)
     if smooth:
         real_NV = jnp.broadcast_to(column_1V < options.vocab_size, logits_NV.shape)
@@ -137,15 +141,29 @@ def _chunk_loss(options, x_ND, w_VD, targets_N):
 
 
 def _over_chunks(visit, carry, x_BTD, targets_BT, V):
-    """Scans `visit` over chunks of positions, each of every sequence, so that a sharded batch stays where it is."""
+    """Scans `visit` over chunks of positions, each of every sequence and of every device that has positions of it, so
+    that a sharded batch stays where it is.
+    """
     B, T, D = x_BTD.shape
-    chunks = _chunk_count(T, -(-B * T * V // CHUNK_LOGITS))
-    if chunks == 1:
+    K = axis_size(POSITIONS) if positions_cut() and T % axis_size(POSITIONS) == 0 else 1
+    Z = _chunk_count(T // K, -(-B * T * V // CHUNK_LOGITS))
+    if Z == 1:
         return visit(carry, (x_BTD, targets_BT))
-    x_ZBCD = x_BTD.reshape(B, chunks, T // chunks, D).swapaxes(0, 1)
-    targets_ZBC = targets_BT.reshape(B, chunks, T // chunks).swapaxes(0, 1)
-    carry, out_ZBCD = jax.lax.scan(visit, carry, (x_ZBCD, targets_ZBC))
-    return carry, None if out_ZBCD is None else out_ZBCD.swapaxes(0, 1).reshape(B, T, D)
+    x_ZBKCD = x_BTD.reshape(B, K, Z, T // (K * Z), D).transpose(2, 0, 1, 3, 4)
+    targets_ZBKC = targets_BT.reshape(B, K, Z, T // (K * Z)).transpose(2, 0, 1, 3)
+    chunks = (
+        pin(x_ZBKCD, None, ROWS, POSITIONS).reshape(Z, B, T // Z, D),
+        pin(targets_ZBKC, None, ROWS, POSITIONS).reshape(Z, B, T // Z),
+    )
+    carry, out_ZBCD = jax.lax.scan(visit, carry, chunks)
+    if out_ZBCD is None:
+        return carry, None
+    return carry, out_ZBCD.reshape(Z, B, K, T // (K * Z), D).transpose(1, 2, 0, 3, 4).reshape(B, T, D)
+
+
+def _rows(chunk):
+    x_BCD, targets_BC = chunk
+    return flat(x_BCD), targets_BC if positions_cut() else targets_BC.reshape(-1)
 
 
 def _chunk_count(length: int, at_least: int) -> int:

@@ -7,7 +7,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import threefry2x32_p
 
+from gptjax.ops.axes import positions_cut
 from gptjax.ops.matmul import dot
 
 NORM_EPSILON = 1e-5  # GPT-2's
@@ -98,6 +100,9 @@ def _small_embedding(w_VD, tokens_BT):
 
 def _small_embedding_backward(saved, dx_BTD):
     w_VD, tokens_BT = saved
+    if positions_cut():
+        one_hot_BTV = (tokens_BT[:, :, None] == jnp.arange(w_VD.shape[0])[None, None]).astype(dx_BTD.dtype)
+        return dot("btv,btd->vd", one_hot_BTV, dx_BTD, w_VD.dtype), None
     one_hot_VN = (tokens_BT.reshape(1, -1) == jnp.arange(w_VD.shape[0])[:, None]).astype(dx_BTD.dtype)
     return dot("vn,nd->vd", one_hot_VN, dx_BTD.reshape(-1, w_VD.shape[1]), w_VD.dtype), None
 
@@ -112,6 +117,27 @@ def dropout_keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> tuple[j
     """
     threshold = round(rate * 2**16)
     return jax.random.bits(key, shape, "uint16") >= threshold, 2**16 / (2**16 - threshold)
+
+
+def dropout_keep_at(
+    key_data: jax.Array, rows_N1: jax.Array, columns: jax.Array, rate: float
+) -> tuple[jax.Array, float]:
+    """The same for elements that are named by two numbers, so that it does not matter which device draws them.
+
+    Args:
+        key_data: `jax.random.key_data` of a threefry key, as arrays pass through `shard_map`.
+        rows_N1: uint32, `[..., N, 1]`.
+        columns: uint32, `[S]`.
+        rate: Probability of dropping an element.
+
+    Returns:
+        What stays, `[..., N, S]`, and the scale.
+    """
+    shape = (*rows_N1.shape[:-1], columns.shape[0])
+    counts = [jnp.broadcast_to(x, shape) for x in (rows_N1, columns.reshape((1,) * (len(shape) - 1) + (-1,)))]
+    high, low = threefry2x32_p.bind(key_data[0], key_data[1], *counts)
+    threshold = round(rate * 2**16)
+    return (high ^ low).astype(jnp.uint16) >= threshold, 2**16 / (2**16 - threshold)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -1,6 +1,6 @@
 """Matrix products: operands in the compute dtype, sums in float32, with a backward rule of their own.
 
-Shape suffixes: N rows (batch times positions), K contracted, F outputs.
+Shape suffixes: N rows (batch times positions; two axes where positions are cut over devices), K contracted, F outputs.
 """
 
 import functools
@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+
+from gptjax.ops.axes import compiler_cuts, flat
 
 
 def matmul_reference(
@@ -28,8 +30,8 @@ def matmul(x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike, outputs_
     The backward rule casts the cotangent to the dtype of `x` too (what JAX derives multiplies it in float32,
     several times slower) and gives the gradient of `w` in the dtype of `w`, straight from the float32 sums.
     """
-    spec = "nk,fk->nf" if outputs_first else "nk,kf->nf"
-    y = dot(spec, x.reshape(-1, x.shape[-1]), _matrix(w).astype(x.dtype), out_dtype)
+    spec = "...k,fk->...f" if outputs_first else "...k,kf->...f"
+    y = dot(spec, flat(x), _matrix(w).astype(x.dtype), out_dtype)
     outputs = w.shape[:1] if outputs_first else w.shape[1:]
     return y.reshape(*x.shape[:-1], *outputs)
 
@@ -40,9 +42,9 @@ def _forward(x, w, out_dtype, outputs_first):
 
 def _backward(out_dtype, outputs_first, saved, dy):
     x, w = saved
-    x_NK = x.reshape(-1, x.shape[-1])
-    dy_NF = dy.astype(x.dtype).reshape(x_NK.shape[0], -1)
-    spec = "nf,fk->nk" if outputs_first else "nf,kf->nk"
+    x_NK = flat(x)
+    dy_NF = dy.astype(x.dtype).reshape(*x_NK.shape[:-1], -1)
+    spec = "...f,fk->...k" if outputs_first else "...f,kf->...k"
     dx_NK = dot(spec, dy_NF, _matrix(w).astype(x.dtype), x.dtype)
     dw = weight_gradient(dy_NF, x_NK, w.dtype) if outputs_first else weight_gradient(x_NK, dy_NF, w.dtype)
     return dx_NK.reshape(x.shape), dw.reshape(w.shape)
@@ -63,7 +65,8 @@ def _bias_backward(bias, dy):
     if bias is None:
         return dy, None
     # In float32 and over one axis: other sums over leading axes become slow windowed reductions on a CPU.
-    dbias = jnp.sum(dy.reshape(-1, bias.size).astype(jnp.float32), axis=0)
+    dy_NF = flat(dy.reshape(*dy.shape[: dy.ndim - bias.ndim], bias.size)).astype(jnp.float32)
+    dbias = jnp.sum(dy_NF, axis=tuple(range(dy_NF.ndim - 1)))
     return dy, dbias.astype(bias.dtype).reshape(bias.shape)
 
 
@@ -76,6 +79,8 @@ def weight_gradient(a_NK: jax.Array, b_NF: jax.Array, out_dtype: jax.typing.DTyp
     XLA:CPU contracts leading axes of bfloat16 at a fifth of its speed (measured), so there `a` is transposed in
     memory first.
     """
+    if a_NK.ndim == 3:
+        return dot("btk,btf->kf", a_NK, b_NF, out_dtype)
     if jax.default_backend() == "cpu" and a_NK.dtype == jnp.bfloat16:
         return dot("kn,nf->kf", transposed(a_NK), b_NF, out_dtype)
     return dot("nk,nf->kf", a_NK, b_NF, out_dtype)
@@ -91,7 +96,12 @@ def dot(spec: str, a: jax.Array, b: jax.Array, out_dtype: jax.typing.DTypeLike) 
 
 
 def row_major(x: jax.Array) -> jax.Array:
-    """Pins the layout in memory, so that XLA makes one copy where it would fold a transpose into a slow product."""
+    """Pins the layout in memory, so that XLA makes one copy where it would fold a transpose into a slow product.
+
+    Where the compiler cuts arrays over devices it does nothing: to pin one, XLA would gather all of it on each device.
+    """
+    if compiler_cuts():
+        return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 

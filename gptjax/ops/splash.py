@@ -3,14 +3,10 @@
 Shape suffixes: B batch, T query position, S key position, H query heads, G key and value heads, C head_dim.
 """
 
-import functools
-
 import jax
-from jax.sharding import PartitionSpec
 
 LANES = 128  # what the kernel's blocks are multiples of
 LARGEST_BLOCK = 512
-ROWS, HEADS = ("data", "fsdp"), "tensor"  # axes of the mesh over which rows and heads are cut
 
 
 def splash_fits(length: int, dropout: float) -> bool:
@@ -19,28 +15,15 @@ def splash_fits(length: int, dropout: float) -> bool:
 
 
 def splash_attention(
+    window: int,
     q_BTHC: jax.Array,
     k_BSGC: jax.Array,
     v_BSGC: jax.Array,
     segments_BT: jax.Array | None,
-    window: int,
+    _drops: None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """What `attention` computes, on a TPU; `interpret` runs the kernel anywhere, slowly.
-
-    A kernel cannot be cut by the compiler, so where a mesh is set, each device calls it for its own rows and heads.
-    """
-    inputs = (q_BTHC, k_BSGC, v_BSGC, segments_BT)
-    call = functools.partial(_on_one_device, window=window, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return call(*inputs)
-    heads = PartitionSpec(ROWS, None, HEADS, None)
-    specs = (heads, heads, heads, None if segments_BT is None else PartitionSpec(ROWS, None))
-    return jax.shard_map(call, in_specs=specs, out_specs=heads, check_vma=False)(*inputs)
-
-
-def _on_one_device(q_BTHC, k_BSGC, v_BSGC, segments_BT, *, window, interpret):
+    """What `attention` computes, on one device of a TPU; `interpret` runs the kernel anywhere, slowly."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

@@ -3,38 +3,40 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config import MeshConfig
 from gptjax.errors import UserError
-from gptjax.ops.splash import ROWS as BATCH_AXES
+from gptjax.ops.axes import ROWS
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """Lays all devices out along the axes of `config`, with -1 filled in.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Lays devices, by default all there are, out along the axes of `config`, with -1 filled in.
 
     Raises:
         UserError: The axes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
-    given = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
-    if free and devices % given == 0:
-        sizes[free[0]] = devices // given
+    if free and len(devices) % config.size == 0:
+        sizes[free[0]] = len(devices) // config.size
     shape = tuple(sizes.values())
-    if math.prod(shape) != devices:
-        wanted = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-        raise UserError(f"{wanted} does not lay out {devices} device(s); set mesh.data=-1 to use what is left")
+    if math.prod(shape) != len(devices):
+        wanted = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size != 1)
+        hint = "set mesh.data=-1 to use what is left"
+        if config.size > len(devices):
+            hint = f"the axes take {config.size}, so give smaller ones"
+        raise UserError(f"{wanted} does not lay out {len(devices)} device(s); {hint}")
     # Auto axes: the compiler propagates shardings. `jax.make_mesh` defaults to Explicit since JAX 0.9.
-    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
 def traced_in(mesh: Mesh, function: Callable[Params, Result]) -> Callable[Params, Result]:
@@ -50,12 +52,12 @@ def traced_in(mesh: Mesh, function: Callable[Params, Result]) -> Callable[Params
 
 def batch_shards(mesh: Mesh) -> int:
     """How many pieces the rows of a batch are cut into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def batch_sharding(mesh: Mesh, leading_axes: int = 0) -> NamedSharding:
     """Sharding of arrays `[..., rows, T]` with `leading_axes` axes before the rows."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading_axes, BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading_axes, ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

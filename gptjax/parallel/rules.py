@@ -1,5 +1,6 @@
 """One table from parameter path to sharding. Model code knows nothing of it."""
 
+import math
 import re
 from typing import Any
 
@@ -8,20 +9,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.errors import UserError
 
-# First match wins. Paths end in the parameter's name, for parameters, Adam's moments and averages alike; leaves of
-# blocks have a leading layer axis.
+# A vocabulary that mesh.tensor does not divide keeps its size, is cut along its width, and is padded where it is used.
+VOCABULARY = (PartitionSpec("tensor", ("fsdp", "stage")), PartitionSpec(None, ("fsdp", "stage", "tensor")))
+# First match wins; of several specs the first that divides. Paths end in the parameter's name, for parameters, Adam's
+# moments and averages alike; leaves of blocks and adapters have a leading layer axis.
 RULES = (
-    (r"(^|/)(adapters|prompt|heads)/", PartitionSpec()),  # small: every device holds them whole
-    (r"embed/tokens$", PartitionSpec("tensor", "fsdp")),
-    (r"embed/positions$", PartitionSpec(None, "fsdp")),
-    (r"head/w$", PartitionSpec("tensor", "fsdp")),
-    (r"attn/w_qkv$", PartitionSpec(None, "fsdp", "tensor")),
-    (r"attn/b_qkv$", PartitionSpec(None, "tensor")),
-    (r"attn/w_out$", PartitionSpec(None, "tensor", "fsdp")),
-    (r"mlp/(w_in|w_out)$", PartitionSpec(None, "fsdp", "tensor")),
-    (r"mlp/b_in$", PartitionSpec(None, "tensor")),
-    (r"(attn|mlp)/b_out$", PartitionSpec()),
-    (r"norm_\w+/(scale|bias)$", PartitionSpec()),
+    (r"(^|/)adapters/", PartitionSpec("stage")),  # small: otherwise every device holds them whole
+    (r"(^|/)(prompt|heads)/", PartitionSpec()),
+    (r"embed/tokens$", *VOCABULARY),
+    (r"embed/positions$", PartitionSpec(None, ("fsdp", "stage"))),
+    (r"head/w$", *VOCABULARY),
+    (r"attn/w_qkv$", PartitionSpec("stage", "fsdp", "tensor")),
+    (r"attn/b_qkv$", PartitionSpec("stage", "tensor")),
+    (r"attn/w_out$", PartitionSpec("stage", "tensor", "fsdp")),
+    (r"mlp/(w_in|w_out)$", PartitionSpec("stage", "fsdp", "tensor")),
+    (r"mlp/b_in$", PartitionSpec("stage", "tensor")),
+    (r"(attn|mlp)/b_out$", PartitionSpec("stage")),
+    (r"norm_[12]/(scale|bias)$", PartitionSpec("stage")),
+    (r"norm_f/(scale|bias)$", PartitionSpec()),
     (r"(^|/)(step|skipped|count|good_steps|loss_scale/scale)$", PartitionSpec()),
     (r"^watch/\w+$", PartitionSpec()),
 )
@@ -37,17 +42,22 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, spec in RULES:
+        for pattern, *specs in RULES:
             if re.search(pattern, name):
-                _check_divides(mesh, name, leaf.shape, spec)
-                return NamedSharding(mesh, spec)
+                misfits = [_misfit(mesh, leaf.shape, spec) for spec in specs]
+                if None in misfits:
+                    return NamedSharding(mesh, specs[misfits.index(None)])
+                raise UserError(f"{misfits[-1]}, a dimension of {name}")
         raise ValueError(f"no sharding rule matches {name!r}; add one to RULES in gptjax/parallel/rules.py")
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _check_divides(mesh: Mesh, name: str, shape: tuple[int, ...], spec: PartitionSpec) -> None:
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
-            hint = "; set model.vocab_multiple to a multiple of it" if name.endswith(("embed/tokens", "head/w")) else ""
-            raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide {size}, a dimension of {name}{hint}")
+def _misfit(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec) -> str | None:
+    """Says which axes of the mesh do not divide which dimension, where that is so."""
+    for size, axes in zip(shape, spec, strict=False):
+        names = [axes] if isinstance(axes, str) else list(axes or ())
+        cutting = {name: mesh.shape[name] for name in names if mesh.shape[name] > 1}
+        if size % math.prod(cutting.values()):
+            return f"{' x '.join(f'mesh.{name}={n}' for name, n in cutting.items())} does not divide {size}"
+    return None

@@ -55,6 +55,19 @@ class MetricsFile:
         self._file.close()
 
 
+class Nowhere:
+    """Takes the rows that another process writes."""
+
+    def write(self, row: dict) -> None:
+        """Does nothing."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def read_lines(path: Path) -> list[str]:
     """Whole lines of a metrics file; one that a crash cut short is left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

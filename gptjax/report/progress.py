@@ -17,10 +17,11 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        _say_no_more()
+        say_no_more()
 
 
-def _say_no_more() -> None:
+def say_no_more() -> None:
+    """Sends what is printed from now on nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -58,7 +59,7 @@ class Progress:
             else:
                 say(text)
         except OSError:
-            _say_no_more()
+            say_no_more()
 
     def line(self, text: str) -> None:
         """Prints a line that stays."""
@@ -68,7 +69,7 @@ class Progress:
             else:
                 say(text)
         except OSError:
-            _say_no_more()
+            say_no_more()
 
     def close(self) -> None:
         """Takes the live line away."""

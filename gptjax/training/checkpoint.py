@@ -10,6 +10,7 @@ started from, which `base.json` identifies.
 
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from gptjax.config import Config
 from gptjax.config_io import load_config, to_yaml
 from gptjax.errors import UserError
 from gptjax.files import publish, write_atomic
+from gptjax.parallel import cluster
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.training.choice import NAME, REJECTED, UNFINISHED, Choice, choose, entries, step_folder
 from gptjax.training.finetune import join, without_heads
@@ -54,8 +56,10 @@ class Checkpoints:
     """The checkpoints that a run writes; keeps the newest few and the best.
 
     A save is finished on a thread: Orbax writes the arrays, then the manifest acknowledges them, then older checkpoints
-    go. A save that fails is told in one line, and leaves what is older as it is. One process at a time, see
-    `guard.locked`.
+    go. A save that fails is told in one line, and leaves what is older as it is. One run at a time, see `guard.locked`.
+
+    Of several processes each writes the arrays that it has, into the same folder; process 0 does all else. There a save
+    that fails while arrays are written ends the process, because the others wait for it.
     """
 
     def __init__(self, run_dir: Path, keep: int = 1, notify: Callable[[str], None] = print):
@@ -66,17 +70,35 @@ class Checkpoints:
         """Why the last save failed."""
         self._keep, self._notify = keep, notify
         self._checkpointer = _checkpointer()
+        self._copy: dict[str, Any] | None = None
         self._finishing: tuple[threading.Thread, Path] | None = None
         self._error: BaseException | None = None
+        self._committed = False
 
     def resume(self, strict: bool) -> Choice:
         """Looks for the newest checkpoint that verifies, and puts what stands in its way aside, under another name.
 
-        What a killed save left behind, and was never a checkpoint, is removed.
+        What a killed save left behind, and was never a checkpoint, is removed. Process 0 does it for all.
 
         Raises:
             UserError: There are checkpoints and none verifies; or, if `strict`, one does not.
         """
+        with cluster.together():
+            choice = self._choose(strict) if cluster.is_first() else Choice(None, None, ())
+        chosen = cluster.gather("" if choice.folder is None else choice.folder.name)[0]
+        with cluster.together():
+            if chosen and not cluster.is_first():
+                choice = self._chosen(self.folder / chosen)
+        return choice
+
+    def _chosen(self, folder: Path) -> Choice:
+        """The choice that process 0 has made."""
+        try:
+            return Choice(folder, read_manifest(folder), ())
+        except DamagedError as error:
+            raise UserError(f"{folder}: {error}; process 0 has read it there: is the folder shared?") from None
+
+    def _choose(self, strict: bool) -> Choice:
         for path in self.folder.glob("[!.]*"):
             if UNFINISHED in path.name and NAME.fullmatch(path.name.partition(UNFINISHED)[0]):
                 self._notify(f"{path}: removed what an interrupted save left")
@@ -111,8 +133,10 @@ class Checkpoints:
         items = _items(state)
         if jax.default_backend() == "cpu":
             # Orbax would hold the state's own buffers until they are written, and the next step, which takes them
-            # over, would wait for it.
-            items = jax.tree.map(jnp.copy, items)
+            # over, would wait for it. The copy's memory is kept: fresh pages cost more than what is put into them.
+            self.wait()
+            copied = jax.tree.map(jnp.copy, items) if self._copy is None else _copy_into(self._copy, items)
+            items = self._copy = copied
         self.save_items(int(state.step), items, meta, val_loss)
 
     def save_items(self, step: int, items: dict[str, Any], meta: dict, val_loss: float | None) -> None:
@@ -129,12 +153,15 @@ class Checkpoints:
             raise FileExistsError(f"{folder} exists already; a checkpoint is never written over")
         args = ocp.args.Composite(**{name: ocp.args.PyTreeSave(item) for name, item in items.items()})
         self.problem = ""
+        obstacle = self._obstacle(items)
+        obstacles = [text for text in cluster.gather(str(obstacle or "")) if text]
+        if obstacles:
+            self._failed(folder, obstacle or OSError(obstacles[0]))
+            return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._check_room(items)
             self._checkpointer.save(folder, args=args)
         except (OSError, ValueError) as error:
-            self._failed(folder, error)
+            self._failed(folder, error, shared=False)
             return
         thread = threading.Thread(target=self._finish, args=(folder, step, val_loss, meta), name="save")
         self._finishing = (thread, folder)
@@ -148,7 +175,7 @@ class Checkpoints:
         thread.join()
         error, self._error, self._finishing = self._error, None, None
         if isinstance(error, (OSError, ValueError)):
-            self._failed(folder, error)
+            self._failed(folder, error, shared=self._committed)
         elif error is not None:
             raise error
 
@@ -158,8 +185,12 @@ class Checkpoints:
         self._checkpointer.close()
 
     def _finish(self, folder: Path, step: int, val_loss: float | None, meta: dict) -> None:
+        self._committed = False
         try:
             self._checkpointer.wait_until_finished()
+            self._committed = True
+            if not cluster.is_first():
+                return
             write_manifest(folder, step, val_loss, meta)
             self.acknowledged = step
             try:
@@ -169,13 +200,22 @@ class Checkpoints:
         except BaseException as error:  # `wait` raises it in the thread that asked for the save
             self._error = error
 
-    def _check_room(self, items: dict[str, Any]) -> None:
+    def _obstacle(self, items: dict[str, Any]) -> OSError | None:
         """A disk that fills up half-way is survived too, but with much noise from the libraries below."""
-        if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + ROOM:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + ROOM:
+                return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            return error
+        return None
 
-    def _failed(self, folder: Path, error: Exception) -> None:
-        """Tells of a save that failed, frees what it took, and makes the next one possible."""
+    def _failed(self, folder: Path, error: Exception, shared: bool = True) -> None:
+        """Tells of a save that failed, frees what it took, and makes the next one possible.
+
+        Raises:
+            UserError: Other processes do not know of it (`shared` is false).
+        """
         free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
         reason = " ".join(str(error).split())[:200]
         full = (
@@ -185,7 +225,11 @@ class Checkpoints:
         )
         reason = "the disk is full" if full else reason
         self.problem = f"{folder}: not saved: {reason}; {free:,} bytes are free there, older checkpoints are intact"
+        if not shared and jax.process_count() > 1:
+            raise UserError(self.problem)
         self._notify(self.problem)
+        if not cluster.is_first():
+            return
         for path in self.folder.glob(f"{folder.name}{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
         if not (folder / MANIFEST).exists():  # committed by Orbax, but never acknowledged
@@ -261,9 +305,11 @@ def load_run(
         what = f"none of its {number} checkpoints verifies" if number else "has no checkpoint yet"
         raise UserError(f"{run_dir}: {what}")
     item = "ema" if config.train.ema else "params"
-    checkpointer = _checkpointer()
+    abstract = _abstract_params(config)
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    checkpointer = _checkpointer(for_all=False, at_once=largest)  # so that no second copy of all is held while reading
     try:
-        params = _restore(checkpointer, choice.folder.absolute(), {item: _abstract_params(config)})[item]
+        params = _restore(checkpointer, choice.folder.absolute(), {item: abstract})[item]
     finally:
         checkpointer.close()
     check_finite(params, str(choice.folder))
@@ -332,15 +378,29 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
-def _checkpointer() -> ocp.AsyncCheckpointer:
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def _copy_into(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Returns a copy of `new` in the memory of `old`."""
+    return jax.tree.map(jnp.copy, new)
+
+
+def _checkpointer(for_all: bool = True, at_once: int = 0) -> ocp.AsyncCheckpointer:
+    """Reads and writes together with all processes of a run, or by itself; reads `at_once` bytes at a time, 0: any."""
     for name in ("absl", "asyncio"):  # what goes wrong is told in our own words
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(params=_arrays(), ema=_arrays(), rest=_arrays()))
-
-
-def _arrays() -> ocp.PyTreeCheckpointHandler:
-    """Floats hardly get smaller, and compressing them takes more of the CPU than writing them."""
-    return ocp.PyTreeCheckpointHandler(use_compression=False)
+    options = ocp.options.MultiprocessingOptions()
+    if not for_all and jax.process_count() > 1:
+        own = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(own, {own}, f"process_{own}")
+    # Floats hardly get smaller, and compressing them takes more of the CPU than writing them.
+    limit: Any = 1.001 * at_once / 1e9 if at_once else None  # GB; fractions work too
+    params, ema, rest = (
+        ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options, restore_concurrent_gb=limit)
+        for _ in range(3)
+    )
+    together = ocp.CompositeOptions(multiprocessing_options=options)
+    composite = ocp.CompositeCheckpointHandler(composite_options=together, params=params, ema=ema, rest=rest)
+    return ocp.AsyncCheckpointer(composite, multiprocessing_options=options)
 
 
 def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, items: dict[str, Any]) -> dict[str, Any]:
@@ -414,5 +474,5 @@ def _check_base(run_dir: Path, params: dict, base_dir: str) -> None:
 
 
 def _on_one_device(shapes: Any) -> Any:
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)

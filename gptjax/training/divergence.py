@@ -5,9 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from gptjax.files import write_atomic
+from gptjax.parallel import cluster
+from gptjax.parallel.mesh import replicated
+from gptjax.parallel.place import put
 from gptjax.report.metrics import plain
 from gptjax.training.setup import Parts
 from gptjax.training.step import TrainState, make_gradient_norms
@@ -24,9 +27,10 @@ def write_dump(parts: Parts, state: TrainState, batch: Any, skips: list[dict]) -
         batch: Of the last skip, on the devices.
         skips: Step, reason, loss, gradient norm and documents of each, the last one last.
     """
-    state = dataclasses.replace(state, step=jnp.int32(skips[-1]["step"] - 1))
-    norms = make_gradient_norms(parts.config)(state, batch)
+    step = put(np.int32(skips[-1]["step"] - 1), replicated(parts.mesh))
+    norms = make_gradient_norms(parts.config, parts.mesh)(dataclasses.replace(state, step=step), batch)
     dump = {"skips": skips, "gradient_norms": norms}
     path = parts.run_dir / DUMP_FILE
-    write_atomic(path, json.dumps(plain(dump), allow_nan=False, indent=1).encode())
+    if cluster.is_first():
+        write_atomic(path, json.dumps(plain(dump), allow_nan=False, indent=1).encode())
     return path

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gptjax.errors import UserError
+from gptjax.parallel import cluster
 
 LOCK_FILE = "lock"
 
@@ -38,15 +39,43 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
-    @property
-    def exit_status(self) -> int:
-        """128 + the signal's number, as shells report it; 0 where none came."""
-        return 0 if self.received is None else 128 + self.received
-
     def _remember(self, number: int, _frame) -> None:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
+
+
+def exit_status(received: int) -> int:
+    """128 + the signal's number, as shells report it; 0 where none came (0)."""
+    return 128 + received if received else 0
+
+
+@contextlib.contextmanager
+def locked_by_first(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory for all processes of a run: process 0 locks it, the others make sure that they see it.
+
+    Raises:
+        UserError: Another run holds it, it cannot be written to, or it is not the same folder for all of them.
+    """
+    with contextlib.ExitStack() as stack:
+        with cluster.together():
+            if cluster.is_first():
+                stack.enter_context(locked(run_dir))
+        owners = cluster.gather(_owner(run_dir))
+        for number, owner in enumerate(owners):
+            if owner != owners[0]:
+                raise cluster.SharedError(
+                    f"run_dir={run_dir}: process {number} does not see what process 0 writes there; name a folder on a"
+                    " file system that all of them share"
+                )
+        yield
+
+
+def _owner(run_dir: Path) -> str:
+    try:
+        return (run_dir / LOCK_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 @contextlib.contextmanager
@@ -72,4 +101,5 @@ def locked(run_dir: Path) -> Iterator[None]:
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        os.fsync(file.fileno())  # so that processes on other machines see it
         yield

@@ -4,8 +4,9 @@ import time
 
 import jax
 
+from gptjax.parallel import cluster
 from gptjax.report import cost
-from gptjax.report.metrics import MetricsFile
+from gptjax.report.metrics import MetricsFile, Nowhere
 from gptjax.report.progress import Progress
 from gptjax.training.setup import Parts
 from gptjax.training.step import TrainState
@@ -27,7 +28,7 @@ class Log:
         whole = not config.heads and config.finetune.train == "all"
         flops = cost.flops_per_token(config.model, state.params) if whole else 0.0
         self.progress = Progress(config.train.num_steps, first, flops, cost.peak_flops() if whole else None)
-        self.file = MetricsFile(parts.run_dir, first, self.progress.line)
+        self.file = MetricsFile(parts.run_dir, first, self.progress.line) if cluster.is_first() else Nowhere()
         self.in_a_row = 0
         """Steps in a row that made no update, as of the newest that was fetched."""
         self.skips: list[dict] = []

@@ -7,10 +7,15 @@ from typing import Any
 
 import jax
 
+from gptjax import __version__
+from gptjax.cluster_options import ClusterConfig
 from gptjax.config import Config, ModelConfig
-from gptjax.config_io import differing_fields, load_config
+from gptjax.config_io import differing_fields, load_config, to_flat
 from gptjax.errors import UserError
-from gptjax.parallel.mesh import batch_shards, make_mesh, traced_in
+from gptjax.parallel import cluster
+from gptjax.parallel.fits import check_fits
+from gptjax.parallel.mesh import make_mesh, replicated, traced_in
+from gptjax.parallel.place import put
 from gptjax.parallel.rules import shardings
 from gptjax.report.progress import say
 from gptjax.text.tokenizer import Tokenizer
@@ -23,17 +28,19 @@ from gptjax.training.checkpoint import (
     write_description,
 )
 from gptjax.training.finetune import without_heads
+from gptjax.training.precision import compute_dtype
 from gptjax.training.step import TrainState, compute_options, init_state, make_train_step
 from gptjax.training.tasks import Source, Task, make_task, parts_of, read_source, with_labels
 
 # Fields that may change when a run goes on: they change neither what a parameter means nor which tokens come next.
 RESUMABLE = (
-    *("run_dir", "cache_dir", "optim.", "mesh.", "train.num_steps", "train.log_every", "train.eval_every"),
+    *("run_dir", "cache_dir", "cluster.", "optim.", "mesh.", "train.num_steps", "train.log_every", "train.eval_every"),
     *("train.eval_windows", "train.save_every", "train.keep_checkpoints", "train.patience", "train.sample_"),
     *("train.remat", "train.unroll", "train.micro_batch_size", "train.spike_sigma", "train.max_skipped_in_a_row"),
     *("train.strict_checkpoints", "train.allow_data_change", "data.verify"),
     *("finetune.layer_decay", "finetune.head_learning_rate"),
 )
+OWN_FIELDS = ("cluster.", "cache_dir")  # may differ between the processes of a run
 DATA_FIELDS = ("data.", "train.batch_size")  # may change too where train.allow_data_change says so
 
 
@@ -70,19 +77,36 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
     Raises:
         UserError: Something in the config, the data or the run directory does not fit.
     """
-    mesh = make_mesh(config.mesh)
-    _check_rows(config, mesh)
-    base = _base_run(config)
-    source = read_source(config, base.tokenizer if base else None)
-    config = _resolve(config, source, base)
-    _check_run_dir(config, run_dir)
-    parts = _assemble(config, run_dir, source, mesh)
+    _check_same_program(config)
+    config = dataclasses.replace(config, cluster=ClusterConfig())  # the run may go on in another one
+    with cluster.together():
+        mesh = make_mesh(config.mesh)
+        config = with_compute_dtype(config, run_dir)
+        if not config.init_from:  # else the base has the shape
+            check_fits(config, mesh)
+        base = _base_run(config)
+        source = read_source(config, base.tokenizer if base else None)
+        config = _resolve(config, source, base)
+        check_fits(config, mesh)
+        _check_run_dir(config, run_dir)
+        parts = _assemble(config, run_dir, source, mesh)
+    facts = {"the data": parts.task.data_hash, "the tokenizer": source.tokenizer.fingerprint}
+    cluster.require_same(facts | {"train.compute_dtype": config.train.compute_dtype}, "give all of them the same files")
     state, loop = _start(parts, base)
-    try:
-        write_description(run_dir, config, source.tokenizer, base)
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}") from None
+    with cluster.together():
+        try:
+            if cluster.is_first():
+                write_description(run_dir, config, source.tokenizer, base)
+        except OSError as error:
+            raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}") from None
     return parts, state, loop
+
+
+def _check_same_program(config: Config) -> None:
+    """Holds the processes' versions and configs against each other."""
+    fields = {name: value for name, value in to_flat(config).items() if not name.startswith(OWN_FIELDS)}
+    versions = {"the version of gptjax": __version__, "the version of jax": jax.__version__}
+    cluster.require_same(versions | fields, "start all of them with the same command and config")
 
 
 def _base_run(config: Config) -> LoadedRun | None:
@@ -92,14 +116,12 @@ def _base_run(config: Config) -> LoadedRun | None:
     return load_run(Path(config.init_from).expanduser(), strict=config.train.strict_checkpoints, notify=say)
 
 
-def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
-    shards = batch_shards(mesh)
-    if config.train.micro_batch % shards:
-        name = "micro_batch_size" if config.train.micro_batch_size else "batch_size"
-        raise UserError(
-            f"train.{name}={config.train.micro_batch} must be divisible by the {shards} devices that share a batch"
-            " (mesh.data x mesh.fsdp)"
-        )
+def with_compute_dtype(config: Config, run_dir: Path) -> Config:
+    """Settles what "auto" means: a run goes on as it began, on whatever machine."""
+    chosen = config.train.compute_dtype
+    if chosen == "auto" and (run_dir / CONFIG_FILE).exists():
+        chosen = load_config(run_dir / CONFIG_FILE).train.compute_dtype
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=compute_dtype(chosen)))
 
 
 def _resolve(config: Config, source: Source, base: LoadedRun | None) -> Config:
@@ -175,7 +197,12 @@ def _assemble(config: Config, run_dir: Path, source: Source, mesh: jax.sharding.
         run_dir=run_dir,
         mesh=mesh,
         tokenizer=source.tokenizer,
-        task=make_task(config, source, compute_options(config), lambda function: jax.jit(traced_in(mesh, function))),
+        task=make_task(
+            config,
+            source,
+            compute_options(config),
+            lambda function: jax.jit(traced_in(mesh, function), out_shardings=replicated(mesh)),
+        ),
         # Without out_shardings the compiler may return the state laid out differently from how it came in.
         train_step=jax.jit(
             traced_in(mesh, make_train_step(config)), donate_argnums=0, out_shardings=(state_shardings, None)
@@ -190,20 +217,22 @@ def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
     abstract = jax.eval_shape(lambda: init_state(config))
     where = shardings(parts.mesh, abstract)
     given = None if base is None else without_heads(base.params)
-    given = None if given is None else jax.device_put(given, shardings(parts.mesh, given))
+    given = None if given is None else put(given, shardings(parts.mesh, given))
     manifest = parts.checkpoints.resume(config.train.strict_checkpoints).manifest
     if manifest is None:
         return jax.jit(lambda given: init_state(config, given), out_shardings=where)(given), Loop()
     frozen = jax.jit(lambda given: init_state(config, given).frozen, out_shardings=where.frozen)(given)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where)
-    loop = _check_meta(parts, manifest.meta)
+    with cluster.together():
+        loop = _check_meta(parts, manifest.meta)
     state = parts.checkpoints.restore(manifest.step, dataclasses.replace(abstract, frozen=frozen))
-    check_finite(state, f"{config.run_dir}, step {manifest.step}")
-    in_a_row, limit = int(state.watch.in_a_row), config.train.max_skipped_in_a_row
-    if in_a_row >= limit:
-        raise UserError(
-            f"train.max_skipped_in_a_row={limit}: the checkpoint of step {manifest.step} has had {in_a_row} already"
-        )
+    with cluster.together():
+        check_finite(state, f"{config.run_dir}, step {manifest.step}")
+        in_a_row, limit = int(state.watch.in_a_row), config.train.max_skipped_in_a_row
+        if in_a_row >= limit:
+            raise UserError(
+                f"train.max_skipped_in_a_row={limit}: the checkpoint of step {manifest.step} has had {in_a_row} already"
+            )
     say(f"going on from step {manifest.step}")
     return state, loop
 

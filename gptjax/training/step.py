@@ -13,12 +13,16 @@ import optax
 
 from gptjax.config import Config
 from gptjax.model.gpt import Compute
+from gptjax.ops.axes import STAGES, axis_size
 from gptjax.ops.cross_entropy import Loss
 from gptjax.ops.order import after_each
+from gptjax.parallel.mesh import traced_in
+from gptjax.parallel.pipeline import Pieces, pipelined_gradient
+from gptjax.parallel.place import get
 from gptjax.training.finetune import forward_params, init_all, join, rates, split
 from gptjax.training.optim import make_optimizer, make_schedule
-from gptjax.training.precision import LossScale, init_loss_scale, next_loss_scale
-from gptjax.training.tasks import make_loss
+from gptjax.training.precision import LossScale, compute_dtype, init_loss_scale, next_loss_scale
+from gptjax.training.tasks import make_loss, make_states_loss
 from gptjax.training.watch import ACCEPTED, HALTED, NOT_FINITE, Watch, init_watch, judge, next_watch
 
 Metrics = dict[str, jax.Array]
@@ -87,7 +91,12 @@ def make_gradient(config: Config) -> Callable[[TrainState, Any], tuple[Loss, dic
             (_, loss), grads = grad(state.params, state.frozen, micro_batch, micro_key, scale)
             return loss, grads
 
-        loss, grads = _summed(of_micro_batch, batch)
+        if axis_size(STAGES) > 1:
+            states_loss = make_states_loss(config, config.task.kind)
+            pieces = Pieces(config.model, compute_options(config), states_loss, forward_params)
+            loss, grads = pipelined_gradient(pieces, state.params, state.frozen, batch, key, scale)
+        else:
+            loss, grads = _summed(of_micro_batch, batch)
         return loss, jax.tree.map(lambda g: g / (scale * jnp.maximum(loss.count, 1.0)).astype(g.dtype), grads)
 
     return gradient
@@ -137,14 +146,18 @@ def make_train_step(config: Config) -> Callable[[TrainState, Any], tuple[TrainSt
     return train_step
 
 
-def make_gradient_norms(config: Config) -> Callable[[TrainState, Any], dict[str, list[float] | float]]:
-    """Returns the norm of each parameter's gradient by the parameter's path: a list over layers for those of blocks."""
-    gradient = jax.jit(make_gradient(config))
+def make_gradient_norms(
+    config: Config, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, Any], dict[str, list[float] | float]]:
+    """Returns the norm of each parameter's gradient by the parameter's path: a list over layers for those of blocks.
+    Of several processes the first one gets them.
+    """
+    gradient = jax.jit(traced_in(mesh, make_gradient(config)))
 
     def gradient_norms(state: TrainState, batch: Any) -> dict[str, list[float] | float]:
         _, grads = gradient(state, batch)
         norms = {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(grads)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(get(mesh, grads)):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             rows = leaf.astype("float64").reshape(leaf.shape[0] if name.startswith("blocks/") else 1, -1)
             values = [float(value) for value in (rows**2).sum(axis=1) ** 0.5]
@@ -156,7 +169,7 @@ def make_gradient_norms(config: Config) -> Callable[[TrainState, Any], dict[str,
 
 def compute_options(config: Config) -> Compute:
     """How the config wants the model computed."""
-    return Compute(config.train.compute_dtype, config.train.remat, config.train.unroll)
+    return Compute(compute_dtype(config.train.compute_dtype), config.train.remat, config.train.unroll)
 
 
 def _summed(gradient, batch):

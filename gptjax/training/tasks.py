@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
-from gptjax.batches.labelled import TextBatch, TextBatches, encode_texts
+from gptjax.batches.labelled import TextBatches, encode_texts
 from gptjax.batches.multi import MultiBatch, MultiBatches, Windows
 from gptjax.batches.packed import Asked, PackedSequences, encode_chats, encode_words
-from gptjax.batches.pretraining import Batch, PackedWindows, evaluation_batches
+from gptjax.batches.pretraining import PackedWindows, evaluation_batches
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import LabelScores, MultiScores, require_finetune, score
 from gptjax.evaluation.loss import Evaluation, make_eval_step, measure
 from gptjax.evaluation.predict import make_predict, predict_texts, predict_words
 from gptjax.model.gpt import Compute
-from gptjax.model.loss import batch_loss, label_batch_loss, label_logits
+from gptjax.model.loss import batch_states, label_batch_loss, state_logits, token_loss
 from gptjax.ops.cross_entropy import Loss, LossOptions
 from gptjax.report.progress import say
 from gptjax.task_options import LABELLED, TaskConfig
@@ -32,6 +32,7 @@ from gptjax.text.tokenizer import Tokenizer, make_tokenizer
 Scores = Evaluation | LabelScores | MultiScores
 Compile = Callable[[Callable], Callable]
 LossFunction = Callable[[dict, Any, jax.Array | None], Loss]
+StatesLoss = Callable[[dict, jax.Array, Any], Loss]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +118,19 @@ def make_loss(config: Config, compute: Compute) -> LossFunction:
 
 def make_part_loss(config: Config, name: str, compute: Compute) -> LossFunction:
     """Returns the loss of one task, whose head has that name."""
-    model, task, smoothing = config.model, config.task, config.train.label_smoothing
+    of_states = make_states_loss(config, name)
+    return lambda params, batch, key: of_states(params, batch_states(config.model, compute, params, batch, key), batch)
+
+
+def make_states_loss(config: Config, name: str) -> StatesLoss:
+    """Returns the loss of one task as a function of parameters, final hidden states, and the batch."""
+    task, smoothing = config.task, config.train.label_smoothing
     if task.kind in LABELLED:
-
-        def label_objective(params: dict, batch: TextBatch | Batch, key: jax.Array | None) -> Loss:
-            logits = label_logits(model, task, compute, params, name, batch, key)
-            return label_batch_loss(task, logits, batch, smoothing)
-
-        return label_objective
-    options = LossOptions(model.vocab_size, smoothing, config.train.z_loss)
-    return lambda params, batch, key: batch_loss(model, options, compute, params, batch, key)
+        return lambda params, x_BTD, batch: label_batch_loss(
+            task, state_logits(task, params, name, x_BTD, batch), batch, smoothing
+        )
+    options = LossOptions(config.model.vocab_size, smoothing, config.train.z_loss)
+    return lambda params, x_BTD, batch: token_loss(options, params, x_BTD, batch)
 
 
 def make_task(config: Config, source: Source, compute: Compute, compiled: Compile) -> Task:

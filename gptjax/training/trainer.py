@@ -11,12 +11,15 @@ from gptjax.batches.prefetch import prefetch
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
+from gptjax.parallel import cluster
 from gptjax.parallel.mesh import batch_sharding
+from gptjax.parallel.pipeline import bubble
+from gptjax.parallel.place import get, put_rows, rows_of_process
 from gptjax.report import cost
-from gptjax.report.progress import say
+from gptjax.report.progress import say, say_no_more
 from gptjax.training import selftest
 from gptjax.training.divergence import write_dump
-from gptjax.training.guard import EXIT_DIVERGED, Signals, locked
+from gptjax.training.guard import EXIT_DIVERGED, Signals, exit_status, locked_by_first
 from gptjax.training.log import Log
 from gptjax.training.setup import Loop, Parts, build, checkpoint_meta
 from gptjax.training.step import TrainState, evaluated_params
@@ -38,10 +41,13 @@ def train(config: Config) -> int:
     """
     selftest.check()
     run_dir = Path(config.run_dir).expanduser()
-    with locked(run_dir), Signals() as signals:
+    if not cluster.is_first():
+        say_no_more()
+    with locked_by_first(run_dir), Signals() as signals:
         parts, state, loop = build(config, run_dir)
         try:
-            return _run(parts, state, loop, signals)
+            with cluster.guarded():
+                return _run(parts, state, loop, signals)
         finally:
             parts.checkpoints.close()
 
@@ -56,15 +62,17 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
     batch = next(batches)
     programs = {}
     _describe(parts, state, _program(parts, state, batch, programs))
-    log = Log(parts, state, first)
-    step, stop = first, False
+    with cluster.together():  # nobody begins while another one still compiles
+        log = Log(parts, state, first)
+    step, stop, agreement, received = first, False, cluster.Agreement(), 0
     try:
         while not stop:
             step_program = _program(parts, state, batch, programs)
             with jax.transfer_guard("disallow"):
                 state, metrics = step_program(state, batch)
             step += 1
-            stop = step == options.num_steps or signals.received is not None
+            received = agreement(signals.received or 0)
+            stop = step == options.num_steps or received > 0
             if not stop:
                 batch = next(batches)
             log.flush()
@@ -84,13 +92,14 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
                 log.file.sync()
                 parts.checkpoints.save(state, checkpoint_meta(parts, loop), val_loss)
         parts.checkpoints.wait()
-        if parts.checkpoints.problem:
-            raise UserError(parts.checkpoints.problem)
+        with cluster.together():
+            if parts.checkpoints.problem:
+                raise UserError(parts.checkpoints.problem)
         if step < options.num_steps:
             early = f"no better loss in {options.patience} evaluations"
-            reason = f"signal {signals.received}" if signals.received else early
+            reason = f"signal {received}" if received else early
             log.progress.line(f"stopped at step {step} ({reason}); saved")
-        return signals.exit_status
+        return exit_status(received)
     finally:
         batches.close()
         log.close()
@@ -125,13 +134,15 @@ def _device_batches(parts: Parts, first: int, stop: int) -> Generator[Any]:
     """Batches from step `first` up to `stop`, cut into micro-batches `[M, B, ...]` and on their way to the devices."""
     options = parts.config.train
     sharding = batch_sharding(parts.mesh, leading_axes=1)
+    rows = rows_of_process(parts.mesh, options.batch_size, options.micro_batch)
+    micro_batches = options.batch_size // options.micro_batch
 
     def make(step: int) -> Any:
-        batch = parts.task.windows.batch(step, options.batch_size)
-        return jax.tree.map(lambda x: x.reshape(-1, options.micro_batch, *x.shape[1:]), batch)
+        batch = parts.task.windows.batch(step, options.batch_size, rows)
+        return jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
 
     for batch in prefetch(make, first, stop):
-        yield jax.device_put(batch, sharding)
+        yield put_rows(batch, sharding, options.micro_batch)
 
 
 def _evaluate(parts: Parts, state: TrainState, loop: Loop, step: int, log: Log) -> float:
@@ -155,7 +166,11 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
     if not config.train.sample_tokens or config.heads:
         return
     options = SampleConfig(max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
-    params = jax.device_put(params, jax.devices()[0])
+    if jax.process_count() > 1:
+        params = get(parts.mesh, params)
+        if not cluster.is_first():
+            return
+    params = jax.device_put(params, jax.local_devices()[0])
     [[text]] = sample_texts(config.model, params, parts.tokenizer, [config.train.sample_prompt], options)
     log.progress.line(f"    {text!r}")
     with open(parts.run_dir / SAMPLES_FILE, "a", encoding="utf-8") as file:
@@ -175,6 +190,12 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     if frozen:
         count += f", of which {cost.readable_count(learning)} learn ({100 * learning / (learning + frozen):.2f} %)"
     say(f"device      {jax.device_count()} x {jax.devices()[0].device_kind} ({layout}), {config.train.compute_dtype}")
+    if jax.process_count() > 1:
+        say(f"processes   {jax.process_count()}")
+    stages, micro_batches = parts.mesh.shape["stage"], config.train.batch_size // config.train.micro_batch
+    if stages > 1:
+        waits = f"a stage waits {100 * bubble(stages, micro_batches):.0f} % of a step"
+        say(f"pipeline    {stages} stages, {micro_batches} micro-batches: {waits}")
     say(f"parameters  {count}, vocabulary {config.model.vocab_size:,}")
     say(f"data        {task.windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step")
     for note in task.notes:

@@ -1,0 +1,139 @@
+"""Causal self-attention in blocks of queries: the CPU's way.
+
+Shape suffixes: as in `attention.py`; N = R times the queries of a block.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.ops.heads import MASKED, Drops, drop, group_queries, merge_rows, ungroup_queries
+from gptjax.ops.matmul import dot, row_major, transposed
+from gptjax.ops.order import after
+
+
+class Block(NamedTuple):
+    """Queries from `start` to `stop`, and the first key that any of them sees."""
+
+    start: int
+    stop: int
+    first: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How T queries are cut. Each block sees all its keys at once, so no running softmax is needed."""
+
+    length: int
+    window: int
+    dropout: float
+
+    def ranges(self) -> list[Block]:
+        """The blocks: at least 128 queries each, at most 16 of them."""
+        size = max(128, -(-self.length // 16))
+        starts = range(0, self.length, size)
+        first = [max(0, start - self.window + 1) if self.window else 0 for start in starts]
+        return [Block(s, min(s + size, self.length), f) for s, f in zip(starts, first, strict=True)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def blocked_attention(
+    blocks: Blocks,
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    segments_BT: jax.Array | None,
+    drops: Drops | None,
+) -> jax.Array:
+    """Attention that never holds all T² weights: they exist for one block of queries, and again in the backward
+    pass (arXiv:2205.14135, section 3); keys that no query of a block sees are never computed. Each block waits for
+    the one before: else XLA starts all of them at once, and all their weights are in memory.
+    """
+    return _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, drops)[0]
+
+
+def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, drops):
+    dtype = q_BTHC.dtype
+    k_BGSC, v_BGSC = _heads_first(k_BSGC), _heads_first(v_BSGC)
+    q_BGRTC = group_queries(q_BTHC, k_BSGC.shape[2])
+    outputs, log_sums, y_BGNC = [], [], None
+    for block in blocks.ranges():
+        q_BGNC = after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), y_BGNC)
+        scores = _scores(blocks, block, q_BGNC, _seen(k_BGSC, block), segments_BT)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = _drop(blocks, weights, drops, block).astype(dtype)
+        y_BGNC = dot("bgns,bgsc->bgnc", weights, _seen(v_BGSC, block), jnp.float32) / total
+        outputs.append(y_BGNC.astype(dtype).reshape(*q_BGRTC.shape[:3], block.stop - block.start, -1))
+        log_sums.append(jnp.log(total) + largest)
+    y_BGRTC = jnp.concatenate(outputs, axis=3)
+    return ungroup_queries(y_BGRTC), (q_BGRTC, k_BGSC, v_BGSC, segments_BT, drops, log_sums)
+
+
+def _blocked_backward(blocks, saved, dy_BTHC):
+    q_BGRTC, k_BGSC, v_BGSC, segments_BT, drops, log_sums = saved
+    dtype, C = q_BGRTC.dtype, q_BGRTC.shape[-1]
+    dy_BGRTC = group_queries(dy_BTHC.astype(dtype), k_BGSC.shape[1])
+    dqs, dk_BGCS, dv_BGCS = [], None, None
+    for block, log_sum in zip(blocks.ranges(), log_sums, strict=True):
+        q_BGNC = after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), dk_BGCS)
+        dy_BGNC = after(merge_rows(dy_BGRTC[:, :, :, block.start : block.stop]), dk_BGCS)
+        k, v = _seen(k_BGSC, block), _seen(v_BGSC, block)
+        weights = jnp.exp(_scores(blocks, block, q_BGNC, k, segments_BT) - log_sum)
+        dweights = dot("bgnc,bgsc->bgns", dy_BGNC, v, jnp.float32)
+        dweights = _drop(blocks, dweights, drops, block)
+        delta = jnp.sum(weights * dweights, axis=-1, keepdims=True)  # the softmax's own gradient term
+        dscores = (weights * (dweights - delta) * C**-0.5).astype(dtype)
+        weights = _drop(blocks, weights, drops, block).astype(dtype)
+        dq_BGNC = dot("bgns,bgsc->bgnc", dscores, k, dtype)
+        dqs.append(dq_BGNC.reshape(*q_BGRTC.shape[:3], block.stop - block.start, C))
+        # dk and dv come out transposed: then neither weights nor dscores, the large ones, need a transpose
+        dk_BGCS = _add_at(block, dk_BGCS, dot("bgcn,bgns->bgcs", transposed(q_BGNC), dscores, jnp.float32))
+        dv_BGCS = _add_at(block, dv_BGCS, dot("bgcn,bgns->bgcs", transposed(dy_BGNC), weights, jnp.float32))
+    dq_BTHC = ungroup_queries(jnp.concatenate(dqs, axis=3))
+    assert dk_BGCS is not None and dv_BGCS is not None  # there is at least one block
+    dk_BSGC, dv_BSGC = (row_major(d.astype(dtype).transpose(0, 3, 1, 2)) for d in (dk_BGCS, dv_BGCS))
+    return dq_BTHC, dk_BSGC, dv_BSGC, None, None
+
+
+blocked_attention.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _seen(x_BGSC, block):
+    return x_BGSC[:, :, block.first : block.stop]
+
+
+def _scores(blocks, block, q_BGNC, k_BGSC, segments_BT):
+    """Scaled products `[B, G, N, S]`, with what a query may not see pushed to nothing."""
+    R = q_BGNC.shape[2] // (block.stop - block.start)
+    scores = dot("bgnc,bgsc->bgns", q_BGNC, k_BGSC, jnp.float32) * q_BGNC.shape[-1] ** -0.5
+    t, s = jnp.arange(block.start, block.stop)[:, None], jnp.arange(block.first, block.stop)[None]
+    outside = (t < s) | (s <= t - blocks.window) if blocks.window else t < s
+    hidden = jnp.where(outside, MASKED, 0.0)[None]  # added, which is faster than selecting
+    if segments_BT is not None:
+        other = segments_BT[:, block.start : block.stop, None] != segments_BT[:, None, block.first : block.stop]
+        hidden = jnp.where(other, MASKED, hidden)
+    return scores + jnp.tile(hidden, (1, R, 1))[:, None]
+
+
+def _drop(blocks, weights, drops, block):
+    if drops is None:
+        return weights
+    here = drops._replace(rows_BTH=drops.rows_BTH[:, block.start : block.stop])
+    return drop(here, blocks.dropout, weights, block.first)
+
+
+def _heads_first(x_BTGC):
+    return row_major(x_BTGC.transpose(0, 2, 1, 3))
+
+
+def _add_at(block, total, part):
+    """Adds to a total over keys before those of this block what the block gives to the keys that it sees."""
+    part = jnp.pad(part, ((0, 0),) * (part.ndim - 1) + ((block.first, 0),))
+    if total is None:
+        return part
+    return part + jnp.pad(total, ((0, 0),) * (part.ndim - 1) + ((0, part.shape[-1] - total.shape[-1]),))

@@ -1,0 +1,60 @@
+"""Whether a run can be cut as its mesh says, asked before anything is compiled."""
+
+import jax
+
+from gptjax.batches.labelled import widths
+from gptjax.config import Config
+from gptjax.errors import UserError
+from gptjax.parallel.mesh import batch_shards
+
+
+def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Holds a run against its mesh.
+
+    Raises:
+        UserError: An axis does not divide what it cuts, or something cannot be cut.
+    """
+    model, train, size = config.model, config.train, mesh.shape
+    if train.micro_batch % batch_shards(mesh):
+        name = "micro_batch_size" if train.micro_batch_size else "batch_size"
+        raise UserError(
+            f"train.{name}={train.micro_batch} must be divisible by the {batch_shards(mesh)} devices that share a"
+            " batch (mesh.data x mesh.fsdp)"
+        )
+    heads = "n_kv_head" if model.n_kv_head else "n_head"
+    if model.kv_heads % size["tensor"]:
+        raise UserError(f"mesh.tensor={size['tensor']} does not divide model.{heads}={model.kv_heads}")
+    if model.n_layer % size["stage"]:
+        raise UserError(f"mesh.stage={size['stage']} does not divide model.n_layer={model.n_layer}")
+    for name, length in _lengths(config):
+        if size["context"] > 1 and length % (2 * size["context"]):
+            raise UserError(
+                f"{name} must be a multiple of {2 * size['context']}, two parts for each of"
+                f" mesh.context={size['context']} devices"
+            )
+    if size["stage"] > 1:
+        _check_stages(config, f"mesh.stage={size['stage']}")
+
+
+def _lengths(config: Config) -> list[tuple[str, int]]:
+    """Lengths that rows may have, each with what sets it."""
+    found = [(f"model.block_size={config.model.block_size}", config.model.block_size)]
+    for task in (config.task, *(part.task for part in config.parts)):
+        longest = task.max_tokens or config.model.block_size
+        name = f"task.max_tokens={task.max_tokens}" if task.max_tokens else found[0][0]
+        if task.kind == "classify":
+            found += [(f"{name}: texts of up to {length} tokens, but {length}", length) for length in widths(longest)]
+        elif task.max_tokens:
+            found.append((name, longest))
+    return found
+
+
+def _check_stages(config: Config, stages: str) -> None:
+    if config.task.kind == "multi":
+        raise UserError(f"{stages} does not go with task.kind=multi: its batches have no one row of micro-batches")
+    if config.model.adapter.kind == "prompt":
+        raise UserError(
+            f"{stages} does not go with model.adapter.kind=prompt: the prompt goes through all blocks before the text"
+        )
+    if config.finetune.train == "top":
+        raise UserError(f"{stages} does not go with finetune.train=top: what learns would lie on the last stages alone")

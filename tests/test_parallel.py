@@ -1,0 +1,230 @@
+"""Runs cut over eight devices against the same run on one (`bench/equality.py`), and what cannot be cut."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bench import equality
+from gptjax.config import Config, MeshConfig
+from gptjax.errors import UserError
+from gptjax.model.gpt import Compute, hidden_states
+from gptjax.ops import ring_attention
+from gptjax.ops.attention import attention, attention_reference
+from gptjax.parallel.fits import check_fits
+from gptjax.parallel.mesh import make_mesh, replicated, traced_in
+from gptjax.parallel.pipeline import bubble
+from gptjax.parallel.rules import RULES, shardings
+from gptjax.training.step import init_state
+from gptjax.training.trainer import train
+from tests.test_adapters import ADAPTERS
+from tests.tiny import CONFIG, MODEL, replace, run_config
+
+ROOT = Path(__file__).parents[1]
+FAST = ("fsdp=2,tensor=2,context=2", "tensor=2,context=2,stage=2")
+MESHES = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in (*FAST, *equality.MESHES[:5])
+] + [pytest.param(name, marks=pytest.mark.slow) for name in equality.MESHES[5:] if name not in FAST]
+
+
+@functools.cache
+def rows(*names: str) -> dict[str, equality.Row]:
+    """What `bench/equality.py` says of one device and of these meshes, by mesh."""
+    cache = str(ROOT / ".pytest_cache" / "compiled")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": cache}
+    command = [sys.executable, "bench/equality.py", "--json", *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [equality.Row(**json.loads(line)) for line in done.stdout.splitlines()]
+    return {row.mesh: row for row in found}
+
+
+def row_of(name: str) -> tuple[equality.Row, equality.Row]:
+    """Of a mesh and of one device; the fast ones, and the slow ones, each share one process."""
+    found = rows(*(FAST if name in FAST else [n for n in equality.MESHES if n not in FAST]))
+    return found[name], found["one device"]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_run_does_not_depend_on_how_it_is_cut(name):
+    row, alone = row_of(name)
+    assert len(row.losses) == 20 and row.losses[-1] < row.losses[0]
+    # float32 sums in another order, 20 steps of Adam on
+    np.testing.assert_allclose(row.losses, alone.losses, atol=1e-5)
+    assert row.gradient_difference < 1e-5
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_parameters_and_moments_are_cut(name):
+    row, alone = row_of(name)
+    mesh = equality.parse(name)
+    parts = mesh.fsdp * mesh.tensor * mesh.stage
+    params = init_state(equality.CONFIG).params
+    named = [(path[-1].key, leaf.nbytes) for path, leaf in jax.tree.leaves_with_path(params)]
+    whole = sum(size for name, size in named if name.startswith("b_") or name in ("scale", "bias"))  # need not be cut
+    assert alone.param_bytes == jax.tree.reduce(lambda total, leaf: total + leaf.nbytes, params, 0)
+    assert alone.param_bytes / parts <= row.param_bytes <= (alone.param_bytes - whole) / parts + whole
+    assert alone.moment_bytes / parts <= row.moment_bytes <= (alone.moment_bytes - 2 * whole) / parts + 2 * whole
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_nothing_is_gathered_that_need_not_be(name):
+    row, alone = row_of(name)
+    mesh = equality.parse(name)
+    assert not alone.collectives
+    found = {kind for kind, count in row.collectives.items() if count}
+    allowed = {"all-reduce"}
+    if mesh.fsdp > 1:
+        allowed |= {"all-gather", "reduce-scatter", "all-to-all", "collective-permute"}
+    if mesh.tensor > 1:  # the table of the vocabulary, which 61 tokens do not divide, goes from its width to its rows
+        allowed |= {"all-to-all", "all-gather", "collective-permute"}
+    if mesh.context > 1 or mesh.stage > 1:
+        allowed |= {"collective-permute"}
+    if mesh.stage > 1:
+        allowed |= {"all-gather"}  # the table again
+    assert found <= allowed
+    D, V = equality.CONFIG.model.n_embd, equality.CONFIG.model.vocab_size
+    assert row.largest_gather <= max(
+        4 * D * D if mesh.fsdp > 1 else 0, (V + 3) * D
+    )  # a weight of a layer, or the table
+
+
+def test_the_ring_is_attention(monkeypatch):
+    """Windows, segments, grouped heads, dropout, and both halves of each device cut into blocks."""
+    monkeypatch.setattr(ring_attention, "LARGEST_BLOCK", 2)
+    B, T, H, G, C = 2, 24, 4, 2, 8
+    q, k, v = (jax.random.normal(jax.random.key(i), (B, T, n, C)) for i, n in enumerate((H, G, G)))
+    segments = jnp.asarray(np.arange(T)[None] // np.array([[9], [17]]))
+    mesh = make_mesh(MeshConfig(data=1, context=3), jax.devices()[:3])
+
+    def value_and_gradients(function, q, k, v, *options):
+        def objective(q, k, v):
+            y = function(q, k, v, *options)
+            return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)), y
+
+        gradients, y = jax.grad(objective, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return y, *gradients
+
+    for options in ((segments, 7, 0.0, None), (None, 0, 0.3, jax.random.key(5))):
+        ring = traced_in(mesh, lambda *x, options=options: value_and_gradients(attention, *x, *options))
+        plain = functools.partial(
+            lambda *x, options: value_and_gradients(attention_reference, *x, *options), options=options
+        )
+        ring = jax.jit(ring).lower(*jax.device_put((q, k, v), replicated(mesh))).compile()
+        assert {kind for kind, _ in equality.collectives(ring)} >= {"collective-permute"}
+        for a, e in zip(ring(*jax.device_put((q, k, v), replicated(mesh))), jax.jit(plain)(q, k, v), strict=True):
+            np.testing.assert_allclose(a, e, atol=1e-5)  # float32 sums in another order
+
+
+def test_layers_on_stages_are_the_same_layers():
+    """The forward pass alone, as evaluation has it: rows go through the stages in parts."""
+    config = replace(CONFIG, model={"n_layer": 4}).model
+    mesh = make_mesh(MeshConfig(data=1, stage=4))
+    params = init_state(replace(CONFIG, model={"n_layer": 4})).params
+    tokens = jax.random.randint(jax.random.key(0), (8, 16), 0, MODEL.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+    compute = Compute(unroll=1)
+
+    def states(params):
+        return hidden_states(config, params, tokens, positions, compute=compute)
+
+    expected = jax.jit(states)(params)
+    streamed = jax.jit(traced_in(mesh, states)).lower(jax.device_put(params, shardings(mesh, params))).compile()
+    np.testing.assert_allclose(streamed(jax.device_put(params, shardings(mesh, params))), expected, atol=2e-6)
+    gathered = [size for kind, size in equality.collectives(streamed) if kind == "all-gather"]
+    assert max(gathered) <= MODEL.vocab_size * MODEL.n_embd  # the table, but no block's weights
+
+
+def test_every_rule_matches_a_parameter():
+    """Of a model with all that a model may have, and its optimizer's state."""
+    new = {"init_from": "base", "finetune": {"train": "new"}}
+    runs = [{"model": {"tied_embeddings": False}}, *({"model": {"adapter": kind}, **new} for kind in ADAPTERS.values())]
+    train = {"compute_dtype": "float16", "ema": 0.9}
+    states: list = [
+        jax.eval_shape(lambda c=c: init_state(c)) for c in (replace(CONFIG, train=train, **r) for r in runs)
+    ]
+    states.append({"heads": {"classify": {"w": jnp.zeros((2, 4)), "bias": jnp.zeros(2)}}})
+    paths = jax.tree.leaves_with_path(states)
+    names = [jax.tree_util.keystr(path[1:], simple=True, separator="/") for path, _ in paths]
+    first = {next(pattern for pattern, *_ in RULES if re.search(pattern, name)) for name in names}
+    assert first == {pattern for pattern, *_ in RULES}
+
+
+@pytest.mark.parametrize(
+    ("axes", "change", "message"),
+    [
+        (
+            {"data": 4},
+            {"train": {"batch_size": 6}},
+            r"train.batch_size=6 must be divisible by the 4 devices that share",
+        ),
+        ({"tensor": 4}, {"model": {"n_head": 2}}, r"mesh.tensor=4 does not divide model.n_head=2"),
+        ({"tensor": 4}, {"model": {"n_head": 4, "n_kv_head": 2}}, r"mesh.tensor=4 does not divide model.n_kv_head=2"),
+        ({"stage": 4}, {"model": {"n_layer": 6}}, r"mesh.stage=4 does not divide model.n_layer=6"),
+        ({"context": 4}, {"model": {"block_size": 20}}, r"model.block_size=20 must be a multiple of 8, two parts for"),
+        (
+            {"stage": 2},
+            {"model": {"adapter": ADAPTERS["prompt"]}, "init_from": "base", "finetune": {"train": "new"}},
+            r"mesh.stage=2 does not go with .*kind=prompt",
+        ),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(axes, change, message):
+    mesh = make_mesh(MeshConfig(**({"data": 1} | axes)), jax.devices()[: MeshConfig(**({"data": 1} | axes)).size])
+    with pytest.raises(UserError, match=message) as error:
+        check_fits(replace(CONFIG, **change), mesh)
+    assert "\n" not in str(error.value)
+
+
+def test_the_bubble():
+    assert bubble(1, 8) == 0.0
+    assert bubble(4, 1) == 0.75  # one micro-batch: one stage of four is at work
+    assert bubble(4, 9) == 0.25
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_every_axis_of_four_devices(tmp_path, capsys):
+    """Trains, evaluates, samples, saves, and goes on under another mesh."""
+    config = run_config(tmp_path, mesh={"data": 1, "context": 2, "stage": 2}, train={"micro_batch_size": 2})
+    config = replace(config, train={"sample_tokens": 4, "num_steps": 4})
+    assert train(config) == 0
+    said = capsys.readouterr().out
+    assert "context 2 x stage 2" in said and "2 stages, 4 micro-batches: a stage waits 20 % of a step" in said
+    alone = replace(config, mesh={"data": -1, "context": 1, "stage": 1, "tensor": 2}, train={"num_steps": 6})
+    assert train(alone) == 0
+
+
+CHANGES: dict[str, dict] = {
+    "remat full": {"train": {"remat": "full"}},
+    "remat dots": {"train": {"remat": "dots", "unroll": 0}},
+    "bfloat16": {"train": {"compute_dtype": "bfloat16", "param_dtype": "bfloat16"}},
+    "float16": {"train": {"compute_dtype": "float16"}},
+    "window, no dropout": {"model": {"attention_window": 5, "dropout": 0.0}},
+    "untied, no bias": {"model": {"tied_embeddings": False, "bias": False, "vocab_multiple": 16}},
+    "z-loss, smoothing": {"train": {"z_loss": 0.1, "label_smoothing": 0.1}},
+    "one micro-batch": {"train": {"micro_batch_size": 0}},
+    **{
+        f"{kind} adapter": {"model": {"adapter": ADAPTERS[kind]}, "init_from": "base", "finetune": {"train": "new"}}
+        for kind in ("lora", "bottleneck", "prefix")
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["context=2,stage=2", "fsdp=2,tensor=2"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_way_to_compute_works_on_every_axis(name, mesh):
+    config: Config = replace(equality.CONFIG, **CHANGES[name])
+    losses, first, _, _ = equality.run(config, equality.parse(""), 2)
+    row = equality.compare(mesh, config, 2, (losses, equality.gradients(first)))
+    exact = config.train.compute_dtype == "float32"
+    assert row.loss_difference < (1e-5 if exact else 0.01)
+    assert row.gradient_difference < (1e-5 if exact else 0.1)  # float16 and bfloat16 round after other sums
