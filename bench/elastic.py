@@ -1,4 +1,5 @@
-"""A run that goes on elsewhere: python bench/elastic.py [--from N ...] [--to N ...], layouts by their number.
+"""A run that goes on elsewhere: python bench/elastic.py [--from N ...] [--to N ...], layouts by their number;
+`--page docs/scaling.md` writes the table there.
 
 Trains a small model with dropout for 6 steps in one layout, then for 6 more in another one, from the checkpoint; prints
 a table of the largest relative difference of its 12 losses from those of one device that was never stopped, and ends
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from equality import write_table
 
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.config_io import to_yaml
@@ -44,6 +47,7 @@ LAYOUTS = (
     Layout(2, 2, {"data": 2, "fsdp": 2}),
     Layout(2, 4, {"data": 1, "fsdp": 8}),
     Layout(4, 1, {"data": 1, "fsdp": 2, "tensor": 2}),
+    Layout(1, 8, {"data": 1, "tensor": 2, "context": 2, "stage": 2}),
 )
 
 
@@ -89,14 +93,16 @@ def main() -> None:
     numbers = range(len(LAYOUTS))
     parser.add_argument("--from", type=int, nargs="+", choices=numbers, default=list(numbers), dest="before")
     parser.add_argument("--to", type=int, nargs="+", choices=numbers, default=list(numbers), dest="after")
+    parser.add_argument("--page", type=Path, help="a page whose table is replaced")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gptjax-elastic-") as name:
         folder = Path(name)
         config = make_config(folder)
         train(config, LAYOUTS[0], folder / "unbroken", 2 * STEPS)
         expected = losses(folder / "unbroken")
-        print("| saved on | " + " | ".join(f"→ {LAYOUTS[n]}" for n in options.after) + " |", flush=True)
-        print("|---" * (len(options.after) + 1) + "|", flush=True)
+        lines = ["| saved on | " + " | ".join(f"→ {LAYOUTS[n]}" for n in options.after) + " |"]
+        lines.append("|---" * (len(options.after) + 1) + "|")
+        print("\n".join(lines), flush=True)
         largest = 0.0
         for before in options.before:
             saved = folder / f"{before}"
@@ -109,7 +115,10 @@ def main() -> None:
                 pairs = zip(losses(run_dir), expected, strict=True)
                 cells.append(max(abs(ours - theirs) / theirs for ours, theirs in pairs))
             largest = max(largest, *cells)
-            print(f"| {LAYOUTS[before]} | " + " | ".join(f"{cell:.1e}" for cell in cells) + " |", flush=True)
+            lines.append(f"| {LAYOUTS[before]} | " + " | ".join(f"{cell:.1e}" for cell in cells) + " |")
+            print(lines[-1], flush=True)
+    if options.page:
+        write_table(options.page, "elastic", lines)
     sys.exit(1 if largest >= LIMIT else 0)
 
 

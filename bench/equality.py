@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ CONFIG = Config(
     optim=OptimConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2),
     train=TrainConfig(num_steps=STEPS, batch_size=32, micro_batch_size=8, compute_dtype="float32", unroll=1),
 )
-BEGIN, END = "<!-- equality: begin, written by bench/equality.py -->", "<!-- equality: end -->"
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -147,6 +147,14 @@ def parse(name: str) -> MeshConfig:
     return MeshConfig(**({"data": 1} | sizes))
 
 
+def write_table(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Puts a table into a page, between the comments that name it."""
+    begin, end = (f"<!-- {name}: {word}, written by bench -->" for word in ("begin", "end"))
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    page.write_text(f"{before}{begin}\n{chr(10).join(lines)}\n{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("meshes", nargs="*", default=MESHES, help="axis=size,axis=size")
@@ -169,9 +177,7 @@ def main() -> None:
         lines.append(row.line())
         print(lines[-1], flush=True)
     if arguments.page:
-        before, rest = arguments.page.read_text(encoding="utf-8").split(BEGIN)
-        after = rest.split(END)[1]
-        arguments.page.write_text(f"{before}{BEGIN}\n{chr(10).join(lines)}\n{END}{after}", encoding="utf-8")
+        write_table(arguments.page, "equality", lines)
 
 
 if __name__ == "__main__":
