@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from gptjax.verb_options import (
     EvaluateConfig,
     ExportConfig,
     ImportConfig,
+    PlanConfig,
     PredictConfig,
     SampleConfig,
     VerifyResumeConfig,
@@ -142,6 +144,21 @@ def verify_resume(args: Sequence[str]) -> int:
     return 0
 
 
+def plan(args: Sequence[str]) -> int:
+    """Says what a run needs on other machines, running nothing: gptjax plan CONFIG.yaml --devices N --chip h100 [...]."""
+    path, rest = _positional(args, "plan CONFIG.yaml --devices N --chip NAME [--section.key VALUE ...]")
+    own, others = _split_flags(PlanConfig, rest)
+    options, config = _flags(PlanConfig, own), load_config(path, read_flags(Config, others))
+    runtime.start(config.cache_dir)
+    runtime.pretend_devices(options.devices)
+    from gptjax.planning.describe import as_values, describe
+    from gptjax.planning.plan import plan_run
+
+    given, suggested = plan_run(config, options, _notify)
+    print(json.dumps(as_values(given, suggested, options)) if options.json else describe(given, suggested, options))
+    return 0
+
+
 def doctor(args: Sequence[str]) -> int:
     """Describes this machine and verifies data and runs in full: gptjax doctor [CONFIG | RUN_DIR | DATA_DIR ...]."""
     places = list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
@@ -160,6 +177,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
     "import": (import_model, ImportConfig),
     "export": (export_model, ExportConfig),
     "verify-resume": (verify_resume, VerifyResumeConfig),
+    "plan": (plan, PlanConfig),
     "doctor": (doctor, DoctorConfig),
 }
 

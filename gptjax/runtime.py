@@ -46,6 +46,14 @@ def start(cache_dir: str = Config.cache_dir) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def pretend_devices(count: int) -> None:
+    """Makes this process's CPU look like so many devices; other devices are not touched."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+
+
 def compiled_folder(cache_dir: str) -> Path:
     """Makes the folder of compiled programs and returns it.
 

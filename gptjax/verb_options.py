@@ -4,11 +4,14 @@ import dataclasses
 from typing import Literal
 
 from gptjax.checks import no_effect, not_negative, positive, usable_paths
+from gptjax.chips import CHIPS
 from gptjax.config import Config, DataConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, did_you_mean
 
 MOST_ROWS = 2**16
 """Continuations that are made at once."""
+MOST_DEVICES = 512
+"""Virtual devices that a step is compiled for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,6 +185,25 @@ class VerifyResumeConfig:
     def __post_init__(self):
         positive("", self, "steps", "save_every", "kills")
         not_negative("", self, "kill_seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What a run is planned for; options of the run itself may follow, as for train."""
+
+    devices: int
+    """How many chips, up to 512."""
+    chip: str
+    """h100, h100-pcie, h200, b200, a100, l4, v4, v5e, v5p or v6e."""
+    json: bool = False
+    """Print one JSON object, in bytes, FLOPs and seconds."""
+
+    def __post_init__(self):
+        positive("", self, "devices")
+        if self.devices > MOST_DEVICES:
+            raise UserError(f"devices={self.devices} must be at most {MOST_DEVICES}")
+        if self.chip not in CHIPS:
+            raise UserError(f"chip={self.chip!r} must be one of {', '.join(CHIPS)}.{did_you_mean(self.chip, CHIPS)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptjax"
 ORDER = (
-    *("errors", "files", "checks", "task_options", "cluster_options", "config", "verb_options", "config_io", "runtime"),
+    *(
+        "errors",
+        "files",
+        "checks",
+        "chips",
+        "task_options",
+        "cluster_options",
+        "config",
+        "verb_options",
+        "config_io",
+        "runtime",
+    ),
     *("text", "batches", "ops", "model"),
-    *("parallel", "generation", "evaluation", "report", "training", "exchange", "cli", "__main__"),
+    *("parallel", "generation", "evaluation", "report", "training", "planning", "exchange", "cli", "__main__"),
 )
 ONLY_IN = {
     "flax": ("gptjax/model/",),
@@ -26,6 +37,7 @@ NO_JAX = (
     "text",
     "batches",
     "checks",
+    "chips",
     "task_options",
     "cluster_options",
     "config",

@@ -6,6 +6,7 @@ where positions are cut over devices), K devices that share positions, Z chunks.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from gptjax.ops.axes import HEADS, POSITIONS, ROWS, axis_size, flat, pin, positions_cut
 from gptjax.ops.matmul import dot, weight_gradient
 
-CHUNK_LOGITS = 2**25  # logits in memory at a time: 128 MB in float32
+CHUNK_LOGITS = 2**25  # logits in a device's memory at a time: 128 MB in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,9 @@ def _over_chunks(visit, carry, x_BTD, targets_BT, V):
     """
     B, T, D = x_BTD.shape
     K = axis_size(POSITIONS) if positions_cut() and T % axis_size(POSITIONS) == 0 else 1
-    Z = _chunk_count(T // K, -(-B * T * V // CHUNK_LOGITS))
+    # Each chunk ends in a sum over devices of what it gives to the table's gradient, so no more chunks than it takes.
+    shared = math.prod(axis_size(axis) for axis in (*ROWS, POSITIONS, HEADS))
+    Z = _chunk_count(T // K, -(-B * T * V // (CHUNK_LOGITS * shared)))
     if Z == 1:
         return visit(carry, (x_BTD, targets_BT))
     x_ZBKCD = x_BTD.reshape(B, K, Z, T // (K * Z), D).transpose(2, 0, 1, 3, 4)

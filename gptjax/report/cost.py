@@ -4,22 +4,8 @@ from typing import Any
 
 import jax
 
+from gptjax.chips import chip_of
 from gptjax.config import ModelConfig
-
-# Dense bfloat16 peak, FLOP/s, from the vendors' data sheets; matched as a part of `device.device_kind`.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 def flops_per_token(config: ModelConfig, params: Any) -> float:
@@ -34,8 +20,8 @@ def flops_per_token(config: ModelConfig, params: Any) -> float:
 
 def peak_flops() -> float | None:
     """Published bfloat16 peak of all devices together, FLOP/s; None where it is not known, as for CPUs."""
-    kind = jax.devices()[0].device_kind
-    return next((peak * jax.device_count() for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    chip = chip_of(jax.devices()[0].device_kind)
+    return None if chip is None else chip.peak_flops * jax.device_count()
 
 
 def parameter_count(params: Any) -> int:
@@ -45,11 +31,11 @@ def parameter_count(params: Any) -> int:
 
 def readable_bytes(count: float) -> str:
     """`1.5 GB`, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{count:.3g} TB"
 
 
 def readable_count(count: float) -> str:

@@ -29,7 +29,7 @@ from gptjax.training.checkpoint import (
 )
 from gptjax.training.finetune import without_heads
 from gptjax.training.precision import compute_dtype
-from gptjax.training.step import TrainState, compute_options, init_state, make_train_step
+from gptjax.training.step import TrainState, compute_options, init_state, jit_train_step
 from gptjax.training.tasks import Source, Task, make_task, parts_of, read_source, with_labels
 
 # Fields that may change when a run goes on: they change neither what a parameter means nor which tokens come next.
@@ -203,10 +203,7 @@ def _assemble(config: Config, run_dir: Path, source: Source, mesh: jax.sharding.
             compute_options(config),
             lambda function: jax.jit(traced_in(mesh, function), out_shardings=replicated(mesh)),
         ),
-        # Without out_shardings the compiler may return the state laid out differently from how it came in.
-        train_step=jax.jit(
-            traced_in(mesh, make_train_step(config)), donate_argnums=0, out_shardings=(state_shardings, None)
-        ),
+        train_step=jit_train_step(config, mesh, state_shardings),
         checkpoints=Checkpoints(run_dir, config.train.keep_checkpoints, say),
     )
 

@@ -146,6 +146,12 @@ def make_train_step(config: Config) -> Callable[[TrainState, Any], tuple[TrainSt
     return train_step
 
 
+def jit_train_step(config: Config, mesh: jax.sharding.Mesh, state_shardings: TrainState) -> jax.stages.Wrapped:
+    """Returns the step as it runs on a mesh; the state is donated."""
+    # Without out_shardings the compiler may return the state laid out differently from how it came in.
+    return jax.jit(traced_in(mesh, make_train_step(config)), donate_argnums=0, out_shardings=(state_shardings, None))
+
+
 def make_gradient_norms(
     config: Config, mesh: jax.sharding.Mesh
 ) -> Callable[[TrainState, Any], dict[str, list[float] | float]]:

@@ -1,0 +1,140 @@
+"""A plan as text and as plain values."""
+
+import dataclasses
+from typing import Any
+
+from gptjax.chips import CHIPS, Chip
+from gptjax.config import Config
+from gptjax.planning import estimate
+from gptjax.planning.plan import USABLE, Plan
+from gptjax.report.cost import readable_bytes, readable_count
+from gptjax.verb_options import PlanConfig
+
+
+def describe(given: Plan, suggested: Plan | None, options: PlanConfig) -> str:
+    """A few lines for people."""
+    chip, memory = CHIPS[options.chip], given.memory
+    model, train = given.config.model, given.config.train
+    step = f"{train.batch_size:,} rows x {model.block_size:,} tokens in {train.batch_size // train.micro_batch}"
+    lines = [
+        ("model", f"{readable_count(given.parameter_count)} parameters, vocabulary {model.vocab_size:,}"),
+        ("step", f"{step} micro-batches, {train.compute_dtype}, remat {train.remat}"),
+        ("mesh", f"{_layout(given)} on {options.devices} x {options.chip}"),
+        ("memory", f"{_of_chip(given, chip)} per device:"),
+        *(("", f"{_bytes(getattr(memory, name))}  {words}") for name, words in PARTS),
+        ("sent", f"{_bytes(sum(one.node + one.network for one in given.sent))}  per device and step:"),
+        *(("", f"{_bytes(one.node + one.network)}  {_sent(one)}") for one in given.sent),
+        ("FLOPs", f"{given.model_flops:.3e} of the model per step, {given.work.flops:.3e} done on each device"),
+        ("time", _time(given, chip)),
+        ("assumed", _assumed(given, options.chip)),
+    ]
+    lines += zip(("suggested", ""), _suggestion(given, suggested, options), strict=False)
+    return "\n".join(f"{name:10}  {text}" for name, text in lines)
+
+
+PARTS = (
+    ("parameters", "parameters"),
+    ("optimizer", "optimizer state"),
+    ("other", "batch, averages, counters"),
+    ("activations", "activations: kept of the forward pass for the backward pass"),
+    ("temporaries", "temporaries: gradients, gathered weights, what a layer works with"),
+)
+
+
+def as_values(given: Plan, suggested: Plan | None, options: PlanConfig) -> dict[str, Any]:
+    """The same as plain values, in bytes, FLOPs and seconds."""
+    return {
+        "devices": options.devices,
+        "chip": options.chip,
+        "given": _values(given, CHIPS[options.chip]),
+        "suggested": None if suggested is None else _values(suggested, CHIPS[options.chip]),
+    }
+
+
+def _values(plan: Plan, chip: Chip) -> dict[str, Any]:
+    return {
+        "mesh": plan.mesh,
+        "micro_batch_size": plan.config.train.micro_batch,
+        "remat": plan.config.train.remat,
+        "parameters": plan.parameter_count,
+        "memory": dataclasses.asdict(plan.memory) | {"total": plan.memory.total},
+        "fits": plan.fits,
+        "sent": [dataclasses.asdict(one) for one in plan.sent],
+        "model_flops": plan.model_flops,
+        "device_flops": plan.work.flops,
+        "bubble": plan.work.bubble,
+        "seconds": plan.seconds,
+        "seconds_if_hidden": plan.shortest,
+        "model_flops_share_of_peak": _share(plan, chip, plan.seconds),
+    }
+
+
+def _of_chip(plan: Plan, chip: Chip) -> str:
+    verdict = "fits in" if plan.fits else "does NOT fit in"
+    return f"{readable_bytes(plan.memory.total)}, which {verdict} {USABLE:.0%} of {readable_bytes(chip.memory)},"
+
+
+def _bytes(count: float) -> str:
+    return f"{readable_bytes(count):>8}"
+
+
+def _sent(one: Any) -> str:
+    return f"{one.kind} x {one.count:,.0f}" + (
+        f", {readable_bytes(one.network)} of it between nodes" if one.network else ""
+    )
+
+
+def _time(plan: Plan, chip: Chip) -> str:
+    waits = f" (a stage waits {plan.work.bubble:.0%} of it)" if plan.work.bubble else ""
+    return (
+        f"{plan.seconds:.3g} s a step = {plan.compute_seconds:.3g} s computing{waits} + {plan.link_seconds:.3g} s sending;"
+        f" {plan.shortest:.3g} s if one hides the other; the model's FLOPs are {_share(plan, chip, plan.seconds):.0%}"
+        f" to {_share(plan, chip, plan.shortest):.0%} of the peak"
+    )
+
+
+def _share(plan: Plan, chip: Chip, seconds: float) -> float:
+    devices = 1
+    for size in plan.mesh.values():
+        devices *= size
+    return plan.model_flops / (devices * chip.peak_flops * seconds)
+
+
+def _assumed(plan: Plan, name: str) -> str:
+    chip = CHIPS[name]
+    slow = "" if plan.config.train.compute_dtype != "float32" else "; float32, which is slower, takes longer than said"
+    return (
+        f"{name}: {chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, of which products reach {estimate.EFFICIENCY:.0%};"
+        f" memory {chip.memory_rate / 1e12:.3g} TB/s; links {chip.link / 1e9:.3g} GB/s in a node of {chip.node},"
+        f" {chip.network / 1e9:.3g} GB/s between; devices numbered node after node. Memory is what XLA's compiler for CPUs"
+        f" plans with the CPU's kernels: other chips' compilers and attention kernels mostly need less{slow}"
+    )
+
+
+def _layout(plan: Plan) -> str:
+    axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
+    return f"{axes}, micro-batches of {plan.config.train.micro_batch:,} rows"
+
+
+def _suggestion(given: Plan, suggested: Plan | None, options: PlanConfig) -> list[str]:
+    chip = CHIPS[options.chip]
+    if suggested is None:
+        if given.fits:
+            return ["nothing better than what is given was found"]
+        return [f"nothing was found that fits {options.devices} x {options.chip}; give more devices or a smaller model"]
+    if suggested is given or (given.fits and given.seconds <= suggested.seconds):
+        return ["what is given; nothing faster was found that fits"]
+    config = suggested.config
+    flags = [f"--mesh.{name} {size}" for name, size in suggested.mesh.items() if size != given_size(given.config, name)]
+    flags += [f"--train.micro_batch_size {config.train.micro_batch}"]
+    if config.train.remat != given.config.train.remat:
+        flags += [f"--train.remat {config.train.remat}", f"--train.unroll {config.train.unroll}"]
+    return [
+        " ".join(flags),
+        f"(compiled too: {_of_chip(suggested, chip)} {suggested.seconds:.3g} s a step; {suggested.shortest:.3g} s if hidden)",
+    ]
+
+
+def given_size(config: Config, axis: str) -> int:
+    """Devices along an axis as a config has it."""
+    return getattr(config.mesh, axis)

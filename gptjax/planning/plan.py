@@ -1,0 +1,172 @@
+"""The plan of a run: memory, collectives and time on machines that are not here, and a mesh that fits them."""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from gptjax.chips import CHIPS, Chip
+from gptjax.config import Config
+from gptjax.errors import UserError
+from gptjax.parallel.fits import check_fits
+from gptjax.parallel.mesh import make_mesh
+from gptjax.planning import estimate
+from gptjax.planning.compiled import CompiledStep, Memory, compile_step
+from gptjax.planning.suggest import suggestions
+from gptjax.report import cost
+from gptjax.report.collectives import KINDS
+from gptjax.training.step import init_state
+from gptjax.verb_options import PlanConfig
+
+USABLE = 0.9
+"""Share of a chip's memory that a step may take."""
+TRIES = 3
+"""Suggestions that are compiled until one fits."""
+VOCABULARIES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
+"""Tokens of tiktoken's encodings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """What one device sends in a step, of one kind of collective."""
+
+    kind: str
+    count: float
+    node: float
+    """Bytes over links of a node."""
+    network: float
+    """Bytes between nodes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run on a mesh; bytes, FLOPs and seconds are those of one device and one step."""
+
+    config: Config
+    mesh: dict[str, int]
+    parameter_count: int
+    memory: Memory
+    fits: bool
+    sent: list[Sent]
+    model_flops: float
+    """Of all devices."""
+    work: estimate.Work
+    compute_seconds: float
+    """Computing and reading memory, waiting for other stages included."""
+    link_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step in which nothing is sent while something is computed."""
+        return self.compute_seconds + self.link_seconds
+
+    @property
+    def shortest(self) -> float:
+        """Of a step in which all that can be is sent while something is computed."""
+        return max(self.compute_seconds, self.link_seconds)
+
+
+def plan_run(config: Config, options: PlanConfig, notify: Callable[[str], None]) -> tuple[Plan, Plan | None]:
+    """Plans a run as its config has it, and with the best mesh and micro-batch found, None where none was.
+
+    Raises:
+        UserError: The run cannot be laid out on so many devices, or its config needs what only data tell.
+    """
+    config, chip = resolve(config), CHIPS[options.chip]
+    given = plan_step(config, chip, notify)
+    return given, _suggested(given, chip, notify)
+
+
+def resolve(config: Config) -> Config:
+    """Fills in what a run would learn from its tokenizer and machine.
+
+    Raises:
+        UserError: Only data tell.
+    """
+    if config.task.kind != "pretrain" or config.init_from:
+        name = "init_from" if config.init_from else f"task.kind={config.task.kind}"
+        raise UserError(f"{name}: plan knows runs of task.kind=pretrain from their beginning; leave it out")
+    kind, size = config.tokenizer.kind, config.model.vocab_size
+    if not size:
+        of_kind = {"tiktoken": VOCABULARIES[config.tokenizer.name], "bytes": 257, "bpe": config.tokenizer.vocab_size}
+        size = of_kind.get(kind, 0)
+    if not size:
+        raise UserError(f"tokenizer.kind={kind}: only the corpus tells the vocabulary; give --model.vocab_size")
+    train = config.train
+    if train.compute_dtype == "auto":  # every chip in the table multiplies it
+        train = dataclasses.replace(train, compute_dtype="bfloat16")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size), train=train)
+
+
+def plan_step(config: Config, chip: Chip, notify: Callable[[str], None]) -> Plan:
+    """Compiles a run's step for all devices there are, and says what it costs on `chip`.
+
+    Raises:
+        UserError: The run cannot be laid out so.
+    """
+    mesh = make_mesh(config.mesh)
+    check_fits(config, mesh)
+    shapes = jax.eval_shape(lambda: init_state(config))
+    sizes = estimate.Sizes(config, dict(mesh.shape))
+    notify(
+        f"compiling for {mesh.size} virtual devices: {_layout(sizes.mesh)}, micro-batches of {config.train.micro_batch}"
+    )
+    step = compile_step(config, mesh)
+    tokens = config.train.batch_size * config.model.block_size
+    flops = tokens * cost.flops_per_token(config.model, shapes.params)
+    memory = step.memory
+    work = estimate.work(sizes, flops, memory.parameters + memory.optimizer, memory.activations)
+    sent = _sent(step, chip)
+    return Plan(
+        config=config,
+        mesh=sizes.mesh,
+        parameter_count=cost.parameter_count(shapes.params),
+        memory=memory,
+        fits=memory.total <= USABLE * chip.memory,
+        sent=sent,
+        model_flops=flops,
+        work=work,
+        compute_seconds=work.seconds(chip),
+        link_seconds=sum(one.node / chip.link + one.network / chip.network for one in sent),
+    )
+
+
+def _sent(step: CompiledStep, chip: Chip) -> list[Sent]:
+    totals = collections.defaultdict(lambda: np.zeros(3))
+    for one in step.collectives:
+        leaves, size = one.leaves(chip.node), one.sent * one.times
+        totals[one.kind] += [one.times, 0.0 if leaves else size, size if leaves else 0.0]
+    return [Sent(kind, *map(float, totals[kind])) for kind in KINDS if kind in totals]
+
+
+def _suggested(given: Plan, chip: Chip, notify: Callable[[str], None]) -> Plan | None:
+    """Compiles the most promising others until one fits."""
+    devices = int(np.prod(list(given.mesh.values())))
+    sizes = estimate.Sizes(given.config, given.mesh)
+    guess = estimate.temporaries(sizes, given.memory.parameters)
+    ratio = max(1.0, given.memory.temporaries / guess)
+    for _ in range(TRIES):
+        best = next(
+            iter(suggestions(given.config, chip, devices, USABLE * chip.memory, ratio, given.model_flops)), None
+        )
+        if best is None:
+            return None
+        if _same(best, given):
+            return given if given.fits else None
+        found = plan_step(best, chip, notify)
+        if found.fits:
+            return found
+        needs = estimate.temporaries(estimate.Sizes(best, found.mesh), found.memory.parameters)
+        ratio = max(1.1 * ratio, (found.memory.temporaries + found.memory.activations) / needs)
+    return None
+
+
+def _same(config: Config, plan: Plan) -> bool:
+    layout = dataclasses.asdict(config.mesh) == plan.mesh
+    return layout and config.train.micro_batch == plan.config.train.micro_batch and config.train == plan.config.train
+
+
+def _layout(mesh: dict[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"
