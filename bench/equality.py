@@ -11,7 +11,6 @@ import argparse
 import collections
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from gptjax.batches.pretraining import Batch
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
+from gptjax.report import hlo
+from gptjax.report.collectives import KINDS
 from gptjax.training.step import TrainState, init_state, make_train_step
 
 DEVICES, STEPS = 8, 20
@@ -37,7 +38,6 @@ CONFIG = Config(
     optim=OptimConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2),
     train=TrainConfig(num_steps=STEPS, batch_size=32, micro_batch_size=8, compute_dtype="float32", unroll=1),
 )
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +112,9 @@ def device_bytes(tree: Any) -> int:
 
 def collectives(program: Any) -> list[tuple[str, int]]:
     """Each collective of a compiled program: its kind and the elements of its largest result."""
-    found = []
-    for line in program.as_text().splitlines():
-        match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(", line)
-        if match:
-            shapes = re.findall(r"\[([\d,]*)\]", match[1])
-            found.append((match[2], max(int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes)))
-    return found
+    computations = hlo.parse(program.as_text()).computations.values()
+    found = [one for computation in computations for one in computation.instructions.values() if one.op in KINDS]
+    return [(one.op, max(elements for _, elements in one.arrays)) for one in found]
 
 
 def compare(name: str, config: Config = CONFIG, steps: int = STEPS, reference=None) -> Row:

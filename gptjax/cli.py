@@ -145,7 +145,7 @@ def verify_resume(args: Sequence[str]) -> int:
 
 
 def plan(args: Sequence[str]) -> int:
-    """Says what a run needs on other machines, running nothing: gptjax plan CONFIG.yaml --devices N --chip h100 [...]."""
+    """Says what a run needs on other machines: gptjax plan CONFIG.yaml --devices N --chip NAME [--section.key ...]."""
     path, rest = _positional(args, "plan CONFIG.yaml --devices N --chip NAME [--section.key VALUE ...]")
     own, others = _split_flags(PlanConfig, rest)
     options, config = _flags(PlanConfig, own), load_config(path, read_flags(Config, others))

@@ -4,9 +4,8 @@ import dataclasses
 from typing import Any
 
 from gptjax.chips import CHIPS, Chip
-from gptjax.config import Config
 from gptjax.planning import estimate
-from gptjax.planning.plan import USABLE, Plan
+from gptjax.planning.plan import USABLE, Plan, Sent
 from gptjax.report.cost import readable_bytes, readable_count
 from gptjax.verb_options import PlanConfig
 
@@ -78,7 +77,7 @@ def _bytes(count: float) -> str:
     return f"{readable_bytes(count):>8}"
 
 
-def _sent(one: Any) -> str:
+def _sent(one: Sent) -> str:
     return f"{one.kind} x {one.count:,.0f}" + (
         f", {readable_bytes(one.network)} of it between nodes" if one.network else ""
     )
@@ -87,9 +86,9 @@ def _sent(one: Any) -> str:
 def _time(plan: Plan, chip: Chip) -> str:
     waits = f" (a stage waits {plan.work.bubble:.0%} of it)" if plan.work.bubble else ""
     return (
-        f"{plan.seconds:.3g} s a step = {plan.compute_seconds:.3g} s computing{waits} + {plan.link_seconds:.3g} s sending;"
-        f" {plan.shortest:.3g} s if one hides the other; the model's FLOPs are {_share(plan, chip, plan.seconds):.0%}"
-        f" to {_share(plan, chip, plan.shortest):.0%} of the peak"
+        f"{plan.seconds:.3g} s a step = {plan.compute_seconds:.3g} s computing{waits} + {plan.link_seconds:.3g} s"
+        f" sending; {plan.shortest:.3g} s if one hides the other: {_share(plan, chip, plan.seconds):.0%}"
+        f" to {_share(plan, chip, plan.shortest):.0%} of the peak goes into the model"
     )
 
 
@@ -106,8 +105,8 @@ def _assumed(plan: Plan, name: str) -> str:
     return (
         f"{name}: {chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, of which products reach {estimate.EFFICIENCY:.0%};"
         f" memory {chip.memory_rate / 1e12:.3g} TB/s; links {chip.link / 1e9:.3g} GB/s in a node of {chip.node},"
-        f" {chip.network / 1e9:.3g} GB/s between; devices numbered node after node. Memory is what XLA's compiler for CPUs"
-        f" plans with the CPU's kernels: other chips' compilers and attention kernels mostly need less{slow}"
+        f" {chip.network / 1e9:.3g} GB/s between; devices numbered node after node; memory and what is sent are as"
+        f" XLA compiles the step for CPUs, with their kernels{slow}"
     )
 
 
@@ -125,16 +124,12 @@ def _suggestion(given: Plan, suggested: Plan | None, options: PlanConfig) -> lis
     if suggested is given or (given.fits and given.seconds <= suggested.seconds):
         return ["what is given; nothing faster was found that fits"]
     config = suggested.config
-    flags = [f"--mesh.{name} {size}" for name, size in suggested.mesh.items() if size != given_size(given.config, name)]
+    flags = [f"--mesh.{name} {size}" for name, size in suggested.mesh.items() if size != given.mesh[name]]
     flags += [f"--train.micro_batch_size {config.train.micro_batch}"]
     if config.train.remat != given.config.train.remat:
         flags += [f"--train.remat {config.train.remat}", f"--train.unroll {config.train.unroll}"]
     return [
         " ".join(flags),
-        f"(compiled too: {_of_chip(suggested, chip)} {suggested.seconds:.3g} s a step; {suggested.shortest:.3g} s if hidden)",
+        f"(compiled too: {_of_chip(suggested, chip)} {suggested.seconds:.3g} s a step,"
+        f" {suggested.shortest:.3g} s if hidden)",
     ]
-
-
-def given_size(config: Config, axis: str) -> int:
-    """Devices along an axis as a config has it."""
-    return getattr(config.mesh, axis)

@@ -77,7 +77,7 @@ class Sizes:
 def work(sizes: Sizes, model_flops: float, state: int, kept: float) -> Work:
     """What one device does, from the model's FLOPs of a whole step and the bytes of its state and activations.
 
-    State is read and written once; of every micro-batch weights are read in each pass, and activations written and read.
+    State is read and written once; of every micro-batch weights are read in each pass, activations written and read.
     """
     devices = int(np.prod(list(sizes.mesh.values())))
     weights = (sizes.layers * sizes.block + sizes.table) * sizes.width * (3 + sizes.again)

@@ -2,9 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.chips import Chip

@@ -18,10 +18,6 @@ class Collective:
     """One of `KINDS`. What a CPU sums whole on every device, to keep a slice, is a reduce-scatter in other compilers'
     programs, and counts as one.
     """
-    compiled: str
-    """The kind as compiled."""
-    elements: int
-    """Of its largest result."""
     sent: float
     """Bytes that a device sends each time, on a ring. What a CPU widens from bfloat16 to send it counts as bfloat16."""
     times: float
@@ -47,18 +43,16 @@ def collectives(program: Program, devices: int) -> list[Collective]:
 
 def _parts(program, computation, one: Instruction, times: float, groups: np.ndarray) -> list[Collective]:
     """The collective, in two where of some of its results only slices are kept."""
-    n, parts = groups.shape[1], {}
-    arrays, sizes = one.arrays, one.sizes
-    sliced = one.op == "all-reduce" and _sliced(program, computation, one)
-    for number, (size, (_, elements)) in enumerate(zip(sizes, arrays, strict=True)):
+    n, sent = groups.shape[1], {}
+    sliced = _sliced(program, computation, one) if one.op == "all-reduce" else [False] * len(one.sizes)
+    for number, (size, only_slice) in enumerate(zip(one.sizes, sliced, strict=True)):
+        kind = "reduce-scatter" if only_slice else one.op
         operand = one.operands[min(number, len(one.operands) - 1)]
-        kind = "reduce-scatter" if sliced and sliced[number] else one.op
         size = size / 2 if _widened(program, computation, operand) else size
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
         share = n - 1.0 if one.op == "reduce-scatter" else share
-        largest, sent = parts.get(kind, (0, 0.0))
-        parts[kind] = max(largest, elements), sent + share * size
-    return [Collective(kind, one.op, largest, sent, times, groups) for kind, (largest, sent) in parts.items()]
+        sent[kind] = sent.get(kind, 0.0) + share * size
+    return [Collective(kind, size, times, groups) for kind, size in sent.items()]
 
 
 def _widened(program: Program, computation: Computation, operand: str) -> bool:

@@ -1,0 +1,274 @@
+"""What a plan says, against what is counted or held in another way."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiktoken
+from jax.sharding import AbstractMesh, AxisType
+
+from bench import plan as reality
+from gptjax.chips import CHIPS, Chip, chip_of
+from gptjax.cli import main
+from gptjax.config import TIKTOKEN_NAMES, Config, MeshConfig, TokenizerConfig
+from gptjax.config_io import load_config, to_yaml
+from gptjax.errors import UserError
+from gptjax.model.gpt import Compute
+from gptjax.model.loss import batch_loss
+from gptjax.ops.cross_entropy import LossOptions
+from gptjax.parallel.fits import check_fits
+from gptjax.parallel.mesh import make_mesh
+from gptjax.planning import plan, suggest
+from gptjax.planning.compiled import Memory, abstract_state, compile_step, device_bytes
+from gptjax.planning.describe import describe
+from gptjax.report import hlo
+from gptjax.report.collectives import collectives
+from gptjax.report.cost import flops_per_token
+from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.training.step import init_state
+from gptjax.verb_options import PlanConfig
+from tests.tiny import CONFIG, MODEL, make_batch, replace
+
+ROOT = Path(__file__).parents[1]
+PRESETS = {"gpt3_6.7b": (8, 6.7e9), "gpt3_13b": (16, 12.9e9), "gpt3_175b": (512, 174.6e9)}
+DEEP = replace(CONFIG, model={"n_layer": 4, "n_head": 4}, train={"batch_size": 16, "micro_batch_size": 4})
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+    """`gptjax plan` in a process of its own, where the number of devices can be chosen."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "gptjax", "plan", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+def written(tmp_path: Path, config: Config) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(dataclasses.replace(config, cache_dir=str(ROOT / ".pytest_cache" / "plan"))))
+    return str(path)
+
+
+def step_of(config: Config, **axes: int):
+    return compile_step(replace(config, mesh={"data": 1} | axes), make_mesh(MeshConfig(**({"data": 1} | axes))))
+
+
+def test_the_state_takes_what_it_really_takes_on_a_device():
+    config = replace(DEEP, train={"ema": 0.9, "compute_dtype": "float16"})
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    state = jax.jit(lambda: init_state(config), out_shardings=where)()
+    held = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(t)) for t in (state.params, state)]
+    memory = step_of(config, fsdp=2, tensor=2).memory
+    assert memory.parameters == held[0]
+    batch = 4 * 16 * 16 * 4 // 2  # four arrays of int32, rows cut in two
+    assert memory.parameters + memory.optimizer + memory.other == held[1] + batch
+
+
+def test_activations_are_the_residual_stream_of_each_layer_where_blocks_run_again():
+    deep, deeper = (
+        step_of(replace(DEEP, model={"n_layer": n}, train={"remat": "full", "unroll": 1}), data=2, tensor=2).memory
+        for n in (4, 7)
+    )
+    tokens = 4 * 16 // 2
+    assert deeper.activations - deep.activations == 3 * tokens * MODEL.n_embd * 4
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 4}], ids=str)
+def test_what_is_sent_does_not_depend_on_loops(axes):
+    """Loops over layers and over micro-batches against the same without loops."""
+    config = replace(DEEP, train={"batch_size": 12})
+    rolled = step_of(replace(config, train={"unroll": 1}), **axes).collectives
+    unrolled = step_of(replace(config, train={"unroll": 0}), **axes).collectives
+    assert max(one.times for one in rolled) > 1
+    total, expected = (sum(one.sent * one.times for one in each) for each in (rolled, unrolled))
+    np.testing.assert_allclose(total, expected, rtol=0.01)
+
+
+def test_what_is_kept_in_slices_alone_is_a_reduce_scatter():
+    sent = step_of(DEEP, fsdp=4).collectives
+    P = 12 * MODEL.n_embd**2 * 4  # weights of the blocks
+    scattered = sum(one.sent * one.times for one in sent if one.kind == "reduce-scatter")
+    gathered = sum(one.sent * one.times for one in sent if one.kind == "all-gather")
+    assert scattered >= 4 * 3 / 4 * 4 * P  # four micro-batches, float32, all but the own quarter
+    assert gathered >= 2 * scattered * 0.9  # forward and backward
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}, x", [[0, 2], [1, 3]]),
+        ("replica_groups={}, x", [[0, 1, 2, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
+    ],
+)
+def test_who_talks_with_whom_is_read_in_every_form(text, groups):
+    line = f"  %a = f32[8]{{0}} all-reduce(%b), {text}"
+    if text.startswith("source"):
+        line = line.replace("all-reduce", "collective-permute")
+    program = hlo.parse(f"HloModule m\n\nENTRY %main (b: f32[8]) -> f32[8] {{\n{line}\n}}\n")
+    [found] = collectives(program, 4)
+    assert found.groups.tolist() == groups
+    assert found.leaves(2) == any(a // 2 != b // 2 for a, *rest in groups for b in rest)
+    n = len(groups[0])
+    assert found.sent == (32 if text.startswith("source") else 2 * 32 * (n - 1) / n)
+
+
+def test_the_models_flops_are_those_of_its_products():
+    """Counted in the traced gradient; attention in one block computes its scores twice."""
+    batch = jax.tree.map(lambda x: x[0], make_batch())
+    params = init_state(CONFIG).params
+
+    def objective(params):
+        options = LossOptions(MODEL.vocab_size)
+        return batch_loss(MODEL, options, Compute(unroll=1), params, batch, None).objective
+
+    counted = _products(jax.make_jaxpr(jax.grad(objective))(params).jaxpr)
+    vectors = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim == 2)
+    vectors += params["blocks"]["attn"]["b_qkv"].size
+    D, T, L = MODEL.n_embd, MODEL.block_size, MODEL.n_layer
+    expected = flops_per_token(MODEL, params) - 6 * vectors + 2 * L * T * D
+    assert counted == batch.inputs.size * expected
+
+
+def _products(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            total += times * _products(inner) if hasattr(inner, "eqns") else 0
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            shape = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
+    return total
+
+
+TOY = Chip(kinds=(), peak_flops=1e9, memory=1e5, memory_rate=1e9, node=2, link=1e8, network=1e7)
+
+
+def test_what_does_not_fit_gets_a_suggestion_that_does(monkeypatch):
+    given = replace(DEEP, mesh={"data": 4}, model={"n_embd": 64}, train={"micro_batch_size": 16})
+    whole = plan.plan_step(given, TOY, print).memory.total
+    monkeypatch.setitem(CHIPS, "toy", dataclasses.replace(TOY, memory=0.7 * whole))
+    options = PlanConfig(devices=4, chip="toy")
+    first, second = plan.plan_run(given, options, print)
+    assert not first.fits and second is not None and second.fits
+    check_fits(second.config, make_mesh(second.config.mesh))
+    assert second.memory.total <= plan.USABLE * 0.7 * whole
+    text = describe(first, second, options)
+    assert "does NOT fit" in text and f"--train.micro_batch_size {second.config.train.micro_batch}" in text
+    monkeypatch.setitem(CHIPS, "toy", dataclasses.replace(TOY, memory=1e4))
+    first, second = plan.plan_run(given, options, print)
+    assert second is None and "nothing was found that fits 4 x toy" in describe(first, second, options)
+
+
+def test_every_suggestion_can_be_laid_out():
+    config = replace(DEEP, model={"n_layer": 6, "n_kv_head": 2})
+    found = suggest.suggestions(config, CHIPS["h100"], 24, 1e9, 1.0, 1e12)
+    assert {one.mesh.size for one in found} == {24}
+    for one in found:
+        sizes = dataclasses.asdict(one.mesh)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+        check_fits(one, mesh)  # pyright: ignore[reportArgumentType]: it asks for sizes alone
+    assert not suggest.suggestions(config, CHIPS["h100"], 24, 1e3, 1.0, 1e12)
+
+
+def test_vocabularies_are_those_of_the_tokenizers():
+    assert set(plan.VOCABULARIES) == set(TIKTOKEN_NAMES)
+    assert plan.VOCABULARIES["gpt2"] == tiktoken.get_encoding("gpt2").n_vocab
+    without = replace(CONFIG, model={"vocab_size": 0})
+    of_bytes = dataclasses.replace(without, tokenizer=TokenizerConfig(kind="bytes"))
+    assert plan.resolve(of_bytes).model.vocab_size == ByteTokenizer().vocab_size
+    assert plan.resolve(without).model.vocab_size == 50257
+    with pytest.raises(UserError, match=r"kind=chars: only the corpus tells the vocabulary; give --model.vocab_size"):
+        plan.resolve(dataclasses.replace(without, tokenizer=TokenizerConfig(kind="chars")))
+    with pytest.raises(UserError, match=r"task.kind=instruct: plan knows runs of task.kind=pretrain"):
+        plan.resolve(replace(CONFIG, task={"kind": "instruct"}))
+
+
+def test_a_chip_is_told_by_the_name_that_its_driver_gives():
+    assert chip_of("NVIDIA H100 PCIe") == CHIPS["h100-pcie"]
+    assert chip_of("NVIDIA H100 80GB HBM3") == CHIPS["h100"]
+    assert chip_of("TPU v5 lite") == CHIPS["v5e"] and chip_of("TPU v5") == CHIPS["v5p"]
+    assert chip_of("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--chip", "h100"], "devices is missing"),
+        (["--devices", "8"], "chip is missing"),
+        (["--devices", "8", "--chip", "h10"], "chip='h10' must be one of .* Did you mean 'h100'"),
+        (["--devices", "0", "--chip", "v5e"], "devices=0 must be at least 1"),
+        (["--devices", "513", "--chip", "v5e"], "devices=513 must be at most 512"),
+        (["--devices", "8", "--chip", "v5e", "--model.n_layers", "3"], "unknown option --model.n_layers"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path, capsys, flags, message):
+    assert main(["plan", written(tmp_path, CONFIG), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_what_cannot_be_laid_out_gets_one_line(tmp_path):
+    path = written(tmp_path, CONFIG)
+    done = run(path, "--devices", "8", "--chip", "v5e", "--mesh.data", "3")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "mesh.data=3 does not lay out 8 device(s)" in done.stderr
+    done = run(path, "--devices", "8", "--chip", "v5e", "--mesh.tensor", "8")
+    assert done.returncode == 2 and "mesh.tensor=8 does not divide model.n_head=2" in done.stderr
+
+
+def test_a_plan_is_printed_for_people_and_for_programs(tmp_path):
+    path = written(tmp_path, CONFIG)
+    flags = ("--devices", "8", "--chip", "h100", "--train.compute_dtype", "bfloat16")
+    done = run(path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "data 8" in done.stdout and "989 TFLOP/s" in done.stdout and "suggested" in done.stdout
+    values = json.loads(run(path, *flags, "--json").stdout)
+    given = values["given"]
+    assert (values["devices"], values["chip"], given["mesh"]["data"]) == (8, "h100", 8)
+    parts = {field.name for field in dataclasses.fields(Memory)}
+    assert sum(given["memory"][part] for part in parts) == given["memory"]["total"]
+    assert given["seconds"] >= given["seconds_if_hidden"] > 0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_large_presets_can_be_laid_out_and_have_their_size(name):
+    devices, parameters = PRESETS[name]
+    config = plan.resolve(load_config(ROOT / "configs" / f"{name}.yaml"))
+    sizes = dataclasses.asdict(config.mesh)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    assert config.mesh.size == devices
+    check_fits(config, mesh)  # pyright: ignore[reportArgumentType]: it asks for sizes alone
+    state = abstract_state(config, mesh)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == pytest.approx(parameters, rel=0.01)
+    assert device_bytes(state) < 0.5 * CHIPS["h100"].memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_large_presets_plan_and_fit(name):
+    done = run(f"configs/{name}.yaml", "--devices", str(PRESETS[name][0]), "--chip", "h100", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["given"]["fits"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(reality.CASES)), ids=[name for name, _ in reality.CASES])
+def test_a_plan_holds_what_the_step_really_holds(number):
+    planned, held = reality.measure(number)
+    assert planned == pytest.approx(held, rel=0.1)
