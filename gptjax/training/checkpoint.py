@@ -29,9 +29,10 @@ import xxhash
 from gptjax.config import Config
 from gptjax.config_io import load_config, to_yaml
 from gptjax.errors import UserError
-from gptjax.files import publish, write_atomic
+from gptjax.files import forget, publish, write_atomic
 from gptjax.parallel import cluster
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from gptjax.training.background import give_way, started_from_below
 from gptjax.training.choice import NAME, REJECTED, UNFINISHED, Choice, choose, entries, step_folder
 from gptjax.training.finetune import join, without_heads
 from gptjax.training.manifest import MANIFEST, DamagedError, Manifest, check_sizes, read_manifest, write_manifest
@@ -159,7 +160,7 @@ class Checkpoints:
             self._failed(folder, obstacle or OSError(obstacles[0]))
             return
         try:
-            self._checkpointer.save(folder, args=args)
+            started_from_below(self._checkpointer.save, folder, args=args)
         except (OSError, ValueError) as error:
             self._failed(folder, error, shared=False)
             return
@@ -186,6 +187,7 @@ class Checkpoints:
 
     def _finish(self, folder: Path, step: int, val_loss: float | None, meta: dict) -> None:
         self._committed = False
+        give_way()
         try:
             self._checkpointer.wait_until_finished()
             self._committed = True
@@ -204,6 +206,8 @@ class Checkpoints:
         """A disk that fills up half-way is survived too, but with much noise from the libraries below."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for older in entries(self.folder):
+                forget(older)  # nobody reads them while training goes on
             if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + ROOM:
                 return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:

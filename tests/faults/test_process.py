@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from gptjax.training.choice import NAME, choose
 from gptjax.training.guard import LOCK_FILE
 from gptjax.training.manifest import verify
 from tests.faults.runs import (
+    ROOT,
     checkpoints,
     environment,
     one_line,
@@ -131,6 +134,97 @@ def test_a_second_signal_ends_at_once(tmp_path, seen):
     process.communicate(timeout=60)
     assert process.returncode == 143
     seen(f"status {process.returncode}")
+
+
+PREPARES = """
+import sys
+from gptjax.cli import main
+from gptjax.text import prepare
+prepare.SHARD_TOKENS, prepare._BATCH_CHARACTERS = 3000, 2000
+sys.exit(main(["train", sys.argv[1]]))
+"""
+COMPILES = """
+import sys
+from pathlib import Path
+import jax
+import jax.numpy as jnp
+from gptjax.cli import main
+from gptjax.training import selftest
+
+def compile_slowly(lowered):
+    def chain(x):
+        for i in range(6000):
+            x = jnp.sin(x * i) @ x
+        return x
+    Path(sys.argv[2]).write_text("begun")
+    jax.jit(chain).lower(jnp.ones((4, 4))).compile()
+    Path(sys.argv[2]).write_text("done")
+
+selftest.compile_safely = compile_slowly
+sys.exit(main(["train", sys.argv[1]]))
+"""
+EARLY = "status 143, 130 or 129 at once, in one line; finished shards stay"
+
+
+def script(source: str, *args: object) -> subprocess.Popen[str]:
+    """Starts a program of its own that trains, with all signals as a shell would leave them."""
+    before = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    command = [sys.executable, "-c", source, *map(str, args)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+    )
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), before, strict=True):
+        signal.signal(number, handler)
+    return process
+
+
+def ended_early(process: subprocess.Popen[str], number: int) -> str:
+    """Sends a signal, which must end the process soon; returns what it said."""
+    began = time.monotonic()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    assert process.returncode == 128 + number and seconds < 20, error
+    line = one_line(error)
+    assert line.startswith(f"stopped by {signal.Signals(number).name} before the first step")
+    return line
+
+
+@pytest.mark.fault(3, "a signal while train prepares data", EARLY)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_data_is_prepared(tmp_path, number, seen):
+    corpus = tmp_path / "corpus.jsonl"
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abc déf\n", k=3000)) for _ in range(2000)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = {"path": (str(corpus),)}
+    config = process_config(tmp_path, data=data, train={"num_steps": 1, "eval_every": 0})
+    path = write_config(dataclasses.replace(config, cache_dir=str(tmp_path / "cache")))
+    with script(PREPARES, path) as process:
+        while process.poll() is None and len(list((tmp_path / "cache").glob("data/*.tmp/*.bin"))) < 5:
+            time.sleep(0.01)
+        line = ended_early(process, number)
+    assert len(list((tmp_path / "cache").glob("data/*.tmp/*.bin"))) >= 5
+    with script(PREPARES, path) as process:
+        output, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    [goes_on] = [text for text in output.splitlines() if "goes on after" in text]
+    seen(f"{line.partition(';')[0]}: status {128 + number}")
+    if number == signal.SIGTERM:
+        seen(goes_on)
+
+
+@pytest.mark.fault(3, "a signal while train compiles", EARLY)
+def test_a_signal_while_a_program_is_compiled(tmp_path, seen):
+    path = write_config(process_config(tmp_path, train={"num_steps": 1, "eval_every": 0}))
+    marker = tmp_path / "marker"
+    with script(COMPILES, path, marker) as process:
+        while process.poll() is None and not marker.exists():
+            time.sleep(0.01)
+        time.sleep(1)
+        line = ended_early(process, signal.SIGTERM)
+    assert marker.read_text() == "begun", "it did not wait for the compiler"
+    seen(f"{line.partition(';')[0]}: status 143")
 
 
 @pytest.mark.fault(4, "standard output is closed (| head -1)", "training goes on to its end")
