@@ -1,6 +1,5 @@
 """Writing files so that what has a final name is complete."""
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -33,18 +32,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
-
-
-def forget(folder: Path) -> None:
-    """Gives back the memory in which the system keeps copies of synced files below a folder, where it can be asked to.
-
-    What is written next then finds memory at hand. On a virtual machine memory that has lain free for long is slow to
-    come by: its host has taken it back.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it is only advice
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

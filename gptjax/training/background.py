@@ -1,4 +1,4 @@
-"""Work beside the training loop that takes only what the loop leaves of the processor."""
+"""Work beside the training loop, done with what the loop leaves of the processor."""
 
 import os
 import sys
@@ -7,14 +7,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-NICENESS = 10
-"""Of such work: a tenth of a core against a step that wants all of it, and no less, because it may be waited for."""
+STEPS_BACK = 10
+"""Of niceness: a tenth of a core is left against a loop that wants all of it, because the work may be waited for."""
 
 
 def give_way() -> None:
     """Lowers the priority of this thread, and of those that it starts from now on. Linux has one for each thread."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        thread = threading.get_native_id()
+        lower = min(19, os.getpriority(os.PRIO_PROCESS, thread) + STEPS_BACK)
+        os.setpriority(os.PRIO_PROCESS, thread, lower)
 
 
 def started_from_below(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

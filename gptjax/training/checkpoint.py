@@ -29,7 +29,7 @@ import xxhash
 from gptjax.config import Config
 from gptjax.config_io import load_config, to_yaml
 from gptjax.errors import UserError
-from gptjax.files import forget, publish, write_atomic
+from gptjax.files import publish, write_atomic
 from gptjax.parallel import cluster
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.training.background import give_way, started_from_below
@@ -206,8 +206,6 @@ class Checkpoints:
         """A disk that fills up half-way is survived too, but with much noise from the libraries below."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for older in entries(self.folder):
-                forget(older)  # nobody reads them while training goes on
             if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + ROOM:
                 return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptjax.cli import main
 from gptjax.config_io import to_yaml
 from gptjax.errors import UserError
 from gptjax.training import checkpoint, trainer
@@ -53,7 +54,8 @@ def small_disk(folder: Path, size: str):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    config = run_config(tmp_path_factory.mktemp("unbroken"), **HARD)
+    # Three documents to train on, 4.2 steps an epoch: the last two steps belong to the next one.
+    config = run_config(tmp_path_factory.mktemp("unbroken"), data={"max_documents": 4}, **HARD)
     assert trainer.train(config) == 0
     return config, rows(config), final_state(config)
 
@@ -227,6 +229,48 @@ def test_a_signal_while_a_program_is_compiled(tmp_path, seen):
     seen(f"{line.partition(';')[0]}: status 143")
 
 
+KILLED = """
+import os, signal, sys
+from gptjax.cli import main
+from gptjax.training import checkpoint
+
+def write_or_die(folder, step, *rest, write=checkpoint.write_manifest):
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(folder, step, *rest)
+
+checkpoint.write_manifest = write_or_die
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+@pytest.mark.fault(
+    2, "the process is killed when all but the manifest is written", "the checkpoint before is used; nothing is deleted"
+)
+def test_a_kill_between_the_commit_and_the_manifest(tmp_path, seen):
+    config = process_config(tmp_path, train={"eval_every": 0})
+    path = write_config(config)
+    with script(KILLED, path) as process:
+        process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert "00000006" in checkpoints(config), "the arrays were committed"
+    said = []
+    assert load_run(Path(config.run_dir), "latest", notify=said.append).step == 4
+    assert "has no manifest.json, so it was never finished" in said[0]
+    assert trainer.train(config) == 0
+    assert {"00000004", "00000006", "00000006.rejected"} <= set(checkpoints(config))
+    seen("killed with status -9: 00000006 rejected, 00000004 used; going on, it is set aside and step 6 saved again")
+
+
+def test_an_interrupted_verb_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptjax.text.prepare.prepare", interrupted)
+    assert main(["prepare", str(write_config(run_config(tmp_path)))]) == 130
+    assert one_line(capsys.readouterr().err) == "interrupted"
+
+
 @pytest.mark.fault(4, "standard output is closed (| head -1)", "training goes on to its end")
 def test_a_closed_standard_output_stops_no_training(tmp_path, seen):
     config = process_config(tmp_path, train={"num_steps": 40, "eval_every": 10, "save_every": 0})
@@ -365,7 +409,9 @@ def test_a_run_directory_that_cannot_be_written_to(tmp_path, how, seen):
     ("change", "message"),
     [
         ({"model": {"n_layer": 1, "dropout": 0.2}}, "model.n_layer 2 -> 1"),
+        ({"model": {"block_size": 16, "dropout": 0.2}}, "model.block_size 32 -> 16"),
         ({"train": {"batch_size": 16}}, "train.batch_size 8 -> 16"),
+        ({"data": {"max_documents": 3}}, "data.max_documents 4 -> 3"),
         ({"data": {"validation_fraction": 0.3}}, "data.validation_fraction 0.1 -> 0.3"),
     ],
 )
@@ -381,7 +427,8 @@ def test_another_config_is_refused(unbroken, change, message, seen):
 def test_another_learning_rate_is_allowed(tmp_path, unbroken, capsys, seen):
     config, *_ = unbroken
     shutil.copytree(config.run_dir, tmp_path / "run")
-    changed = replace(config, run_dir=str(tmp_path / "run"), optim={"learning_rate": 1e-3}, train={"num_steps": 7})
+    train = {"num_steps": 7, "eval_every": 2}
+    changed = replace(config, run_dir=str(tmp_path / "run"), optim={"learning_rate": 1e-3}, train=train)
     assert trainer.train(changed) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "learning_rate" in line)
     assert line == "going on with optim.learning_rate 0.003 -> 0.001"
