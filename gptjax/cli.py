@@ -198,6 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of standard output went away, as `| head` does
         sys.stderr.close()
         return 0
+    except KeyboardInterrupt:
+        print("gptjax: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         line = one_line(error)
         if line is None:

@@ -32,6 +32,7 @@ from gptjax.errors import UserError
 from gptjax.files import publish, write_atomic
 from gptjax.parallel import cluster
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from gptjax.training.background import give_way, started_from_below
 from gptjax.training.choice import NAME, REJECTED, UNFINISHED, Choice, choose, entries, step_folder
 from gptjax.training.finetune import join, without_heads
 from gptjax.training.manifest import MANIFEST, DamagedError, Manifest, check_sizes, read_manifest, write_manifest
@@ -159,7 +160,7 @@ class Checkpoints:
             self._failed(folder, obstacle or OSError(obstacles[0]))
             return
         try:
-            self._checkpointer.save(folder, args=args)
+            started_from_below(self._checkpointer.save, folder, args=args)
         except (OSError, ValueError) as error:
             self._failed(folder, error, shared=False)
             return
@@ -186,6 +187,7 @@ class Checkpoints:
 
     def _finish(self, folder: Path, step: int, val_loss: float | None, meta: dict) -> None:
         self._committed = False
+        give_way()
         try:
             self._checkpointer.wait_until_finished()
             self._committed = True

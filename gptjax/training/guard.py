@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,31 +19,68 @@ EXIT_DIVERGED = 3  # status of a run that stopped because step after step made n
 
 
 class Signals:
-    """Remembers the first SIGTERM, SIGINT or SIGHUP, so that the loop can finish its step and save; a second one ends
-    at once. A SIGHUP that is ignored, as under nohup, stays so.
+    """What SIGTERM, SIGINT and SIGHUP do. A SIGHUP that is ignored, as under nohup, stays so.
 
-    Use as a context manager around the loop.
+    Until `begin` there is nothing to save: the first one ends the process at once, with a line, even while it compiles.
+    What is on the disk is then as after a kill, from which the next start goes on. After `begin` the first one
+    is remembered, so that the loop can finish its step and save; a second one ends at once.
+
+    Use as a context manager around all of a run, in the main thread.
     """
 
     def __init__(self):
         self.received: int | None = None
+        self._begun = False
+        self._ending = threading.Lock()
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
+        # Python calls handlers between two of its instructions, and there may be none for minutes: reading from a pipe,
+        # a thread learns of a signal at once.
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._watcher.start()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, self._remember)
         return self
 
+    def begin(self) -> None:
+        """From now on there is something to save."""
+        self._begun = True
+
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._writer)
+        self._watcher.join()
+        os.close(self._reader)
+
+    def _watch(self) -> None:
+        while raw := os.read(self._reader, 1):
+            if raw[0] in self._previous and not self._begun:
+                self._end(raw[0])
 
     def _remember(self, number: int, _frame) -> None:
-        if self.received is not None:
+        if not self._begun:
+            self._end(number)
+        elif self.received is not None:
             os._exit(128 + number)
-        self.received = number
+        else:
+            self.received = number
+
+    def _end(self, number: int) -> None:
+        if not self._ending.acquire(blocking=False):
+            return  # the other thread is about to
+        name = signal.Signals(number).name
+        line = f"gptjax: stopped by {name} before the first step; the next start goes on with what is prepared\n"
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
+        os._exit(128 + number)
 
 
 def exit_status(received: int) -> int:

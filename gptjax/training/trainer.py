@@ -32,18 +32,19 @@ def train(config: Config) -> int:
     """Runs `config` from its beginning, or from the newest checkpoint in its run directory.
 
     Returns:
-        The exit status: 0; 143, 130 or 129 where SIGTERM, SIGINT or SIGHUP ended the run early, with its state saved;
+        The exit status: 0; 143, 130 or 129 where SIGTERM, SIGINT or SIGHUP ended the run early, with its state saved
+        (before the first step they end the process, see `Signals`);
         `EXIT_DIVERGED` where too many steps in a row made no update.
 
     Raises:
         UserError: Something in the config, the data or the run directory does not fit, or the last state could not
             be saved.
     """
-    selftest.check()
     run_dir = Path(config.run_dir).expanduser()
     if not cluster.is_first():
         say_no_more()
-    with locked_by_first(run_dir), Signals() as signals:
+    with Signals() as signals, locked_by_first(run_dir):
+        selftest.check()
         parts, state, loop = build(config, run_dir)
         try:
             with cluster.guarded():
@@ -63,6 +64,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
     programs = {}
     _describe(parts, state, _program(parts, state, batch, programs))
     with cluster.together():  # nobody begins while another one still compiles
+        signals.begin()
         log = Log(parts, state, first)
     step, stop, agreement, received = first, False, cluster.Agreement(), 0
     try:

@@ -16,7 +16,7 @@ from gptjax.training.checkpoint import Checkpoints, load_run
 from gptjax.training.choice import choose
 from gptjax.training.manifest import MANIFEST, DamagedError, read_manifest, verify
 from tests.faults.runs import checkpoints
-from tests.tiny import assert_trees_equal, final_state, replace, rows, run_config
+from tests.tiny import assert_trees_equal, final_state, replace, rows, run_config, write_corpus
 
 NEWEST, OLDER = 6, 4
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint_format_1"
@@ -246,11 +246,19 @@ def test_the_golden_checkpoint_still_loads(tmp_path, seen):
     expected = json.loads((GOLDEN / "sums.json").read_text())
     sums = {name: float(abs(leaf).sum()) for name, leaf in loaded.params["embed"].items()}
     assert sums == pytest.approx(expected, rel=1e-6)
-    config = replace(loaded.config, run_dir=str(tmp_path / "golden"), train={"num_steps": loaded.step + 1})
+    config = replace(
+        loaded.config,
+        run_dir=str(tmp_path / "golden"),
+        cache_dir=str(tmp_path / "cache"),
+        data={"path": (str(write_corpus(tmp_path / "corpus")),)},
+        train={"num_steps": loaded.step + 1, "allow_data_change": True},
+    )
     choice = choose(tmp_path / "golden" / "checkpoints", "latest", strict=True)
     state, meta = final_state(config)
     assert int(state.step) == loaded.step == choice.manifest.step and "loop" in meta
-    seen(f"step {loaded.step} loads with all its arrays")
+    assert trainer.train(config) == 0
+    assert int(final_state(config)[0].step) == loaded.step + 1
+    seen(f"step {loaded.step} loads with all its arrays; step {loaded.step + 1} is trained and saved")
 
 
 class Payload:

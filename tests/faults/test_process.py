@@ -4,15 +4,18 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gptjax.cli import main
 from gptjax.config_io import to_yaml
 from gptjax.errors import UserError
 from gptjax.training import checkpoint, trainer
@@ -21,6 +24,7 @@ from gptjax.training.choice import NAME, choose
 from gptjax.training.guard import LOCK_FILE
 from gptjax.training.manifest import verify
 from tests.faults.runs import (
+    ROOT,
     checkpoints,
     environment,
     one_line,
@@ -50,7 +54,8 @@ def small_disk(folder: Path, size: str):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    config = run_config(tmp_path_factory.mktemp("unbroken"), **HARD)
+    # Three documents to train on, 4.2 steps an epoch: the last two steps belong to the next one.
+    config = run_config(tmp_path_factory.mktemp("unbroken"), data={"max_documents": 4}, **HARD)
     assert trainer.train(config) == 0
     return config, rows(config), final_state(config)
 
@@ -131,6 +136,139 @@ def test_a_second_signal_ends_at_once(tmp_path, seen):
     process.communicate(timeout=60)
     assert process.returncode == 143
     seen(f"status {process.returncode}")
+
+
+PREPARES = """
+import sys
+from gptjax.cli import main
+from gptjax.text import prepare
+prepare.SHARD_TOKENS, prepare._BATCH_CHARACTERS = 3000, 2000
+sys.exit(main(["train", sys.argv[1]]))
+"""
+COMPILES = """
+import sys
+from pathlib import Path
+import jax
+import jax.numpy as jnp
+from gptjax.cli import main
+from gptjax.training import selftest
+
+def compile_slowly(lowered):
+    def chain(x):
+        for i in range(6000):
+            x = jnp.sin(x * i) @ x
+        return x
+    Path(sys.argv[2]).write_text("begun")
+    jax.jit(chain).lower(jnp.ones((4, 4))).compile()
+    Path(sys.argv[2]).write_text("done")
+
+selftest.compile_safely = compile_slowly
+sys.exit(main(["train", sys.argv[1]]))
+"""
+EARLY = "status 143, 130 or 129 at once, in one line; finished shards stay"
+
+
+def script(source: str, *args: object) -> subprocess.Popen[str]:
+    """Starts a program of its own that trains, with all signals as a shell would leave them."""
+    before = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    command = [sys.executable, "-c", source, *map(str, args)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+    )
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), before, strict=True):
+        signal.signal(number, handler)
+    return process
+
+
+def ended_early(process: subprocess.Popen[str], number: int) -> str:
+    """Sends a signal, which must end the process soon; returns what it said."""
+    began = time.monotonic()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    assert process.returncode == 128 + number and seconds < 20, error
+    line = one_line(error)
+    assert line.startswith(f"stopped by {signal.Signals(number).name} before the first step")
+    return line
+
+
+@pytest.mark.fault(3, "a signal while train prepares data", EARLY)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_data_is_prepared(tmp_path, number, seen):
+    corpus = tmp_path / "corpus.jsonl"
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abc déf\n", k=3000)) for _ in range(2000)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = {"path": (str(corpus),)}
+    config = process_config(tmp_path, data=data, train={"num_steps": 1, "eval_every": 0})
+    path = write_config(dataclasses.replace(config, cache_dir=str(tmp_path / "cache")))
+    with script(PREPARES, path) as process:
+        while process.poll() is None and len(list((tmp_path / "cache").glob("data/*.tmp/*.bin"))) < 5:
+            time.sleep(0.01)
+        line = ended_early(process, number)
+    assert len(list((tmp_path / "cache").glob("data/*.tmp/*.bin"))) >= 5
+    with script(PREPARES, path) as process:
+        output, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    [goes_on] = [text for text in output.splitlines() if "goes on after" in text]
+    seen(f"{line.partition(';')[0]}: status {128 + number}")
+    if number == signal.SIGTERM:
+        seen(goes_on)
+
+
+@pytest.mark.fault(3, "a signal while train compiles", EARLY)
+def test_a_signal_while_a_program_is_compiled(tmp_path, seen):
+    path = write_config(process_config(tmp_path, train={"num_steps": 1, "eval_every": 0}))
+    marker = tmp_path / "marker"
+    with script(COMPILES, path, marker) as process:
+        while process.poll() is None and not marker.exists():
+            time.sleep(0.01)
+        time.sleep(1)
+        line = ended_early(process, signal.SIGTERM)
+    assert marker.read_text() == "begun", "it did not wait for the compiler"
+    seen(f"{line.partition(';')[0]}: status 143")
+
+
+KILLED = """
+import os, signal, sys
+from gptjax.cli import main
+from gptjax.training import checkpoint
+
+def write_or_die(folder, step, *rest, write=checkpoint.write_manifest):
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(folder, step, *rest)
+
+checkpoint.write_manifest = write_or_die
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+@pytest.mark.fault(
+    2, "the process is killed when all but the manifest is written", "the checkpoint before is used; nothing is deleted"
+)
+def test_a_kill_between_the_commit_and_the_manifest(tmp_path, seen):
+    config = process_config(tmp_path, train={"eval_every": 0})
+    path = write_config(config)
+    with script(KILLED, path) as process:
+        process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert "00000006" in checkpoints(config), "the arrays were committed"
+    said = []
+    assert load_run(Path(config.run_dir), "latest", notify=said.append).step == 4
+    assert "has no manifest.json, so it was never finished" in said[0]
+    assert trainer.train(config) == 0
+    assert {"00000004", "00000006", "00000006.rejected"} <= set(checkpoints(config))
+    seen("killed with status -9: 00000006 rejected, 00000004 used; going on, it is set aside and step 6 saved again")
+
+
+def test_an_interrupted_verb_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptjax.text.prepare.prepare", interrupted)
+    assert main(["prepare", str(write_config(run_config(tmp_path)))]) == 130
+    assert one_line(capsys.readouterr().err) == "interrupted"
 
 
 @pytest.mark.fault(4, "standard output is closed (| head -1)", "training goes on to its end")
@@ -271,7 +409,9 @@ def test_a_run_directory_that_cannot_be_written_to(tmp_path, how, seen):
     ("change", "message"),
     [
         ({"model": {"n_layer": 1, "dropout": 0.2}}, "model.n_layer 2 -> 1"),
+        ({"model": {"block_size": 16, "dropout": 0.2}}, "model.block_size 32 -> 16"),
         ({"train": {"batch_size": 16}}, "train.batch_size 8 -> 16"),
+        ({"data": {"max_documents": 3}}, "data.max_documents 4 -> 3"),
         ({"data": {"validation_fraction": 0.3}}, "data.validation_fraction 0.1 -> 0.3"),
     ],
 )
@@ -287,7 +427,8 @@ def test_another_config_is_refused(unbroken, change, message, seen):
 def test_another_learning_rate_is_allowed(tmp_path, unbroken, capsys, seen):
     config, *_ = unbroken
     shutil.copytree(config.run_dir, tmp_path / "run")
-    changed = replace(config, run_dir=str(tmp_path / "run"), optim={"learning_rate": 1e-3}, train={"num_steps": 7})
+    train = {"num_steps": 7, "eval_every": 2}
+    changed = replace(config, run_dir=str(tmp_path / "run"), optim={"learning_rate": 1e-3}, train=train)
     assert trainer.train(changed) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "learning_rate" in line)
     assert line == "going on with optim.learning_rate 0.003 -> 0.001"

@@ -1,0 +1,62 @@
+"""Saving gives way to training."""
+
+import os
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from gptjax.training import checkpoint
+from gptjax.training.background import STEPS_BACK, give_way, started_from_below
+from gptjax.training.checkpoint import Checkpoints
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
+
+
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def below(number: int) -> int:
+    return min(19, number + STEPS_BACK)
+
+
+def of_a_new_thread() -> int:
+    found = []
+    thread = threading.Thread(target=lambda: found.append(niceness()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@linux
+def test_threads_that_are_started_from_below_give_way_and_the_caller_does_not():
+    before = niceness()
+    assert started_from_below(of_a_new_thread) == below(before)
+    assert niceness() == before == of_a_new_thread()
+
+
+def test_what_is_raised_below_arrives():
+    with pytest.raises(ZeroDivisionError):
+        started_from_below(divmod, 1, 0)
+
+
+@linux
+def test_the_lowest_priority_can_be_asked_for_again():
+    def three_times() -> int:
+        for _ in range(3):
+            give_way()
+        return niceness()
+
+    assert started_from_below(three_times) == 19
+
+
+@linux
+def test_a_save_is_finished_from_below(tmp_path, monkeypatch):
+    found, write = [], checkpoint.write_manifest
+    monkeypatch.setattr(checkpoint, "write_manifest", lambda *args: (found.append(niceness()), write(*args)))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_items(1, {"params": {"w": np.ones(3, np.float32)}}, {}, None)
+    checkpoints.close()
+    assert found == [below(niceness())] and checkpoints.acknowledged == 1
