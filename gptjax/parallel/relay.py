@@ -9,12 +9,14 @@ import os
 import sys
 
 ABORTED = b"Terminating process because the JAX distributed service detected fatal errors"
-NOISE = (b"coordination_service", b"] Polled an error from")
+NOISE = (b"coordination_service", b"] Polled an error from", b"The tasks have crashed. Check the task logs")
+LIST = b"The following tasks are unhealthy"
+"""Begins a message of several lines: each that follows is the number of a task, until one that is noise."""
 
 
 def main(lost: bytes, late: bytes) -> None:
     """Copies standard input to standard error, line by line, until the service has ended the process."""
-    told = False
+    told = listing = False
     for line in sys.stdin.buffer:
         if ABORTED in line:
             rest = line + sys.stdin.buffer.read()
@@ -22,7 +24,8 @@ def main(lost: bytes, late: bytes) -> None:
                 os.write(2, (late if b"/RegisterTask" in rest else lost) + b"\n")
             return
         told = told or line.rstrip(b"\n") == lost
-        if not any(word in line for word in NOISE):
+        listing = LIST in line or (listing and line.strip().isdigit())
+        if not listing and not any(word in line for word in NOISE):
             os.write(2, line)
 
 

@@ -138,6 +138,11 @@ RPC: /xla.coordination.CoordinationService/%s
     ("text", "expected"),
     [
         ("a\nE1123 coordination_service_agent.cc:289] Polled an error\nb\n", "a\nb\n"),
+        (
+            f"a\nE1123 coordination_service.cc:9] {relay.LIST.decode()} (stopped sending heartbeats):\n1\n"
+            "The tasks have crashed. Check the task logs for an earlier error\n2\n",
+            "a\n2\n",
+        ),
         ("a\n" + ABORT % "PollForError", "a\nLOST\n"),
         (ABORT % "RegisterTask", "LATE\n"),
         ("LOST\n" + ABORT % "PollForError", "LOST\n"),
