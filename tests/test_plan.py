@@ -86,7 +86,9 @@ def test_what_is_sent_does_not_depend_on_loops(axes):
     rolled = step_of(replace(config, train={"unroll": 1}), **axes).collectives
     unrolled = step_of(replace(config, train={"unroll": 0}), **axes).collectives
     assert max(one.times for one in rolled) > 1
-    total, expected = (sum(one.sent * one.times for one in each) for each in (rolled, unrolled))
+    # Without a loop some weights are gathered once for both directions.
+    kinds = {"all-reduce", "reduce-scatter"} | ({"all-gather"} if "fsdp" not in axes else set())
+    total, expected = (sum(one.sent * one.times for one in each if one.kind in kinds) for each in (rolled, unrolled))
     np.testing.assert_allclose(total, expected, rtol=0.01)
 
 
