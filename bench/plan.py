@@ -11,6 +11,7 @@ step was compiled and no array was there.
 
 import argparse
 import ctypes
+import dataclasses
 import os
 import subprocess
 import sys

@@ -151,7 +151,9 @@ def test_remat_recomputes():
         )
         return str(jax.make_jaxpr(loss)(params)).count("dot_general")
 
-    assert products("full") > products("none")
+    # The loop over layers stands there once. What a block adds last is not asked for in the backward pass.
+    assert products("full") - products("dots") == 3
+    assert products("dots") > products("none")  # attention's own
 
 
 def test_bfloat16_stays_close_to_float32():

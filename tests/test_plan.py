@@ -86,7 +86,9 @@ def test_what_is_sent_does_not_depend_on_loops(axes):
     rolled = step_of(replace(config, train={"unroll": 1}), **axes).collectives
     unrolled = step_of(replace(config, train={"unroll": 0}), **axes).collectives
     assert max(one.times for one in rolled) > 1
-    total, expected = (sum(one.sent * one.times for one in each) for each in (rolled, unrolled))
+    # Without a loop some weights are gathered once for both directions.
+    kinds = {"all-reduce", "reduce-scatter"} | ({"all-gather"} if "fsdp" not in axes else set())
+    total, expected = (sum(one.sent * one.times for one in each if one.kind in kinds) for each in (rolled, unrolled))
     np.testing.assert_allclose(total, expected, rtol=0.01)
 
 
@@ -125,7 +127,9 @@ def test_who_talks_with_whom_is_read_in_every_form(text, groups):
 
 
 def test_the_models_flops_are_those_of_its_products():
-    """Counted in the traced gradient; attention in one block computes its scores twice."""
+    """Counted in the traced gradient. Beyond the formula, attention computes its scores twice, and the gradient of a
+    small table is a product.
+    """
     batch = jax.tree.map(lambda x: x[0], make_batch())
     params = init_state(CONFIG).params
 
@@ -137,7 +141,7 @@ def test_the_models_flops_are_those_of_its_products():
     vectors = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim == 2)
     vectors += params["blocks"]["attn"]["b_qkv"].size
     D, T, L = MODEL.n_embd, MODEL.block_size, MODEL.n_layer
-    expected = flops_per_token(MODEL, params) - 6 * vectors + 2 * L * T * D
+    expected = flops_per_token(MODEL, params) - 6 * vectors + 2 * L * T * D + 2 * D * (MODEL.vocab_size + T)
     assert counted == batch.inputs.size * expected
 
 
@@ -175,7 +179,7 @@ def test_what_does_not_fit_gets_a_suggestion_that_does(monkeypatch):
 
 
 def test_every_suggestion_can_be_laid_out():
-    config = replace(DEEP, model={"n_layer": 6, "n_kv_head": 2})
+    config = replace(DEEP, model={"n_layer": 6, "n_kv_head": 2, "n_embd": 48})
     found = suggest.suggestions(config, CHIPS["h100"], 24, 1e9, 1.0, 1e12)
     assert {one.mesh.size for one in found} == {24}
     for one in found:

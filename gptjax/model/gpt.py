@@ -22,15 +22,16 @@ from gptjax.config import ModelConfig
 from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, Prefix, Prompt, merge_lora
 from gptjax.model.cache import Cache
-from gptjax.model.layers import INIT_STD, Block, LayerNorm, normal
+from gptjax.model.layers import INIT_STD, PRODUCT, Block, LayerNorm, normal
 from gptjax.model.stages import cut_layers, split_stacks, stream
 from gptjax.ops.axes import HEADS, STAGES, axis_size, pin, pin_batch
 from gptjax.ops.elementwise import dropout, embedding
 from gptjax.ops.matmul import dot
 from gptjax.task_options import AdapterConfig
 
+# Products have a backward rule of their own, so JAX's policies for them do not see any; they go by a name.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

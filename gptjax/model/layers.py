@@ -7,6 +7,7 @@ E = H / G + 2: the queries, the key and the value of one key head.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model import cache as kv
@@ -17,6 +18,8 @@ from gptjax.ops.elementwise import dropout, gelu, layer_norm
 from gptjax.ops.matmul import add_bias, matmul
 from gptjax.ops.projection import Projection, project
 
+PRODUCT = "product"
+"""What the backward pass may ask for by name: the result of a linear layer (see `gpt.REMAT_POLICIES`)."""
 INIT_STD = 0.02  # GPT-2's
 normal = jax.nn.initializers.normal
 
@@ -189,7 +192,7 @@ def _linear(x: jax.Array, weight: nnx.Param, out_dtype: jax.typing.DTypeLike, ou
     w = weight.get_value()
     if isinstance(w, Projection):
         return project(x, w).astype(out_dtype)
-    return matmul(x, w, out_dtype, outputs_first)
+    return checkpoint_name(matmul(x, w, out_dtype, outputs_first), PRODUCT)
 
 
 def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

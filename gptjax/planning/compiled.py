@@ -16,7 +16,7 @@ from gptjax.report.collectives import Collective, collectives
 from gptjax.training.step import init_state, jit_train_step
 
 # Machine code is never run, so it need not be fast; what is fused and when memory is free does not depend on it.
-QUICK: dict[str, str | bool | int] = {"xla_backend_optimization_level": 0}
+QUICK: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Sizes:
     @property
     def again(self) -> int:
         """How often the blocks are run forward once more to go backward."""
-        return (self.config.train.remat != "none") + (self.mesh["stage"] > 1)
+        return (self.config.train.remat == "full") + (self.mesh["stage"] > 1)
 
     @property
     def block(self) -> float:
@@ -89,10 +89,10 @@ def work(sizes: Sizes, model_flops: float, state: int, kept: float) -> Work:
 
 
 def kept(sizes: Sizes) -> float:
-    """Bytes of activations: the residual stream in float32, and without `remat` what each product read."""
+    """Bytes of activations: the residual stream in float32, and without `remat=full` what each product read."""
     D, tensor = sizes.config.model.n_embd, sizes.mesh["tensor"]
     of_layer = 4 * D
-    if sizes.config.train.remat == "none":
+    if sizes.config.train.remat != "full":
         attention = sizes.config.model.n_head + 2 * sizes.config.model.kv_heads
         of_layer += 4 * D + 2 * sizes.width * D
         of_layer += sizes.width * (9 * D + attention * sizes.config.model.head_dim) / tensor

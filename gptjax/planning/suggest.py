@@ -32,7 +32,7 @@ def suggestions(
         model_flops: Of a step.
     """
     found = list(_rated(config, chip, devices, limit, ratio, model_flops))
-    if not found and config.train.remat == "none":
+    if not found and config.train.remat != "full":
         again = dataclasses.replace(config.train, remat="full", unroll=1)
         found = list(_rated(dataclasses.replace(config, train=again), chip, devices, limit, ratio, model_flops))
     return [one for _, one in sorted(found, key=lambda rated: rated[0])]

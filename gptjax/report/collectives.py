@@ -106,7 +106,7 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
     if found := re.match(r"\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
         return _iota(found[3]).reshape(int(found[1]), int(found[2]))
     if found := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text):
-        return _mesh_groups(*found.groups(), devices)
+        return _mesh_groups(found[1], found[2], found[3], devices)
     return np.arange(devices)[None]
 
 
