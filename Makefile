@@ -16,7 +16,7 @@ test: $(VENV)/installed-dev
 
 cluster: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/cluster tests/faults/test_cluster.py
-	$(BIN)/python -m pytest -n 2 -m slow tests/test_parallel.py
+	$(BIN)/python -m pytest -n 2 -m slow tests/test_parallel.py tests/test_plan.py
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 tests/faults --fault-table docs/reliability.md
