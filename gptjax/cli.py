@@ -56,7 +56,7 @@ def sample(args: Sequence[str]) -> int:
     prompts = _prompts(config)
     runtime.start()
     from gptjax.generation.sample import sample_texts
-    from gptjax.training.checkpoint import load_run
+    from gptjax.training.runs import load_run
 
     run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, _notify, config.base)
     if run.tokenizer is None:

@@ -24,7 +24,7 @@ ORDER = (
 )
 ONLY_IN = {
     "flax": ("gptjax/model/",),
-    "orbax": ("gptjax/training/checkpoint.py",),
+    "orbax": ("gptjax/training/arrays.py",),
     "datasets": ("gptjax/text/",),
     "tiktoken": ("gptjax/text/",),
     "rich": ("gptjax/report/",),

@@ -23,7 +23,7 @@ from gptjax.text.tokenizer import (
     make_tokenizer,
 )
 from gptjax.text.train_bpe import PATTERN, train_ranks
-from gptjax.training.checkpoint import load_run
+from gptjax.training.runs import load_run
 from gptjax.verb_options import ExportConfig, SampleConfig
 from tests.test_model_parity import make_params, our_logits
 from tests.tiny import assert_trees_equal

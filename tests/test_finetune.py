@@ -25,8 +25,8 @@ from gptjax.task_options import AdapterConfig, FinetuneConfig, TaskConfig
 from gptjax.text.labelled import Text, Words
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import trainer
-from gptjax.training.checkpoint import load_run
 from gptjax.training.finetune import init_all, join, rates, split
+from gptjax.training.runs import load_run
 from gptjax.training.step import init_state, make_train_step
 from gptjax.training.tasks import make_loss, make_part_loss, parts_of
 from tests.tiny import assert_trees_equal, replace, run_config

@@ -16,8 +16,8 @@ from gptjax.config_io import load_config, to_yaml
 from gptjax.errors import UserError
 from gptjax.report.metrics import MetricsFile, read_metrics
 from gptjax.training import precision, setup, trainer
-from gptjax.training.checkpoint import load_run, write_description, write_run
 from gptjax.training.guard import locked
+from gptjax.training.runs import load_run, write_description, write_run
 from gptjax.training.step import init_state
 from tests.tiny import CONFIG, HARD, assert_trees_equal, final_state, replace, rows, run_config
 

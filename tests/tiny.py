@@ -10,7 +10,7 @@ import numpy as np
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.report.metrics import read_metrics
-from gptjax.training.checkpoint import load_state
+from gptjax.training.runs import load_state
 from gptjax.training.step import init_state, make_train_step
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"

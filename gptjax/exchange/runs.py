@@ -10,7 +10,7 @@ from gptjax.exchange.gpt2 import Imported, export_gpt2, import_gpt2
 from gptjax.exchange.hf_files import read_config
 from gptjax.model.adapters import merge_lora
 from gptjax.text.tokenizer import Tokenizer, make_tokenizer
-from gptjax.training.checkpoint import load_run, write_run
+from gptjax.training.runs import load_run, write_run
 from gptjax.verb_options import ExportConfig
 
 

@@ -20,9 +20,10 @@ from gptjax.report.cost import readable_bytes
 from gptjax.text.prepare import find_folder, open_folder
 from gptjax.text.shards import MANIFEST
 from gptjax.text.tokenizer import load_tokenizer
-from gptjax.training.checkpoint import CONFIG_FILE, FOLDER, TOKENIZER_FILE
+from gptjax.training.checkpoint import FOLDER
 from gptjax.training.choice import entries
 from gptjax.training.manifest import DamagedError, verify
+from gptjax.training.runs import CONFIG_FILE, TOKENIZER_FILE
 from gptjax.verb_options import DoctorConfig
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken", "tokenizers")

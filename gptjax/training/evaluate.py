@@ -22,7 +22,7 @@ from gptjax.text.labelled import check_labels, parse, read_examples
 from gptjax.text.prepare import prepare
 from gptjax.text.rows import limited, read_dataset_rows, read_rows
 from gptjax.text.tokenizer import Tokenizer
-from gptjax.training.checkpoint import CONFIG_FILE, LoadedRun, load_run
+from gptjax.training.runs import CONFIG_FILE, LoadedRun, load_run
 from gptjax.training.step import compute_options
 from gptjax.training.tasks import bytes_per_token, longest, measure_chats, parts_of
 from gptjax.verb_options import EvaluateConfig

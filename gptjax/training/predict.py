@@ -16,8 +16,8 @@ from gptjax.files import publish, temporary_name
 from gptjax.task_options import LABELLED
 from gptjax.text.labelled import parse
 from gptjax.text.rows import Row, read_rows
-from gptjax.training.checkpoint import LoadedRun, load_run
 from gptjax.training.evaluate import one_task, predict_labels
+from gptjax.training.runs import LoadedRun, load_run
 from gptjax.verb_options import PredictConfig
 
 CHUNK = 1024  # rows in memory at a time

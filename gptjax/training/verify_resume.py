@@ -21,9 +21,10 @@ from gptjax.config import Config
 from gptjax.config_io import to_yaml
 from gptjax.errors import UserError
 from gptjax.report.metrics import METRICS_FILE, read_metrics
-from gptjax.training.checkpoint import FOLDER, load_state
+from gptjax.training.checkpoint import FOLDER
 from gptjax.training.choice import NAME
 from gptjax.training.manifest import MANIFEST
+from gptjax.training.runs import load_state
 from gptjax.verb_options import VerifyResumeConfig
 
 CLOCK = ("tokens_per_s",)  # metrics that depend on the clock

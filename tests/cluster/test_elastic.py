@@ -11,7 +11,8 @@ from gptjax.config import Config, MeshConfig
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.rules import shardings
 from gptjax.report.cost import parameter_count
-from gptjax.training.checkpoint import Checkpoints, write_description
+from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.runs import write_description
 from gptjax.training.step import init_state
 from tests.faults.runs import environment
 from tests.tiny import CONFIG, replace
@@ -33,7 +34,7 @@ def test_a_run_goes_on_in_another_layout():
 MEASURE = """
 import sys
 from pathlib import Path
-from gptjax.training.checkpoint import load_run
+from gptjax.training.runs import load_run
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

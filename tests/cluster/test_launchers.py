@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.training.checkpoint import load_run
+from gptjax.training.runs import load_run
 from tests.cluster.processes import cluster_config, devices_each, write_config
 from tests.tiny import rows
 

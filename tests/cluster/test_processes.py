@@ -7,7 +7,7 @@ import pytest
 from gptjax.config_io import load_config, to_yaml
 from gptjax.report.metrics import METRICS_FILE
 from gptjax.training import trainer
-from gptjax.training.checkpoint import load_run
+from gptjax.training.runs import load_run
 from tests.cluster.processes import (
     LOSSES,
     cluster_config,

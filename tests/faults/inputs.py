@@ -11,7 +11,7 @@ from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from gptjax.config_io import to_yaml
 from gptjax.model.gpt import init_params
 from gptjax.text.tokenizer import ByteTokenizer
-from gptjax.training.checkpoint import write_run
+from gptjax.training.runs import write_run
 from tests.tiny import run_config
 
 BYTES = TokenizerConfig(kind="bytes")

@@ -9,7 +9,7 @@ import pytest
 from gptjax.config import OptimConfig
 from gptjax.parallel.cluster import EXIT_LOST
 from gptjax.training import trainer
-from gptjax.training.checkpoint import load_run
+from gptjax.training.runs import load_run
 from tests.cluster.processes import LOSSES, cluster_config, largest_difference, started, wait_for_rows, write_config
 from tests.tiny import HARD, replace, rows
 

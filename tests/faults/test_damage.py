@@ -12,9 +12,10 @@ import pytest
 
 from gptjax.errors import UserError
 from gptjax.training import trainer
-from gptjax.training.checkpoint import Checkpoints, load_run
+from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.choice import choose
 from gptjax.training.manifest import MANIFEST, DamagedError, read_manifest, verify
+from gptjax.training.runs import load_run
 from tests.faults.runs import checkpoints
 from tests.tiny import assert_trees_equal, final_state, replace, rows, run_config, write_corpus
 

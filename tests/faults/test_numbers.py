@@ -12,9 +12,10 @@ import pytest
 
 from gptjax.errors import UserError
 from gptjax.training import selftest, trainer
-from gptjax.training.checkpoint import Checkpoints, load_run
+from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.guard import EXIT_DIVERGED
 from gptjax.training.precision import LossScale
+from gptjax.training.runs import load_run
 from gptjax.training.step import init_state
 from gptjax.training.watch import ACCEPTED, HALTED, LOSS_SPIKE, NORM_SPIKE, NOT_FINITE, READY, WINDOW, init_watch, judge
 from gptjax.training.watch import next_watch as update

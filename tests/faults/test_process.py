@@ -19,10 +19,10 @@ from gptjax.cli import main
 from gptjax.config_io import to_yaml
 from gptjax.errors import UserError
 from gptjax.training import checkpoint, trainer
-from gptjax.training.checkpoint import load_run
 from gptjax.training.choice import NAME, choose
 from gptjax.training.guard import LOCK_FILE
 from gptjax.training.manifest import verify
+from gptjax.training.runs import load_run
 from tests.faults.runs import (
     ROOT,
     checkpoints,
