@@ -53,7 +53,7 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, rule: Rule, temperature: jax
     if logits_BV.dtype != jnp.float32:
         raise ValueError(f"logits_BV has dtype {logits_BV.dtype}, must be float32")
     if rule.greedy:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return _likeliest(logits_BV)
     scores = logits_BV / temperature
     if not rule.top_k:
         if rule.nucleus:
@@ -65,19 +65,36 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, rule: Rule, temperature: jax
     return jnp.take_along_axis(ids_BK, _draw(scores_BK, keys_B)[:, None], axis=1)[:, 0]
 
 
+def _likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first index of the largest logit, `[B]`, int32.
+
+    First the group, then which of it: the largest of many is found several times as fast as its index.
+    """
+    group_B = jnp.argmax(jnp.max(_groups(logits_BV, -jnp.inf), axis=-1), axis=-1)
+    # What a last group lacks repeats its last index, which comes first.
+    indices_BN = jnp.minimum(group_B[:, None] * GROUP + jnp.arange(GROUP)[None], logits_BV.shape[1] - 1)
+    members = jnp.take_along_axis(logits_BV, indices_BN, axis=1)
+    return (group_B * GROUP + jnp.argmax(members, axis=-1)).astype(jnp.int32)
+
+
 def _draw(scores_BN: jax.Array, keys_B: jax.Array) -> jax.Array:
     """Draws an index of each row with probabilities `softmax(scores_BN)`, `[B]`, int32.
 
     First a group of indices is drawn, then one of the group: two random numbers for a token instead of one for each
     word of the vocabulary, which took a fifth of the time of a token.
     """
-    B, N = scores_BN.shape
     weights_BN = jnp.exp(scores_BN - jnp.max(scores_BN, axis=-1, keepdims=True))
-    weights = jnp.pad(weights_BN, ((0, 0), (0, -N % GROUP))).reshape(B, -1, GROUP)
+    weights = _groups(weights_BN, 0.0)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     group_B = _pick(jnp.sum(weights, axis=-1), uniforms[:, 0])
     members = jnp.take_along_axis(weights, group_B[:, None, None], axis=1)[:, 0]
     return group_B * GROUP + _pick(members, uniforms[:, 1])
+
+
+def _groups(x_BN: jax.Array, filler: float) -> jax.Array:
+    """`[B, groups, GROUP]`, filled up at the end."""
+    B, N = x_BN.shape
+    return jnp.pad(x_BN, ((0, 0), (0, -N % GROUP)), constant_values=filler).reshape(B, -1, GROUP)
 
 
 def _pick(weights: jax.Array, uniform_B: jax.Array) -> jax.Array:

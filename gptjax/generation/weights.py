@@ -26,19 +26,18 @@ class DecodingWeights(NamedTuple):
 
 
 def decoding_weights(
-    config: ModelConfig, params: dict, dtype: Literal["float32", "bfloat16", "int8"], rows: int
+    config: ModelConfig, params: dict, dtype: Literal["float32", "bfloat16", "int8"]
 ) -> DecodingWeights:
-    """Lays out `params`, as `for_decoding` returns them, for `rows` sequences; call it once, outside `jit`.
+    """Lays out `params`, as `for_decoding` returns them; call it once, outside `jit`.
 
     Each layer's leaves lie by themselves (slices of stacked blocks would be copied for every token), the matrices in
     `dtype`, and the readout without rows that pad the vocabulary. Embeddings, norms and biases keep their dtype, as the
     model adds them in float32.
     """
-    outputs_first = rows == 1  # float32, CPU: 268 us for one row against 331; 540 for two against 355 (768 x 3072)
-    layers = _layers(params["blocks"], config.n_layer, dtype, outputs_first)
+    layers = _layers(params["blocks"], config.n_layer, dtype)
     w_VD = unembedding(params)
     if dtype != "int8" and w_VD.shape[0] == config.vocab_size and w_VD.dtype == dtype:
-        readout = Projection(w_VD, None, True)  # as it is, without a copy
+        readout = Projection(w_VD, None)  # as it is, without a copy
     else:
         readout = _readout(w_VD, config.vocab_size, dtype)
     trunk = {name: params[name] for name in ("embed", "norm_f")}
@@ -47,14 +46,14 @@ def decoding_weights(
     return DecodingWeights(trunk | {"blocks": dict(enumerate(layers))}, readout)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _layers(blocks: dict, n_layer: int, dtype: Any, outputs_first: bool) -> list[dict]:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _layers(blocks: dict, n_layer: int, dtype: Any) -> list[dict]:
     def one(layer: int) -> dict:
         parts = {part: jax.tree.map(lambda leaf: leaf[layer], leaves) for part, leaves in blocks.items()}
         for (part, name), stored_outputs_first in MATRICES.items():
             w = parts[part][name]
             w_KF = w.T if stored_outputs_first else w.reshape(w.shape[0], -1)
-            parts[part][name] = make_projection(w_KF, dtype, outputs_first)
+            parts[part][name] = make_projection(w_KF, dtype)
         return parts
 
     return [one(layer) for layer in range(n_layer)]
@@ -62,4 +61,4 @@ def _layers(blocks: dict, n_layer: int, dtype: Any, outputs_first: bool) -> list
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _readout(w_VD: jax.Array, vocab_size: int, dtype: Any) -> Projection:
-    return make_projection(jnp.swapaxes(w_VD[:vocab_size], 0, 1), dtype, True)
+    return make_projection(jnp.swapaxes(w_VD[:vocab_size], 0, 1), dtype)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from gptjax.ops.axes import HEADS, POSITIONS, ROWS, STAGES, axis_size, per_device, positions_cut, spec_of
 from gptjax.ops.blocked_attention import Blocks, blocked_attention
 from gptjax.ops.heads import MASKED, Drops, drop, number_rows
+from gptjax.ops.matmul import row_major
 from gptjax.ops.ring_attention import Ring, ring_attention
 from gptjax.ops.splash import splash_attention, splash_fits
 
@@ -97,12 +98,17 @@ def _plain(window, rate, q_BTHC, k_BSGC, v_BSGC, segments_BT, drops):
 def cached_attention(q_BTHC: jax.Array, k_BGSC: jax.Array, v_BGSC: jax.Array, visible_BTS: jax.Array) -> jax.Array:
     """Attends a few new queries to a cache of keys and values; `visible_BTS` says which slots each may see."""
     B, T, H, C = q_BTHC.shape
-    G = k_BGSC.shape[1]
-    q_BGRTC = q_BTHC.reshape(B, T, G, H // G, C).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bgrtc,bgsc->bgrts", q_BGRTC, k_BGSC, preferred_element_type=jnp.float32) * C**-0.5
-    weights = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, MASKED), axis=-1).astype(q_BTHC.dtype)
-    y = jnp.einsum("bgrts,bgsc->btgrc", weights, v_BGSC, preferred_element_type=jnp.float32)
-    return y.astype(q_BTHC.dtype).reshape(B, T, H, C)
+    G, S = k_BGSC.shape[1:3]
+    R = H // G
+    q_BGRTC = q_BTHC.reshape(B, T, G, R, C).transpose(0, 2, 3, 1, 4)
+    # Pinned: XLA:CPU would lay out a single sequence's keys and values anew for every token.
+    q_BGNC, k_BGSC, v_BGSC = (row_major(x) for x in (q_BGRTC.reshape(B, G, R * T, C), k_BGSC, v_BGSC))
+    scores = jnp.einsum("bgnc,bgsc->bgns", q_BGNC, k_BGSC, preferred_element_type=jnp.float32) * C**-0.5
+    scores = jnp.where(visible_BTS[:, None, None], scores.reshape(B, G, R, T, S), MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTHC.dtype).reshape(B, G, R * T, S)
+    y_BGNC = jnp.einsum("bgns,bgsc->bgnc", weights, v_BGSC, preferred_element_type=jnp.float32)
+    y_BTGRC = y_BGNC.astype(q_BTHC.dtype).reshape(B, G, R, T, C).transpose(0, 3, 1, 2, 4)
+    return y_BTGRC.reshape(B, T, H, C)
 
 
 @functools.cache
