@@ -36,7 +36,7 @@ METHODS: dict[str, Sequence[str]] = {
 }
 SCRATCH = (
     *("--init_from", "", "--tokenizer.kind", "bpe", "--tokenizer.vocab_size", "4096", "--model.n_layer", "4"),
-    *("--model.n_head", "4", "--model.n_embd", "256", "--model.block_size", "512", "--optim.learning_rate", "1e-3"),
+    *("--model.n_head", "4", "--model.n_embd", "256", "--model.block_size", "256", "--optim.learning_rate", "1e-3"),
 )
 
 
