@@ -1,7 +1,7 @@
 """Microseconds that XLA takes for a product of a few rows with a 768 x 3072 matrix, by dtype and form.
 
-It is the table of docs/performance.md by which `ops/projection.py` chooses. Each call takes 24 matrices in turn, so that
-none is in a cache.
+It is the table of docs/performance.md by which `ops/projection.py` chooses. Each call takes 24 matrices in turn, so
+that none is in a cache.
 """
 
 import statistics
