@@ -101,8 +101,9 @@ def cached_attention(q_BTHC: jax.Array, k_BGSC: jax.Array, v_BGSC: jax.Array, vi
     G, S = k_BGSC.shape[1:3]
     R = H // G
     q_BGRTC = q_BTHC.reshape(B, T, G, R, C).transpose(0, 2, 3, 1, 4)
-    # Pinned: XLA:CPU would lay out a single sequence's keys and values anew for every token.
-    q_BGNC, k_BGSC, v_BGSC = (row_major(x) for x in (q_BGRTC.reshape(B, G, R * T, C), k_BGSC, v_BGSC))
+    q_BGNC = q_BGRTC.reshape(B, G, R * T, C)
+    if jax.default_backend() == "cpu":  # XLA would lay out a single sequence's keys and values anew for every token
+        q_BGNC, k_BGSC, v_BGSC = (row_major(x) for x in (q_BGNC, k_BGSC, v_BGSC))
     scores = jnp.einsum("bgnc,bgsc->bgns", q_BGNC, k_BGSC, preferred_element_type=jnp.float32) * C**-0.5
     scores = jnp.where(visible_BTS[:, None, None], scores.reshape(B, G, R, T, S), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q_BTHC.dtype).reshape(B, G, R * T, S)

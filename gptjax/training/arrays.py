@@ -37,7 +37,11 @@ def start_saving(writer: ocp.AsyncCheckpointer, folder: Path, items: dict[str, A
 
 
 def restore(reader: ocp.AsyncCheckpointer, folder: Path, items: dict[str, Any]) -> dict[str, Any]:
-    """Loads items into the shapes, dtypes and shardings that are given."""
+    """Loads items into the shapes, dtypes and shardings that are given.
+
+    Raises:
+        UserError: The folder holds other arrays.
+    """
     args = {
         name: ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
         for name, item in items.items()

@@ -212,8 +212,8 @@ def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
     given = None if given is None else put(given, shardings(parts.mesh, given))
     manifest = parts.checkpoints.resume(config.train.strict_checkpoints).manifest
     if manifest is None:
-        return run_once(lambda given: init_state(config, given), where)(given), Loop()
-    frozen = run_once(lambda given: init_state(config, given).frozen, where.frozen)(given)
+        return _run_once(lambda given: init_state(config, given), where)(given), Loop()
+    frozen = _run_once(lambda given: init_state(config, given).frozen, where.frozen)(given)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where)
     with cluster.together():
         loop = _check_meta(parts, manifest.meta)
@@ -229,7 +229,7 @@ def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
     return state, loop
 
 
-def run_once(function: Callable[..., Any], where: Any) -> Callable[..., Any]:
+def _run_once(function: Callable[..., Any], where: Any) -> Callable[..., Any]:
     """Jits a function whose result lies at `where` and which is called once.
 
     On a CPU it is compiled with little optimization: for drawing the state of configs/shakespeare_cpu.yaml that takes
