@@ -22,12 +22,12 @@ def temporary_name(path: Path) -> Path:
 def publish(temporary: Path, path: Path) -> None:
     """Renames a synced file or folder and syncs the folder that holds it."""
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on the disk."""
-    opened = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Puts a file's content, or the names in a folder, on the disk."""
+    opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:

@@ -6,7 +6,7 @@ memory and networks do to files, not what an attacker does.
 
 import dataclasses
 import json
-import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,12 +14,13 @@ import xxhash
 
 from gptjax import __version__
 from gptjax.errors import UserError
-from gptjax.files import sync_folder, write_atomic
+from gptjax.files import sync, write_atomic
+from gptjax.training.direct import read_direct
 
 MANIFEST = "manifest.json"
 FORMAT = "gptjax-checkpoint"
 FORMAT_VERSION = 1
-_CHUNK = 2**22
+_PIECE = 2**22
 
 
 class DamagedError(Exception):
@@ -43,9 +44,10 @@ def write_manifest(folder: Path, step: int, val_loss: float | None, meta: dict[s
     """Sums up all files below `folder`, makes sure that they are on the disk, and writes the manifest beside them."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _checksum(path, sync=True)]
+        sync(path)
+        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _checksum(read_direct(path))]
     for inside in [*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent]:
-        sync_folder(inside)
+        sync(inside)
     content = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -100,7 +102,7 @@ def verify(folder: Path) -> Manifest:
     check_sizes(folder, manifest)
     for name, (_, checksum) in manifest.files.items():
         try:
-            actual = _checksum(folder / name)
+            actual = _checksum(_read_cached(folder / name))
         except OSError as error:
             raise DamagedError(f"{name} cannot be read: {error.strerror}") from None
         if actual != checksum:
@@ -142,11 +144,15 @@ def _content_checksum(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-def _checksum(path: Path, sync: bool = False) -> str:
+def _checksum(pieces: Iterable[bytes | memoryview]) -> str:
     checksum = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            checksum.update(chunk)
-        if sync:
-            os.fsync(file.fileno())
+    for piece in pieces:
+        checksum.update(piece)
     return checksum.hexdigest()
+
+
+def _read_cached(path: Path) -> Iterator[bytes]:
+    """Yields a file's bytes in pieces; what is loaded next is then at hand."""
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            yield piece

@@ -70,8 +70,8 @@ def delete(config):
     largest(config).unlink()
 
 
-def cut_ocdbt(config):
-    path = folder(config) / "params" / "manifest.ocdbt"
+def cut_metadata(config):
+    path = largest(config).parent / ".zarray"
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -117,7 +117,7 @@ def fault(number, what, damage, reason):
         fault(10, "one bit of an array file is flipped", flip, "does not have the checksum"),
         fault(11, "4 kB of an array file are zeroed", zero, "does not have the checksum"),
         fault(12, "an array file is deleted", delete, "is missing"),
-        fault(13, "manifest.ocdbt is cut short", cut_ocdbt, "manifest.ocdbt has"),
+        fault(13, "an array's .zarray is cut short", cut_metadata, ".zarray has"),
         fault(13, "one digit of our manifest is changed", flip_manifest, "does not have the checksum that it states"),
         fault(13, "our manifest is cut short", cut_manifest, "manifest.json is damaged"),
         fault(14, "_METADATA is deleted", delete_metadata, "_METADATA is missing"),
@@ -159,7 +159,7 @@ def test_training_goes_on_from_the_newest_good_checkpoint(config, trained, capsy
 @pytest.mark.fault(12, "every checkpoint is damaged", "training refuses; nothing is deleted or begun anew")
 def test_a_run_without_a_good_checkpoint_does_not_begin_anew(config, seen):
     for step in (2, 4, 6):
-        next(folder(config, step).rglob("params/d/*")).unlink()
+        next(folder(config, step).rglob("params/*/0*")).unlink()
     before = checkpoints(config)
     with pytest.raises(UserError, match="none of its 3 checkpoints verifies") as error:
         trainer.train(config)
@@ -307,7 +307,7 @@ def test_damaged_descriptions_are_named(config, name, seen):
 def test_what_cannot_be_read_is_never_pruned(config):
     flip(config)
     (folder(config, 2) / MANIFEST).unlink()
-    os.truncate(next(folder(config, 4).rglob("params/d/*")), 3)
+    os.truncate(next(folder(config, 4).rglob("params/*/0*")), 3)
     writer = Checkpoints(Path(config.run_dir), keep=1)
     for step in (10, 11, 12):
         writer.save_items(step, {"params": {"w": np.ones(3, np.float32)}}, {}, val_loss=1 / step)

@@ -1,0 +1,105 @@
+"""Arrays on the disk: direct access gives the bytes back, with and without the file system's help."""
+
+import errno
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore
+
+from gptjax.training import direct
+from gptjax.training.arrays import checkpointer, restore, start_saving
+from gptjax.training.direct import read_direct, write_direct
+
+SIZES = [0, 1, 4095, 4096, 4097, 2**22, 2**22 + 4096 + 3]
+
+
+def random_bytes(size: int) -> np.ndarray:
+    return np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+
+
+def refuse_to_open(monkeypatch):
+    """As a file system without direct access does."""
+    real = os.open
+
+    def open_file(path, flags, mode=0o777, **more):
+        if flags & direct._DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, mode, **more)
+
+    monkeypatch.setattr(os, "open", open_file)
+
+
+def refuse_to_transfer(monkeypatch):
+    """As one with larger blocks does."""
+    for name in ("write", "readv"):
+        real = getattr(os, name)
+
+        def transfer(file, data, real=real):
+            if direct._is_direct(file):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real(file, data)
+
+        monkeypatch.setattr(os, name, transfer)
+
+
+@pytest.mark.parametrize("refuse", [None, refuse_to_open, refuse_to_transfer])
+@pytest.mark.parametrize("size", SIZES)
+def test_bytes_come_back(tmp_path, monkeypatch, size, refuse):
+    if refuse:
+        refuse(monkeypatch)
+    content = random_bytes(size)
+    write_direct(tmp_path / "file", content)
+    assert (tmp_path / "file").read_bytes() == content.tobytes()
+    assert b"".join(bytes(piece) for piece in read_direct(tmp_path / "file")) == content.tobytes()
+
+
+def test_an_existing_file_is_not_written_over(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(FileExistsError):
+        write_direct(tmp_path / "file", random_bytes(5))
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_full_disk_is_an_error():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    file = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            direct._write(file, memoryview(b"x"))
+    finally:
+        os.close(file)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool"])
+def test_every_dtype_and_shape_comes_back(tmp_path, dtype):
+    values = np.random.default_rng(0).normal(0, 10, (3, 5, 7)).astype(jnp.dtype(dtype))
+    items = {
+        "params": {
+            "cube": jnp.asarray(values),
+            "scalar": jnp.asarray(values[0, 0, 0]),
+            "row": jnp.asarray(values[0, 0]),
+        }
+    }
+    writer = checkpointer()
+    start_saving(writer, tmp_path / "saved", items)
+    writer.wait_until_finished()
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), items)
+    loaded = restore(writer, tmp_path / "saved", shapes)
+    writer.close()
+    jax.tree.map(np.testing.assert_array_equal, loaded, items)
+
+
+def test_the_arrays_are_zarr_that_others_read(tmp_path):
+    value = jnp.arange(60.0).reshape(3, 4, 5)
+    writer = checkpointer()
+    start_saving(writer, tmp_path / "saved", {"params": {"layer": {"weight": value}}})
+    writer.wait_until_finished()
+    writer.close()
+    store = {"driver": "file", "path": str(tmp_path / "saved" / "params" / "layer.weight")}
+    read = tensorstore.open({"driver": "zarr", "kvstore": store}).result().read().result()
+    np.testing.assert_array_equal(read, value)
