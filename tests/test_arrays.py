@@ -74,24 +74,31 @@ def test_a_full_disk_is_an_error():
         os.close(file)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool"])
-def test_every_dtype_and_shape_comes_back(tmp_path, dtype):
-    values = np.random.default_rng(0).normal(0, 10, (3, 5, 7)).astype(jnp.dtype(dtype))
-    items = {
-        "params": {
-            "cube": jnp.asarray(values),
-            "scalar": jnp.asarray(values[0, 0, 0]),
-            "row": jnp.asarray(values[0, 0]),
-        }
-    }
+def save_and_load(folder, items, reader=None):
     writer = checkpointer()
-    start_saving(writer, tmp_path / "saved", items)
+    start_saving(writer, folder, items)
     writer.wait_until_finished()
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), items)
-    loaded = restore(writer, tmp_path / "saved", shapes)
-    writer.close()
+    return restore(reader or writer, folder, shapes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool"])
+def test_every_dtype_and_shape_comes_back(tmp_path, dtype):
+    values = jnp.asarray(np.random.default_rng(0).normal(0, 10, (3, 5, 7)).astype(jnp.dtype(dtype)))
+    items = {"params": {"cube": values, "scalar": values[0, 0, 0], "row": values[0, 0]}}
+    jax.tree.map(np.testing.assert_array_equal, save_and_load(tmp_path / "saved", items), items)
+
+
+@pytest.mark.parametrize(("writes", "reads"), [("cpu", "gpu"), ("gpu", "cpu")])
+def test_what_one_kind_of_machine_writes_another_reads(tmp_path, monkeypatch, writes, reads):
+    monkeypatch.setattr(jax, "default_backend", lambda: reads)
+    reader = checkpointer()
+    monkeypatch.setattr(jax, "default_backend", lambda: writes)
+    items = {"params": {"w": jnp.arange(12.0).reshape(3, 4)}, "rest": {"step": jnp.int32(7)}}
+    loaded = save_and_load(tmp_path / "saved", items, reader)
     jax.tree.map(np.testing.assert_array_equal, loaded, items)
+    assert (tmp_path / "saved" / "params" / "manifest.ocdbt").exists() == (writes == "gpu")
 
 
 def test_the_arrays_are_zarr_that_others_read(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
@@ -40,7 +41,8 @@ def checkpointer(for_all: bool = True, at_once: int = 0) -> ocp.AsyncCheckpointe
 
 def start_saving(writer: ocp.AsyncCheckpointer, folder: Path, items: dict[str, Any]) -> None:
     """Starts threads that write items as `folder`; they give way to the caller's."""
-    args = ocp.args.Composite(**{name: ocp.args.PyTreeSave(item) for name, item in items.items()})
+    saved = {name: ocp.args.PyTreeSave(jax.tree.map(jnp.asarray, item)) for name, item in items.items()}
+    args = ocp.args.Composite(**saved)
     started_from_below(writer.save, folder, args=args)
 
 

@@ -1,8 +1,8 @@
 """Files written and read past the page cache.
 
 The kernel's copy of a checkpoint into the page cache, and from there to the disk, takes seconds of the processor that
-trains beside it; the disk's own access to memory takes almost none. See docs/performance.md for figures. Where the
-platform or the file system has no direct access, the page cache is used.
+trains beside it (docs/reliability.md has figures). Where the platform or the file system has no direct access, the page
+cache is used.
 """
 
 import errno
