@@ -9,6 +9,7 @@ import pytest
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.generation import decode
 from gptjax.generation.choose import choice_rule, choose
 from gptjax.generation.decode import _decode, _prefilled, generate, stream
 from gptjax.generation.sample import sample_texts
@@ -192,6 +193,22 @@ def test_streamed_pieces_join_to_what_generate_returns(piece_length):
     pieces = list(stream(MODEL, params, prompts, options, end_of_text=3, piece_length=piece_length))
     joined = [np.concatenate(row) for row in zip(*pieces, strict=True)]
     assert [row.tolist() for row in joined] == [sample.tolist() for samples in whole for sample in samples]
+
+
+@pytest.mark.parametrize("variant", ["plain", "attention window"])
+def test_a_large_cache_grows_as_it_fills_and_changes_no_token(monkeypatch, variant):
+    model = VARIANTS[variant]
+    prompts = [np.arange(5), np.arange(9) + 20]
+    options = SampleConfig(num_samples=2, max_new_tokens=40, seed=3, top_k=9)  # slides once
+    expected = generate(model, make_params(model), prompts, options)
+    sizes = []
+    grow = decode._grown
+    monkeypatch.setattr(decode, "_grown", lambda cache, slots: (sizes.append(slots), grow(cache, slots))[1])
+    monkeypatch.setattr(decode, "LARGE", 0)
+    monkeypatch.setattr(decode, "SLOTS_MULTIPLE", 4)
+    grown = generate(model, make_params(model), prompts, options)
+    assert sizes == [32]
+    jax.tree.map(np.testing.assert_array_equal, grown, expected)
 
 
 def test_lengths_seeds_and_heat_share_one_compiled_program():

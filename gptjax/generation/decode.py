@@ -18,7 +18,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import Rule, choice_rule, choose
 from gptjax.generation.weights import DecodingWeights, decoding_weights
-from gptjax.model.cache import Cache, init_cache
+from gptjax.model.cache import Cache, grow_cache, init_cache
 from gptjax.model.gpt import extend, for_decoding
 from gptjax.ops.projection import project
 from gptjax.verb_options import SampleConfig
@@ -26,6 +26,7 @@ from gptjax.verb_options import SampleConfig
 BUFFER = 64  # new tokens that the compiled loop holds before it returns them
 PREFILL = 128  # longer prompts go through the model in pieces of this length
 SLOTS_MULTIPLE = 64
+LARGE = 2**25  # bytes of a cache that grows as it fills: to read less is worth more than the programs to compile
 NOTHING = -1  # stands in the buffer where a row has no token
 
 
@@ -90,7 +91,7 @@ def _stream(config, params, prompts, options, end_of_text, notify, piece_length)
     contexts = [context for context in _cut(config, prompts, notify) for _ in range(options.num_samples)]
     keys_B = _row_keys(np.uint32(options.seed), len(prompts), options.num_samples)
     done_B = np.zeros(len(contexts), bool)
-    cache, number, slots, told = None, 0, 0, False
+    cache, number, used, slots, most, told = None, 0, 0, 0, 0, False
     while number < options.max_new_tokens and not done_B.all():
         room = min(config.block_size + 1 - len(c) for c, done in zip(contexts, done_B, strict=True) if not done)
         if cache is None or room < 1:
@@ -101,10 +102,15 @@ def _stream(config, params, prompts, options, end_of_text, notify, piece_length)
                 )
                 told = True
             contexts = [_window(config, c, done) for c, done in zip(contexts, done_B, strict=True)]
-            slots = max(slots, _slots(config, contexts, options.max_new_tokens - number))
+            used = _prefill_length(contexts)
+            most = max(most, _slots(config, contexts, options.max_new_tokens - number))
+            slots = max(slots, _first_slots(config, dtype, len(contexts), used, most))
             cache = _prefilled(config, dtype, weights, contexts, slots)
             continue
-        limit = min(piece_length, room, options.max_new_tokens - number)
+        if used == slots:
+            slots = min(2 * slots, most)
+            cache = _grown(cache, slots)
+        limit = min(piece_length, room, options.max_new_tokens - number, slots - used)
         last_B = np.array([c[-1] for c in contexts], np.int32)
         scalars = np.int32(number), np.int32(limit), np.int32(stop), np.float32(options.temperature or 1)
         cache, new_BN = _decode(
@@ -115,6 +121,7 @@ def _stream(config, params, prompts, options, end_of_text, notify, piece_length)
         contexts = [np.concatenate([c, piece]) for c, piece in zip(contexts, pieces, strict=True)]
         done_B = new_BN[:, -1] == NOTHING
         number += limit
+        used += limit
         yield pieces
 
 
@@ -165,6 +172,9 @@ def _extend_cache(
     return extend(config, weights.params, tokens_BT, cache, dtype)[1]
 
 
+_grown = jax.jit(grow_cache, static_argnums=1)
+
+
 def _prefilled(config, dtype, weights, contexts, slots) -> Cache:
     """Returns a cache that holds every context but its last token, which the decoding loop reads."""
     length = _prefill_length(contexts)
@@ -190,6 +200,12 @@ def _slots(config: ModelConfig, contexts, new: int) -> int:
     """Slots until the last token, or until the first context is full."""
     longest = max(len(c) for c in contexts)
     return _round_up(_prefill_length(contexts) + min(new, config.block_size + 1 - longest), SLOTS_MULTIPLE)
+
+
+def _first_slots(config: ModelConfig, dtype: str, rows: int, used: int, most: int) -> int:
+    """Slots to begin with, of which `used` are filled at once: `most` of them, or few where many take much memory."""
+    size = 2 * config.n_layer * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    return most if rows * most * size <= LARGE else _round_up(used + 1, SLOTS_MULTIPLE)
 
 
 def _round_up(number: int, multiple: int) -> int:

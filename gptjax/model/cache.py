@@ -37,6 +37,15 @@ def init_cache(config: ModelConfig, padding_B: jax.Array, slots: int, dtype: jax
     return Cache(layers, jnp.int32(0), padding_B)
 
 
+def grow_cache(cache: Cache, slots: int) -> Cache:
+    """Returns a cache of as many slots, with what this one holds."""
+
+    def put(old_BGSC):
+        return jnp.pad(old_BGSC, ((0, 0), (0, 0), (0, slots - old_BGSC.shape[2]), (0, 0)))
+
+    return cache._replace(layers=jax.tree.map(put, cache.layers))
+
+
 def visible_slots(cache: Cache, new: int, window: int) -> jax.Array:
     """Which slots each of `new` positions after the used ones may see: `[B, T, S]`, True where it may.
 
