@@ -34,7 +34,10 @@ METHODS: dict[str, Sequence[str]] = {
     "prompt": ("--finetune.train", "new", "--model.adapter.kind", "prompt", "--optim.learning_rate", "1e-2"),
     "prefix": ("--finetune.train", "new", "--model.adapter.kind", "prefix", "--optim.learning_rate", "1e-2"),
 }
-SCRATCH = (
+# The base after one step at 1 % of its learning rate: its tokenizer and its shape, without what it learned.
+UNTRAINED = ("--train.num_steps", "1", "--train.sample_tokens", "0")
+SAME_SCRATCH = ("--init_from", str(RUNS / "untrained"), "--optim.learning_rate", "1e-3")
+OWN_SCRATCH = (
     *("--init_from", "", "--tokenizer.kind", "bpe", "--tokenizer.vocab_size", "4096", "--model.n_layer", "4"),
     *("--model.n_head", "4", "--model.n_embd", "256", "--model.block_size", "256", "--optim.learning_rate", "1e-3"),
 )
@@ -63,7 +66,10 @@ def spam(extra: list[str]) -> Iterable[str]:
     yield f"| TF-IDF, logistic regression | {tfidf():.4f} | | | | | | |"
     for name, flags in METHODS.items():
         yield spam_row(name, train(f"spam-{name.replace(' ', '-')}", "spam", flags, extra), forgets=True)
-    yield spam_row("full, from scratch", train("spam-scratch", "spam", SCRATCH, extra), forgets=False)
+    train("untrained", "base", UNTRAINED, extra)
+    yield spam_row("full, from scratch", train("spam-untrained", "spam", SAME_SCRATCH, extra), forgets=False)
+    own = train("spam-scratch", "spam", OWN_SCRATCH, extra)
+    yield spam_row("full, from scratch, with a tokenizer of the mails alone", own, forgets=False)
 
 
 def spam_row(name: str, run: Path, forgets: bool) -> str:
