@@ -71,22 +71,24 @@ def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, drops):
         outputs.append(y_BGNC.astype(dtype).reshape(*q_BGRTC.shape[:3], block.stop - block.start, -1))
         log_sums.append(jnp.log(total) + largest)
     y_BGRTC = jnp.concatenate(outputs, axis=3)
-    return ungroup_queries(y_BGRTC), (q_BGRTC, k_BGSC, v_BGSC, segments_BT, drops, log_sums)
+    return ungroup_queries(y_BGRTC), (q_BGRTC, k_BGSC, v_BGSC, segments_BT, drops, outputs, log_sums)
 
 
 def _blocked_backward(blocks, saved, dy_BTHC):
-    q_BGRTC, k_BGSC, v_BGSC, segments_BT, drops, log_sums = saved
+    q_BGRTC, k_BGSC, v_BGSC, segments_BT, drops, outputs, log_sums = saved
     dtype, C = q_BGRTC.dtype, q_BGRTC.shape[-1]
     dy_BGRTC = group_queries(dy_BTHC.astype(dtype), k_BGSC.shape[1])
-    dqs, dk_BGCS, dv_BGCS = [], None, None
-    for block, log_sum in zip(blocks.ranges(), log_sums, strict=True):
+    dk_BGCS = dv_BGCS = jnp.zeros((*k_BGSC.shape[:2], C, k_BGSC.shape[2]), jnp.float32)
+    dqs = []
+    for block, y_BGRTC, log_sum in zip(blocks.ranges(), outputs, log_sums, strict=True):
         q_BGNC = after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), dk_BGCS)
         dy_BGNC = after(merge_rows(dy_BGRTC[:, :, :, block.start : block.stop]), dk_BGCS)
         k, v = _seen(k_BGSC, block), _seen(v_BGSC, block)
         weights = jnp.exp(_scores(blocks, block, q_BGNC, k, segments_BT) - log_sum)
         dweights = dot("bgnc,bgsc->bgns", dy_BGNC, v, jnp.float32)
         dweights = _drop(blocks, dweights, drops, block)
-        delta = jnp.sum(weights * dweights, axis=-1, keepdims=True)  # the softmax's own gradient term
+        # the row sums of weights times their gradients, whatever dropout left out (arXiv:2205.14135, appendix B.4)
+        delta = jnp.sum(merge_rows(y_BGRTC).astype(jnp.float32) * dy_BGNC, axis=-1, keepdims=True)
         dscores = (weights * (dweights - delta) * C**-0.5).astype(dtype)
         weights = _drop(blocks, weights, drops, block).astype(dtype)
         dq_BGNC = dot("bgns,bgsc->bgnc", dscores, k, dtype)
@@ -95,7 +97,6 @@ def _blocked_backward(blocks, saved, dy_BTHC):
         dk_BGCS = _add_at(block, dk_BGCS, dot("bgcn,bgns->bgcs", transposed(q_BGNC), dscores, jnp.float32))
         dv_BGCS = _add_at(block, dv_BGCS, dot("bgcn,bgns->bgcs", transposed(dy_BGNC), weights, jnp.float32))
     dq_BTHC = ungroup_queries(jnp.concatenate(dqs, axis=3))
-    assert dk_BGCS is not None and dv_BGCS is not None  # there is at least one block
     dk_BSGC, dv_BSGC = (row_major(d.astype(dtype).transpose(0, 3, 1, 2)) for d in (dk_BGCS, dv_BGCS))
     return dq_BTHC, dk_BSGC, dv_BSGC, None, None
 
@@ -132,8 +133,6 @@ def _heads_first(x_BTGC):
 
 
 def _add_at(block, total, part):
-    """Adds to a total over keys before those of this block what the block gives to the keys that it sees."""
-    part = jnp.pad(part, ((0, 0),) * (part.ndim - 1) + ((block.first, 0),))
-    if total is None:
-        return part
-    return part + jnp.pad(total, ((0, 0),) * (part.ndim - 1) + ((0, part.shape[-1] - total.shape[-1]),))
+    """Adds to a total over all keys what a block gives to the keys that it sees, in place."""
+    here = total[..., block.first : block.stop] + part
+    return jax.lax.dynamic_update_slice_in_dim(total, here, block.first, axis=-1)
