@@ -211,6 +211,17 @@ def test_a_large_cache_grows_as_it_fills_and_changes_no_token(monkeypatch, varia
     jax.tree.map(np.testing.assert_array_equal, grown, expected)
 
 
+def test_short_rows_go_on_after_the_longest_has_stopped(monkeypatch):
+    monkeypatch.setattr(decode, "SLOTS_MULTIPLE", 1)
+    params, prompts = make_params(MODEL), [np.arange(20), np.arange(2) + 30]
+    options = SampleConfig(num_samples=1, max_new_tokens=22, seed=5)
+    [[long], [short]] = generate(MODEL, params, prompts, options)
+    stop = next(int(token) for token in long[:5] if token not in short)
+    [[stopped], [went_on]] = generate(MODEL, params, prompts, options, end_of_text=stop)
+    assert len(stopped) < 5
+    np.testing.assert_array_equal(went_on, short)
+
+
 def test_lengths_seeds_and_heat_share_one_compiled_program():
     model = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=37)
     params = make_params(model)

@@ -94,7 +94,8 @@ def _stream(config, params, prompts, options, end_of_text, notify, piece_length)
     cache, number, used, slots, most, told = None, 0, 0, 0, 0, False
     while number < options.max_new_tokens and not done_B.all():
         room = min(config.block_size + 1 - len(c) for c, done in zip(contexts, done_B, strict=True) if not done)
-        if cache is None or room < 1:
+        # Slots were counted for the longest context. Once it has stopped the others may need more, and run again.
+        if cache is None or room < 1 or used == most:
             if room < 1 and not told:
                 kept = _kept(config)
                 notify(
