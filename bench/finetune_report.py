@@ -38,7 +38,7 @@ METHODS: dict[str, Sequence[str]] = {
 UNTRAINED = ("--train.num_steps", "1", "--train.sample_tokens", "0")
 SAME_SCRATCH = ("--init_from", str(RUNS / "untrained"), "--optim.learning_rate", "1e-3")
 OWN_SCRATCH = (
-    *("--init_from", "", "--tokenizer.kind", "bpe", "--tokenizer.vocab_size", "4096", "--model.n_layer", "4"),
+    *("--init_from", "", "--tokenizer.kind", "bpe", "--tokenizer.vocab_size", "8192", "--model.n_layer", "4"),
     *("--model.n_head", "4", "--model.n_embd", "256", "--model.block_size", "256", "--optim.learning_rate", "1e-3"),
 )
 
