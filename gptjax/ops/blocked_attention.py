@@ -14,6 +14,9 @@ from gptjax.ops.heads import MASKED, Drops, drop, group_queries, merge_rows, ung
 from gptjax.ops.matmul import dot, row_major, transposed
 from gptjax.ops.order import after
 
+FUSED_ROWS = 4096
+"""XLA:CPU gives its library no operation on fewer elements."""
+
 
 class Block(NamedTuple):
     """Queries from `start` to `stop`, and the first key that any of them sees."""
@@ -59,17 +62,19 @@ def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, drops):
     dtype = q_BTHC.dtype
     k_BGSC, v_BGSC = _heads_first(k_BSGC), _heads_first(v_BSGC)
     q_BGRTC = group_queries(q_BTHC, k_BSGC.shape[2])
-    outputs, log_sums, y_BGNC = [], [], None
+    outputs, log_sums, done = [], [], None
     for block in blocks.ranges():
-        q_BGNC = after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), y_BGNC)
+        q_BGNC = after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), done)
         scores = _scores(blocks, block, q_BGNC, _seen(k_BGSC, block), segments_BT)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = _drop(blocks, weights, drops, block).astype(dtype)
-        y_BGNC = dot("bgns,bgsc->bgnc", weights, _seen(v_BGSC, block), jnp.float32) / total
-        outputs.append(y_BGNC.astype(dtype).reshape(*q_BGRTC.shape[:3], block.stop - block.start, -1))
-        log_sums.append(jnp.log(total) + largest)
+        y_BGNC = (dot("bgns,bgsc->bgnc", weights, _seen(v_BGSC, block), jnp.float32) / total).astype(dtype)
+        # A single element would do, but XLA would compute that apart, from parts of what is fused above.
+        done = jnp.max(y_BGNC, keepdims=True)
+        outputs.append(y_BGNC.reshape(*q_BGRTC.shape[:3], block.stop - block.start, -1))
+        log_sums.append(None if _fuses(q_BGNC) else jnp.log(total) + largest)
     y_BGRTC = jnp.concatenate(outputs, axis=3)
     return ungroup_queries(y_BGRTC), (q_BGRTC, k_BGSC, v_BGSC, segments_BT, drops, outputs, log_sums)
 
@@ -80,24 +85,32 @@ def _blocked_backward(blocks, saved, dy_BTHC):
     dy_BGRTC = group_queries(dy_BTHC.astype(dtype), k_BGSC.shape[1])
     dk_BGCS = dv_BGCS = jnp.zeros((*k_BGSC.shape[:2], C, k_BGSC.shape[2]), jnp.float32)
     dqs = []
+    done = dy_BGRTC[:, :, 0]  # not None: the forward pass's scores would be kept for the first block
     for block, y_BGRTC, log_sum in zip(blocks.ranges(), outputs, log_sums, strict=True):
-        q_BGNC = after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), dk_BGCS)
-        dy_BGNC = after(merge_rows(dy_BGRTC[:, :, :, block.start : block.stop]), dk_BGCS)
+        q_BGNC = after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), done)
+        dy_BGNC = after(merge_rows(dy_BGRTC[:, :, :, block.start : block.stop]), done)
         k, v = _seen(k_BGSC, block), _seen(v_BGSC, block)
-        weights = jnp.exp(_scores(blocks, block, q_BGNC, k, segments_BT) - log_sum)
+        scores = _scores(blocks, block, q_BGNC, k, segments_BT)
+        if log_sum is None:
+            weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+            weights = (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(dtype)
+        else:
+            weights = jnp.exp(scores - log_sum).astype(dtype)
         dweights = dot("bgnc,bgsc->bgns", dy_BGNC, v, jnp.float32)
         dweights = _drop(blocks, dweights, drops, block)
         # the row sums of weights times their gradients, whatever dropout left out (arXiv:2205.14135, appendix B.4)
         delta = jnp.sum(merge_rows(y_BGRTC).astype(jnp.float32) * dy_BGNC, axis=-1, keepdims=True)
-        dscores = (weights * (dweights - delta) * C**-0.5).astype(dtype)
+        dscores = (weights * (dweights - delta)).astype(dtype)  # times the scale: at the end, on what is small
         weights = _drop(blocks, weights, drops, block).astype(dtype)
-        dq_BGNC = dot("bgns,bgsc->bgnc", dscores, k, dtype)
+        dq_BGNC = _product("bgns,bgsc->bgnc", dscores, k)
         dqs.append(dq_BGNC.reshape(*q_BGRTC.shape[:3], block.stop - block.start, C))
         # dk and dv come out transposed: then neither weights nor dscores, the large ones, need a transpose
-        dk_BGCS = _add_at(block, dk_BGCS, dot("bgcn,bgns->bgcs", transposed(q_BGNC), dscores, jnp.float32))
-        dv_BGCS = _add_at(block, dv_BGCS, dot("bgcn,bgns->bgcs", transposed(dy_BGNC), weights, jnp.float32))
-    dq_BTHC = ungroup_queries(jnp.concatenate(dqs, axis=3))
-    dk_BSGC, dv_BSGC = (row_major(d.astype(dtype).transpose(0, 3, 1, 2)) for d in (dk_BGCS, dv_BGCS))
+        dk_BGCS = _add_at(block, dk_BGCS, _product("bgcn,bgns->bgcs", transposed(q_BGNC), dscores))
+        dv_BGCS = _add_at(block, dv_BGCS, _product("bgcn,bgns->bgcs", transposed(dy_BGNC), weights))
+        done = dk_BGCS
+    scale = C**-0.5
+    dq_BTHC = ungroup_queries((jnp.concatenate(dqs, axis=3) * scale).astype(dtype))
+    dk_BSGC, dv_BSGC = (row_major(d.astype(dtype).transpose(0, 3, 1, 2)) for d in (dk_BGCS * scale, dv_BGCS))
     return dq_BTHC, dk_BSGC, dv_BSGC, None, None
 
 
@@ -108,17 +121,37 @@ def _seen(x_BGSC, block):
     return x_BGSC[:, :, block.first : block.stop]
 
 
+def _fuses(rows_BGNC):
+    """Whether XLA's library takes the softmax of these rows together with its products, tile by tile.
+
+    It leaves out what has fewer elements, such as one for each row. Then the sums are kept for the backward pass.
+    """
+    return rows_BGNC[..., 0].size >= FUSED_ROWS
+
+
+def _product(spec, a, b):
+    """`dot` in float32, whose batch is cut over the processor's threads.
+
+    XLA's library cuts only a batch that is reduced too, so there is a reduction here, which adds zero.
+    """
+    y = dot(spec, a, b, jnp.float32)
+    return y + jnp.max(a, axis=-1, keepdims=True).astype(jnp.float32) * 0 if _fuses(a) else y
+
+
 def _scores(blocks, block, q_BGNC, k_BGSC, segments_BT):
     """Scaled products `[B, G, N, S]`, with what a query may not see pushed to nothing."""
     R = q_BGNC.shape[2] // (block.stop - block.start)
-    scores = dot("bgnc,bgsc->bgns", q_BGNC, k_BGSC, jnp.float32) * q_BGNC.shape[-1] ** -0.5
     t, s = jnp.arange(block.start, block.stop)[:, None], jnp.arange(block.first, block.stop)[None]
     outside = (t < s) | (s <= t - blocks.window) if blocks.window else t < s
     hidden = jnp.where(outside, MASKED, 0.0)[None]  # added, which is faster than selecting
     if segments_BT is not None:
         other = segments_BT[:, block.start : block.stop, None] != segments_BT[:, None, block.first : block.stop]
         hidden = jnp.where(other, MASKED, hidden)
-    return scores + jnp.tile(hidden, (1, R, 1))[:, None]
+    # A broadcast that other products read too would be written to memory as large as the scores.
+    scale, hidden = jnp.full((1,) * 4, q_BGNC.shape[-1] ** -0.5), hidden[:, None]
+    if _fuses(q_BGNC):
+        scale, hidden = after(scale, q_BGNC), after(hidden, q_BGNC)
+    return dot("bgnc,bgsc->bgns", q_BGNC, k_BGSC, jnp.float32) * scale + jnp.tile(hidden, (1, 1, R, 1))
 
 
 def _drop(blocks, weights, drops, block):
