@@ -9,6 +9,7 @@ import pytest
 
 from gptjax.ops import attention as attention_module
 from gptjax.ops.attention import attention, attention_reference
+from gptjax.ops.blocked_attention import FUSED_ROWS
 from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_reference
 from gptjax.ops.elementwise import dropout, embedding, gelu, gelu_reference, layer_norm, layer_norm_reference
 from gptjax.ops.matmul import matmul, matmul_reference
@@ -86,7 +87,19 @@ def test_embedding(vocabulary):
 @pytest.mark.parametrize("length", [5, 128, 300])  # less than a block, one block, several with a rest
 @pytest.mark.parametrize(("segmented", "window"), [(False, 0), (True, 0), (False, 100), (True, 3)])
 def test_attention(dtype, kv_heads, length, segmented, window):
-    B, H, C = 2, 4, 8
+    assert_attention_is_plain(2, length, kv_heads, dtype, segmented, window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("segmented", "window"), [(False, 0), (True, 3)])
+def test_attention_of_so_many_rows_that_xla_fuses_its_products(dtype, kv_heads, segmented, window):
+    assert 8 * 4 * 128 == FUSED_ROWS
+    assert_attention_is_plain(8, 300, kv_heads, dtype, segmented, window)
+
+
+def assert_attention_is_plain(B, length, kv_heads, dtype, segmented, window):
+    H, C = 4, 8
     q, k, v = (normal(i, B, length, n, C, dtype=dtype) for i, n in enumerate((H, kv_heads, kv_heads)))
     segments = None
     if segmented:
@@ -111,8 +124,9 @@ def test_attention_dropout_drops_the_right_share_and_keeps_the_mean():
     np.testing.assert_allclose(jnp.mean(dropped[..., 0, :, :] == 0), 0.25, atol=0.1)
 
 
-def test_attention_dropout_uses_the_same_mask_in_the_backward_pass():
-    B, T, H, C = 1, 300, 2, 4
+@pytest.mark.parametrize("B", [1, FUSED_ROWS // (2 * 128)])
+def test_attention_dropout_uses_the_same_mask_in_the_backward_pass(B):
+    T, H, C = 300, 2, 4
     q, k, v = (normal(i, B, T, H, C) for i in range(3))
     key = jax.random.key(3)
 
