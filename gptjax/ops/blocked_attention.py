@@ -101,7 +101,7 @@ def _blocked_backward(blocks, saved, dy_BTHC):
         # the row sums of weights times their gradients, whatever dropout left out (arXiv:2205.14135, appendix B.4)
         delta = jnp.sum(merge_rows(y_BGRTC).astype(jnp.float32) * dy_BGNC, axis=-1, keepdims=True)
         dscores = (weights * (dweights - delta)).astype(dtype)  # times the scale: at the end, on what is small
-        weights = _drop(blocks, weights, drops, block).astype(dtype)
+        weights = _drop(blocks, weights.astype(jnp.float32), drops, block).astype(dtype)
         dq_BGNC = _product("bgns,bgsc->bgnc", dscores, k)
         dqs.append(dq_BGNC.reshape(*q_BGRTC.shape[:3], block.stop - block.start, C))
         # dk and dv come out transposed: then neither weights nor dscores, the large ones, need a transpose

@@ -29,11 +29,14 @@ def number_rows(key: jax.Array, B: int, T: int, H: int) -> Drops:
 
 
 def drop(drops: Drops, rate: float, weights_BGNS: jax.Array, first: jax.Array | int) -> jax.Array:
-    """Zeroes weights and scales the others up; `first` is the position of the first key."""
+    """Zeroes weights and scales the others up; `first` is the position of the first key.
+
+    Multiplied, which XLA:CPU takes into the products around it, as it does not a selection.
+    """
     rows_BGRT1 = group_queries(drops.rows_BTH[..., None], weights_BGNS.shape[1])
     columns_S = jnp.arange(weights_BGNS.shape[-1], dtype=jnp.uint32) + jnp.asarray(first, jnp.uint32)
     keep, scale = dropout_keep_at(drops.key_data, merge_rows(rows_BGRT1), columns_S, rate)
-    return jnp.where(keep, weights_BGNS * scale, 0.0)
+    return weights_BGNS * jnp.where(keep, scale, 0.0)
 
 
 def group_queries(x_BTHC: jax.Array, G: int) -> jax.Array:
