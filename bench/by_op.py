@@ -1,7 +1,8 @@
 """Says where the time of a program goes, by operation: `python bench/by_op.py train 124m bfloat16 5` or
 `python bench/by_op.py generate 8 bfloat16 1`; arguments are those of bench/ours.py.
 
-Times are those of XLA's own trace, all threads together; operations of the same kind, shape and source are one row.
+Times are those of XLA's own trace, of the clock: while several operations run at once, each gets an equal part.
+Operations of the same kind, shape and source are one row.
 """
 
 import collections
@@ -36,15 +37,31 @@ def main() -> None:
 
 def measured(read, folder: Path) -> tuple[dict, dict]:
     """Nanoseconds and number of runs of every operation, by module."""
-    times, counts = (collections.defaultdict(collections.Counter) for _ in range(2))
+    spans = collections.defaultdict(list)
     [path] = folder.rglob("*.xplane.pb")
     for plane in read(str(path)).planes:
         for event in (event for line in plane.lines for event in line.events):
             stats = dict(event.stats)
             if "hlo_op" in stats and not str(stats["hlo_op"]).startswith(CONTAINERS):
-                times[stats["hlo_module"]][stats["hlo_op"]] += event.duration_ns
-                counts[stats["hlo_module"]][stats["hlo_op"]] += 1
+                spans[stats["hlo_module"]].append((event.start_ns, event.start_ns + event.duration_ns, stats["hlo_op"]))
+    times = {module: shared_time(found) for module, found in spans.items()}
+    counts = {module: collections.Counter(name for _, _, name in found) for module, found in spans.items()}
     return times, counts
+
+
+def shared_time(spans: list[tuple[float, float, str]]) -> collections.Counter:
+    """Time of the clock by name, from starts and ends; what overlaps shares it."""
+    edges = []
+    for index, (start, end, _) in enumerate(spans):
+        if end > start:
+            edges += [(start, index, True), (end, index, False)]
+    times, running, before = collections.Counter(), set(), 0.0
+    for time, index, starts in sorted(edges):
+        for other in running:
+            times[spans[other][2]] += (time - before) / len(running)
+        before = time
+        (running.add if starts else running.discard)(index)
+    return times
 
 
 def described(folder: Path, module: str) -> dict[str, str]:

@@ -1,0 +1,96 @@
+"""Milliseconds of one attention layer, forward and backward: as it is, with its products apart from the softmax as XLA
+takes them otherwise, and PyTorch's `scaled_dot_product_attention`. Each in a process of its own, in turn."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from gptjax.runtime import HUGE_PAGES, TUNABLES
+
+SHAPES = ((16, 256, 6, 64), (4, 512, 12, 64), (16, 1024, 6, 64), (1, 4096, 6, 64))  # B, T, H, C
+DTYPES = ("bfloat16", "float32")
+ROUNDS, REPEATS = 2, 6
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        print(json.dumps({"gptjax": gptjax, "apart": apart, "PyTorch": pytorch}[sys.argv[1]]()))
+        return
+    sides = ("gptjax", "apart", "PyTorch")
+    found = {side: [] for side in sides}
+    environment = {**os.environ, TUNABLES: HUGE_PAGES}  # for all of them
+    for _ in range(ROUNDS):
+        for side in sides:
+            call = subprocess.run(
+                [sys.executable, __file__, side], env=environment, capture_output=True, text=True, check=True
+            )
+            found[side].append(json.loads(call.stdout.splitlines()[-1]))
+    print("| B, T, H, C | dtype | " + " | ".join(sides) + " |")
+    print("|---|---|" + "---|" * len(sides))
+    for row, (shape, dtype) in enumerate((shape, dtype) for shape in SHAPES for dtype in DTYPES):
+        times = (min(times[row] for times in found[side]) for side in sides)
+        print(f"| {', '.join(map(str, shape))} | {dtype} | " + " | ".join(f"{1e3 * t:.1f}" for t in times) + " |")
+
+
+def median(call: Callable[[], object]) -> float:
+    """Seconds, without the first call."""
+    times = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def gptjax() -> list[float]:
+    import jax
+
+    from gptjax.ops.attention import attention
+
+    times = []
+    for B, T, H, C in SHAPES:
+        for dtype in DTYPES:
+            q, k, v, dy = (
+                jax.random.normal(key, (B, T, H, C), dtype) for key in jax.random.split(jax.random.key(0), 4)
+            )
+
+            @jax.jit
+            def step(q, k, v, dy):
+                y, pull = jax.vjp(attention, q, k, v)
+                return y, pull(dy)
+
+            times.append(median(lambda: jax.block_until_ready(step(q, k, v, dy))))  # noqa: B023
+    return times
+
+
+def apart() -> list[float]:
+    from gptjax.ops import blocked_attention
+
+    blocked_attention.FUSED_ROWS = sys.maxsize
+    return gptjax()
+
+
+def pytorch() -> list[float]:
+    import torch
+
+    times = []
+    for B, T, H, C in SHAPES:
+        for dtype in DTYPES:
+            torch.manual_seed(0)
+            q, k, v = (torch.randn(B, H, T, C, dtype=getattr(torch, dtype)).requires_grad_() for _ in range(3))
+            dy = torch.randn(B, H, T, C, dtype=q.dtype)
+
+            def step():
+                y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: B023
+                y.backward(dy)  # noqa: B023
+
+            times.append(median(step))
+    return times
+
+
+if __name__ == "__main__":
+    main()
