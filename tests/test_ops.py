@@ -94,7 +94,7 @@ def test_attention(dtype, kv_heads, length, segmented, window):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(("segmented", "window"), [(False, 0), (True, 3)])
 def test_attention_of_so_many_rows_that_xla_fuses_its_products(dtype, kv_heads, segmented, window):
-    assert 8 * 4 * 128 == FUSED_ROWS
+    assert FUSED_ROWS == 8 * 4 * 128
     assert_attention_is_plain(8, 300, kv_heads, dtype, segmented, window)
 
 

@@ -225,7 +225,9 @@ def test_wrong_fusions_are_found_and_avoided(seen):
     )
 
 
-def test_a_wrong_result_stops_the_run(monkeypatch):
-    monkeypatch.setattr(selftest, "_weighted", lambda *arrays: jnp.zeros((selftest.ROWS, 1)))
+@pytest.mark.parametrize("name", ["_weighted", "_attended"])
+def test_a_wrong_result_stops_the_run(monkeypatch, name):
+    right = getattr(selftest, name)
+    monkeypatch.setattr(selftest, name, lambda *arrays: jax.tree.map(lambda x: x.at[-1].add(1.0), right(*arrays)))
     with pytest.raises(UserError, match="computes wrong numbers"):
         selftest.check()
