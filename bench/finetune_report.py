@@ -27,8 +27,8 @@ METHODS: dict[str, Sequence[str]] = {
     "head": ("--finetune.train", "new", *FAST),
     "top 2 blocks": ("--finetune.train", "top", "--finetune.top_k", "2", "--optim.learning_rate", "1e-3"),
     "lora": (
-        *("--finetune.train", "new", "--model.adapter.kind", "lora", "--model.adapter.rank", "4"),
-        *("--model.adapter.targets", "attn/w_qkv", "mlp/w_in", *FAST),
+        *("--finetune.train", "new", "--model.adapter.kind", "lora", "--model.adapter.rank", "5"),
+        *("--model.adapter.targets", "attn/w_qkv", "mlp/w_in", "--model.dropout", "0.0", *FAST),
     ),
     "bottleneck": ("--finetune.train", "new", "--model.adapter.kind", "bottleneck", *FAST),
     "prompt": ("--finetune.train", "new", "--model.adapter.kind", "prompt", "--optim.learning_rate", "1e-2"),
