@@ -20,19 +20,20 @@ DATA = ROOT.parent / "shared" / "data"
 RUNS = Path("runs/finetune")
 TABLES = ("spam", "tags", "domain")
 
-# Each way to fine-tune, and its flags: what learns little learns at a higher rate.
-FAST = ("--optim.learning_rate", "3e-3")
+# Each way to fine-tune, and its flags: what learns little learns at a higher rate, and longer.
+LONG = ("--train.num_steps", "600")
+FAST = ("--optim.learning_rate", "3e-3", *LONG)
 METHODS: dict[str, Sequence[str]] = {
     "full": (),
     "head": ("--finetune.train", "new", *FAST),
-    "top 2 blocks": ("--finetune.train", "top", "--finetune.top_k", "2", "--optim.learning_rate", "1e-3"),
+    "top 2 blocks": ("--finetune.train", "top", "--finetune.top_k", "2", "--optim.learning_rate", "1e-3", *LONG),
     "lora": (
         *("--finetune.train", "new", "--model.adapter.kind", "lora", "--model.adapter.rank", "5"),
         *("--model.adapter.targets", "attn/w_qkv", "mlp/w_in", "--model.dropout", "0.0", *FAST),
     ),
     "bottleneck": ("--finetune.train", "new", "--model.adapter.kind", "bottleneck", *FAST),
-    "prompt": ("--finetune.train", "new", "--model.adapter.kind", "prompt", "--optim.learning_rate", "1e-2"),
-    "prefix": ("--finetune.train", "new", "--model.adapter.kind", "prefix", "--optim.learning_rate", "1e-2"),
+    "prompt": ("--finetune.train", "new", "--model.adapter.kind", "prompt", "--optim.learning_rate", "1e-2", *LONG),
+    "prefix": ("--finetune.train", "new", "--model.adapter.kind", "prefix", "--optim.learning_rate", "1e-2", *LONG),
 }
 # The base after one step at 1 % of its learning rate: its tokenizer and its shape, without what it learned.
 UNTRAINED = ("--train.num_steps", "1", "--train.sample_tokens", "0")
