@@ -147,9 +147,9 @@ def _scores(blocks, block, q_BGNC, k_BGSC, segments_BT):
     if segments_BT is not None:
         other = segments_BT[:, block.start : block.stop, None] != segments_BT[:, None, block.first : block.stop]
         hidden = jnp.where(other, MASKED, hidden)
-    # A broadcast that other products read too would be written to memory as large as the scores.
     scale, hidden = jnp.full((1,) * 4, q_BGNC.shape[-1] ** -0.5), hidden[:, None]
     if _fuses(q_BGNC):
+        # For these queries alone: what other products read too would be written to memory, as large as the scores.
         scale, hidden = after(scale, q_BGNC), after(hidden, q_BGNC)
     return dot("bgnc,bgsc->bgns", q_BGNC, k_BGSC, jnp.float32) * scale + jnp.tile(hidden, (1, 1, R, 1))
 
