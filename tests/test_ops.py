@@ -11,7 +11,15 @@ from gptjax.ops import attention as attention_module
 from gptjax.ops.attention import attention, attention_reference
 from gptjax.ops.blocked_attention import FUSED_ROWS
 from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_reference
-from gptjax.ops.elementwise import dropout, embedding, gelu, gelu_reference, layer_norm, layer_norm_reference
+from gptjax.ops.elementwise import (
+    NORM_EPSILON,
+    dropout,
+    embedding,
+    gelu,
+    gelu_reference,
+    layer_norm,
+    layer_norm_reference,
+)
 from gptjax.ops.matmul import matmul, matmul_reference
 
 # Relative to the largest value: float32 sums in another order; bfloat16 has 8 bits, rounded a few times on the way.
@@ -65,6 +73,24 @@ def test_layer_norm(dtype, biased):
         return lambda x, scale, bias=None: function(x, scale, bias, jnp.dtype(dtype))
 
     assert_same(with_bias(layer_norm), with_bias(layer_norm_reference), arguments, dtype)
+
+
+@pytest.mark.parametrize(
+    "rows", [FUSED_ROWS - 1, FUSED_ROWS, 33_000]
+)  # apart, fused, and beyond a bug of jaxlib 0.10.2
+def test_layer_norm_of_many_rows(rows):
+    x, dy, scale, bias = normal(0, rows, 8), normal(1, rows, 8), 1.0 + 0.1 * normal(2, 8), normal(3, 8)
+    y, pull = jax.vjp(jax.jit(lambda *arrays: layer_norm(*arrays, jnp.float32)), x, scale, bias)
+
+    x, dy, scale, bias = (np.asarray(array, np.float64) for array in (x, dy, scale, bias))
+    deviation = np.sqrt(x.var(axis=-1, keepdims=True) + NORM_EPSILON)
+    normed, dnormed = (x - x.mean(axis=-1, keepdims=True)) / deviation, dy * scale
+    along = normed * (dnormed * normed).mean(axis=-1, keepdims=True)
+    dx = (dnormed - dnormed.mean(axis=-1, keepdims=True) - along) / deviation
+    expected = (normed * scale + bias, dx, (dy * normed).sum(axis=0), dy.sum(axis=0))
+    # float32 sums, of so many rows for the last two
+    for actual, exact in zip((y, *pull(jnp.asarray(dy, jnp.float32))), expected, strict=True):
+        np.testing.assert_allclose(actual, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,6 +16,8 @@ from gptjax.ops.order import after
 
 FUSED_ROWS = 4096
 """XLA:CPU gives its library no operation on fewer elements."""
+ALIASING = 512
+"""Rows of a multiple of so many float32 share so few places of a processor's cache that a transpose of them is slow."""
 
 
 class Block(NamedTuple):
@@ -83,7 +85,8 @@ def _blocked_backward(blocks, saved, dy_BTHC):
     q_BGRTC, k_BGSC, v_BGSC, segments_BT, drops, outputs, log_sums = saved
     dtype, C = q_BGRTC.dtype, q_BGRTC.shape[-1]
     dy_BGRTC = group_queries(dy_BTHC.astype(dtype), k_BGSC.shape[1])
-    dk_BGCS = dv_BGCS = jnp.zeros((*k_BGSC.shape[:2], C, k_BGSC.shape[2]), jnp.float32)
+    unused = 16 if k_BGSC.shape[2] % ALIASING == 0 else 0
+    dk_BGCS = dv_BGCS = jnp.zeros((*k_BGSC.shape[:2], C, k_BGSC.shape[2] + unused), jnp.float32)
     dqs = []
     done = dy_BGRTC[:, :, 0]  # not None: the forward pass's scores would be kept for the first block
     for block, y_BGRTC, log_sum in zip(blocks.ranges(), outputs, log_sums, strict=True):
@@ -110,7 +113,8 @@ def _blocked_backward(blocks, saved, dy_BTHC):
         done = dk_BGCS
     scale = C**-0.5
     dq_BTHC = ungroup_queries((jnp.concatenate(dqs, axis=3) * scale).astype(dtype))
-    dk_BSGC, dv_BSGC = (row_major(d.astype(dtype).transpose(0, 3, 1, 2)) for d in (dk_BGCS * scale, dv_BGCS))
+    dk_BGCS, dv_BGCS = (d[..., : k_BGSC.shape[2]] for d in (dk_BGCS * scale, dv_BGCS))
+    dk_BSGC, dv_BSGC = (row_major(d.astype(dtype).transpose(0, 3, 1, 2)) for d in (dk_BGCS, dv_BGCS))
     return dq_BTHC, dk_BSGC, dv_BSGC, None, None
 
 

@@ -77,27 +77,24 @@ def cross_entropy(options: LossOptions, x_BTD: jax.Array, w_VD: jax.Array, targe
     """
     w_VD = w_VD.astype(x_BTD.dtype)
 
-    def visit(total, chunk):
-        x_ND, targets_N = _rows(chunk)
-        loss, _ = _chunk_loss(options, x_ND, w_VD, targets_N)
-        return jax.tree.map(jnp.add, total, loss), None
+    def visit(x_BCD, targets_BC):
+        return _chunk_loss(options, flat(x_BCD), w_VD, _rows(targets_BC))[0], None
 
-    return _over_chunks(visit, _no_loss(), x_BTD, targets_BT, w_VD.shape[0])[0]
+    return _over_chunks(visit, x_BTD, targets_BT, w_VD.shape[0])[0]
 
 
 def _forward(options, x_BTD, w_VD, targets_BT):
     w_cast_VD = w_VD.astype(x_BTD.dtype)
 
-    def visit(total, chunk):
-        x_ND, targets_N = _rows(chunk)
-        loss, dlogits_NV = _chunk_loss(options, x_ND, w_cast_VD, targets_N)
+    def visit(x_BCD, targets_BC):
+        x_ND = flat(x_BCD)
+        loss, dlogits_NV = _chunk_loss(options, x_ND, w_cast_VD, _rows(targets_BC))
         dlogits_NV = dlogits_NV.astype(x_ND.dtype)
         dx_ND = dot("...v,vd->...d", dlogits_NV, w_cast_VD, x_ND.dtype)
         dw_VD = weight_gradient(dlogits_NV, x_ND, jnp.float32)
-        return jax.tree.map(jnp.add, total, (loss, dw_VD)), dx_ND.reshape(chunk[0].shape)
+        return (loss, dw_VD), dx_ND.reshape(x_BCD.shape)
 
-    zeros = (_no_loss(), jnp.zeros(w_VD.shape, jnp.float32))
-    (loss, dw_VD), dx_BTD = _over_chunks(visit, zeros, x_BTD, targets_BT, w_VD.shape[0])
+    (loss, dw_VD), dx_BTD = _over_chunks(visit, x_BTD, targets_BT, w_VD.shape[0])
     return loss, (dx_BTD, dw_VD.astype(w_VD.dtype))
 
 
@@ -141,9 +138,11 @@ def _chunk_loss(options, x_ND, w_VD, targets_N):
     return loss, dlogits_NV
 
 
-def _over_chunks(visit, carry, x_BTD, targets_BT, V):
-    """Scans `visit` over chunks of positions, each of every sequence and of every device that has positions of it, so
-    that a sharded batch stays where it is.
+def _over_chunks(visit, x_BTD, targets_BT, V):
+    """Adds up what `visit` gives first for chunks of positions, and puts together what it gives second.
+
+    A chunk has positions of every sequence and of every device that holds some, so that a sharded batch stays where it
+    is.
     """
     B, T, D = x_BTD.shape
     K = axis_size(POSITIONS) if positions_cut() and T % axis_size(POSITIONS) == 0 else 1
@@ -151,28 +150,29 @@ def _over_chunks(visit, carry, x_BTD, targets_BT, V):
     shared = math.prod(axis_size(axis) for axis in (*ROWS, POSITIONS, HEADS))
     Z = _chunk_count(T // K, -(-B * T * V // (CHUNK_LOGITS * shared)))
     if Z == 1:
-        return visit(carry, (x_BTD, targets_BT))
+        return visit(x_BTD, targets_BT)
     x_ZBKCD = x_BTD.reshape(B, K, Z, T // (K * Z), D).transpose(2, 0, 1, 3, 4)
     targets_ZBKC = targets_BT.reshape(B, K, Z, T // (K * Z)).transpose(2, 0, 1, 3)
-    chunks = (
-        pin(x_ZBKCD, None, ROWS, POSITIONS).reshape(Z, B, T // Z, D),
-        pin(targets_ZBKC, None, ROWS, POSITIONS).reshape(Z, B, T // Z),
-    )
-    carry, out_ZBCD = jax.lax.scan(visit, carry, chunks)
-    if out_ZBCD is None:
-        return carry, None
-    return carry, out_ZBCD.reshape(Z, B, K, T // (K * Z), D).transpose(1, 2, 0, 3, 4).reshape(B, T, D)
+    x_ZBCD = pin(x_ZBKCD, None, ROWS, POSITIONS).reshape(Z, B, T // Z, D)
+    targets_ZBC = pin(targets_ZBKC, None, ROWS, POSITIONS).reshape(Z, B, T // Z)
+
+    def visit_next(total, chunk):
+        sums, out_BCD = visit(*chunk)
+        return jax.tree.map(jnp.add, total, sums), out_BCD
+
+    # The first is the sum that the others are added to: zeros instead would be another pass over a table's gradient.
+    total, out_BCD = visit(x_ZBCD[0], targets_ZBC[0])
+    total, others_YBCD = jax.lax.scan(visit_next, total, (x_ZBCD[1:], targets_ZBC[1:]))
+    if out_BCD is None:
+        return total, None
+    out_ZBCD = jnp.concatenate([out_BCD[None], others_YBCD])
+    return total, out_ZBCD.reshape(Z, B, K, T // (K * Z), D).transpose(1, 2, 0, 3, 4).reshape(B, T, D)
 
 
-def _rows(chunk):
-    x_BCD, targets_BC = chunk
-    return flat(x_BCD), targets_BC if positions_cut() else targets_BC.reshape(-1)
+def _rows(targets_BC):
+    return targets_BC if positions_cut() else targets_BC.reshape(-1)
 
 
 def _chunk_count(length: int, at_least: int) -> int:
     """The smallest divisor of `length` that is at least `at_least`."""
     return next(count for count in range(min(at_least, length), length + 1) if length % count == 0)
-
-
-def _no_loss() -> Loss:
-    return Loss(jnp.float32(0.0), jnp.float32(0.0), jnp.float32(0.0))

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
-from gptjax.ops.axes import positions_cut
+from gptjax.ops.axes import flat, positions_cut
 from gptjax.ops.matmul import dot
+from gptjax.ops.order import apart
 
 NORM_EPSILON = 1e-5  # GPT-2's
 SQRT_2_OVER_PI = 0.7978845608028654
@@ -26,37 +27,55 @@ def layer_norm_reference(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | N
     return (y if bias_D is None else y + _like(x, bias_D)).astype(out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_dtype) -> jax.Array:
-    """Normalises the last axis of `x` in float32 (arXiv:1607.06450) and casts the result to `out_dtype`."""
-    return _layer_norm_forward(x, scale_D, bias_D, out_dtype)[0]
+    """Normalises the last axis of `x` in float32 (arXiv:1607.06450) and casts the result to `out_dtype`.
+
+    Each result is one operation that computes what it needs from `x`: XLA:CPU gives a norm to its library whole where
+    nothing inside is read elsewhere, and is several times slower where parts of it go through memory.
+    """
+    return _layer_norm(flat(x), scale_D, bias_D, out_dtype).reshape(x.shape)
 
 
-def _layer_norm_forward(x, scale_D, bias_D, out_dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x, scale_D, bias_D, out_dtype):
+    y = _normed(x)[0] * _like(x, scale_D)
+    return (y if bias_D is None else y + _like(x, bias_D)).astype(out_dtype)
+
+
+def _normed(x):
     x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True) + NORM_EPSILON)
-    y = (x32 - mean) * inverse * _like(x, scale_D)
-    y = (y if bias_D is None else y + _like(x, bias_D)).astype(out_dtype)
-    return y, (x, scale_D, bias_D, mean, inverse)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + NORM_EPSILON)
+    return centred * inverse, inverse
 
 
 def _layer_norm_backward(out_dtype, saved, dy):
-    x, scale_D, bias_D, mean, inverse = saved
-    normed = (x.astype(jnp.float32) - mean) * inverse
-    dy = dy.astype(jnp.float32)
-    dnormed = dy * _like(x, scale_D)
-    dx = inverse * (
-        dnormed
-        - jnp.mean(dnormed, axis=-1, keepdims=True)
-        - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True)
-    )
-    rows = tuple(range(x.ndim - 1))
-    dbias = None if bias_D is None else jnp.sum(dy, axis=rows).astype(bias_D.dtype)
-    return dx.astype(x.dtype), jnp.sum(dy * normed, axis=rows).astype(scale_D.dtype), dbias
+    x, scale_D, bias_D = saved
+    dx = _layer_norm_dx(*apart(x, scale_D, dy))
+    dscale = _layer_norm_dscale(*apart(x, dy)).astype(scale_D.dtype)
+    return dx, dscale, None if bias_D is None else _sum_rows(*apart(dy)).astype(bias_D.dtype)
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+def _layer_norm_dx(x, scale_D, dy):
+    normed, inverse = _normed(x)
+    dnormed = dy.astype(jnp.float32) * _like(x, scale_D)
+    along = normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True)
+    return (inverse * (dnormed - jnp.mean(dnormed, axis=-1, keepdims=True) - along)).astype(x.dtype)
+
+
+def _layer_norm_dscale(x, dy):
+    return _sum_rows(dy.astype(jnp.float32) * _normed(x)[0])
+
+
+def _sum_rows(dy):
+    return jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - 1)))
+
+
+def _layer_norm_forward(x, scale_D, bias_D, out_dtype):
+    return _layer_norm(x, scale_D, bias_D, out_dtype), (x, scale_D, bias_D)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def gelu_reference(x: jax.Array) -> jax.Array:
@@ -67,7 +86,7 @@ def gelu_reference(x: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """GELU in its tanh form (arXiv:1606.08415), computed in float32: in bfloat16 it costs twice as much on a CPU."""
-    x32 = x.astype(jnp.float32)
+    x32 = apart(x)[0].astype(jnp.float32)  # read as it is stored: not the float32 of which it was rounded
     return (0.5 * x32 * (1.0 + _gelu_tanh(x32))).astype(x.dtype)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from gptjax.ops.axes import compiler_cuts, flat
+from gptjax.ops.order import apart
 
 
 def matmul_reference(
@@ -65,7 +66,7 @@ def _bias_backward(bias, dy):
     if bias is None:
         return dy, None
     # In float32 and over one axis: other sums over leading axes become slow windowed reductions on a CPU.
-    dy_NF = flat(dy.reshape(*dy.shape[: dy.ndim - bias.ndim], bias.size)).astype(jnp.float32)
+    dy_NF = apart(flat(dy.reshape(*dy.shape[: dy.ndim - bias.ndim], bias.size)))[0].astype(jnp.float32)
     dbias = jnp.sum(dy_NF, axis=tuple(range(dy_NF.ndim - 1)))
     return dy, dbias.astype(bias.dtype).reshape(bias.shape)
 

@@ -1,4 +1,4 @@
-"""What comes first, where XLA would choose otherwise."""
+"""What comes first, and what is computed on its own, where XLA would choose otherwise."""
 
 import jax
 import jax.numpy as jnp
@@ -25,3 +25,12 @@ def after_each(x: jax.Array, earlier: jax.Array) -> jax.Array:
         return x
     finite = jnp.where(jnp.isfinite(earlier), earlier, 0.0)  # times zero would be NaN otherwise
     return x + (finite * jnp.zeros((), earlier.dtype)).astype(x.dtype)
+
+
+def apart(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the arrays, so that what is computed of them shares nothing with what is computed elsewhere.
+
+    XLA:CPU would find equal parts of two results, keep them in memory for both, and give neither to its library whole.
+    Only a CPU needs it: elsewhere sharing is what is wanted.
+    """
+    return jax.lax.optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
