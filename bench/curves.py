@@ -25,7 +25,7 @@ from gptjax.training.step import init_state, make_train_step
 
 STEPS = 50
 MODEL = ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=256)
-BATCH_SIZE = 16  # so that the rows of attention are enough for XLA to fuse its products
+BATCH_SIZE = 64  # so that rows are enough for XLA to fuse norms, and attention with its products
 FIGURE = Path(__file__).parents[1] / "docs/figures/curves.png"
 # Each fast path: where it is used, by which name, and what it is held to.
 PLAIN = {
