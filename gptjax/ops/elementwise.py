@@ -37,7 +37,7 @@ def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _layer_norm(x, scale_D, bias_D, out_dtype):
+def _layer_norm(x, scale_D, bias_D, out_dtype) -> jax.Array:
     y = _normed(x)[0] * _like(x, scale_D)
     return (y if bias_D is None else y + _like(x, bias_D)).astype(out_dtype)
 
