@@ -3,8 +3,6 @@
 Shape suffixes: B batch, T position, D n_embd, V vocabulary.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
@@ -36,8 +34,7 @@ def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_d
     return _layer_norm(flat(x), scale_D, bias_D, out_dtype).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _layer_norm(x, scale_D, bias_D, out_dtype) -> jax.Array:
+def _result(x, scale_D, bias_D, out_dtype) -> jax.Array:
     y = _normed(x)[0] * _like(x, scale_D)
     return (y if bias_D is None else y + _like(x, bias_D)).astype(out_dtype)
 
@@ -71,11 +68,11 @@ def _sum_rows(dy):
     return jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - 1)))
 
 
-def _layer_norm_forward(x, scale_D, bias_D, out_dtype):
-    return _layer_norm(x, scale_D, bias_D, out_dtype), (x, scale_D, bias_D)
-
-
-_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+_layer_norm = jax.custom_vjp(_result, nondiff_argnums=(3,))
+_layer_norm.defvjp(
+    lambda x, scale_D, bias_D, out_dtype: (_result(x, scale_D, bias_D, out_dtype), (x, scale_D, bias_D)),
+    _layer_norm_backward,
+)
 
 
 def gelu_reference(x: jax.Array) -> jax.Array:
