@@ -84,11 +84,10 @@ class Attention(nnx.Module):
         qkv_BTGEC = _add_bias(qkv_BTGEC, self.b_qkv)
         if low_rank is not None:
             qkv_BTGEC = qkv_BTGEC + low_rank(x_BTD, key, x_BTD.dtype)
-        q_BTHC, k_BTGC, v_BTGC = (
-            part.reshape(B, T, -1, part.shape[-1])
-            for part in jax.lax.split(qkv_BTGEC, (qkv_BTGEC.shape[3] - 2, 1, 1), axis=3)
-        )
-        return q_BTHC, k_BTGC, v_BTGC
+        G, E, C = self.shape_GEC
+        # Its gradient is one concatenation; that of three slices, a sum of three padded arrays.
+        q, k, v = jax.lax.split(qkv_BTGEC, (E - 2, 1, 1), axis=3)
+        return q.reshape(B, T, -1, C), k.reshape(B, T, G, C), v.reshape(B, T, G, C)
 
     def _out(self, y_BTHC: jax.Array, low_rank: LowRank | None = None, key: jax.Array | None = None) -> jax.Array:
         B, T, H, C = y_BTHC.shape

@@ -85,7 +85,7 @@ def _blocked_backward(blocks, saved, dy_BTHC):
     q_BGRTC, k_BGSC, v_BGSC, segments_BT, drops, outputs, log_sums = saved
     dtype, C = q_BGRTC.dtype, q_BGRTC.shape[-1]
     dy_BGRTC = group_queries(dy_BTHC.astype(dtype), k_BGSC.shape[1])
-    unused = 16 if k_BGSC.shape[2] % ALIASING == 0 else 0
+    unused = 16 if k_BGSC.shape[2] % ALIASING == 0 else 0  # one line of a cache
     dk_BGCS = dv_BGCS = jnp.zeros((*k_BGSC.shape[:2], C, k_BGSC.shape[2] + unused), jnp.float32)
     dqs = []
     done = dy_BGRTC[:, :, 0]  # not None: the forward pass's scores would be kept for the first block

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
 from gptjax.ops.axes import flat, positions_cut
-from gptjax.ops.matmul import dot
+from gptjax.ops.matmul import dot, sum_rows
 from gptjax.ops.order import apart
 
 NORM_EPSILON = 1e-5  # GPT-2's
@@ -34,7 +34,7 @@ def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_d
     return _layer_norm(flat(x), scale_D, bias_D, out_dtype).reshape(x.shape)
 
 
-def _result(x, scale_D, bias_D, out_dtype) -> jax.Array:
+def _layer_norm_result(x, scale_D, bias_D, out_dtype) -> jax.Array:
     y = _normed(x)[0] * _like(x, scale_D)
     return (y if bias_D is None else y + _like(x, bias_D)).astype(out_dtype)
 
@@ -50,7 +50,7 @@ def _layer_norm_backward(out_dtype, saved, dy):
     x, scale_D, bias_D = saved
     dx = _layer_norm_dx(*apart(x, scale_D, dy))
     dscale = _layer_norm_dscale(*apart(x, dy)).astype(scale_D.dtype)
-    return dx, dscale, None if bias_D is None else _sum_rows(*apart(dy)).astype(bias_D.dtype)
+    return dx, dscale, None if bias_D is None else sum_rows(*apart(dy)).astype(bias_D.dtype)
 
 
 def _layer_norm_dx(x, scale_D, dy):
@@ -61,16 +61,12 @@ def _layer_norm_dx(x, scale_D, dy):
 
 
 def _layer_norm_dscale(x, dy):
-    return _sum_rows(dy.astype(jnp.float32) * _normed(x)[0])
+    return sum_rows(dy.astype(jnp.float32) * _normed(x)[0])
 
 
-def _sum_rows(dy):
-    return jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - 1)))
-
-
-_layer_norm = jax.custom_vjp(_result, nondiff_argnums=(3,))
+_layer_norm = jax.custom_vjp(_layer_norm_result, nondiff_argnums=(3,))
 _layer_norm.defvjp(
-    lambda x, scale_D, bias_D, out_dtype: (_result(x, scale_D, bias_D, out_dtype), (x, scale_D, bias_D)),
+    lambda x, scale_D, bias_D, out_dtype: (_layer_norm_result(x, scale_D, bias_D, out_dtype), (x, scale_D, bias_D)),
     _layer_norm_backward,
 )
 

@@ -65,13 +65,19 @@ def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
 def _bias_backward(bias, dy):
     if bias is None:
         return dy, None
-    # In float32 and over one axis: other sums over leading axes become slow windowed reductions on a CPU.
-    dy_NF = apart(flat(dy.reshape(*dy.shape[: dy.ndim - bias.ndim], bias.size)))[0].astype(jnp.float32)
-    dbias = jnp.sum(dy_NF, axis=tuple(range(dy_NF.ndim - 1)))
+    dbias = sum_rows(*apart(flat(dy.reshape(*dy.shape[: dy.ndim - bias.ndim], bias.size))))
     return dy, dbias.astype(bias.dtype).reshape(bias.shape)
 
 
 add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _bias_backward)
+
+
+def sum_rows(x: jax.Array) -> jax.Array:
+    """Sums all axes but the last in float32.
+
+    Give it rows along one axis (`flat`): sums over several leading axes become slow windowed reductions on a CPU.
+    """
+    return jnp.sum(x.astype(jnp.float32), axis=tuple(range(x.ndim - 1)))
 
 
 def weight_gradient(a_NK: jax.Array, b_NF: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
