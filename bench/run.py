@@ -117,19 +117,22 @@ def main() -> None:
     print(json.dumps(peaks))
     print("| work | gptjax, tokens (bytes)/s | peer, the same | ratio (spread of pairs) | peak memory, GB | share |")
     print("|---|---|---|---|---|---|")
+    path = HERE / "results" / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.parent.mkdir(exist_ok=True)
     results = {}
+
+    def keep(name: str, result: dict) -> None:  # row by row, so that an interrupted bench keeps what it measured
+        results[name] = result
+        path.write_text(json.dumps({"peaks": peaks, "results": results}))
+
     for name, row in chosen.items():
         verb, work, dtype = row[:3]
-        results[name] = compare(options.rounds, options.modes, row)
+        keep(name, compare(options.rounds, options.modes, row))
         share = share_of_peak(work if verb == "train" else name, dtype, results[name], peaks)
         print(f"{line(name, results[name])} {share} |", flush=True)
     if "start".startswith(tuple(options.rows)):
-        results["start"] = run("start.py", environment={})
+        keep("start", run("start.py", environment={}))
         print(f"start, seconds: {results['start']}")
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps({"peaks": peaks, "results": results}))
     print(f"all times: {path}")
 
 
