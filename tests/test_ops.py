@@ -188,6 +188,24 @@ def test_attention_memory_grows_linearly():
     assert long < 8 * short, (short, long)  # 4 for a linear growth, 16 for a quadratic one
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_backward_pass_keeps_what_a_layer_reads_alone(dtype):
+    N, D, layers = 512, 768, 8
+
+    def loss(x_ND, w_LDD):
+        for layer in range(layers):
+            normed_ND = layer_norm(x_ND, jnp.ones(D), None, jnp.dtype(dtype))
+            hidden_ND = gelu(matmul(normed_ND, w_LDD[layer], normed_ND.dtype))
+            x_ND = x_ND + matmul(hidden_ND, w_LDD[layer], jnp.float32)
+        return jnp.sum(x_ND)
+
+    x_ND = normal(0, N, D)
+    compiled = jax.jit(jax.grad(loss)).lower(x_ND, normal(1, layers, D, D)).compile()
+    # What the norm and GELU read; with what they make of it, or with cast weights, it would be twice as much.
+    kept = layers * (x_ND.nbytes + N * D * jnp.dtype(dtype).itemsize)
+    assert kept < compiled.memory_analysis().temp_size_in_bytes < 1.2 * kept
+
+
 def test_attention_on_a_gpu_falls_back_where_cudnn_is_missing(monkeypatch, capsys):
     q = normal(0, 1, 16, 2, 8, dtype="bfloat16")
     expected = attention_reference(q, q, q)

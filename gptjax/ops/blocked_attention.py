@@ -93,6 +93,8 @@ def _blocked_backward(blocks, saved, dy_BTHC):
         q_BGNC = after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), done)
         dy_BGNC = after(merge_rows(dy_BGRTC[:, :, :, block.start : block.stop]), done)
         k, v = _seen(k_BGSC, block), _seen(v_BGSC, block)
+        if dtype == jnp.float32:  # copies, which would be kept from the forward pass; in bfloat16 they are none
+            k, v = after(k, done), after(v, done)
         scores = _scores(blocks, block, q_BGNC, k, segments_BT)
         if log_sum is None:
             weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))

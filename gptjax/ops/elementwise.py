@@ -9,7 +9,7 @@ from jax.extend.random import threefry2x32_p
 
 from gptjax.ops.axes import flat, positions_cut
 from gptjax.ops.matmul import dot, sum_rows
-from gptjax.ops.order import apart
+from gptjax.ops.order import again, apart
 
 NORM_EPSILON = 1e-5  # GPT-2's
 SQRT_2_OVER_PI = 0.7978845608028654
@@ -48,6 +48,7 @@ def _normed(x):
 
 def _layer_norm_backward(out_dtype, saved, dy):
     x, scale_D, bias_D = saved
+    x = again(x, dy)
     dx = _layer_norm_dx(*apart(x, scale_D, dy))
     dscale = _layer_norm_dscale(*apart(x, dy)).astype(scale_D.dtype)
     return dx, dscale, None if bias_D is None else sum_rows(*apart(dy)).astype(bias_D.dtype)
@@ -84,7 +85,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _gelu_backward(x, dy):
-    x32 = x.astype(jnp.float32)
+    x32 = again(x, dy).astype(jnp.float32)
     tanh = _gelu_tanh(x32)
     inner = SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * jnp.square(x32))
     slope = 0.5 * (1.0 + tanh) + 0.5 * x32 * (1.0 - jnp.square(tanh)) * inner

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from gptjax.ops.axes import compiler_cuts
+
 
 def after(x: jax.Array, earlier: jax.Array | None) -> jax.Array:
     """Returns `x`, not computed before `earlier` is; None holds nothing back.
@@ -34,3 +36,12 @@ def apart(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     Only a CPU needs it: elsewhere sharing is what is wanted.
     """
     return jax.lax.optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
+
+
+def again(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Returns `x` for a backward pass that comes with `gradient`, so that what it makes of `x` is made there.
+
+    XLA would find that the forward pass made the same, and keep it until then. Where the compiler cuts arrays over
+    devices nothing is done: all of them would need the first element.
+    """
+    return x if jax.default_backend() != "cpu" or compiler_cuts() else after(x, gradient)
