@@ -190,7 +190,7 @@ def test_attention_memory_grows_linearly():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_backward_pass_keeps_what_a_layer_reads_alone(dtype):
-    N, D, layers = 512, 768, 8
+    N, D, layers = 1024, 768, 8
 
     def loss(x_ND, w_LDD):
         for layer in range(layers):

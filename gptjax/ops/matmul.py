@@ -12,9 +12,6 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from gptjax.ops.axes import compiler_cuts, flat
 from gptjax.ops.order import again, apart
 
-LARGE = 2**19
-"""Elements of a weight that is cast a second time for the backward pass rather than kept for it."""
-
 
 def matmul_reference(
     x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike, outputs_first: bool = False
@@ -49,8 +46,7 @@ def _backward(out_dtype, outputs_first, saved, dy):
     x_NK = flat(x)
     dy_NF = dy.astype(x.dtype).reshape(*x_NK.shape[:-1], -1)
     spec = "...f,fk->...k" if outputs_first else "...f,kf->...k"
-    matrix = again(_matrix(w), dy_NF) if w.size >= LARGE else _matrix(w)
-    dx_NK = dot(spec, dy_NF, matrix.astype(x.dtype), x.dtype)
+    dx_NK = dot(spec, dy_NF, again(_matrix(w), dy_NF).astype(x.dtype), x.dtype)
     dw = weight_gradient(dy_NF, x_NK, w.dtype) if outputs_first else weight_gradient(x_NK, dy_NF, w.dtype)
     return dx_NK.reshape(x.shape), dw.reshape(w.shape)
 

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from gptjax.ops.axes import compiler_cuts
 
+LARGE = 2**19
+"""Elements of an array of which results are computed a second time rather than kept in memory."""
+
 
 def after(x: jax.Array, earlier: jax.Array | None) -> jax.Array:
     """Returns `x`, not computed before `earlier` is; None holds nothing back.
@@ -41,7 +44,9 @@ def apart(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 def again(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """Returns `x` for a backward pass that comes with `gradient`, so that what it makes of `x` is made there.
 
-    XLA would find that the forward pass made the same, and keep it until then. Where the compiler cuts arrays over
-    devices nothing is done: all of them would need the first element.
+    XLA:CPU would find that the forward pass made the same, and keep it until then: faster for little, a waste of memory
+    for much. Where the compiler cuts arrays over devices nothing is done: all would need the first element.
     """
-    return x if jax.default_backend() != "cpu" or compiler_cuts() else after(x, gradient)
+    if x.size < LARGE or jax.default_backend() != "cpu" or compiler_cuts():
+        return x
+    return after(x, gradient)
