@@ -29,8 +29,8 @@ METHODS: dict[str, Sequence[str]] = {
     "top 2 blocks": ("--finetune.train", "top", "--finetune.top_k", "2", "--optim.learning_rate", "1e-3", *LONG),
     "lora": (
         *("--finetune.train", "new", "--model.adapter.kind", "lora", "--model.adapter.rank", "5"),
-        *("--model.adapter.targets", "attn/w_qkv", "mlp/w_in", "--optim.learning_rate", "5e-3", *LONG),
-        *("--train.batch_size", "32", "--train.ema", "0.98"),
+        *("--model.adapter.targets", "attn/w_qkv", "mlp/w_in", "--optim.learning_rate", "5e-3"),
+        *("--train.num_steps", "900", "--train.batch_size", "32", "--train.ema", "0.99"),
     ),
     "bottleneck": ("--finetune.train", "new", "--model.adapter.kind", "bottleneck", *FAST),
     "prompt": ("--finetune.train", "new", "--model.adapter.kind", "prompt", "--optim.learning_rate", "1e-2", *LONG),

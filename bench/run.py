@@ -23,9 +23,15 @@ STEPS = {"small": 100, "medium": 8, "124m": 4}
 DTYPES = ("bfloat16", "float32")
 
 
-def rows() -> dict[str, tuple]:
+def rows(on_gpu: bool) -> dict[str, tuple]:
     """Name of a row → (verb, work, our dtype, the peer's dtypes, repetitions, environment of both sides)."""
     table = {}
+    if on_gpu:
+        for name in ("124m_gpu", "350m_gpu"):
+            table[f"{name}_bfloat16"] = ("train", name, "bfloat16", ["bfloat16"], 20, {})
+        for sequences in (1, 8, 32):
+            table[f"generate_{sequences}_bfloat16"] = ("generate", str(sequences), "bfloat16", list(DTYPES), 3, {})
+        return table
     for name, steps in STEPS.items():
         for dtype in DTYPES:
             table[f"{name}_{dtype}"] = ("train", name, dtype, [dtype], steps, {})
@@ -111,8 +117,8 @@ def main() -> None:
     if "compile" in options.modes and not (shutil.which("g++") or shutil.which("clang++")):
         options.modes = ["eager"]
         print("torch.compile needs a C++ compiler and there is none, so the peer runs eager alone")
-    chosen = {name: row for name, row in rows().items() if name.startswith(tuple(options.rows))}
     peaks = run("peak.py", environment={})
+    chosen = {name: row for name, row in rows("gpu" in peaks).items() if name.startswith(tuple(options.rows))}
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(json.dumps(peaks))
     print("| work | gptjax, tokens (bytes)/s | peer, the same | ratio (spread of pairs) | peak memory, GB | share |")
@@ -130,7 +136,7 @@ def main() -> None:
         keep(name, compare(options.rounds, options.modes, row))
         share = share_of_peak(work if verb == "train" else name, dtype, results[name], peaks)
         print(f"{line(name, results[name])} {share} |", flush=True)
-    if "start".startswith(tuple(options.rows)):
+    if "start".startswith(tuple(options.rows)) and "gpu" not in peaks:
         keep("start", run("start.py", environment={}))
         print(f"start, seconds: {results['start']}")
     print(f"all times: {path}")

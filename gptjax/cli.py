@@ -138,7 +138,7 @@ def verify_resume(args: Sequence[str]) -> int:
 
     difference = verify_resume.verify_resume(config, options)
     if difference:
-        print(f"DIFFERENT: {difference}")
+        print(f"DIFFERENT: {difference}{verify_resume.hint()}")
         return 1
     print(f"the same: all arrays and metrics of {options.steps} steps, after {options.kills} kills, bit for bit")
     return 0

@@ -9,19 +9,22 @@ import pytest
 
 from gptjax.ops import attention as attention_module
 from gptjax.ops.attention import attention, attention_reference
-from gptjax.ops.blocked_attention import ALIASING, FUSED_ROWS
+from gptjax.ops.blocked_attention import ALIASING, FUSED_ROWS, blocked_attention
 from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_reference
 from gptjax.ops.elementwise import (
     NORM_EPSILON,
     dropout,
-    embedding,
     gelu,
     gelu_reference,
     layer_norm,
     layer_norm_reference,
 )
+from gptjax.ops.embedding import embedding, sum_by_token, sum_by_token_reference
 from gptjax.ops.matmul import matmul, matmul_reference
+from gptjax.ops.order import same_bits_asked
+from gptjax.ops.triton_attention import triton_attention
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 # Relative to the largest value: float32 sums in another order; bfloat16 has 8 bits, rounded a few times on the way.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 DTYPES = ["float32", "bfloat16"]
@@ -29,6 +32,15 @@ DTYPES = ["float32", "bfloat16"]
 
 def normal(seed: int, *shape: int, dtype="float32"):
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def backend(request, monkeypatch):
+    """The programs of both platforms, whichever runs them."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    if request.param == "gpu":
+        monkeypatch.setattr("gptjax.ops.order.LARGE", 1)
+    return request.param
 
 
 def assert_same(fast, reference, arguments, dtype, cotangent_seed=9):
@@ -66,7 +78,7 @@ def test_matmul_keeps_the_weight_gradient_in_full_precision():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [True, False])
-def test_layer_norm(dtype, biased):
+def test_layer_norm(dtype, biased, backend):
     arguments = (normal(0, 3, 7, 32), 1.0 + 0.1 * normal(1, 32), *([normal(2, 32)] if biased else []))
 
     def with_bias(function):
@@ -93,18 +105,28 @@ def test_layer_norm_of_many_rows(rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu(dtype):
+def test_gelu(dtype, backend):
     assert_same(gelu, gelu_reference, (3.0 * normal(0, 4, 64, dtype=dtype),), dtype)
 
 
-@pytest.mark.parametrize("vocabulary", [50, 3000])  # a product with one-hot rows, and a scatter
-def test_embedding(vocabulary):
+@pytest.mark.parametrize("vocabulary", [50, 3000])  # a product with one-hot rows; a scatter, or ordered sums
+def test_embedding(vocabulary, backend, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", DETERMINISTIC)
     tokens = jax.random.randint(jax.random.key(1), (3, 20), 0, vocabulary)
 
     def one_hot_product(w):
         return jnp.einsum("btv,vd->btd", jax.nn.one_hot(tokens, vocabulary), w, precision="highest")
 
     assert_same(lambda w: embedding(w, tokens), one_hot_product, (normal(0, vocabulary, 8),), "float32")
+
+
+# Every token once, all the same, tokens that go on over several tiles, and a last tile that is not full.
+@pytest.mark.parametrize(("rows", "tokens"), [(300, None), (300, 1), (1000, 5), (128, 40), (1, 1)])
+def test_sum_by_token(rows, tokens):
+    ids = jax.random.permutation(jax.random.key(0), rows) if tokens is None else jnp.arange(rows) % tokens
+    x = normal(1, rows, 8)
+    actual, expected = (jax.jit(f, static_argnums=0)(1024, ids, x) for f in (sum_by_token, sum_by_token_reference))
+    np.testing.assert_allclose(actual, expected, atol=1e-4)  # float32 sums of up to 300 normal numbers
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -216,11 +238,58 @@ def test_attention_on_a_gpu_falls_back_where_cudnn_is_missing(monkeypatch, capsy
     attention_module.cudnn_works.cache_clear()
 
 
+@pytest.mark.parametrize(("segmented", "window"), [(False, 0), (True, 0), (False, 5), (True, 5)])
+def test_attention_on_a_gpu_asks_cudnn_for_the_same_while_a_step_is_traced(segmented, window, monkeypatch, capsys):
+    asked = []
+
+    def in_place_of_cudnn(*arrays, implementation, **options):
+        asked.append(implementation)
+        return jax_attention(*arrays, implementation="xla", **options)
+
+    jax_attention = jax.nn.dot_product_attention
+    arrays = normal(0, 2, 16, 4, 8, dtype="bfloat16"), *(normal(i, 2, 16, 2, 8, dtype="bfloat16") for i in (1, 2))
+    segments = jnp.broadcast_to(jnp.arange(16) // 6, (2, 16)) if segmented else None
+    attention_module.cudnn_works.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_place_of_cudnn)
+    forms = (lambda *x, form=form: form(*x, segments, window) for form in (attention, attention_reference))
+    assert_same(*forms, arrays, "bfloat16")
+    assert set(asked) == {"cudnn"} and not capsys.readouterr().out
+    attention_module.cudnn_works.cache_clear()
+
+
+@pytest.mark.parametrize("flag", [DETERMINISTIC, "--a=b --xla_gpu_exclude_nondeterministic_ops"])
+def test_attention_on_a_gpu_of_which_the_same_bits_are_asked(flag, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    form = functools.partial(attention_module.form_of, dtype=jnp.dtype("bfloat16"), head_dim=64, masked=False)
+    assert form(1024, 0, 0.0) is triton_attention
+    for T, window, rate in ((1000, 0, 0.0), (1024, 100, 0.0), (1024, 0, 0.1)):
+        assert form(T, window, rate).func is blocked_attention
+    assert form(100, 0, 0.0).func not in (blocked_attention, triton_attention)
+
+
+@pytest.mark.parametrize("flag", ["", "--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops_of_mine"])
+def test_the_same_bits_are_not_asked(flag, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    assert not same_bits_asked()
+
+
+@pytest.mark.parametrize(("kv_heads", "segmented"), [(4, False), (2, True)])
+def test_triton_attention_in_interpret_mode(kv_heads, segmented):
+    arrays = normal(0, 1, 256, 4, 16), *(normal(i, 1, 256, kv_heads, 16) for i in (1, 2))
+    segments = jnp.arange(256)[None] // 100 if segmented else None
+    fast = functools.partial(triton_attention, interpret=True)
+    forms = (lambda *x, form=form: form(*x, segments) for form in (fast, attention_reference))
+    assert_same(*forms, arrays, "float32")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}])
 @pytest.mark.parametrize("chunk_logits", [2**26, 400])  # one visit, and several
-def test_cross_entropy(dtype, options, chunk_logits, monkeypatch):
+def test_cross_entropy(dtype, options, chunk_logits, backend, monkeypatch):
     monkeypatch.setattr("gptjax.ops.cross_entropy.CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr("gptjax.ops.cross_entropy.DEVICE_CHUNK_LOGITS", chunk_logits)
     loss_options = LossOptions(vocab_size=29, **options)
     x, w = normal(0, 2, 12, 16, dtype=dtype), normal(1, 32, 16)
     targets = jax.random.randint(jax.random.key(2), (2, 12), 0, 29).at[0, :5].set(-1)
@@ -230,7 +299,8 @@ def test_cross_entropy(dtype, options, chunk_logits, monkeypatch):
 
     assert_same(objective(cross_entropy), objective(cross_entropy_reference), (x, w), dtype)
     actual, expected = (
-        jax.jit(f, static_argnums=0)(loss_options, x, w, targets) for f in (cross_entropy, cross_entropy_reference)
+        jax.jit(lambda x, w, f=f: f(loss_options, x, w, targets))(x, w)  # a function that was not traced before
+        for f in (cross_entropy, cross_entropy_reference)
     )
     np.testing.assert_allclose(actual.nll, expected.nll, rtol=1e-5)
     assert actual.count == expected.count == 19

@@ -25,7 +25,8 @@ from gptjax.model.cache import Cache
 from gptjax.model.layers import INIT_STD, PRODUCT, Block, LayerNorm, normal
 from gptjax.model.stages import cut_layers, split_stacks, stream
 from gptjax.ops.axes import HEADS, STAGES, axis_size, pin, pin_batch
-from gptjax.ops.elementwise import dropout, embedding
+from gptjax.ops.elementwise import dropout
+from gptjax.ops.embedding import embedding
 from gptjax.ops.matmul import dot
 from gptjax.task_options import AdapterConfig
 

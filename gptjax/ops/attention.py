@@ -15,8 +15,13 @@ from gptjax.ops.axes import HEADS, POSITIONS, ROWS, STAGES, axis_size, per_devic
 from gptjax.ops.blocked_attention import Blocks, blocked_attention
 from gptjax.ops.heads import MASKED, Drops, drop, number_rows
 from gptjax.ops.matmul import row_major
+from gptjax.ops.order import same_bits_asked
 from gptjax.ops.ring_attention import Ring, ring_attention
 from gptjax.ops.splash import splash_attention, splash_fits
+from gptjax.ops.triton_attention import triton_attention, triton_fits
+
+WHOLE_ROWS = 512
+"""Positions up to which a GPU without a kernel (float32, dropout) holds all weights of attention at once."""
 
 
 def attention(
@@ -47,7 +52,7 @@ def attention(
         around = Ring(axis_size(POSITIONS), H // k_BSGC.shape[2], window, rate)
         form = functools.partial(ring_attention, around)
     else:
-        form = _form(T, window, rate, q_BTHC.dtype, q_BTHC.shape[-1])
+        form = form_of(T, window, rate, q_BTHC.dtype, q_BTHC.shape[-1], segments_BT is not None)
     # Kernels cannot be cut by the compiler, so each device calls one for its own rows and heads.
     heads = HEADS if k_BSGC.shape[2] % axis_size(HEADS) == 0 else None
     # Axes of one device are named too: the backward pass would sum over those that are not.
@@ -60,13 +65,18 @@ def attention(
     return call(q_BTHC, k_BSGC, v_BSGC, segments_BT, drops)
 
 
-def _form(T: int, window: int, rate: float, dtype, head_dim: int) -> Callable[..., jax.Array]:
+def form_of(T: int, window: int, rate: float, dtype, head_dim: int, masked: bool) -> Callable[..., jax.Array]:
     """The fastest form for whole rows: a function of queries, keys, values, segments and what is dropped."""
     backend = jax.default_backend()
     if backend == "cpu":
         return functools.partial(blocked_attention, Blocks(T, window, rate))
-    if backend == "gpu" and not rate and cudnn_works(dtype, head_dim):
+    if backend == "gpu" and same_bits_asked():  # cuDNN's gradients are added up in the order of arrival
+        if triton_fits(T, head_dim, window, rate, dtype):
+            return triton_attention
+    elif backend == "gpu" and not rate and cudnn_works(dtype, T, head_dim, window, masked):
         return functools.partial(_cudnn, window)
+    if backend == "gpu" and T > WHOLE_ROWS:
+        return functools.partial(blocked_attention, Blocks(T, window, rate))
     if backend == "tpu" and splash_fits(T, rate):
         return functools.partial(splash_attention, window)
     return functools.partial(_plain, window, rate)
@@ -113,15 +123,20 @@ def cached_attention(q_BTHC: jax.Array, k_BGSC: jax.Array, v_BGSC: jax.Array, vi
 
 
 @functools.cache
-def cudnn_works(dtype, head_dim: int) -> bool:
-    """Runs cuDNN's fused attention once on this GPU; where it fails, `attention` uses plain XLA."""
+def cudnn_works(dtype, T: int, head_dim: int, window: int, masked: bool) -> bool:
+    """Runs cuDNN's fused attention once on this GPU, forward and backward; where it fails, another form is used.
+
+    Called while a step is traced, so all of it is computed apart from that.
+    """
     if dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    x = jnp.ones((1, 64, 1, head_dim), dtype)
     try:
         with jax.ensure_compile_time_eval():
-            y = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn")
-        return bool(jnp.all(jnp.isfinite(y)))
+            x = jnp.ones((1, T, 1, head_dim), dtype)
+            segments = jnp.zeros((1, T), jnp.int32) if masked else None
+            y, derivative = jax.vjp(lambda x: _cudnn(window, x, x, x, segments, None), x)
+            finite = jnp.isfinite(y) & jnp.isfinite(derivative(y)[0])
+            return bool(jnp.all(finite))
     except Exception as error:  # whatever the driver or the library says, training can go on without it
         print(f"cuDNN attention is not available ({str(error).splitlines()[0]}); using XLA's")
         return False

@@ -1,4 +1,4 @@
-"""Causal self-attention in blocks of queries: the CPU's way.
+"""Causal self-attention in blocks of queries: the CPU's way, and a GPU's where no kernel can do it.
 
 Shape suffixes: as in `attention.py`; N = R times the queries of a block.
 """
@@ -37,8 +37,8 @@ class Blocks:
     dropout: float
 
     def ranges(self) -> list[Block]:
-        """The blocks: at least 128 queries each, at most 16 of them."""
-        size = max(128, -(-self.length // 16))
+        """The blocks: at least 128 queries each, 512 on a GPU, and at most 16 of them."""
+        size = max(512 if jax.default_backend() == "gpu" else 128, -(-self.length // 16))
         starts = range(0, self.length, size)
         first = [max(0, start - self.window + 1) if self.window else 0 for start in starts]
         return [Block(s, min(s + size, self.length), f) for s, f in zip(starts, first, strict=True)]

@@ -1,19 +1,18 @@
-"""Layer norm, GELU, dropout and the embedding lookup, with the backward rules that XLA does well.
+"""Layer norm, GELU and dropout, with the backward rules that XLA does well.
 
-Shape suffixes: B batch, T position, D n_embd, V vocabulary.
+Shape suffixes: B batch, T position, D n_embd.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
-from gptjax.ops.axes import flat, positions_cut
-from gptjax.ops.matmul import dot, sum_rows
+from gptjax.ops.axes import flat
+from gptjax.ops.matmul import sum_rows
 from gptjax.ops.order import again, apart
 
 NORM_EPSILON = 1e-5  # GPT-2's
 SQRT_2_OVER_PI = 0.7978845608028654
-ONE_HOT_VOCAB = 1024  # up to this vocabulary a one-hot product beats a scatter in the embedding's gradient
 
 
 def layer_norm_reference(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_dtype) -> jax.Array:
@@ -35,41 +34,56 @@ def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_d
 
 
 def _layer_norm_result(x, scale_D, bias_D, out_dtype) -> jax.Array:
-    y = _normed(x)[0] * _like(x, scale_D)
-    return (y if bias_D is None else y + _like(x, bias_D)).astype(out_dtype)
+    return _scaled(_normed(x, None)[0], scale_D, bias_D, out_dtype)
 
 
-def _normed(x):
+def _layer_norm_forward(x, scale_D, bias_D, out_dtype):
+    if jax.default_backend() != "gpu":
+        return _layer_norm_result(x, scale_D, bias_D, out_dtype), (x, scale_D, bias_D, None)
+    # Mean and deviation are kept: what makes them again cannot be fused with the sums over rows that the gradient of
+    # the scale is, so XLA would write all of what it sums to memory.
+    statistics = jax.lax.optimization_barrier(_statistics(x))
+    return _scaled(_normed(x, statistics)[0], scale_D, bias_D, out_dtype), (x, scale_D, bias_D, statistics)
+
+
+def _scaled(normed, scale_D, bias_D, out_dtype):
+    y = normed * _like(normed, scale_D)
+    return (y if bias_D is None else y + _like(normed, bias_D)).astype(out_dtype)
+
+
+def _statistics(x):
+    """Mean and inverse deviation, `[..., 1]` float32 each."""
     x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + NORM_EPSILON)
-    return centred * inverse, inverse
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    return mean, jax.lax.rsqrt(jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True) + NORM_EPSILON)
+
+
+def _normed(x, statistics):
+    mean, inverse = _statistics(x) if statistics is None else statistics
+    return (x.astype(jnp.float32) - mean) * inverse, inverse
 
 
 def _layer_norm_backward(out_dtype, saved, dy):
-    x, scale_D, bias_D = saved
+    x, scale_D, bias_D, statistics = saved
     x = again(x, dy)
-    dx = _layer_norm_dx(*apart(x, scale_D, dy))
-    dscale = _layer_norm_dscale(*apart(x, dy)).astype(scale_D.dtype)
+    dx = _layer_norm_dx(statistics, *apart(x, scale_D, dy))
+    dscale = _layer_norm_dscale(statistics, *apart(x, dy)).astype(scale_D.dtype)
     return dx, dscale, None if bias_D is None else sum_rows(*apart(dy)).astype(bias_D.dtype)
 
 
-def _layer_norm_dx(x, scale_D, dy):
-    normed, inverse = _normed(x)
+def _layer_norm_dx(statistics, x, scale_D, dy):
+    normed, inverse = _normed(x, statistics)
     dnormed = dy.astype(jnp.float32) * _like(x, scale_D)
     along = normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True)
     return (inverse * (dnormed - jnp.mean(dnormed, axis=-1, keepdims=True) - along)).astype(x.dtype)
 
 
-def _layer_norm_dscale(x, dy):
-    return sum_rows(dy.astype(jnp.float32) * _normed(x)[0])
+def _layer_norm_dscale(statistics, x, dy):
+    return sum_rows(dy.astype(jnp.float32) * _normed(x, statistics)[0])
 
 
 _layer_norm = jax.custom_vjp(_layer_norm_result, nondiff_argnums=(3,))
-_layer_norm.defvjp(
-    lambda x, scale_D, bias_D, out_dtype: (_layer_norm_result(x, scale_D, bias_D, out_dtype), (x, scale_D, bias_D)),
-    _layer_norm_backward,
-)
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def gelu_reference(x: jax.Array) -> jax.Array:
@@ -97,30 +111,6 @@ def _gelu_tanh(x32):
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
-
-
-def embedding(w_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Looks up rows of `w_VD`: `[B, T, D]` in its dtype. Ids out of range clamp, so batches are checked before."""
-    if w_VD.shape[0] > ONE_HOT_VOCAB:
-        return w_VD[tokens_BT]
-    return _small_embedding(w_VD, tokens_BT)
-
-
-@jax.custom_vjp
-def _small_embedding(w_VD, tokens_BT):
-    return w_VD[tokens_BT]
-
-
-def _small_embedding_backward(saved, dx_BTD):
-    w_VD, tokens_BT = saved
-    if positions_cut():
-        one_hot_BTV = (tokens_BT[:, :, None] == jnp.arange(w_VD.shape[0])[None, None]).astype(dx_BTD.dtype)
-        return dot("btv,btd->vd", one_hot_BTV, dx_BTD, w_VD.dtype), None
-    one_hot_VN = (tokens_BT.reshape(1, -1) == jnp.arange(w_VD.shape[0])[:, None]).astype(dx_BTD.dtype)
-    return dot("vn,nd->vd", one_hot_VN, dx_BTD.reshape(-1, w_VD.shape[1]), w_VD.dtype), None
-
-
-_small_embedding.defvjp(lambda w_VD, tokens_BT: (w_VD[tokens_BT], (w_VD, tokens_BT)), _small_embedding_backward)
 
 
 def dropout_keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> tuple[jax.Array, float]:

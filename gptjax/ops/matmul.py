@@ -65,7 +65,9 @@ def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
 def _bias_backward(bias, dy):
     if bias is None:
         return dy, None
-    dbias = sum_rows(*apart(flat(dy.reshape(*dy.shape[: dy.ndim - bias.ndim], bias.size))))
+    # On a GPU too: a sum over rows would be fused with the GELU before it, of which XLA then writes float32 parts.
+    (dy_NF,) = apart(flat(dy.reshape(*dy.shape[: dy.ndim - bias.ndim], bias.size)), on=("cpu", "gpu"))
+    dbias = sum_rows(dy_NF)
     return dy, dbias.astype(bias.dtype).reshape(bias.shape)
 
 

@@ -1,5 +1,8 @@
 """What comes first, and what is computed on its own, where XLA would choose otherwise."""
 
+import os
+import re
+
 import jax
 import jax.numpy as jnp
 
@@ -32,21 +35,30 @@ def after_each(x: jax.Array, earlier: jax.Array) -> jax.Array:
     return x + (finite * jnp.zeros((), earlier.dtype)).astype(x.dtype)
 
 
-def apart(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def apart(*arrays: jax.Array, on: tuple[str, ...] = ("cpu",)) -> tuple[jax.Array, ...]:
     """Returns the arrays, so that what is computed of them shares nothing with what is computed elsewhere.
 
     XLA:CPU would find equal parts of two results, keep them in memory for both, and give neither to its library whole.
-    Only a CPU needs it: elsewhere sharing is what is wanted.
+    On the other platforms (`on` names those where it is done) sharing is what is wanted, mostly.
     """
-    return jax.lax.optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
+    return jax.lax.optimization_barrier(arrays) if jax.default_backend() in on else arrays
 
 
 def again(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """Returns `x` for a backward pass that comes with `gradient`, so that what it makes of `x` is made there.
 
-    XLA:CPU would find that the forward pass made the same, and keep it until then: faster for little, a waste of memory
-    for much. Where the compiler cuts arrays over devices nothing is done: all would need the first element.
+    XLA would find that the forward pass made the same, and keep it until then: a waste of memory, and on a GPU of time.
+    A CPU is faster with what it kept, so there it is done for much alone; and not where the compiler cuts arrays over
+    devices, since all would need the first element.
     """
-    if x.size < LARGE or jax.default_backend() != "cpu" or compiler_cuts():
+    if x.size < LARGE:
         return x
-    return after(x, gradient)
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier((x, gradient))[0]
+    return x if compiler_cuts() else after(x, gradient)
+
+
+def same_bits_asked() -> bool:
+    """Whether `XLA_FLAGS` ask a GPU for the same bits each time, by either of XLA's two flags for it."""
+    flag = r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)"
+    return re.search(flag, os.environ.get("XLA_FLAGS", "")) is not None

@@ -20,6 +20,7 @@ import numpy as np
 from gptjax.config import Config
 from gptjax.config_io import to_yaml
 from gptjax.errors import UserError
+from gptjax.ops.order import same_bits_asked
 from gptjax.report.metrics import METRICS_FILE, read_metrics
 from gptjax.training.checkpoint import FOLDER
 from gptjax.training.choice import NAME
@@ -112,6 +113,13 @@ def kill_often(
         notify(f"kill {number + 1} of {kills}: step {steps[-1]} was acknowledged")
     _finish(start(config), config, steps[-1] if steps else 0)
     return steps
+
+
+def hint() -> str:
+    """What to try where bits differ: on a GPU they do unless one asks, since attention is then slower."""
+    if jax.default_backend() != "gpu" or same_bits_asked():
+        return ""
+    return "; a GPU gives the same bits with XLA_FLAGS=--xla_gpu_deterministic_ops=true"
 
 
 def first_difference(expected: Path, actual: Path) -> str:
