@@ -10,7 +10,12 @@ import pytest
 from gptjax.ops import attention as attention_module
 from gptjax.ops.attention import attention, attention_reference
 from gptjax.ops.blocked_attention import ALIASING, FUSED_ROWS, blocked_attention
-from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_reference
+from gptjax.ops.cross_entropy import (
+    LossOptions,
+    chunks_of_an_accelerator,
+    cross_entropy,
+    cross_entropy_reference,
+)
 from gptjax.ops.elementwise import (
     NORM_EPSILON,
     dropout,
@@ -304,6 +309,21 @@ def test_cross_entropy(dtype, options, chunk_logits, backend, monkeypatch):
     )
     np.testing.assert_allclose(actual.nll, expected.nll, rtol=1e-5)
     assert actual.count == expected.count == 19
+
+
+def test_a_plan_counts_with_the_larger_chunks_of_an_accelerator(monkeypatch):
+    monkeypatch.setattr("gptjax.ops.cross_entropy.CHUNK_LOGITS", 400)
+
+    def loops():
+        def loss(x, w):
+            return cross_entropy(LossOptions(29), x, w, jnp.zeros((2, 12), jnp.int32)).objective
+
+        return str(jax.make_jaxpr(loss)(normal(0, 2, 12, 16), normal(1, 32, 16))).count("scan[")
+
+    assert loops() == 1
+    with chunks_of_an_accelerator():
+        assert loops() == 0
+    assert loops() == 1
 
 
 def test_cross_entropy_of_nothing_is_zero():

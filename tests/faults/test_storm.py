@@ -121,6 +121,15 @@ def test_verify_resume_names_what_differs(tmp_path, monkeypatch, capsys):
     assert "DIFFERENT: ema" not in (said := capsys.readouterr().out) and "differs by up to" in said
 
 
+def test_verify_resume_says_what_a_gpu_needs(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert not verify_resume.hint()
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert "XLA_FLAGS=--xla_gpu_deterministic_ops=true" in verify_resume.hint()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert not verify_resume.hint()
+
+
 def test_a_run_that_goes_on_from_too_early_is_found(tmp_path):
     config = process_config(tmp_path)
     verify_resume.log_file(config).write_text("device      1 x cpu\n")
