@@ -70,15 +70,21 @@ def form_of(T: int, window: int, rate: float, dtype, head_dim: int, masked: bool
     backend = jax.default_backend()
     if backend == "cpu":
         return functools.partial(blocked_attention, Blocks(T, window, rate))
-    if backend == "gpu" and same_bits_asked():  # cuDNN's gradients are added up in the order of arrival
-        if triton_fits(T, head_dim, window, rate, dtype):
-            return triton_attention
-    elif backend == "gpu" and not rate and cudnn_works(dtype, T, head_dim, window, masked):
-        return functools.partial(_cudnn, window)
-    if backend == "gpu" and T > WHOLE_ROWS:
-        return functools.partial(blocked_attention, Blocks(T, window, rate))
+    if backend == "gpu":
+        return _form_on_gpu(T, window, rate, dtype, head_dim, masked)
     if backend == "tpu" and splash_fits(T, rate):
         return functools.partial(splash_attention, window)
+    return functools.partial(_plain, window, rate)
+
+
+def _form_on_gpu(T, window, rate, dtype, head_dim, masked):
+    if same_bits_asked():  # cuDNN's gradients are added up in the order of arrival
+        if triton_fits(T, head_dim, window, rate, dtype):
+            return triton_attention
+    elif not rate and cudnn_works(dtype, T, head_dim, window, masked):
+        return functools.partial(_cudnn, window)
+    if T > WHOLE_ROWS:
+        return functools.partial(blocked_attention, Blocks(T, window, rate))
     return functools.partial(_plain, window, rate)
 
 
@@ -138,7 +144,7 @@ def cudnn_works(dtype, T: int, head_dim: int, window: int, masked: bool) -> bool
             finite = jnp.isfinite(y) & jnp.isfinite(derivative(y)[0])
             return bool(jnp.all(finite))
     except Exception as error:  # whatever the driver or the library says, training can go on without it
-        print(f"cuDNN attention is not available ({str(error).splitlines()[0]}); using XLA's")
+        print(f"cuDNN attention is not available ({str(error).splitlines()[0]}); using another form")
         return False
 
 

@@ -10,7 +10,7 @@ ROWS = 128
 """Queries of a block of the forward pass, which T must be a multiple of."""
 COLUMNS = 64
 """Keys of a block, and of the backward pass queries too."""
-LARGEST_HEAD = 128  # more does not fit into a multiprocessor's shared memory
+LARGEST_HEAD = 64  # larger ones were not tried on a GPU; a block of them may not fit into its shared memory
 
 
 def triton_fits(T: int, head_dim: int, window: int, dropout: float, dtype) -> bool:
