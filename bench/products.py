@@ -1,10 +1,12 @@
-"""Microseconds that XLA takes for a product of a few rows with a 768 x 3072 matrix, by dtype and form.
+"""Microseconds that XLA takes for a product of a few rows with a 768 x 3072 matrix, by dtype and form; with the word
+`one_row`, for one row and matrices of 124 M parameters, by its library and in stripes, in a loop as decoding is one.
 
-It is the table of docs/performance.md by which `ops/projection.py` chooses. Each call takes 24 matrices in turn, so
-that none is in a cache.
+These are the tables of docs/performance.md by which `ops/projection.py` chooses. Each call takes many matrices in turn,
+so that none is in a cache.
 """
 
 import statistics
+import sys
 import time
 
 import jax
@@ -12,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.ops.matmul import row_major
+from gptjax.ops.single_row import single_row_product, striped
+from gptjax.runtime import restart_with_huge_pages
 
 K, F, MATRICES, ROUNDS = 768, 3072, 24, 9
 FORMS = {
@@ -20,6 +24,8 @@ FORMS = {
     "fk,nk->fn": lambda x, w, out: row_major(jnp.einsum("fk,nk->fn", w, x, preferred_element_type=out)).T,
 }
 SUMS = {"float32": jnp.float32, "bfloat16": jnp.float32, "int8": jnp.int32}
+SHAPES = ((768, 3072), (3072, 768), (768, 768), (768, 2304), (768, 50257))
+TOKENS = 4
 
 
 def microseconds(form: str, dtype: str, rows: int) -> float:
@@ -36,7 +42,50 @@ def microseconds(form: str, dtype: str, rows: int) -> float:
     return 1e6 * statistics.median(times[1:]) / MATRICES
 
 
+def one_row() -> None:
+    print("| matrix | dtype | library | stripes |")
+    print("|---|---|---|---|")
+    for shape in SHAPES:
+        for dtype in SUMS:
+            times = (one_row_microseconds(product, shape, dtype) for product in (library, single_row_product))
+            print(f"| {shape[0]}x{shape[1]} | {dtype} | {' | '.join(f'{t:,.0f}' for t in times)} |", flush=True)
+
+
+def library(x_K, w_FK):
+    """One row of float32, two of the others, which the library takes several times as long for alone."""
+    rows = 1 if w_FK.dtype == jnp.float32 else 2
+    x_NK = jnp.tile(x_K[None], (rows, 1)).astype(w_FK.dtype)
+    return jnp.einsum("nk,fk->nf", x_NK, w_FK, preferred_element_type=SUMS[w_FK.dtype.name])[0].astype(jnp.float32)
+
+
+def one_row_microseconds(product, shape: tuple[int, int], dtype: str) -> float:
+    random, (K, F) = np.random.default_rng(0), shape
+    count = 2 if F > 50000 else MATRICES
+    laid_out = striped if product is single_row_product else jnp.transpose
+    matrices = [laid_out(jnp.asarray(random.normal(0, 30, shape), dtype)) for _ in range(count)]
+
+    @jax.jit
+    def tokens(x_K, matrices):
+        def token(_, y_F):
+            for w in matrices:
+                y_F = y_F + product(x_K + 0 * y_F[0], w)
+            return y_F
+
+        return jax.lax.fori_loop(0, TOKENS, token, jnp.zeros(F))
+
+    x_K = jnp.asarray(random.normal(0, 1, K), jnp.float32)
+    times = []
+    for _ in range(ROUNDS + 1):  # the first one compiles
+        started = time.perf_counter()
+        jax.block_until_ready(tokens(x_K, matrices))
+        times.append(time.perf_counter() - started)
+    return 1e6 * statistics.median(times[1:]) / count / TOKENS
+
+
 def main() -> None:
+    if sys.argv[1:] == ["one_row"]:
+        restart_with_huge_pages()
+        return one_row()
     print("| rows | dtype | " + " | ".join(FORMS) + " |")
     print("|---|---|" + "---|" * len(FORMS))
     for dtype in SUMS:
