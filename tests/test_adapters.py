@@ -110,7 +110,7 @@ def test_decoding_with_a_cache_is_the_full_forward_pass(kind):
     model, params = adapted(kind)
     full = hidden_states(model, params, TOKENS, POSITIONS)
     model, params = gpt.for_decoding(model, params)
-    params = decoding_weights(model, params, "float32", 3).params
+    params = decoding_weights(model, params, "float32", one_row=False).params
     cache = init_cache(model, jnp.zeros(3, jnp.int32), 16, jnp.float32)
     first, cache = extend(model, params, TOKENS[:, :6], cache, "float32")
     rest, _ = extend(model, params, TOKENS[:, 6:], cache, "float32")

@@ -244,7 +244,7 @@ def _compiled_decode(model):
     from gptjax.model.cache import init_cache
 
     rows = 3
-    weights = decoding_weights(model, make_params(model), "float32", rows)
+    weights = decoding_weights(model, make_params(model), "float32", one_row=False)
     cache = init_cache(model, jnp.zeros(rows, jnp.int32), 64, "float32")
     keys = jax.random.split(jax.random.key(0), rows)
     arguments = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), keys, *map(jnp.int32, (0, 9, -1)), 1.0, 1.0
@@ -265,7 +265,7 @@ def test_rounded_weights_give_nearly_the_same_logits(options, lengths):
 
 
 def last_logits(model, params, dtype, lengths):
-    weights = decoding_weights(model, params, dtype, len(lengths))
+    weights = decoding_weights(model, params, dtype, one_row=len(lengths) == 1)
     contexts = [np.append(prompt, 0) for prompt in make_prompts(*lengths)]  # the last token is left for the loop
     cache = _prefilled(model, "float32", weights, contexts, 64)
     x_B1D, _ = extend(model, weights.params, jnp.zeros((len(lengths), 1), jnp.int32), cache, "float32")

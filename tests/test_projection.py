@@ -25,7 +25,7 @@ def w_KF():
 )
 def test_projection(w_KF, dtype, tolerance, rows):
     x = jax.random.normal(jax.random.key(2), (1, rows, K)) * 3
-    projection = make_projection(w_KF, dtype, rows)
+    projection = make_projection(w_KF, dtype, rows == 1)
     expected = project_reference(x, projection)
     actual = jax.jit(project)(x, projection)
     assert actual.shape == (1, rows, F) and actual.dtype == jnp.float32
@@ -33,24 +33,24 @@ def test_projection(w_KF, dtype, tolerance, rows):
 
 
 def test_int8_weights_are_off_by_at_most_half_a_step_of_their_output(w_KF):
-    error_KF = jnp.abs(dequantized(make_projection(w_KF, "int8", 2), K) - w_KF)
+    error_KF = jnp.abs(dequantized(make_projection(w_KF, "int8", False), K) - w_KF)
     step_F = jnp.max(jnp.abs(w_KF), axis=0) / 127
     assert jnp.all(error_KF <= step_F[None] * 0.5001)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("one_row", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_a_layout_holds_the_same_numbers_whichever_way_the_matrix_was_stored(w_KF, dtype, rows):
-    projections = make_projection(w_KF, dtype, rows), make_projection(w_KF.T, dtype, rows, outputs_first=True)
+def test_a_layout_holds_the_same_numbers_whichever_way_the_matrix_was_stored(w_KF, dtype, one_row):
+    projections = make_projection(w_KF, dtype, one_row), make_projection(w_KF.T, dtype, one_row, True)
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, *projections)))
-    several = make_projection(w_KF, dtype, 2)
+    several = make_projection(w_KF, dtype, False)
     assert jnp.array_equal(dequantized(projections[0], K), dequantized(several, K))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_a_prompt_meets_the_weights_of_a_single_row(w_KF, dtype):
     x_NK = jax.random.normal(jax.random.key(2), (20, K))
-    one, several = (project(x_NK, make_projection(w_KF, dtype, rows)) for rows in (1, 20))
+    one, several = (project(x_NK, make_projection(w_KF, dtype, one_row)) for one_row in (True, False))
     np.testing.assert_allclose(one, several, atol=1e-5 * float(jnp.max(jnp.abs(several))))  # sums in another order
 
 
@@ -64,7 +64,7 @@ def test_stripes_begin_at_different_places_of_the_cache(K, F):
 
 def test_a_single_row_converts_weights_in_the_loop_over_tokens():
     """Converted before the loop they would be read as float32, four bytes each."""
-    projection = make_projection(jax.random.normal(jax.random.key(0), (384, 384)), "int8", 1)
+    projection = make_projection(jax.random.normal(jax.random.key(0), (384, 384)), "int8", True)
 
     def four_tokens(x, projection):
         return jax.lax.fori_loop(0, 4, lambda _, x: x + project(x, projection), x)
@@ -74,6 +74,6 @@ def test_a_single_row_converts_weights_in_the_loop_over_tokens():
 
 
 def test_nothing_times_int8_is_nothing(w_KF):
-    zeros = make_projection(jnp.zeros((K, F)), "int8", 1)
+    zeros = make_projection(jnp.zeros((K, F)), "int8", True)
     assert not jnp.any(project(jnp.ones((1, K)), zeros))
-    assert not jnp.any(project(jnp.zeros((1, K)), make_projection(w_KF, "int8", 1)))
+    assert not jnp.any(project(jnp.zeros((1, K)), make_projection(w_KF, "int8", True)))

@@ -84,7 +84,7 @@ def stream(
 def _stream(config, params, prompts, options, end_of_text, notify, piece_length):
     config, params = for_decoding(config, params)
     weight_dtype = options.compute_dtype if options.quantize == "none" else options.quantize
-    weights = decoding_weights(config, params, weight_dtype, len(prompts) * options.num_samples)
+    weights = decoding_weights(config, params, weight_dtype, len(prompts) * options.num_samples == 1)
     dtype = "float32" if jax.default_backend() == "cpu" else options.compute_dtype
     rule = choice_rule(options)
     stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text

@@ -25,20 +25,20 @@ class DecodingWeights(NamedTuple):
 
 
 def decoding_weights(
-    config: ModelConfig, params: dict, dtype: Literal["float32", "bfloat16", "int8"], rows: int
+    config: ModelConfig, params: dict, dtype: Literal["float32", "bfloat16", "int8"], one_row: bool
 ) -> DecodingWeights:
-    """Lays out `params`, as `for_decoding` returns them, to decode so many rows at once; call it outside `jit`.
+    """Lays out `params`, as `for_decoding` returns them, to decode one row or several at once; call it outside `jit`.
 
     Each layer's leaves lie by themselves (slices of stacked blocks would be copied for every token), the matrices in
     `dtype`, and the readout without rows that pad the vocabulary. Embeddings, norms and biases keep their dtype, as the
     model adds them in float32.
     """
-    layers = _layers(params["blocks"], config.n_layer, dtype, rows)
+    layers = _layers(params["blocks"], config.n_layer, dtype, one_row)
     w_VD = unembedding(params)
     if dtype == "float32" and w_VD.shape[0] == config.vocab_size and w_VD.dtype == dtype:
         readout = Projection(w_VD, None)  # as it is, without a copy
     else:
-        readout = _readout(w_VD, config.vocab_size, dtype, rows)
+        readout = _readout(w_VD, config.vocab_size, dtype, one_row)
     trunk = {name: params[name] for name in ("embed", "norm_f")}
     if "adapters" in params:
         trunk["adapters"] = {n: jax.tree.map(lambda x, n=n: x[n], params["adapters"]) for n in range(config.n_layer)}
@@ -46,17 +46,17 @@ def decoding_weights(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _layers(blocks: dict, n_layer: int, dtype: Any, rows: int) -> list[dict]:
+def _layers(blocks: dict, n_layer: int, dtype: Any, one_row: bool) -> list[dict]:
     def one(layer: int) -> dict:
         parts = {part: jax.tree.map(lambda leaf: leaf[layer], leaves) for part, leaves in blocks.items()}
         for (part, name), outputs_first in MATRICES.items():
             w = parts[part][name]
-            parts[part][name] = make_projection(w.reshape(w.shape[0], -1), dtype, rows, outputs_first)
+            parts[part][name] = make_projection(w.reshape(w.shape[0], -1), dtype, one_row, outputs_first)
         return parts
 
     return [one(layer) for layer in range(n_layer)]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _readout(w_VD: jax.Array, vocab_size: int, dtype: Any, rows: int) -> Projection:
-    return make_projection(w_VD[:vocab_size], dtype, rows, outputs_first=True)
+def _readout(w_VD: jax.Array, vocab_size: int, dtype: Any, one_row: bool) -> Projection:
+    return make_projection(w_VD[:vocab_size], dtype, one_row, outputs_first=True)

@@ -28,9 +28,9 @@ class Projection:
 
 
 def make_projection(
-    w: jax.Array, dtype: Literal["float32", "bfloat16", "int8"], rows: int, outputs_first: bool = False
+    w: jax.Array, dtype: Literal["float32", "bfloat16", "int8"], one_row: bool, outputs_first: bool = False
 ) -> Projection:
-    """Lays out a matrix, `[K, F]` or, where `outputs_first`, `[F, K]`, for products of so many rows.
+    """Lays out a matrix, `[K, F]` or, where `outputs_first`, `[F, K]`, for products of one row or of several.
 
     Each output of int8 has a scale of its own.
     """
@@ -43,10 +43,10 @@ def make_projection(
         w, scale_F = jnp.round(w / scale), jnp.squeeze(scale, contracted)
     # Pinned, so that what is turned around is small already: 22 ms instead of 115 for twelve matrices of 768 x 3072.
     w = row_major(w.astype(dtype))
-    one_row = jax.default_backend() == "cpu" and rows == 1 and dtype != "float32"  # float32: the library is as fast
-    if outputs_first == one_row:
+    in_stripes = jax.default_backend() == "cpu" and one_row and dtype != "float32"  # float32: the library is as fast
+    if outputs_first == in_stripes:
         w = row_major(w.T)
-    return Projection(striped(w) if one_row else w, scale_F)
+    return Projection(striped(w) if in_stripes else w, scale_F)
 
 
 def dequantized(projection: Projection, K: int) -> jax.Array:
