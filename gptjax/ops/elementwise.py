@@ -3,6 +3,8 @@
 Shape suffixes: B batch, T position, D n_embd.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
@@ -12,7 +14,17 @@ from gptjax.ops.matmul import sum_rows
 from gptjax.ops.order import again, apart
 
 NORM_EPSILON = 1e-5  # GPT-2's
-SQRT_2_OVER_PI = 0.7978845608028654
+GELU_RANGE = 5.0
+"""Beyond it float32 does not tell GELU from the larger of `x` and 0."""
+# Least maximal errors on that range, by weighted least squares, of GELU(x) / x - 1/2 (4e-8) and GELU'(x) - 1/2 (2e-7).
+GELU_SHARE = (
+    (4.5113577e-06, 1.6492184e-04, 3.6890475e-03, 3.6817440e-02, 3.9894204e-01),
+    (4.3797733e-07, 7.2806296e-05, 1.4358614e-03, 2.7192105e-02, 2.5977553e-01, 1.0),
+)
+GELU_SLOPE = (
+    (1.2399753e-07, 3.0032753e-05, -1.5273421e-04, 1.3032327e-02, -3.9423244e-02, 7.9788568e-01),
+    (6.8823448e-06, 1.3653390e-04, 2.2024960e-03, 3.5258977e-02, 2.8558478e-01, 1.0),
+)
 
 
 def layer_norm_reference(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_dtype) -> jax.Array:
@@ -93,21 +105,26 @@ def gelu_reference(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form (arXiv:1606.08415), computed in float32: in bfloat16 it costs twice as much on a CPU."""
+    """GELU in its tanh form (arXiv:1606.08415), computed in float32: in bfloat16 it costs twice as much on a CPU.
+
+    No tanh is called: what the cubic, the tanh and its derivative come to are rational functions of `x`, as exact as
+    float32 can be, at half of the time on a CPU.
+    """
     x32 = apart(x)[0].astype(jnp.float32)  # read as it is stored: not the float32 of which it was rounded
-    return (0.5 * x32 * (1.0 + _gelu_tanh(x32))).astype(x.dtype)
+    above = jnp.maximum(x32, -GELU_RANGE)
+    return (above * (0.5 + _odd(GELU_SHARE, jnp.minimum(above, GELU_RANGE)))).astype(x.dtype)
 
 
 def _gelu_backward(x, dy):
-    x32 = again(x, dy).astype(jnp.float32)
-    tanh = _gelu_tanh(x32)
-    inner = SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * jnp.square(x32))
-    slope = 0.5 * (1.0 + tanh) + 0.5 * x32 * (1.0 - jnp.square(tanh)) * inner
-    return ((slope * dy.astype(jnp.float32)).astype(x.dtype),)
+    inside = jnp.clip(x.astype(jnp.float32), -GELU_RANGE, GELU_RANGE)
+    return (((0.5 + _odd(GELU_SLOPE, inside)) * dy.astype(jnp.float32)).astype(x.dtype),)
 
 
-def _gelu_tanh(x32):
-    return jnp.tanh(SQRT_2_OVER_PI * (x32 + 0.044715 * x32 * x32 * x32))
+def _odd(parts, x):
+    """`x` times the quotient of two polynomials in its square, whose coefficients begin with the highest power's."""
+    square = x * x
+    above, below = (functools.reduce(lambda total, c: total * square + c, part) for part in parts)
+    return x * above / below
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
