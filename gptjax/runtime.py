@@ -1,7 +1,8 @@
-"""Settings of the process that must stand before JAX starts: huge pages, and the cache of compiled programs."""
+"""Settings of the process: the allocator's pages, and the cache of compiled programs. Most stand before JAX starts."""
 
 import atexit
 import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -14,6 +15,10 @@ from gptjax.files import write_atomic
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+INT_MAX = 2**31 - 1
+SMALL_SHARE = 16
+"""A buffer of so small a part of the memory may be held several times over."""
 CPU_INFO = Path("/proc/cpuinfo")
 THP_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -160,6 +165,24 @@ def huge_pages_state() -> str:
 def uses_huge_pages() -> bool:
     """Whether this process's allocator asks for huge pages."""
     return HUGE_PAGES in os.environ.get(TUNABLES, "") and _has_huge_pages()
+
+
+def keep_pages(size: int) -> bool:
+    """Lets the allocator keep buffers of `size` bytes where these are small against the machine's memory.
+
+    Otherwise each step's buffer goes back to the kernel, which clears its pages for the next step: up to a sixth of the
+    step (measured, docs/performance.md). After a while the heap may hold four such buffers, so it is not done for large
+    ones, nor where somebody set GLIBC_TUNABLES to something else.
+
+    Returns:
+        Whether they are kept.
+    """
+    if os.environ.get(TUNABLES) != HUGE_PAGES or not uses_huge_pages():
+        return False
+    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / SMALL_SHARE:
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, INT_MAX))
 
 
 def _has_huge_pages() -> bool:

@@ -186,6 +186,8 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     memory = step_program.memory_analysis()
     needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     pages = ", huge pages" if runtime.uses_huge_pages() else ""
+    if jax.default_backend() == "cpu" and runtime.keep_pages(memory.temp_size_in_bytes):
+        pages += ", kept from step to step"
     epochs = config.train.num_steps * tokens / task.windows.tokens_per_epoch
     learning, frozen = (cost.parameter_count(params) for params in (state.params, state.frozen))
     count = cost.readable_count(learning + frozen)
