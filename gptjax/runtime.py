@@ -21,6 +21,7 @@ SMALL_SHARE = 16
 """A buffer of so small a part of the memory may be held several times over."""
 CPU_INFO = Path("/proc/cpuinfo")
 THP_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def start(cache_dir: str = Config.cache_dir) -> None:
@@ -133,11 +134,8 @@ def _processor() -> str:
 
 
 def _processor_lines() -> list[str]:
-    try:
-        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    return sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    words = ("model name", "flags", "Features", "CPU part")
+    return sorted({line for line in _lines(CPU_INFO) if line.startswith(words)})
 
 
 def restart_with_huge_pages() -> None:
@@ -179,10 +177,29 @@ def keep_pages(size: int) -> bool:
     """
     if os.environ.get(TUNABLES) != HUGE_PAGES or not uses_huge_pages():
         return False
-    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / SMALL_SHARE:
+    if size > _memory() / SMALL_SHARE:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, INT_MAX))
+
+
+def _memory() -> int:
+    """Bytes that this process may use: the machine's, or fewer where a control group, as of a container, says so."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in _lines(OWN_GROUPS):
+        _, controller, path = line.split(":", 2)
+        limit = {"": "memory.max", "memory": "memory.limit_in_bytes"}.get(controller)  # version 2, version 1
+        own = GROUPS / controller / path.lstrip("/")
+        texts = [text for group in (own, *own.parents) if limit for text in _lines(group / limit)]
+        sizes += [int(text) for text in texts if text.isdecimal()]  # "max": none
+    return min(sizes)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _has_huge_pages() -> bool:

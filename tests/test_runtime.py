@@ -90,3 +90,27 @@ def test_pages_of_small_buffers_are_kept():
     assert (small, large) == (True, False)
     assert more_faults > 4 * faults, "each buffer is faulted in anew, or all but the first are there already"
     assert not kept(64 << 20, GLIBC_TUNABLES="glibc.malloc.arena_max=4")[0], "a setting of the user's own"
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/slice/job", {"slice/job/memory.max": "max", "slice/memory.max": "5000"}, 5000),
+        (
+            "4:memory:/job\n0::/",
+            {"memory/job/memory.limit_in_bytes": "3000", "memory/memory.limit_in_bytes": "7000"},
+            3000,
+        ),
+        ("0::/", {}, None),
+    ],
+)
+def test_a_container_may_use_less_than_the_machine_has(tmp_path, monkeypatch, own, limits, expected):
+    (tmp_path / "own").write_text(own)
+    for name, limit in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{limit}\n")
+    monkeypatch.setattr(runtime, "OWN_GROUPS", tmp_path / "nothing")
+    machine = runtime._memory()
+    monkeypatch.setattr(runtime, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(runtime, "GROUPS", tmp_path)
+    assert runtime._memory() == (expected or machine)

@@ -62,7 +62,10 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
     batches = _device_batches(parts, first, options.num_steps)
     batch = next(batches)
     programs = {}
-    _describe(parts, state, _program(parts, state, batch, programs))
+    step_program = _program(parts, state, batch, programs)
+    on_cpu = jax.default_backend() == "cpu"
+    kept = on_cpu and runtime.keep_pages(step_program.memory_analysis().temp_size_in_bytes)
+    _describe(parts, state, step_program, kept)
     with cluster.together():  # nobody begins while another one still compiles
         signals.begin()
         log = Log(parts, state, first)
@@ -179,15 +182,14 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
         file.write(f"--- step {step}\n{config.train.sample_prompt}{text}\n")
 
 
-def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
+def _describe(parts: Parts, state: TrainState, step_program: Any, kept: bool) -> None:
     """Says what is about to run, before it does."""
     config, task, tokens = parts.config, parts.task, parts.tokens_per_step
     layout = " x ".join(f"{name} {size}" for name, size in parts.mesh.shape.items() if size > 1) or "one device"
     memory = step_program.memory_analysis()
     needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     pages = ", huge pages" if runtime.uses_huge_pages() else ""
-    if jax.default_backend() == "cpu" and runtime.keep_pages(memory.temp_size_in_bytes):
-        pages += ", kept from step to step"
+    pages += ", kept from step to step" if kept else ""
     epochs = config.train.num_steps * tokens / task.windows.tokens_per_epoch
     learning, frozen = (cost.parameter_count(params) for params in (state.params, state.frozen))
     count = cost.readable_count(learning + frozen)
