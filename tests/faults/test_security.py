@@ -22,7 +22,7 @@ from tests.tiny import write_corpus
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "gptjax").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"])
 
-MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle", "ctypes"}
+MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
 CALLS = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "joblib.load", "runpy.run_path"),
     *(
@@ -34,17 +34,25 @@ CALLS = {
         "pd.read_pickle",
     ),
 }
+OWN_LIBRARY = "ctypes.CDLL(None)"  # the process itself, whose C library is told how to allocate: no file is loaded
 KEYWORDS = {"allow_pickle", "trust_remote_code", "weights_only", "shell"}
 
 
 def unsafe(source: str) -> list[str]:
     """What a file imports or calls that can run what it reads."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    own = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node) == OWN_LIBRARY}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.partition(".")[0] in MODULES]
+            found += [
+                alias.name for alias in node.names if alias.name.startswith("ctypes") and ast.unparse(alias) != "ctypes"
+            ]
         elif isinstance(node, ast.ImportFrom):
-            found += [str(node.module)] if str(node.module).partition(".")[0] in MODULES else []
+            found += [str(node.module)] if str(node.module).partition(".")[0] in {*MODULES, "ctypes"} else []
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ctypes" and id(node) not in own:
+            found.append(ast.unparse(node))
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
@@ -79,6 +87,10 @@ def test_no_code_runs_what_it_reads(seen):
         "yaml.unsafe_load(f)",
         "load_dataset(x, trust_remote_code=True)",
         "subprocess.run(x, shell=True)",
+        "import ctypes; ctypes.CDLL(x)",
+        "import ctypes; ctypes.cdll.LoadLibrary(x)",
+        "import ctypes as c",
+        "from ctypes import CDLL",
     ],
 )
 def test_the_search_finds_what_it_is_for(source):
