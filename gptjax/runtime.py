@@ -17,7 +17,7 @@ TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 INT_MAX = 2**31 - 1
-SMALL_SHARE = 16
+SMALL_SHARE = 32
 """A buffer of so small a part of the memory may be held several times over."""
 CPU_INFO = Path("/proc/cpuinfo")
 THP_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -175,15 +175,15 @@ def keep_pages(size: int) -> bool:
     Returns:
         Whether they are kept.
     """
-    if os.environ.get(TUNABLES) != HUGE_PAGES or not uses_huge_pages():
+    if os.environ.get(TUNABLES) != HUGE_PAGES or not _has_huge_pages():
         return False
-    if size > _memory() / SMALL_SHARE:
+    if size > usable_memory() / SMALL_SHARE:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, INT_MAX))
 
 
-def _memory() -> int:
+def usable_memory() -> int:
     """Bytes that this process may use: the machine's, or fewer where a control group, as of a container, says so."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for line in _lines(OWN_GROUPS):

@@ -139,7 +139,7 @@ def _prepared_folders(cache_dir: str) -> list[Path]:
 
 
 def _describe_machine(say: Say) -> None:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = runtime.usable_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     say("gptjax", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
     say("machine", f"{platform.system()} {platform.machine()}, {cores} cores, {readable_bytes(memory)} of memory")
