@@ -86,7 +86,17 @@ def check_programs(folder: Path) -> tuple[list[Path], int]:
     killed; they count as damaged.
     """
     programs = _programs(folder)
-    return [path for path in programs if _read(_signature(path)) != _checksum(path)], len(programs)
+    return [path for path in programs if not is_sound(path)], len(programs)
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a file of the cache is there as it was signed."""
+    return path.exists() and _read(_signature(path)) == _checksum(path)
+
+
+def sign(path: Path) -> None:
+    """Notes a file's checksum beside it."""
+    write_atomic(_signature(path), _checksum(path))
 
 
 def sign_programs() -> None:
@@ -97,7 +107,7 @@ def sign_programs() -> None:
     for path in _programs(Path(folder)) if folder else []:
         if not _signature(path).exists():
             with contextlib.suppress(OSError):
-                write_atomic(_signature(path), _checksum(path))
+                sign(path)
 
 
 def _programs(folder: Path) -> list[Path]:
@@ -123,8 +133,12 @@ def _read(path: Path) -> bytes | None:
 
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products in bfloat16; no, where the system does not tell."""
-    words = {word for line in _processor_lines() for word in line.split()}
-    return not words.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))  # the last one: Arm
+    return not processor_flags().isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))  # the last one: Arm
+
+
+def processor_flags() -> set[str]:
+    """What the processor can do, in the system's words; empty, where it does not tell."""
+    return {word for line in _processor_lines() for word in line.split()}
 
 
 def _processor() -> str:

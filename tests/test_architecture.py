@@ -18,6 +18,7 @@ ORDER = (
         "verb_options",
         "config_io",
         "runtime",
+        "native",
     ),
     *("text", "batches", "ops", "model"),
     *("parallel", "generation", "evaluation", "report", "training", "planning", "exchange", "cli", "__main__"),

@@ -12,7 +12,6 @@ from gptjax.ops.attention import attention, attention_reference
 from gptjax.ops.blocked_attention import ALIASING, FUSED_ROWS, blocked_attention
 from gptjax.ops.cross_entropy import (
     LossOptions,
-    chunks_of_an_accelerator,
     cross_entropy,
     cross_entropy_reference,
 )
@@ -27,6 +26,7 @@ from gptjax.ops.elementwise import (
 from gptjax.ops.embedding import embedding, sum_by_token, sum_by_token_reference
 from gptjax.ops.matmul import matmul, matmul_reference
 from gptjax.ops.order import same_bits_asked
+from gptjax.ops.platform import for_an_accelerator
 from gptjax.ops.triton_attention import triton_attention
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -325,7 +325,7 @@ def test_cross_entropy(dtype, options, chunk_logits, backend, monkeypatch):
     assert actual.count == expected.count == 19
 
 
-def test_a_plan_counts_with_the_larger_chunks_of_an_accelerator(monkeypatch):
+def test_a_plan_counts_with_the_larger_for_an_accelerator(monkeypatch):
     monkeypatch.setattr("gptjax.ops.cross_entropy.CHUNK_LOGITS", 400)
 
     def loops():
@@ -335,7 +335,7 @@ def test_a_plan_counts_with_the_larger_chunks_of_an_accelerator(monkeypatch):
         return str(jax.make_jaxpr(loss)(normal(0, 2, 12, 16), normal(1, 32, 16))).count("scan[")
 
     assert loops() == 1
-    with chunks_of_an_accelerator():
+    with for_an_accelerator():
         assert loops() == 0
     assert loops() == 1
 

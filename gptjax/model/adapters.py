@@ -74,6 +74,11 @@ class BlockAdapter(nnx.Module):
             nnx.Param(normal(INIT_STD)(rngs.params(), prefix)) if kind == "prefix" else None for _ in range(2)
         )
 
+    @property
+    def in_mlp(self) -> bool:
+        """Whether something is added inside of the MLP."""
+        return self.mlp_w_in is not None or self.mlp_w_out is not None
+
     def prefix(self, dtype: jax.typing.DTypeLike) -> "Prefix | None":
         """Learned keys and values, where there are any."""
         return (

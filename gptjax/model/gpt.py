@@ -22,11 +22,12 @@ from gptjax.config import ModelConfig
 from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, Prefix, Prompt, merge_lora
 from gptjax.model.cache import Cache
-from gptjax.model.layers import INIT_STD, PRODUCT, Block, LayerNorm, normal
+from gptjax.model.layers import INIT_STD, Block, LayerNorm, normal
 from gptjax.model.stages import cut_layers, split_stacks, stream
 from gptjax.ops.axes import HEADS, STAGES, axis_size, pin, pin_batch
 from gptjax.ops.elementwise import dropout
 from gptjax.ops.embedding import embedding
+from gptjax.ops.linear import PRODUCT
 from gptjax.ops.matmul import dot
 from gptjax.task_options import AdapterConfig
 

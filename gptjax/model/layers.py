@@ -7,19 +7,17 @@ E = H / G + 2: the queries, the key and the value of one key head.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, LowRank, Prefix, prefixed_attention, with_prefix
 from gptjax.model.cache import LayerCache
-from gptjax.ops.attention import attention, cached_attention
+from gptjax.ops.attention import cached_attention, self_attention, split_heads
 from gptjax.ops.elementwise import dropout, gelu, layer_norm
-from gptjax.ops.matmul import add_bias, matmul
+from gptjax.ops.linear import linear, mlp
+from gptjax.ops.matmul import add_bias
 from gptjax.ops.projection import Projection, project
 
-PRODUCT = "product"
-"""What the backward pass may ask for by name: the result of a linear layer (see `gpt.REMAT_POLICIES`)."""
 INIT_STD = 0.02  # GPT-2's
 normal = jax.nn.initializers.normal
 
@@ -59,40 +57,31 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Returns what the layer adds to the residual stream, float32."""
         keys = (None, None) if adapter is None or key is None else jax.random.split(jax.random.fold_in(key, 1))
-        projected = self.qkv(x_BTD, adapter and adapter.attn_w_qkv, keys[0])
+        qkv_BTGEC = self.qkv(x_BTD, adapter and adapter.attn_w_qkv, keys[0])
         if prefix is None:
-            y_BTHC = attention(*projected, segments_BT, self.window, self.dropout, key)
+            y_BTHC = self_attention(qkv_BTGEC, segments_BT, self.window, self.dropout, key)
         else:
-            y_BTHC = prefixed_attention(*projected, segments_BT, self.window, prefix)
+            y_BTHC = prefixed_attention(*split_heads(qkv_BTGEC), segments_BT, self.window, prefix)
         return self._out(y_BTHC, adapter and adapter.attn_w_out, keys[1])
 
     def extend(
         self, x_BTD: jax.Array, cache: LayerCache, used: jax.Array, visible_BTS: jax.Array, prefix: Prefix | None
     ) -> tuple[jax.Array, LayerCache]:
         """The same for tokens that follow `used` others in `cache`; returns the longer cache too."""
-        q_BTHC, k_BTGC, v_BTGC = self.qkv(x_BTD)
+        q_BTHC, k_BTGC, v_BTGC = split_heads(self.qkv(x_BTD))
         cache = kv.write(cache, used, k_BTGC, v_BTGC)
         seen = (*cache, visible_BTS) if prefix is None else with_prefix(prefix, *cache, visible_BTS)
         return self._out(cached_attention(q_BTHC, *seen)), cache
 
-    def qkv(
-        self, x_BTD: jax.Array, low_rank: LowRank | None = None, key: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries `[B, T, H, C]`, keys and values `[B, T, G, C]` each."""
-        B, T, _ = x_BTD.shape
-        qkv_BTGEC = _linear(x_BTD, self.w_qkv, x_BTD.dtype).reshape(B, T, *self.shape_GEC)
-        qkv_BTGEC = _add_bias(qkv_BTGEC, self.b_qkv)
-        if low_rank is not None:
-            qkv_BTGEC = qkv_BTGEC + low_rank(x_BTD, key, x_BTD.dtype)
-        G, E, C = self.shape_GEC
-        # Its gradient is one concatenation; that of three slices, a sum of three padded arrays.
-        q, k, v = jax.lax.split(qkv_BTGEC, (E - 2, 1, 1), axis=3)
-        return q.reshape(B, T, -1, C), k.reshape(B, T, G, C), v.reshape(B, T, G, C)
+    def qkv(self, x_BTD: jax.Array, low_rank: LowRank | None = None, key: jax.Array | None = None) -> jax.Array:
+        """Queries, keys and values, `[B, T, G, E, C]`."""
+        qkv_BTGEC = _linear(x_BTD, self.w_qkv, self.b_qkv, x_BTD.dtype).reshape(*x_BTD.shape[:-1], *self.shape_GEC)
+        return qkv_BTGEC if low_rank is None else qkv_BTGEC + low_rank(x_BTD, key, x_BTD.dtype)
 
     def _out(self, y_BTHC: jax.Array, low_rank: LowRank | None = None, key: jax.Array | None = None) -> jax.Array:
         B, T, H, C = y_BTHC.shape
         y_BTK = y_BTHC.reshape(B, T, H * C)
-        y_BTD = _add_bias(_linear(y_BTK, self.w_out, jnp.float32), self.b_out)
+        y_BTD = _linear(y_BTK, self.w_out, self.b_out, jnp.float32)
         return y_BTD if low_rank is None else y_BTD + low_rank(y_BTK, key, jnp.float32)
 
 
@@ -110,12 +99,14 @@ class MLP(nnx.Module):
         self, x_BTD: jax.Array, adapter: BlockAdapter | None = None, key: jax.Array | None = None
     ) -> jax.Array:
         """Returns what the layer adds to the residual stream, float32."""
+        if not isinstance(self.w_in.get_value(), Projection) and (adapter is None or not adapter.in_mlp):
+            return mlp(x_BTD, self.w_in[...], _value(self.b_in), self.w_out[...], _value(self.b_out))
         keys = (None, None) if key is None else jax.random.split(key)
-        h_BTF = _add_bias(_linear(x_BTD, self.w_in, x_BTD.dtype), self.b_in)
+        h_BTF = _linear(x_BTD, self.w_in, self.b_in, x_BTD.dtype)
         if adapter is not None and adapter.mlp_w_in is not None:
             h_BTF = h_BTF + adapter.mlp_w_in(x_BTD, keys[0], x_BTD.dtype)
         h_BTF = gelu(h_BTF)
-        y_BTD = _add_bias(_linear(h_BTF, self.w_out, jnp.float32, outputs_first=True), self.b_out)
+        y_BTD = _linear(h_BTF, self.w_out, self.b_out, jnp.float32, outputs_first=True)
         if adapter is not None and adapter.mlp_w_out is not None:
             y_BTD = y_BTD + adapter.mlp_w_out(h_BTF, keys[1], jnp.float32)
         return y_BTD
@@ -180,7 +171,7 @@ class Block(nnx.Module):
 
     def prefix_of(self, prompt_1PD: jax.Array, dtype: jax.typing.DTypeLike) -> Prefix:
         """What a prompt shows to what follows it."""
-        _, k_1PGC, v_1PGC = self.attn.qkv(self.norm_1(prompt_1PD, dtype))
+        _, k_1PGC, v_1PGC = split_heads(self.attn.qkv(self.norm_1(prompt_1PD, dtype)))
         return Prefix(k_1PGC[0], v_1PGC[0])
 
 
@@ -189,13 +180,20 @@ def _residual_std(config: ModelConfig) -> float:
     return INIT_STD / (2 * config.n_layer) ** 0.5
 
 
-def _linear(x: jax.Array, weight: nnx.Param, out_dtype: jax.typing.DTypeLike, outputs_first: bool = False) -> jax.Array:
+def _linear(
+    x: jax.Array,
+    weight: nnx.Param,
+    bias: nnx.Param | None,
+    out_dtype: jax.typing.DTypeLike,
+    outputs_first: bool = False,
+) -> jax.Array:
     """Multiplies by a weight as it is trained, or as it is laid out for decoding."""
     w = weight.get_value()
     if isinstance(w, Projection):
-        return project(x, w).astype(out_dtype)
-    return checkpoint_name(matmul(x, w, out_dtype, outputs_first), PRODUCT)
+        y = project(x, w).astype(out_dtype)
+        return y if bias is None else add_bias(y.reshape(*y.shape[:-1], *bias.shape), bias[...])
+    return linear(x, w, _value(bias), out_dtype, outputs_first)
 
 
-def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    return add_bias(x, None if bias is None else bias[...])
+def _value(param: nnx.Param | None) -> jax.Array | None:
+    return None if param is None else param[...]

@@ -1,7 +1,7 @@
 """Causal self-attention.
 
 Shape suffixes: B batch, T query position, S key position, H query heads, G key and value heads, R = H / G query
-heads per key head, C head_dim.
+heads per key head, E = R + 2, C head_dim.
 """
 
 import functools
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from gptjax.ops import kernels
 from gptjax.ops.axes import HEADS, POSITIONS, ROWS, STAGES, axis_size, per_device, positions_cut, spec_of
 from gptjax.ops.blocked_attention import Blocks, blocked_attention
 from gptjax.ops.heads import MASKED, Drops, drop, number_rows
@@ -22,6 +23,50 @@ from gptjax.ops.triton_attention import triton_attention, triton_fits
 
 WHOLE_ROWS = 512
 """Positions up to which a GPU without a kernel (float32, dropout) holds all weights of attention at once."""
+
+
+def self_attention(
+    qkv_BTGEC: jax.Array,
+    segments_BT: jax.Array | None = None,
+    window: int = 0,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """`attention` of queries, keys and values in one array: for each key head its R queries, its key, its value.
+
+    A kernel takes it as it is; the other forms take three arrays.
+    """
+    _, T, _, _, C = qkv_BTGEC.shape
+    if not (dropout and key is not None) and kernels.usable(qkv_BTGEC.dtype, T, C):
+        return _by_kernel(window, qkv_BTGEC, segments_BT)
+    q_BTHC, k_BTGC, v_BTGC = split_heads(qkv_BTGEC)
+    return attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, window, dropout, key)
+
+
+def split_heads(qkv_BTGEC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries `[B, T, H, C]`, keys and values `[B, T, G, C]` each."""
+    B, T, G, E, C = qkv_BTGEC.shape
+    # Its gradient is one concatenation; that of three slices, a sum of three padded arrays.
+    q, k, v = jax.lax.split(qkv_BTGEC, (E - 2, 1, 1), axis=3)
+    return q.reshape(B, T, -1, C), k.reshape(B, T, G, C), v.reshape(B, T, G, C)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(window, qkv_BTGEC, segments_BT):
+    return kernels.attention(qkv_BTGEC, segments_BT, window)[0]
+
+
+def _kernel_forward(window, qkv_BTGEC, segments_BT):
+    y_BTHC, log_sums_BHT = kernels.attention(qkv_BTGEC, segments_BT, window)
+    return y_BTHC, (qkv_BTGEC, segments_BT, y_BTHC, log_sums_BHT)
+
+
+def _kernel_backward(window, saved, dy_BTHC):
+    qkv_BTGEC, segments_BT, y_BTHC, log_sums_BHT = saved
+    return kernels.attention_gradient(qkv_BTGEC, segments_BT, y_BTHC, log_sums_BHT, dy_BTHC, window), None
+
+
+_by_kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
 def attention(

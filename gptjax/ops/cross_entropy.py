@@ -4,8 +4,6 @@ Shape suffixes: B batch, T position, D n_embd, V vocabulary (padded), N = B time
 where positions are cut over devices), K devices that share positions, Z chunks.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
@@ -15,12 +13,12 @@ import jax.numpy as jnp
 
 from gptjax.ops.axes import HEADS, POSITIONS, ROWS, axis_size, flat, pin, positions_cut
 from gptjax.ops.matmul import dot, weight_gradient
+from gptjax.ops.platform import on_cpu
 
 CHUNK_LOGITS = 2**25
 """Logits in memory at a time: 128 MB in float32."""
 DEVICE_CHUNK_LOGITS = 2**28
 """The same on a GPU or TPU: each chunk reads and writes the table's gradient, which with 2**25 is 11 % of a step."""
-_planned = contextvars.ContextVar("planned", default=False)
 NO_LOGIT = -1e30  # not -inf: the difference of two would be NaN
 
 
@@ -49,16 +47,6 @@ class Loss:
     """Float32: negative log-likelihood alone, nats."""
     count: jax.Array
     """Float32: targets that count."""
-
-
-@contextlib.contextmanager
-def chunks_of_an_accelerator():
-    """What is traced inside has the chunks of a GPU or TPU, for a plan of a program that runs there."""
-    token = _planned.set(True)
-    try:
-        yield
-    finally:
-        _planned.reset(token)
 
 
 def cross_entropy_reference(options: LossOptions, x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array) -> Loss:
@@ -182,7 +170,7 @@ def _over_chunks(visit, x_BTD, targets_BT, V):
     K = axis_size(POSITIONS) if positions_cut() and T % axis_size(POSITIONS) == 0 else 1
     # Each chunk ends in a sum over devices of what it gives to the table's gradient, so no more chunks than it takes.
     shared = math.prod(axis_size(axis) for axis in (*ROWS, POSITIONS, HEADS))
-    at_a_time = CHUNK_LOGITS if jax.default_backend() == "cpu" and not _planned.get() else DEVICE_CHUNK_LOGITS
+    at_a_time = CHUNK_LOGITS if on_cpu() else DEVICE_CHUNK_LOGITS
     Z = _chunk_count(T // K, -(-B * T * V // (at_a_time * shared)))
     if Z == 1:
         return visit(x_BTD, targets_BT)

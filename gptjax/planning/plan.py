@@ -10,7 +10,7 @@ import numpy as np
 from gptjax.chips import CHIPS, Chip
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.ops.cross_entropy import chunks_of_an_accelerator
+from gptjax.ops.platform import for_an_accelerator
 from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh
 from gptjax.planning import estimate
@@ -114,7 +114,7 @@ def plan_step(config: Config, chip: Chip, notify: Callable[[str], None]) -> Plan
     notify(
         f"compiling for {mesh.size} virtual devices: {_layout(sizes.mesh)}, micro-batches of {config.train.micro_batch}"
     )
-    with chunks_of_an_accelerator():
+    with for_an_accelerator():
         step = compile_step(config, mesh)
     tokens = config.train.batch_size * config.model.block_size
     flops = tokens * cost.flops_per_token(config.model, shapes.params)

@@ -34,7 +34,10 @@ CALLS = {
         "pd.read_pickle",
     ),
 }
-OWN_LIBRARY = "ctypes.CDLL(None)"  # the process itself, whose C library is told how to allocate: no file is loaded
+OWN_LIBRARIES = (
+    "ctypes.CDLL(None)",  # the process itself, whose C library is told how to allocate: no file is loaded
+    "ctypes.CDLL(str(_built(compiler, Path(folder))))",  # the kernels, compiled here into a folder of their user's own
+)
 KEYWORDS = {"allow_pickle", "trust_remote_code", "weights_only", "shell"}
 
 
@@ -42,7 +45,9 @@ def unsafe(source: str) -> list[str]:
     """What a file imports or calls that can run what it reads."""
     found = []
     tree = ast.parse(source)
-    own = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node) == OWN_LIBRARY}
+    own = {
+        id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node) in OWN_LIBRARIES
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.partition(".")[0] in MODULES]

@@ -1,0 +1,122 @@
+"""Linear layers with their biases, and two of them with a GELU between: XLA's products, or kernels that do all at once.
+
+Shape suffixes: N rows, K contracted, F outputs, D width of the residual stream.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from gptjax.ops import kernels
+from gptjax.ops.elementwise import gelu, gelu_reference
+from gptjax.ops.matmul import add_bias, matmul, matmul_reference, sum_rows
+
+PRODUCT = "product"
+"""What the backward pass may ask for by name: the result of a linear layer (see `model/gpt.REMAT_POLICIES`)."""
+
+
+def linear_reference(x, w, bias, out_dtype, outputs_first=False) -> jax.Array:
+    """What `linear` computes, written plainly and differentiated by JAX."""
+    y = matmul_reference(x, w, out_dtype, outputs_first)
+    return y if bias is None else y + bias.astype(out_dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+def linear(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    out_dtype: jax.typing.DTypeLike,
+    outputs_first: bool = False,
+) -> jax.Array:
+    """Multiplies `x [..., K]` by `w [K, ...]`, or by `w [F, K]` where `outputs_first`, and adds `bias`, of the shape of
+    the outputs. See `matmul`.
+    """
+    if not _fits(x, w):
+        return add_bias(checkpoint_name(matmul(x, w, out_dtype, outputs_first), PRODUCT), bias)
+    outputs = w.shape[:1] if outputs_first else w.shape[1:]
+    y_NF = _linear(_flat(x), _matrix(w), None if bias is None else bias.reshape(-1), out_dtype, outputs_first)
+    return checkpoint_name(y_NF, PRODUCT).reshape(*x.shape[:-1], *outputs)
+
+
+def mlp_reference(x, w_in_DF, b_in_F, w_out_DF, b_out_D) -> jax.Array:
+    """What `mlp` computes, written plainly and differentiated by JAX."""
+    h = gelu_reference(linear_reference(x, w_in_DF, b_in_F, x.dtype))
+    return linear_reference(h, w_out_DF, b_out_D, jnp.float32, outputs_first=True)
+
+
+def mlp(
+    x: jax.Array, w_in_DF: jax.Array, b_in_F: jax.Array | None, w_out_DF: jax.Array, b_out_D: jax.Array | None
+) -> jax.Array:
+    """Two linear layers with a GELU between them; returns float32 `[..., D]`."""
+    if not _fits(x, w_in_DF):
+        h = gelu(linear(x, w_in_DF, b_in_F, x.dtype))
+        return linear(h, w_out_DF, b_out_D, jnp.float32, outputs_first=True)
+    return checkpoint_name(_mlp(_flat(x), w_in_DF, b_in_F, w_out_DF, b_out_D), PRODUCT).reshape(x.shape)
+
+
+def _fits(x, w):
+    return kernels.usable(x.dtype, x.size // x.shape[-1], *_matrix(w).shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _linear(x_NK, w, bias_F, out_dtype, outputs_first):
+    return kernels.linear(x_NK, w, bias_F, out_dtype, outputs_first)
+
+
+def _linear_forward(x_NK, w, bias_F, out_dtype, outputs_first):
+    return _linear(x_NK, w, bias_F, out_dtype, outputs_first), (x_NK, w, bias_F)
+
+
+def _linear_backward(_, outputs_first, saved, dy_NF):
+    x_NK, w, bias_F = saved
+    return _gradients(x_NK, dy_NF, w, bias_F, outputs_first)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def _mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D):
+    return _mlp_forward(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D)[0]
+
+
+def _mlp_forward(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D):
+    h_NF, a_NF = kernels.linear_gelu(x_ND, w_in_DF, b_in_F)
+    h_NF, a_NF = checkpoint_name(h_NF, PRODUCT), checkpoint_name(a_NF, PRODUCT)
+    y_ND = kernels.linear(a_NF, w_out_DF, b_out_D, jnp.float32, outputs_first=True)
+    return y_ND, (x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, h_NF, a_NF)
+
+
+def _mlp_backward(saved, dy_ND):
+    x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, h_NF, a_NF = saved
+    dh_NF = kernels.linear_gelu_gradient(dy_ND.astype(x_ND.dtype), w_out_DF, h_NF)
+    dw_out_DF, db_out_D = _weight_gradients(a_NF, dy_ND, w_out_DF, b_out_D, outputs_first=True)
+    dx_ND, dw_in_DF, db_in_F = _gradients(x_ND, dh_NF, w_in_DF, b_in_F, outputs_first=False)
+    return dx_ND, dw_in_DF, db_in_F, dw_out_DF, db_out_D
+
+
+_mlp.defvjp(_mlp_forward, _mlp_backward)
+
+
+def _gradients(x_NK, dy_NF, w, bias_F, outputs_first):
+    dx_NK = kernels.linear(dy_NF.astype(x_NK.dtype), w, None, x_NK.dtype, not outputs_first)
+    return dx_NK, *_weight_gradients(x_NK, dy_NF, w, bias_F, outputs_first)
+
+
+def _weight_gradients(x_NK, dy_NF, w, bias_F, outputs_first):
+    dy_cast_NF = dy_NF.astype(x_NK.dtype)
+    if outputs_first:  # the kernel sums its second operand, which is not the gradient here
+        dw, db_F = kernels.weight_gradient(dy_cast_NF, x_NK)[0], sum_rows(dy_NF)
+    else:
+        dw, db_F = kernels.weight_gradient(x_NK, dy_cast_NF)
+    return dw.astype(w.dtype), None if bias_F is None else db_F.astype(bias_F.dtype)
+
+
+def _flat(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _matrix(w):
+    return w.reshape(w.shape[0], -1)
