@@ -1,7 +1,7 @@
 // Causal attention in blocks of queries whose weights stay in the cache, forward and backward (arXiv:2205.14135).
 //
 // B batch, T position, G key heads, R query heads of each, C head_dim; H = G R. Queries, keys and values lie in one array
-// [B, T, G, R + 2, C] of bfloat16. T and C are multiples of 32. Sums and softmax are float32.
+// [B, T, G, R + 2, C] of bfloat16 or float32. T and C are multiples of 32. Sums and softmax are float32.
 
 #pragma once
 
@@ -11,28 +11,19 @@
 #include <vector>
 
 #include "exponential.h"
-#include "threads.h"
-#include "tiles.h"
+#include "linear.h"
 
 namespace gptjax {
 
-using Heads = ffi::Buffer<ffi::BF16>;
 using Sums = ffi::Buffer<ffi::F32>;
 using Segments = ffi::Buffer<ffi::S32>;
 
 constexpr int64_t kQueries = 128;  // of a block of the backward pass
 constexpr float kMasked = -1e30f;
 
-template <int Kind, typename T>
-T* Scratch(int64_t count) {  // of this thread; each kind has its own, which is kept
-  thread_local std::vector<T> buffer;
-  if (buffer.size() < static_cast<size_t>(count + 64)) buffer.resize(count + 64);
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t{63});
-}
-
 struct Shape {
   int64_t B, T, G, E, C;
-  explicit Shape(const Heads& qkv) {
+  explicit Shape(const ffi::AnyBuffer& qkv) {
     auto d = qkv.dimensions();
     B = d[0], T = d[1], G = d[2], E = d[3], C = d[4];
   }
@@ -66,42 +57,45 @@ struct Sight {
 };
 
 // Packs [T, C], whose rows are `width` apart, as a right operand: its rows summed over, or its columns.
-void PackRows(const bf16* x, int64_t width, int64_t T, int64_t C, bf16* to) {
+template <int P, typename S>
+void PackRows(const S* x, int64_t width, int64_t T, int64_t C, bf16* to) {
   for (int64_t c = 0; c < C; c += kSide)
-    for (int64_t t = 0; t < T; t += kDepth, to += kSide * kDepth) PackRight(x + t * width + c, width, to);
+    for (int64_t t = 0; t < T; t += kDepth, to += P * kBlock) PackRight<P>(x + t * width + c, width, to);
 }
-void PackColumns(const bf16* x, int64_t width, int64_t T, int64_t C, bf16* to) {
+template <int P, typename S>
+void PackColumns(const S* x, int64_t width, int64_t T, int64_t C, bf16* to) {
   for (int64_t t = 0; t < T; t += kSide)
-    for (int64_t c = 0; c < C; c += kDepth, to += kSide * kDepth) PackRightFromColumns(x + t * width + c, width, to);
+    for (int64_t c = 0; c < C; c += kDepth, to += P * kBlock) PackRightFromColumns<P>(x + t * width + c, width, to);
 }
 
-ffi::Error Attention(ffi::ThreadPool pool, Heads qkv, Segments segments, int64_t window, ffi::Result<Heads> y,
-                     ffi::Result<Sums> log_sums) {
+template <typename S>
+ffi::Error AttentionAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segments& segments, int64_t window,
+                       S* y, float* log_sums) {
+  constexpr int P = kPlanes<S>;
   Shape s(qkv);
-  if (!s.fits()) return ffi::Error::InvalidArgument("attention needs multiples of 32");
+  if (!s.fits()) return NotInBlocks();
   int64_t T = s.T, C = s.C, H = s.H(), R = s.R();
-  auto* input = reinterpret_cast<const bf16*>(qkv.typed_data());
-  auto* output = reinterpret_cast<bf16*>(y->typed_data());
   const float scale = 1.0f / std::sqrt(static_cast<float>(C));
   Parallel(pool, s.B * s.G, [&](int64_t task) {
     TileScope tiles;
     int64_t b = task / s.G, g = task % s.G;
-    const bf16* head = input + b * T * s.row() + g * s.E * C;
+    const S* head = Data<S>(qkv) + b * T * s.row() + g * s.E * C;
     Sight sight{segments.element_count() ? segments.typed_data() + b * T : nullptr, window};
-    bf16* keys = Scratch<0, bf16>(T * C);
-    bf16* values = Scratch<1, bf16>(T * C);
-    float* scores = Scratch<2, float>(kSide * T);
-    bf16* weights = Scratch<3, bf16>(kSide * T);
-    PackColumns(head + R * C, s.row(), T, C, keys);
-    PackRows(head + (R + 1) * C, s.row(), T, C, values);
-    alignas(64) float block[kSide * kSide];
+    bf16* keys = Scratch<struct KeyColumns, bf16>(T * C * P);
+    bf16* values = Scratch<struct ValueRows, bf16>(T * C * P);
+    float* scores = Scratch<struct Scores, float>(kSide * T);
+    bf16* weights = Scratch<struct Weights, bf16>(kSide * T * P);
+    bf16* room = Scratch<struct Queries, bf16>(kSide * C * P);
+    PackColumns<P>(head + R * C, s.row(), T, C, keys);
+    PackRows<P>(head + (R + 1) * C, s.row(), T, C, values);
+    alignas(64) float block[kBlock];
     for (int64_t r = 0; r < R; ++r) {
       int64_t h = g * R + r;
       for (int64_t query = 0; query < T; query += kSide) {
         int64_t first = sight.First(query), last = query + kSide, width = last - first;
+        Left q = RowsAsLeft(head + query * s.row() + r * C, s.row(), C, room);
         for (int64_t key = first; key < last; key += kSide)
-          Multiply(InRows(head + query * s.row() + r * C, s.row()), keys + key * C, C / kDepth, scores + key - first,
-                   width, false);
+          Multiply<P>(q, keys + key * C * P, C / kDepth, scores + key - first, width, false);
         float inverse[kSide];
         for (int64_t i = 0; i < kSide; ++i) {
           float* row = scores + i * width;
@@ -110,10 +104,10 @@ ffi::Error Attention(ffi::ThreadPool pool, Heads qkv, Segments segments, int64_t
             bool all = sight.All(query, key);
             for (int64_t half = 0; half < kSide; half += 16) {
               float* at = row + key - first + half;
-              __m512 x = _mm512_loadu_ps(at);
+              __m512 x = Load(at);
               if (!all) {
                 x = _mm512_mask_blend_ps(sight.Keep(query + i, key + half), _mm512_set1_ps(kMasked), x);
-                _mm512_storeu_ps(at, x);
+                Store(at, x);
               }
               largest = _mm512_max_ps(largest, x);
             }
@@ -121,20 +115,20 @@ ffi::Error Attention(ffi::ThreadPool pool, Heads qkv, Segments segments, int64_t
           float top = _mm512_reduce_max_ps(largest) * scale;
           __m512 total = _mm512_setzero_ps();
           for (int64_t j = 0; j < width; j += 16) {
-            __m512 x = Exp(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(scale), _mm512_set1_ps(top)));
+            __m512 x = Exp(_mm512_fmsub_ps(Load(row + j), _mm512_set1_ps(scale), _mm512_set1_ps(top)));
             total = _mm512_add_ps(total, x);
-            StoreBf16(weights + i * width + j, x);
+            StoreLeft<P>(weights + j / kDepth * P * kBlock, i, j % kDepth, x);
           }
           float sum = _mm512_reduce_add_ps(total);
           inverse[i] = 1.0f / sum;
-          log_sums->typed_data()[(b * H + h) * T + query + i] = top + std::log(sum);
+          log_sums[(b * H + h) * T + query + i] = top + std::log(sum);
         }
         for (int64_t c = 0; c < C; c += kSide) {
-          Multiply(InRows(weights, width), values + c * T + first * kSide, width / kDepth, block, kSide, false);
+          Multiply<P>(InBlocks<P>(weights), values + (c * T + first * kSide) * P, width / kDepth, block, kSide, false);
           for (int64_t i = 0; i < kSide; ++i) {
-            bf16* at = output + ((b * T + query + i) * H + h) * C + c;
+            S* at = y + ((b * T + query + i) * H + h) * C + c;
             for (int64_t half = 0; half < kSide; half += 16)
-              StoreBf16(at + half, _mm512_mul_ps(_mm512_load_ps(block + i * kSide + half), _mm512_set1_ps(inverse[i])));
+              Store(at + half, _mm512_mul_ps(Load(block + i * kSide + half), _mm512_set1_ps(inverse[i])));
           }
         }
       }
@@ -143,117 +137,135 @@ ffi::Error Attention(ffi::ThreadPool pool, Heads qkv, Segments segments, int64_t
   return ffi::Error::Success();
 }
 
+inline ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, Segments segments, int64_t window,
+                            ffi::Result<ffi::AnyBuffer> y, ffi::Result<Sums> log_sums) {
+  if (IsFloat32(qkv)) return AttentionAs(pool, qkv, segments, window, Data<float>(y), log_sums->typed_data());
+  return AttentionAs(pool, qkv, segments, window, Data<bf16>(y), log_sums->typed_data());
+}
+
 // The sums over channels of outputs times their gradients, for 32 queries.
-void RowSums(const bf16* y, const bf16* dy, int64_t width, int64_t C, float* sums) {
+template <typename S>
+void RowSums(const S* y, const S* dy, int64_t width, int64_t C, float* sums) {
   for (int64_t i = 0; i < kSide; ++i) {
     __m512 total = _mm512_setzero_ps();
-    for (int64_t c = 0; c < C; c += 16)
-      total = _mm512_fmadd_ps(LoadBf16(y + i * width + c), LoadBf16(dy + i * width + c), total);
+    for (int64_t c = 0; c < C; c += 16) total = _mm512_fmadd_ps(Load(y + i * width + c), Load(dy + i * width + c), total);
     sums[i] = _mm512_reduce_add_ps(total);
   }
 }
 
-void Store(const float* x, float factor, int64_t rows, int64_t C, bf16* to, int64_t width) {
+template <typename S>
+void StoreRows(const float* x, float factor, int64_t rows, int64_t C, S* to, int64_t width) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < C; c += 16)
-      StoreBf16(to + i * width + c, _mm512_mul_ps(_mm512_loadu_ps(x + i * C + c), _mm512_set1_ps(factor)));
+      Store(to + i * width + c, _mm512_mul_ps(Load(x + i * C + c), _mm512_set1_ps(factor)));
 }
 
-ffi::Error AttentionGradient(ffi::ThreadPool pool, Heads qkv, Segments segments, Heads y, Sums log_sums, Heads dy,
-                             int64_t window, ffi::Result<Heads> dqkv) {
+template <typename S>
+ffi::Error AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segments& segments,
+                               const S* y, const float* log_sums, const S* dy, int64_t window, S* dqkv) {
+  constexpr int P = kPlanes<S>;
   Shape s(qkv);
-  if (!s.fits()) return ffi::Error::InvalidArgument("attention needs multiples of 32");
+  if (!s.fits()) return NotInBlocks();
   int64_t T = s.T, C = s.C, H = s.H(), R = s.R();
-  auto* input = reinterpret_cast<const bf16*>(qkv.typed_data());
-  auto* outputs = reinterpret_cast<const bf16*>(y.typed_data());
-  auto* gradients = reinterpret_cast<const bf16*>(dy.typed_data());
-  auto* result = reinterpret_cast<bf16*>(dqkv->typed_data());
   const float scale = 1.0f / std::sqrt(static_cast<float>(C));
   Parallel(pool, s.B * s.G, [&](int64_t task) {
     TileScope tiles;
     int64_t b = task / s.G, g = task % s.G;
-    const bf16* head = input + b * T * s.row() + g * s.E * C;
-    bf16* dhead = result + b * T * s.row() + g * s.E * C;
+    const S* head = Data<S>(qkv) + b * T * s.row() + g * s.E * C;
+    S* dhead = dqkv + b * T * s.row() + g * s.E * C;
     Sight sight{segments.element_count() ? segments.typed_data() + b * T : nullptr, window};
-    bf16* key_columns = Scratch<0, bf16>(T * C);
-    bf16* value_columns = Scratch<1, bf16>(T * C);
-    bf16* key_rows = Scratch<4, bf16>(T * C);
-    bf16* weights = Scratch<3, bf16>(kQueries * T);
-    bf16* dscores = Scratch<5, bf16>(kQueries * T);
-    float* dkeys = Scratch<6, float>(T * C);
-    float* dvalues = Scratch<7, float>(T * C);
-    bf16* query_rows = Scratch<8, bf16>(kQueries * C);
-    bf16* dy_rows = Scratch<9, bf16>(kQueries * C);
-    bf16* turned = Scratch<10, bf16>(kSide * kQueries);
-    float* dqueries = Scratch<11, float>(kQueries * C);
-    PackColumns(head + R * C, s.row(), T, C, key_columns);
-    PackRows(head + R * C, s.row(), T, C, key_rows);
-    PackColumns(head + (R + 1) * C, s.row(), T, C, value_columns);
+    bf16* key_columns = Scratch<struct KeyColumns, bf16>(T * C * P);
+    bf16* value_columns = Scratch<struct ValueColumns, bf16>(T * C * P);
+    bf16* key_rows = Scratch<struct KeyRows, bf16>(T * C * P);
+    // blocks of 32 queries and 32 keys, as left operands of products over keys
+    bf16* weights = Scratch<struct Weights, bf16>(kQueries * T * P);
+    bf16* dscores = Scratch<struct ScoreGradients, bf16>(kQueries * T * P);
+    float* dkeys = Scratch<struct KeyGradients, float>(T * C);
+    float* dvalues = Scratch<struct ValueGradients, float>(T * C);
+    bf16* query_rows = Scratch<struct QueryRows, bf16>(kQueries * C * P);
+    bf16* dy_rows = Scratch<struct OutputRows, bf16>(kQueries * C * P);
+    bf16* room = Scratch<struct Queries, bf16>(2 * kSide * C * P);
+    bf16* turned = Scratch<struct Turned, bf16>(kSide * kQueries * P);
+    float* dqueries = Scratch<struct QueryGradients, float>(kQueries * C);
+    PackColumns<P>(head + R * C, s.row(), T, C, key_columns);
+    PackRows<P>(head + R * C, s.row(), T, C, key_rows);
+    PackColumns<P>(head + (R + 1) * C, s.row(), T, C, value_columns);
     std::fill(dkeys, dkeys + T * C, 0.0f);
     std::fill(dvalues, dvalues + T * C, 0.0f);
-    alignas(64) float block[kSide * kSide], dblock[kSide * kSide];
+    alignas(64) float block[kBlock], dblock[kBlock];
     for (int64_t r = 0; r < R; ++r) {
       int64_t h = g * R + r, wide = H * C;
       for (int64_t begin = 0; begin < T; begin += kQueries) {
         int64_t end = std::min(T, begin + kQueries), count = end - begin;
-        int64_t first = sight.First(begin), width = end - first;
-        const bf16* q = head + begin * s.row() + r * C;
-        const bf16* out = outputs + ((b * T + begin) * H + h) * C;
-        const bf16* dout = gradients + ((b * T + begin) * H + h) * C;
+        int64_t first = sight.First(begin), keys = (end - first) / kSide;  // blocks of keys
+        const S* q = head + begin * s.row() + r * C;
+        const S* out = y + ((b * T + begin) * H + h) * C;
+        const S* dout = dy + ((b * T + begin) * H + h) * C;
         for (int64_t query = begin; query < end; query += kSide) {
           int64_t top = query - begin;
           float sums[kSide];
           RowSums(out + top * wide, dout + top * wide, wide, C, sums);
-          const float* logs = log_sums.typed_data() + (b * H + h) * T + query;
+          const float* logs = log_sums + (b * H + h) * T + query;
+          Left q_left = RowsAsLeft(q + top * s.row(), s.row(), C, room);
+          Left dy_left = RowsAsLeft(dout + top * wide, wide, C, room + kSide * C * P);
           for (int64_t key = first; key < end; key += kSide) {
-            bf16* w = weights + top * width + key - first;
-            bf16* d = dscores + top * width + key - first;
+            int64_t at = (top / kSide * keys + (key - first) / kSide) * P * kBlock;
             if (key > query || key < sight.First(query)) {
-              for (int64_t i = 0; i < kSide; ++i) {
-                _mm512_storeu_si512(w + i * width, _mm512_setzero_si512());
-                _mm512_storeu_si512(d + i * width, _mm512_setzero_si512());
-              }
+              std::fill(weights + at, weights + at + P * kBlock, bf16{0});
+              std::fill(dscores + at, dscores + at + P * kBlock, bf16{0});
               continue;
             }
-            Multiply(InRows(q + top * s.row(), s.row()), key_columns + key * C, C / kDepth, block, kSide, false);
-            Multiply(InRows(dout + top * wide, wide), value_columns + key * C, C / kDepth, dblock, kSide, false);
+            Multiply<P>(q_left, key_columns + key * C * P, C / kDepth, block, kSide, false);
+            Multiply<P>(dy_left, value_columns + key * C * P, C / kDepth, dblock, kSide, false);
             bool all = sight.All(query, key);
             for (int64_t i = 0; i < kSide; ++i) {
               for (int64_t half = 0; half < kSide; half += 16) {
-                __m512 x = _mm512_load_ps(block + i * kSide + half);
+                __m512 x = Load(block + i * kSide + half);
                 x = Exp(_mm512_fmsub_ps(x, _mm512_set1_ps(scale), _mm512_set1_ps(logs[i])));
                 if (!all) x = _mm512_maskz_mov_ps(sight.Keep(query + i, key + half), x);
-                StoreBf16(w + i * width + half, x);
-                __m512 dx = _mm512_sub_ps(_mm512_load_ps(dblock + i * kSide + half), _mm512_set1_ps(sums[i]));
-                StoreBf16(d + i * width + half, _mm512_mul_ps(x, dx));
+                __m512 dx = _mm512_sub_ps(Load(dblock + i * kSide + half), _mm512_set1_ps(sums[i]));
+                StoreLeft<P>(weights + at, i, half, x);
+                StoreLeft<P>(dscores + at, i, half, _mm512_mul_ps(x, dx));
               }
             }
           }
         }
         for (int64_t c = 0; c < C; c += kSide)
           for (int64_t row = 0; row < count; row += kSide)
-            Multiply(InRows(dscores + row * width, width), key_rows + c * T + first * kSide, width / kDepth,
-                     dqueries + row * C + c, C, false);
-        Store(dqueries, scale, count, C, dhead + begin * s.row() + r * C, s.row());
-        PackRows(q, s.row(), count, C, query_rows);
-        PackRows(dout, wide, count, C, dy_rows);
-        for (int64_t key = first; key < end; key += kSide) {
+            Multiply<P>(InBlocks<P>(dscores + row / kSide * keys * P * kBlock), key_rows + (c * T + first * kSide) * P,
+                        keys, dqueries + row * C + c, C, false);
+        StoreRows(dqueries, scale, count, C, dhead + begin * s.row() + r * C, s.row());
+        PackRows<P>(q, s.row(), count, C, query_rows);
+        PackRows<P>(dout, wide, count, C, dy_rows);
+        for (int64_t key = 0; key < keys; ++key) {
           // queries before the block of keys do not see it
-          int64_t skipped = std::max<int64_t>(0, key - begin), steps = (count - skipped) / kDepth;
+          int64_t skipped = std::max<int64_t>(0, first + key * kSide - begin) / kSide, steps = count / kSide - skipped;
           for (auto [from, right, to] : {std::tuple{dscores, query_rows, dkeys}, {weights, dy_rows, dvalues}}) {
             for (int64_t step = 0; step < steps; ++step)
-              PackLeftFromColumns(from + (skipped + step * kDepth) * width + key - first, width,
-                                  turned + step * kSide * kDepth);
+              for (int p = 0; p < P; ++p)
+                PackLeftFromColumns<1>(from + (((skipped + step) * keys + key) * P + p) * kBlock, kDepth,
+                                       turned + (step * P + p) * kBlock);
             for (int64_t c = 0; c < C; c += kSide)
-              Multiply(InTiles(turned), right + c * count + skipped * kSide, steps, to + key * C + c, C, true);
+              Multiply<P>(InBlocks<P>(turned), right + (c * count + skipped * kBlock) * P, steps,
+                          to + (first + key * kSide) * C + c, C, true);
           }
         }
       }
     }
-    Store(dkeys, scale, T, C, dhead + R * C, s.row());
-    Store(dvalues, 1.0f, T, C, dhead + (R + 1) * C, s.row());
+    StoreRows(dkeys, scale, T, C, dhead + R * C, s.row());
+    StoreRows(dvalues, 1.0f, T, C, dhead + (R + 1) * C, s.row());
   });
   return ffi::Error::Success();
+}
+
+inline ffi::Error AttentionGradient(ffi::ThreadPool pool, ffi::AnyBuffer qkv, Segments segments, ffi::AnyBuffer y,
+                                    Sums log_sums, ffi::AnyBuffer dy, int64_t window,
+                                    ffi::Result<ffi::AnyBuffer> dqkv) {
+  if (IsFloat32(qkv))
+    return AttentionGradientAs(pool, qkv, segments, Data<float>(y), log_sums.typed_data(), Data<float>(dy), window,
+                               Data<float>(dqkv));
+  return AttentionGradientAs(pool, qkv, segments, Data<bf16>(y), log_sums.typed_data(), Data<bf16>(dy), window,
+                             Data<bf16>(dqkv));
 }
 
 }  // namespace gptjax

@@ -18,7 +18,7 @@ NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cc"))
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 TARGETS = (
-    *("linear", "linear_gelu", "linear_gelu_gradient", "weight_gradient"),
+    *("linear", "weight_gradient", "mlp", "mlp_gradient"),
     *("attention", "attention_gradient"),
 )
 
@@ -27,6 +27,11 @@ TARGETS = (
 def ready() -> bool:
     """Whether kernels can be called by name; makes the library and loads it when it is first asked."""
     return not state()[1]
+
+
+def has_tiles() -> bool:
+    """Whether the processor has AMX, by which kernels are faster than XLA's products in float32 too."""
+    return "amx_bf16" in processor_flags()
 
 
 @functools.cache
@@ -49,11 +54,12 @@ def state() -> tuple[str, bool]:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return f"none: they could not be compiled: {said.strip().splitlines()[0]}", True
+    library.gptjax_prepare.restype = ctypes.c_bool
     if not library.gptjax_prepare():
         return "none: the system gives this process no tiles", True
     for name in TARGETS:
         jax.ffi.register_ffi_target(f"gptjax_{name}", jax.ffi.pycapsule(library[f"gptjax_{name}"]), platform="cpu")
-    return "by AMX" if "amx_bf16" in processor_flags() else "by AVX-512", False
+    return "by AMX" if has_tiles() else "by AVX-512, for bfloat16", False
 
 
 def _built(compiler: str, folder: Path) -> Path:

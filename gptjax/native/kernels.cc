@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "mlp.h"
 
 namespace gptjax {
 
@@ -21,55 +22,61 @@ extern "C" bool gptjax_prepare() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_linear, Linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Rows>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Vector>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // w
+                                  .Arg<Vector>()          // bias
                                   .Attr<bool>("columns")
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<Rows>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_linear_gelu, LinearGelu,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Rows>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Vector>()
-                                  .Ret<Rows>()
-                                  .Ret<Rows>()
-                                  .Ret<Rows>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_linear_gelu_gradient, LinearGeluGradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Rows>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Rows>()
-                                  .Ret<Rows>()
-                                  .Ret<Rows>());
+                                  .Ret<ffi::AnyBuffer>()  // y
+                                  .Ret<Packed>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_weight_gradient, WeightGradient,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Rows>()
-                                  .Arg<Rows>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<Vector>()
-                                  .Ret<Rows>());
-
+                                  .Arg<ffi::AnyBuffer>()            // x
+                                  .Arg<ffi::AnyBuffer>()            // dy
+                                  .Ret<ffi::Buffer<ffi::F32>>()     // dw
+                                  .Ret<Vector>()                    // sums
+                                  .Ret<Packed>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp, Mlp,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()         // x
+                                  .Arg<ffi::AnyBuffer>()         // w_in
+                                  .Arg<Vector>()                 // b_in
+                                  .Arg<ffi::AnyBuffer>()         // w_out
+                                  .Arg<Vector>()                 // b_out
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // y
+                                  .Ret<Packed>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp_gradient, MlpGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // w_in
+                                  .Arg<Vector>()          // b_in
+                                  .Arg<ffi::AnyBuffer>()  // w_out
+                                  .Arg<ffi::AnyBuffer>()  // dy
+                                  .Attr<int64_t>("at_once")
+                                  .Ret<ffi::AnyBuffer>()         // dx
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // dw_in
+                                  .Ret<Vector>()                 // db_in
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // dw_out
+                                  .Ret<Packed>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention, Attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Heads>()
+                                  .Arg<ffi::AnyBuffer>()  // queries, keys and values
                                   .Arg<Segments>()
                                   .Attr<int64_t>("window")
-                                  .Ret<Heads>()
+                                  .Ret<ffi::AnyBuffer>()  // y
                                   .Ret<Sums>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention_gradient, AttentionGradient,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Heads>()
+                                  .Arg<ffi::AnyBuffer>()  // queries, keys and values
                                   .Arg<Segments>()
-                                  .Arg<Heads>()
+                                  .Arg<ffi::AnyBuffer>()  // y
                                   .Arg<Sums>()
-                                  .Arg<Heads>()
+                                  .Arg<ffi::AnyBuffer>()  // dy
                                   .Attr<int64_t>("window")
-                                  .Ret<Heads>());
+                                  .Ret<ffi::AnyBuffer>());
 
 }  // namespace gptjax

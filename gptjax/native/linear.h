@@ -1,175 +1,160 @@
-// Linear layers: products with weights and what comes right after them, and the gradients of weights.
+// Linear layers: products with weights, and the gradients of weights.
 //
-// N rows, K summed, F outputs; all are multiples of 32. Operands are bfloat16, weights may be float32, sums are float32.
-
+// N rows, K summed, F outputs; all are multiples of 32. Activations are bfloat16 or float32 (`T`), weights may be
+// float32 in both cases, sums are float32.
 #pragma once
 
 #include <algorithm>
 
-#include "activation.h"
 #include "threads.h"
 #include "tiles.h"
 
 namespace gptjax {
 
-using Rows = ffi::Buffer<ffi::BF16>;
 using Vector = ffi::BufferR1<ffi::F32>;
+using Packed = ffi::BufferR1<ffi::BF16>;
 
-constexpr int64_t kRowsAtOnce = 256;    // of the left operand, which stay in the second cache
-constexpr int64_t kSummedAtOnce = 1024; // rows of a weight's gradient
+constexpr int64_t kRowsAtOnce = 256;  // of the left operand, which stay in the second cache
 
-const bf16* Data(const ffi::AnyBuffer& x) { return static_cast<const bf16*>(x.untyped_data()); }
+inline bf16* Room(ffi::Result<Packed>& packed) { return reinterpret_cast<bf16*>(packed->typed_data()); }
+
+template <typename T>
+const T* Data(const ffi::AnyBuffer& x) {
+  return static_cast<const T*>(x.untyped_data());
+}
+template <typename T>
+T* Data(ffi::Result<ffi::AnyBuffer>& x) {
+  return static_cast<T*>(x->untyped_data());
+}
+
+inline bool IsFloat32(const ffi::AnyBuffer& x) { return x.element_type() == ffi::F32; }
+
+inline ffi::Error NotInBlocks() { return ffi::Error::InvalidArgument("sizes must be multiples of 32"); }
 
 // Packs all of a weight, [K, F] or, in `columns`, [F, K]: panels of 32 outputs, one after the other.
-template <typename T>
-void PackWeight(ffi::ThreadPool& pool, const T* w, bool columns, int64_t K, int64_t F, bf16* to) {
+template <int P, typename S>
+void PackWeight(ffi::ThreadPool& pool, const S* w, bool columns, int64_t K, int64_t F, bf16* to) {
   Parallel(pool, F / kSide, [&](int64_t panel) {
-    bf16* out = to + panel * kSide * K;
-    for (int64_t k = 0; k < K; k += kDepth, out += kSide * kDepth) {
+    bf16* out = to + panel * kSide * K * P;
+    for (int64_t k = 0; k < K; k += kDepth, out += P * kBlock) {
       if (columns)
-        PackRightFromColumns(w + panel * kSide * K + k, K, out);
+        PackRightFromColumns<P>(w + panel * kSide * K + k, K, out);
       else
-        PackRight(w + k * F + panel * kSide, F, out);
+        PackRight<P>(w + k * F + panel * kSide, F, out);
     }
   });
 }
 
-// Calls `finish(row, column, block)` for each block of 32 x 32 sums of x [N, K] times a weight.
-template <typename Finish>
-ffi::Error Product(ffi::ThreadPool& pool, const Rows& x, const ffi::AnyBuffer& w, bool columns, bf16* packed, int64_t F,
-                   Finish&& finish) {
-  int64_t K = x.dimensions().back(), N = x.element_count() / K;
-  if (N % kSide || K % kDepth || F % kSide || w.element_count() != static_cast<size_t>(K * F))
-    return ffi::Error::InvalidArgument("a product needs multiples of 32");
-  if (w.element_type() == ffi::F32)
-    PackWeight(pool, static_cast<const float*>(w.untyped_data()), columns, K, F, packed);
-  else
-    PackWeight(pool, Data(w), columns, K, F, packed);
-  const bf16* rows = reinterpret_cast<const bf16*>(x.typed_data());
-  int64_t tasks = (N + kRowsAtOnce - 1) / kRowsAtOnce;
-  Parallel(pool, tasks, [&](int64_t task) {
-    TileScope tiles;
-    alignas(64) float block[kSide * kSide];
-    int64_t end = std::min(N, (task + 1) * kRowsAtOnce);
-    for (int64_t column = 0; column < F; column += kSide) {
-      for (int64_t row = task * kRowsAtOnce; row < end; row += kSide) {
-        Multiply(InRows(rows + row * K, K), packed + column * K, K / kDepth, block, kSide, false);
-        finish(row, column, block);
-      }
-    }
-  });
-  return ffi::Error::Success();
+template <int P>
+void PackWeight(ffi::ThreadPool& pool, const ffi::AnyBuffer& w, bool columns, int64_t K, int64_t F, bf16* to) {
+  if (IsFloat32(w)) return PackWeight<P>(pool, Data<float>(w), columns, K, F, to);
+  if constexpr (P == 1) PackWeight<P>(pool, Data<bf16>(w), columns, K, F, to);
 }
 
 struct Bias {
   const float* at;
-  Bias(const Vector& bias) : at(bias.element_count() ? bias.typed_data() : nullptr) {}
-  __m512 operator()(int64_t column) const { return at ? _mm512_loadu_ps(at + column) : _mm512_setzero_ps(); }
+  explicit Bias(const Vector& bias) : at(bias.element_count() ? bias.typed_data() : nullptr) {}
+  __m512 operator()(int64_t column) const { return at ? Load(at + column) : _mm512_setzero_ps(); }
 };
 
-ffi::Error Linear(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer w, Vector bias, bool columns,
-                  ffi::Result<ffi::AnyBuffer> y, ffi::Result<Rows> packed) {
+template <typename T, typename Out>
+ffi::Error LinearAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, Bias bias, bool columns,
+                    Out* y, int64_t F, bf16* packed) {
+  constexpr int P = kPlanes<T>;
+  int64_t K = x.dimensions().back(), N = x.element_count() / K;
+  if (N % kSide || K % kDepth || F % kSide || w.element_count() != static_cast<size_t>(K * F)) return NotInBlocks();
+  PackWeight<P>(pool, w, columns, K, F, packed);
+  Parallel(pool, (N + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t task) {
+    TileScope tiles;
+    alignas(64) float block[kBlock];
+    int64_t begin = task * kRowsAtOnce, count = std::min(N - begin, kRowsAtOnce);
+    Left left[kRowsAtOnce / kSide];
+    bf16* room = P == 1 ? nullptr : Scratch<struct LinearRows, bf16>(kRowsAtOnce * K * P);
+    for (int64_t row = 0; row < count; row += kSide)
+      left[row / kSide] = RowsAsLeft(Data<T>(x) + (begin + row) * K, K, K, room + row * K * P);
+    for (int64_t column = 0; column < F; column += kSide) {
+      __m512 b[2] = {bias(column), bias(column + 16)};
+      for (int64_t row = 0; row < count; row += kSide) {
+        Multiply<P>(left[row / kSide], packed + column * K * P, K / kDepth, block, kSide, false);
+        Out* out = y + (begin + row) * F + column;
+        for (int64_t i = 0; i < kSide; ++i)
+          for (int half = 0; half < 2; ++half)
+            Store(out + i * F + 16 * half, _mm512_add_ps(Load(block + i * kSide + 16 * half), b[half]));
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+inline ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Vector bias, bool columns,
+                         ffi::Result<ffi::AnyBuffer> y, ffi::Result<Packed> packed) {
   int64_t F = y->dimensions().back();
-  bool wide = y->element_type() == ffi::F32;
-  Bias added(bias);
-  return Product(pool, x, w, columns, reinterpret_cast<bf16*>(packed->typed_data()), F,
-                 [&](int64_t row, int64_t column, const float* block) {
-                   for (int64_t half = 0; half < kSide; half += 16) {
-                     __m512 b = added(column + half);
-                     for (int64_t i = 0; i < kSide; ++i) {
-                       __m512 sum = _mm512_add_ps(_mm512_load_ps(block + i * kSide + half), b);
-                       int64_t at = (row + i) * F + column + half;
-                       if (wide)
-                         _mm512_storeu_ps(static_cast<float*>(y->untyped_data()) + at, sum);
-                       else
-                         StoreBf16(static_cast<bf16*>(y->untyped_data()) + at, sum);
-                     }
-                   }
-                 });
+  if (IsFloat32(x)) return LinearAs<float>(pool, x, w, Bias(bias), columns, Data<float>(y), F, Room(packed));
+  if (IsFloat32(*y)) return LinearAs<bf16>(pool, x, w, Bias(bias), columns, Data<float>(y), F, Room(packed));
+  return LinearAs<bf16>(pool, x, w, Bias(bias), columns, Data<bf16>(y), F, Room(packed));
 }
 
-ffi::Error LinearGelu(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer w, Vector bias, ffi::Result<Rows> h,
-                      ffi::Result<Rows> y, ffi::Result<Rows> packed) {
-  int64_t F = y->dimensions().back();
-  Bias added(bias);
-  auto* before = reinterpret_cast<bf16*>(h->typed_data());
-  auto* after = reinterpret_cast<bf16*>(y->typed_data());
-  return Product(pool, x, w, false, reinterpret_cast<bf16*>(packed->typed_data()), F,
-                 [&](int64_t row, int64_t column, const float* block) {
-                   for (int64_t half = 0; half < kSide; half += 16) {
-                     __m512 b = added(column + half);
-                     for (int64_t i = 0; i < kSide; ++i) {
-                       __m256i sum = ToBf16(_mm512_add_ps(_mm512_load_ps(block + i * kSide + half), b));
-                       int64_t at = (row + i) * F + column + half;
-                       _mm256_storeu_si256((__m256i*)(before + at), sum);
-                       StoreBf16(after + at, Gelu(_mm512_castsi512_ps(Float32Bits(sum))));
-                     }
-                   }
-                 });
+// result [K, F] (+)= left^T right, where `count` rows of both are packed: panels of 32 columns, steps of 32 rows.
+template <int P>
+void AddProducts(ffi::ThreadPool& pool, const bf16* left, const bf16* right, int64_t count, int64_t K, int64_t F,
+                 float* result, bool add) {
+  constexpr int64_t kRows = 128, kColumns = 256;
+  int64_t column_tasks = (F + kColumns - 1) / kColumns, row_tasks = (K + kRows - 1) / kRows;
+  Parallel(pool, row_tasks * column_tasks, [&](int64_t task) {
+    TileScope tiles;
+    int64_t top = task / column_tasks * kRows, bottom = std::min(K, top + kRows);
+    int64_t first = task % column_tasks * kColumns, last = std::min(F, first + kColumns);
+    for (int64_t column = first; column < last; column += kSide)
+      for (int64_t row = top; row < bottom; row += kSide)
+        Multiply<P>(InBlocks<P>(left + row * count * P), right + column * count * P, count / kDepth,
+                    result + row * F + column, F, add);
+  });
 }
 
-// The gradient of what GELU took, from that of what the layer after it gave.
-ffi::Error LinearGeluGradient(ffi::ThreadPool pool, Rows dy, ffi::AnyBuffer w, Rows h, ffi::Result<Rows> dh,
-                              ffi::Result<Rows> packed) {
-  int64_t F = dh->dimensions().back();
-  auto* before = reinterpret_cast<const bf16*>(h.typed_data());
-  auto* out = reinterpret_cast<bf16*>(dh->typed_data());
-  return Product(pool, dy, w, false, reinterpret_cast<bf16*>(packed->typed_data()), F,
-                 [&](int64_t row, int64_t column, const float* block) {
-                   for (int64_t i = 0; i < kSide; ++i)
-                     for (int64_t half = 0; half < kSide; half += 16) {
-                       int64_t at = (row + i) * F + column + half;
-                       __m512 sum = _mm512_load_ps(block + i * kSide + half);
-                       StoreBf16(out + at, _mm512_mul_ps(sum, GeluSlope(LoadBf16(before + at))));
-                     }
-                 });
+// Packs `count` rows of 32 columns of x as a panel of a left operand whose sum runs over rows.
+template <int P, typename S>
+void PackLeftPanel(const S* x, int64_t width, int64_t count, bf16* to) {
+  for (int64_t n = 0; n < count; n += kDepth, to += P * kBlock) PackLeftFromColumns<P>(x + n * width, width, to);
 }
 
-// dw [K, F] = x^T dy, and the sums of dy's columns.
-ffi::Error WeightGradient(ffi::ThreadPool pool, Rows x, Rows dy, ffi::Result<ffi::Buffer<ffi::F32>> dw,
-                          ffi::Result<Vector> sums, ffi::Result<Rows> packed) {
+template <typename T>
+ffi::Error WeightGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy, float* dw,
+                            float* sums, ffi::Result<Packed>& packed) {
+  constexpr int P = kPlanes<T>;
   int64_t K = x.dimensions().back(), F = dy.dimensions().back(), N = x.element_count() / K;
-  if (N % kDepth || K % kSide || F % kSide) return ffi::Error::InvalidArgument("a product needs multiples of 32");
-  int64_t at_once = std::min(N, kSummedAtOnce);
-  auto* left = reinterpret_cast<bf16*>(packed->typed_data());
-  bf16* right = left + K * at_once;
-  auto* rows = reinterpret_cast<const bf16*>(x.typed_data());
-  auto* gradients = reinterpret_cast<const bf16*>(dy.typed_data());
-  float *result = dw->typed_data(), *totals = sums->typed_data();
-  std::fill(totals, totals + F, 0.0f);
+  if (N % kDepth || K % kSide || F % kSide) return NotInBlocks();
+  int64_t at_once = packed->element_count() / ((K + F) * P);
+  bf16 *left = Room(packed), *right = left + K * at_once * P;
+  std::fill(sums, sums + F, 0.0f);
   for (int64_t begin = 0; begin < N; begin += at_once) {
-    int64_t count = std::min(at_once, N - begin), steps = count / kDepth;
-    int64_t lefts = K / kSide, rights = F / kSide;
+    int64_t count = std::min(at_once, N - begin), lefts = K / kSide, rights = F / kSide;
     Parallel(pool, lefts + rights, [&](int64_t panel) {
-      if (panel < lefts) {
-        bf16* out = left + panel * kSide * count;
-        for (int64_t n = 0; n < count; n += kDepth, out += kSide * kDepth)
-          PackLeftFromColumns(rows + (begin + n) * K + panel * kSide, K, out);
-        return;
+      if (panel < lefts)
+        return PackLeftPanel<P>(Data<T>(x) + begin * K + panel * kSide, K, count, left + panel * kSide * count * P);
+      int64_t column = (panel - lefts) * kSide;
+      const T* from = Data<T>(dy) + begin * F + column;
+      bf16* out = right + column * count * P;
+      __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      for (int64_t n = 0; n < count; n += kDepth, from += kDepth * F, out += P * kBlock) {
+        PackRight<P>(from, F, out);
+        for (int64_t i = 0; i < kDepth; ++i)
+          for (int half = 0; half < 2; ++half)
+            total[half] = _mm512_add_ps(total[half], Load(from + i * F + 16 * half));
       }
-      panel -= lefts;
-      bf16* out = right + panel * kSide * count;
-      __m512 total[2] = {_mm512_loadu_ps(totals + panel * kSide), _mm512_loadu_ps(totals + panel * kSide + 16)};
-      for (int64_t n = 0; n < count; n += kDepth, out += kSide * kDepth) {
-        const bf16* from = gradients + (begin + n) * F + panel * kSide;
-        PackRight(from, F, out);
-        for (int64_t i = 0; i < kDepth; ++i, from += F)
-          for (int half = 0; half < 2; ++half) total[half] = _mm512_add_ps(total[half], LoadBf16(from + 16 * half));
-      }
-      for (int half = 0; half < 2; ++half) _mm512_storeu_ps(totals + panel * kSide + 16 * half, total[half]);
+      for (int64_t at = column; at < column + kSide; at += 16)
+        Store(sums + at, _mm512_add_ps(Load(sums + at), total[(at - column) / 16]));
     });
-    constexpr int64_t kAtOnce = 128;  // rows of the result
-    int64_t row_tasks = (K + kAtOnce - 1) / kAtOnce, column_tasks = (F + 255) / 256;
-    Parallel(pool, row_tasks * column_tasks, [&](int64_t task) {
-      TileScope tiles;
-      int64_t top = task / column_tasks * kAtOnce, bottom = std::min(K, top + kAtOnce);
-      int64_t first = task % column_tasks * 256, last = std::min(F, first + 256);
-      for (int64_t column = first; column < last; column += kSide)
-        for (int64_t row = top; row < bottom; row += kSide)
-          Multiply(InTiles(left + row * count), right + column * count, steps, result + row * F + column, F, begin > 0);
-    });
+    AddProducts<P>(pool, left, right, count, K, F, dw, begin > 0);
   }
   return ffi::Error::Success();
+}
+
+// dw [K, F] = x^T dy, and the sums of dy's columns. The size of `packed` says how many rows are packed at a time.
+inline ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy,
+                                 ffi::Result<ffi::Buffer<ffi::F32>> dw, ffi::Result<Vector> sums,
+                                 ffi::Result<Packed> packed) {
+  if (IsFloat32(x)) return WeightGradientAs<float>(pool, x, dy, dw->typed_data(), sums->typed_data(), packed);
+  return WeightGradientAs<bf16>(pool, x, dy, dw->typed_data(), sums->typed_data(), packed);
 }
 
 }  // namespace gptjax

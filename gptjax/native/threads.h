@@ -1,4 +1,4 @@
-// Work shared among the threads of XLA's own pool.
+// Work shared among the threads of XLA's own pool, and memory that each of them keeps.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -35,6 +36,15 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
   }
   take();
   while (shared->done.load(std::memory_order_acquire) < count) __builtin_ia32_pause();
+}
+
+// Room for `count` elements that belongs to this thread; each `Name` has its own, which is kept and may grow.
+template <typename Name, typename T>
+T* Scratch(int64_t count) {
+  constexpr int64_t kLine = 64;
+  thread_local std::vector<T> buffer;
+  if (buffer.size() < static_cast<size_t>(count + kLine)) buffer.resize(count + kLine);
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + kLine - 1) & ~uintptr_t{kLine - 1});
 }
 
 }  // namespace gptjax

@@ -1,24 +1,45 @@
-// Products of small matrices of bfloat16, summed in float32: by AMX (Intel's tiles) or by AVX-512's pair products.
+// Products of small matrices, summed in float32: by AMX (Intel's tiles) or by AVX-512's products of bfloat16 pairs.
 //
-// The left operand lies in rows. The right one is packed in panels of 32 columns; in each, two rows that follow one
-// another lie interleaved, element by element, so that a pair is one word of 32 bits, as both instruction sets want it.
+// Operands are planes of bfloat16: one for a bfloat16 matrix, three for a float32 one, which is the sum of its planes.
+// Of the nine products of planes the six largest are added up; the others are below float32's own rounding
+// (arXiv:1904.06376, section 3).
+//
+// The left operand lies in rows, or packed in blocks of 32 x 32. The right one is packed in panels of 32 columns; in
+// each, two rows that follow one another lie interleaved, element by element, so that a pair is one word of 32 bits, as
+// both instruction sets want it.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace gptjax {
 
 using bf16 = uint16_t;
 
-constexpr int64_t kSide = 32;             // rows and columns of a block of results
-constexpr int64_t kDepth = 32;            // summed in one step
-constexpr int64_t kHalf = kSide / 2;      // rows or columns of a tile
-constexpr int64_t kTile = kHalf * kDepth; // elements of a tile
+constexpr int64_t kSide = 32;              // rows and columns of a block of results
+constexpr int64_t kDepth = 32;             // summed in one step
+constexpr int64_t kBlock = kSide * kDepth; // elements of a plane of a packed block
 
-// Where a tile of the left operand begins, and how far it is to its next row and to what is summed in the next step.
+template <typename T>
+constexpr int kPlanes = std::is_same_v<T, float> ? 3 : 1;
+
+// Pairs of planes, left and right, that are multiplied: the smallest products first.
+template <int P>
+constexpr int kProducts = P == 3 ? 6 : 1;
+constexpr int kLeftPlane[] = {0, 0, 1, 1, 2, 0}, kRightPlane[] = {2, 1, 1, 0, 0, 0};
+template <int P>
+constexpr int LeftPlane(int i) {
+  return P == 3 ? kLeftPlane[i] : 0;
+}
+template <int P>
+constexpr int RightPlane(int i) {
+  return P == 3 ? kRightPlane[i] : 0;
+}
+
+// Where a left operand's 32 rows begin, and how far it is to the next row and to what is summed in the next step.
 struct Left {
   const bf16* at;
   int64_t row;
@@ -26,8 +47,11 @@ struct Left {
 };
 
 inline Left InRows(const bf16* at, int64_t width) { return {at, width, kDepth}; }
-// Packed: 32 rows of 32 follow one another, then those of the next step.
-inline Left InTiles(const bf16* at) { return {at, kDepth, 2 * kTile}; }
+// Packed: for each step its planes of 32 rows of 32.
+template <int P>
+inline Left InBlocks(const bf16* at) {
+  return {at, kDepth, P * kBlock};
+}
 
 #if defined(__AMX_BF16__)
 
@@ -50,6 +74,7 @@ class TileScope {
 };
 
 // c [32, 32] (+)= left [32, 32 steps] right [32 steps, 32], rows of c being `width` apart.
+template <int P>
 inline void Multiply(Left left, const bf16* right, int64_t steps, float* c, int64_t width, bool add) {
   if (add) {
     _tile_loadd(0, c, width * 4);
@@ -63,18 +88,25 @@ inline void Multiply(Left left, const bf16* right, int64_t steps, float* c, int6
     _tile_zero(3);
   }
   const bf16 *first = left.at, *second = first + 16 * left.row;
-  for (int64_t i = 0; i < steps; ++i) {
-    _tile_loadd(6, right, 128);
-    _tile_loadd(4, first, left.row * 2);
-    _tile_loadd(7, right + 32, 128);
-    _tile_loadd(5, second, left.row * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+  for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kProducts<P>; ++i) {
+      if (i == 0 || RightPlane<P>(i) != RightPlane<P>(i - 1)) {
+        _tile_loadd(6, right + RightPlane<P>(i) * kBlock, 128);
+        _tile_loadd(7, right + RightPlane<P>(i) * kBlock + 32, 128);
+      }
+      if (i == 0 || LeftPlane<P>(i) != LeftPlane<P>(i - 1)) {
+        _tile_loadd(4, first + LeftPlane<P>(i) * kBlock, left.row * 2);
+        _tile_loadd(5, second + LeftPlane<P>(i) * kBlock, left.row * 2);
+      }
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
     first += left.step;
     second += left.step;
-    right += 2 * kTile;
+    right += P * kBlock;
   }
   _tile_stored(0, c, width * 4);
   _tile_stored(1, c + 16, width * 4);
@@ -84,26 +116,33 @@ inline void Multiply(Left left, const bf16* right, int64_t steps, float* c, int6
 
 #else
 
-class TileScope {};
+class TileScope {
+ public:
+  TileScope() {}
+};
 
+template <int P>
 inline void Multiply(Left left, const bf16* right, int64_t steps, float* c, int64_t width, bool add) {
   for (int64_t top = 0; top < 32; top += 8) {
-    const bf16* rows = left.at + top * left.row;
     __m512 sums[8][2];
     for (int i = 0; i < 8; ++i)
       for (int j = 0; j < 2; ++j)
         sums[i][j] = add ? _mm512_loadu_ps(c + (top + i) * width + 16 * j) : _mm512_setzero_ps();
     for (int64_t step = 0; step < steps; ++step) {
-      for (int pair = 0; pair < 16; ++pair) {
-        const bf16* b = right + step * 2 * kTile + pair * 64;
-        __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 32);
+      for (int product = 0; product < kProducts<P>; ++product) {
+        const bf16* rows = left.at + top * left.row + step * left.step + LeftPlane<P>(product) * kBlock;
+        const bf16* columns = right + (step * P + RightPlane<P>(product)) * kBlock;
+        for (int pair = 0; pair < 16; ++pair) {
+          const bf16* b = columns + pair * 64;
+          __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 32);
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-          int32_t both;
-          std::memcpy(&both, rows + i * left.row + step * left.step + 2 * pair, 4);
-          __m512bh a = (__m512bh)_mm512_set1_epi32(both);
-          sums[i][0] = _mm512_dpbf16_ps(sums[i][0], a, b0);
-          sums[i][1] = _mm512_dpbf16_ps(sums[i][1], a, b1);
+          for (int i = 0; i < 8; ++i) {
+            int32_t both;
+            std::memcpy(&both, rows + i * left.row + 2 * pair, 4);
+            __m512bh a = (__m512bh)_mm512_set1_epi32(both);
+            sums[i][0] = _mm512_dpbf16_ps(sums[i][0], a, b0);
+            sums[i][1] = _mm512_dpbf16_ps(sums[i][1], a, b1);
+          }
         }
       }
     }
@@ -115,13 +154,39 @@ inline void Multiply(Left left, const bf16* right, int64_t steps, float* c, int6
 #endif
 
 inline __m512i Float32Bits(__m256i x) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
-inline __m512 LoadBf16(const bf16* x) {
-  return _mm512_castsi512_ps(Float32Bits(_mm256_loadu_si256((const __m256i*)x)));
-}
+inline __m512 ToFloat32(__m256i x) { return _mm512_castsi512_ps(Float32Bits(x)); }
 inline __m256i ToBf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-inline void StoreBf16(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, ToBf16(x)); }
-inline __m256i LoadAsBf16(const bf16* x) { return _mm256_loadu_si256((const __m256i*)x); }
-inline __m256i LoadAsBf16(const float* x) { return ToBf16(_mm512_loadu_ps(x)); }
+
+inline __m512 Load(const float* x) { return _mm512_loadu_ps(x); }
+inline __m512 Load(const bf16* x) { return ToFloat32(_mm256_loadu_si256((const __m256i*)x)); }
+inline void Store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
+inline void Store(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, ToBf16(x)); }
+
+// The planes of 16 numbers.
+template <int P>
+struct Planes {
+  __m256i plane[P];
+};
+
+template <int P>
+inline Planes<P> Split(__m512 x) {
+  Planes<P> planes;
+  for (int p = 0; p < P; ++p) {
+    planes.plane[p] = ToBf16(x);
+    if (p + 1 < P) x = _mm512_sub_ps(x, ToFloat32(planes.plane[p]));
+  }
+  return planes;
+}
+
+template <int P>
+inline Planes<P> LoadPlanes(const float* x) {
+  return Split<P>(_mm512_loadu_ps(x));
+}
+template <int P>
+inline Planes<P> LoadPlanes(const bf16* x) {
+  static_assert(P == 1);
+  return {{_mm256_loadu_si256((const __m256i*)x)}};
+}
 
 // Two rows of 16 numbers as 16 pairs.
 inline __m512i Pairs(__m256i upper, __m256i lower) {
@@ -156,41 +221,75 @@ inline void Transpose(__m512i r[16]) {
 }
 
 // Packs 32 rows and 32 columns of a right operand that lies in rows.
-template <typename T>
-inline void PackRight(const T* from, int64_t width, bf16* to) {
+template <int P, typename S>
+inline void PackRight(const S* from, int64_t width, bf16* to) {
   for (int pair = 0; pair < 16; ++pair, from += 2 * width, to += 64) {
-    _mm512_storeu_si512(to, Pairs(LoadAsBf16(from), LoadAsBf16(from + width)));
-    _mm512_storeu_si512(to + 32, Pairs(LoadAsBf16(from + 16), LoadAsBf16(from + width + 16)));
+    for (int half = 0; half < 32; half += 16) {
+      Planes<P> upper = LoadPlanes<P>(from + half), lower = LoadPlanes<P>(from + width + half);
+      for (int p = 0; p < P; ++p)
+        _mm512_storeu_si512(to + p * kBlock + 2 * half, Pairs(upper.plane[p], lower.plane[p]));
+    }
   }
-}
-
-inline __m512i Load32AsBf16(const bf16* x) { return _mm512_loadu_si512(x); }
-inline __m512i Load32AsBf16(const float* x) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(LoadAsBf16(x)), LoadAsBf16(x + 16), 1);
 }
 
 // The same for one that lies in columns: 32 columns of 32 numbers each.
-template <typename T>
-inline void PackRightFromColumns(const T* from, int64_t width, bf16* to) {
+template <int P, typename S>
+inline void PackRightFromColumns(const S* from, int64_t width, bf16* to) {
   for (int half = 0; half < 2; ++half) {
-    __m512i r[16];
-    for (int i = 0; i < 16; ++i) r[i] = Load32AsBf16(from + (16 * half + i) * width);
-    Transpose(r);
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 64 * i + 32 * half, r[i]);
+    __m512i words[P][16];
+    for (int i = 0; i < 16; ++i) {
+      const S* column = from + (16 * half + i) * width;
+      Planes<P> first = LoadPlanes<P>(column), second = LoadPlanes<P>(column + 16);
+      for (int p = 0; p < P; ++p)
+        words[p][i] = _mm512_inserti64x4(_mm512_castsi256_si512(first.plane[p]), second.plane[p], 1);
+    }
+    for (int p = 0; p < P; ++p) {
+      Transpose(words[p]);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + p * kBlock + 64 * i + 32 * half, words[p][i]);
+    }
   }
 }
 
-// Packs 32 rows of a left operand that lies in columns, 32 of them: `from` has 32 rows of 32.
-inline void PackLeftFromColumns(const bf16* from, int64_t width, bf16* to) {
-  for (int half = 0; half < 2; ++half) {
-    __m512i r[16];
-    for (int i = 0; i < 16; ++i) {
-      const bf16* x = from + 2 * i * width + 16 * half;
-      r[i] = Pairs(LoadAsBf16(x), LoadAsBf16(x + width));
+// Packs 32 rows of a left operand, 32 columns of it.
+template <int P, typename S>
+inline void PackLeft(const S* from, int64_t width, bf16* to) {
+  for (int i = 0; i < kSide; ++i)
+    for (int half = 0; half < 32; half += 16) {
+      Planes<P> planes = LoadPlanes<P>(from + i * width + half);
+      for (int p = 0; p < P; ++p)
+        _mm256_storeu_si256((__m256i*)(to + p * kBlock + i * kDepth + half), planes.plane[p]);
     }
-    Transpose(r);
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + kTile * half + 32 * i, r[i]);
+}
+
+// The same for one that lies in columns: `from` has 32 rows, which become columns.
+template <int P, typename S>
+inline void PackLeftFromColumns(const S* from, int64_t width, bf16* to) {
+  for (int half = 0; half < 32; half += 16) {
+    __m512i words[P][16];
+    for (int i = 0; i < 16; ++i) {
+      const S* x = from + 2 * i * width + half;
+      Planes<P> upper = LoadPlanes<P>(x), lower = LoadPlanes<P>(x + width);
+      for (int p = 0; p < P; ++p) words[p][i] = Pairs(upper.plane[p], lower.plane[p]);
+    }
+    for (int p = 0; p < P; ++p) {
+      Transpose(words[p]);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + p * kBlock + (half + i) * kDepth, words[p][i]);
+    }
   }
+}
+
+// Writes 16 numbers of row i into a packed block of a left operand.
+template <int P>
+inline void StoreLeft(bf16* block, int64_t i, int64_t half, __m512 x) {
+  Planes<P> planes = Split<P>(x);
+  for (int p = 0; p < P; ++p) _mm256_storeu_si256((__m256i*)(block + p * kBlock + i * kDepth + half), planes.plane[p]);
+}
+
+// 32 rows of `depth` numbers as a left operand: where they lie, or packed into `room`.
+inline Left RowsAsLeft(const bf16* from, int64_t width, int64_t, bf16*) { return InRows(from, width); }
+inline Left RowsAsLeft(const float* from, int64_t width, int64_t depth, bf16* room) {
+  for (int64_t k = 0; k < depth; k += kDepth) PackLeft<3>(from + k, width, room + k / kDepth * 3 * kBlock);
+  return InBlocks<3>(room);
 }
 
 }  // namespace gptjax

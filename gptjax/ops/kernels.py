@@ -14,55 +14,64 @@ from gptjax.ops.platform import on_cpu
 
 SIDE = 32
 """Kernels work on blocks of so many rows and columns."""
-SUMMED_AT_ONCE = 1024
-"""Rows that `weight_gradient` lays out at a time; `kSummedAtOnce` in `linear.h`."""
+ROW_BLOCK = 128
+"""Rows that a thread takes at a time in the gradient of the MLP; `kRows` there."""
+GRADIENT_ROWS = 1024
+"""Rows whose products are added to a weight's gradient at a time, so that what is laid out for it stays in a cache."""
+PLANES = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}
+"""How many bfloat16 a number is the sum of, in a kernel."""
 NO_BIAS = np.zeros(0, np.float32)
 NO_SEGMENTS = np.zeros((0,), np.int32)
 
 
 def usable(dtype: jax.typing.DTypeLike, *sizes: int) -> bool:
     """Whether kernels take arrays of these sizes here; not where the compiler cuts them over devices."""
-    if dtype != jnp.bfloat16 or not on_cpu() or compiler_cuts():
+    if jnp.dtype(dtype) not in PLANES or not on_cpu() or compiler_cuts() or any(size % SIDE for size in sizes):
         return False
-    return all(size % SIDE == 0 for size in sizes) and build.ready()
+    return build.ready() and (dtype == jnp.bfloat16 or build.has_tiles())
 
 
 def linear(x_NK: jax.Array, w: jax.Array, bias_F: jax.Array | None, out_dtype, outputs_first: bool) -> jax.Array:
-    """`x w + bias`, `[N, F]`; `w` is `[K, F]` or, where `outputs_first`, `[F, K]`, in float32 or bfloat16."""
+    """`x w + bias`, `[N, F]`; `w` is `[K, F]` or, where `outputs_first`, `[F, K]`."""
     F = w.shape[0] if outputs_first else w.shape[1]
-    out = (_like((x_NK.shape[0], F), out_dtype), _packed(w.size))
+    out = (_like((x_NK.shape[0], F), out_dtype), _packed(x_NK, w.size))
     return _call("linear", out)(x_NK, w, _bias(bias_F), columns=outputs_first)[0]
-
-
-def linear_gelu(x_NK: jax.Array, w_KF: jax.Array, bias_F: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """`x w + bias`, and GELU of it; `[N, F]` each."""
-    out = _like((x_NK.shape[0], w_KF.shape[1]))
-    return _call("linear_gelu", (out, out, _packed(w_KF.size)))(x_NK, w_KF, _bias(bias_F))[:2]
-
-
-def linear_gelu_gradient(dy_NK: jax.Array, w_KF: jax.Array, h_NF: jax.Array) -> jax.Array:
-    """`dy w` times the slope of GELU at `h`, `[N, F]`."""
-    return _call("linear_gelu_gradient", (_like(h_NF.shape), _packed(w_KF.size)))(dy_NK, w_KF, h_NF)[0]
 
 
 def weight_gradient(x_NK: jax.Array, dy_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`x^T dy`, `[K, F]`, and the sums of `dy` over rows, float32."""
     (N, K), F = x_NK.shape, dy_NF.shape[1]
-    out = (_like((K, F), jnp.float32), _like((F,), jnp.float32), _packed(min(N, SUMMED_AT_ONCE) * (K + F)))
+    out = (_like((K, F), jnp.float32), _like((F,), jnp.float32), _packed(x_NK, min(N, GRADIENT_ROWS) * (K + F)))
     return _call("weight_gradient", out)(x_NK, dy_NF)[:2]
+
+
+def mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D) -> jax.Array:
+    """`gelu(x w_in + b_in) w_out^T + b_out`, `[N, D]` float32."""
+    out = (_like(x_ND.shape, jnp.float32), _packed(x_ND, 2 * w_in_DF.size))
+    return _call("mlp", out)(x_ND, w_in_DF, _bias(b_in_F), w_out_DF, _bias(b_out_D))[0]
+
+
+def mlp_gradient(x_ND, w_in_DF, b_in_F, w_out_DF, dy_ND) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The gradients of `x`, `w_in`, `b_in` and `w_out`; those of parameters are float32."""
+    N, (D, F) = x_ND.shape[0], w_in_DF.shape
+    rows = min(-(-N // ROW_BLOCK) * ROW_BLOCK, GRADIENT_ROWS)
+    packed = _packed(x_ND, 3 * D * F + 2 * rows * (D + F))
+    weight, bias = _like((D, F), jnp.float32), _like((F,), jnp.float32)
+    call = _call("mlp_gradient", (_like(x_ND.shape, x_ND.dtype), weight, bias, weight, packed))
+    return call(x_ND, w_in_DF, _bias(b_in_F), w_out_DF, dy_ND, at_once=np.int64(rows))[:4]
 
 
 def attention(qkv_BTGEC: jax.Array, segments_BT: jax.Array | None, window: int) -> tuple[jax.Array, jax.Array]:
     """Outputs `[B, T, H, C]`, and the logarithms of the sums of exponentials `[B, H, T]`, float32."""
     B, T, G, E, C = qkv_BTGEC.shape
     H = G * (E - 2)
-    out = (_like((B, T, H, C)), _like((B, H, T), jnp.float32))
+    out = (_like((B, T, H, C), qkv_BTGEC.dtype), _like((B, H, T), jnp.float32))
     return _call("attention", out)(qkv_BTGEC, _segments(segments_BT), window=np.int64(window))
 
 
 def attention_gradient(qkv_BTGEC, segments_BT, y_BTHC, log_sums_BHT, dy_BTHC, window: int) -> jax.Array:
     """The gradient of queries, keys and values, `[B, T, G, E, C]`."""
-    call = _call("attention_gradient", _like(qkv_BTGEC.shape))
+    call = _call("attention_gradient", _like(qkv_BTGEC.shape, qkv_BTGEC.dtype))
     return call(qkv_BTGEC, _segments(segments_BT), y_BTHC, log_sums_BHT, dy_BTHC, window=np.int64(window))
 
 
@@ -70,13 +79,13 @@ def _call(name, out):
     return jax.ffi.ffi_call(f"gptjax_{name}", out, vmap_method="sequential")
 
 
-def _like(shape, dtype=jnp.bfloat16):
+def _like(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _packed(size):
-    """Room for operands as a kernel lays them out, among XLA's own buffers."""
-    return _like((size,))
+def _packed(x, size):
+    """Room for operands as a kernel lays them out for activations like `x`, among XLA's own buffers."""
+    return _like((PLANES[x.dtype] * size,), jnp.bfloat16)
 
 
 def _bias(bias_F):

@@ -79,22 +79,22 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 @jax.custom_vjp
 def _mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D):
-    return _mlp_forward(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D)[0]
+    return kernels.mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D)
 
 
 def _mlp_forward(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D):
-    h_NF, a_NF = kernels.linear_gelu(x_ND, w_in_DF, b_in_F)
-    h_NF, a_NF = checkpoint_name(h_NF, PRODUCT), checkpoint_name(a_NF, PRODUCT)
-    y_ND = kernels.linear(a_NF, w_out_DF, b_out_D, jnp.float32, outputs_first=True)
-    return y_ND, (x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, h_NF, a_NF)
+    y_ND = kernels.mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D)
+    return y_ND, (x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D)
 
 
 def _mlp_backward(saved, dy_ND):
-    x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, h_NF, a_NF = saved
-    dh_NF = kernels.linear_gelu_gradient(dy_ND.astype(x_ND.dtype), w_out_DF, h_NF)
-    dw_out_DF, db_out_D = _weight_gradients(a_NF, dy_ND, w_out_DF, b_out_D, outputs_first=True)
-    dx_ND, dw_in_DF, db_in_F = _gradients(x_ND, dh_NF, w_in_DF, b_in_F, outputs_first=False)
-    return dx_ND, dw_in_DF, db_in_F, dw_out_DF, db_out_D
+    x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D = saved
+    dx_ND, dw_in_DF, db_in_F, dw_out_DF = kernels.mlp_gradient(
+        x_ND, w_in_DF, b_in_F, w_out_DF, dy_ND.astype(x_ND.dtype)
+    )
+    db_in_F = None if b_in_F is None else db_in_F.astype(b_in_F.dtype)
+    db_out_D = None if b_out_D is None else sum_rows(dy_ND).astype(b_out_D.dtype)
+    return dx_ND, dw_in_DF.astype(w_in_DF.dtype), db_in_F, dw_out_DF.astype(w_out_DF.dtype), db_out_D
 
 
 _mlp.defvjp(_mlp_forward, _mlp_backward)

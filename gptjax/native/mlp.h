@@ -1,0 +1,162 @@
+// Two linear layers with a GELU between, some rows at a time, so that what lies between them never leaves the caches:
+// the backward pass makes it again.
+//
+// N rows, D width of the residual stream, F width between; all are multiples of 32. Both weights are [D, F].
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "activation.h"
+#include "linear.h"
+
+namespace gptjax {
+
+// Rounds as the activations are stored between two layers.
+template <typename T>
+inline __m512 Rounded(__m512 x) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  return ToFloat32(ToBf16(x));
+}
+
+template <typename T>
+ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w_in, Bias b_in,
+                 const ffi::AnyBuffer& w_out, Bias b_out, float* y, bf16* packed) {
+  constexpr int P = kPlanes<T>;
+  constexpr int64_t kRows = P == 1 ? 256 : 128;
+  int64_t D = x.dimensions().back(), N = x.element_count() / D, F = w_in.dimensions().back();
+  if (N % kSide || D % kSide || F % kSide) return NotInBlocks();
+  bf16 *in = packed, *out = packed + D * F * P;
+  PackWeight<P>(pool, w_in, false, D, F, in);
+  PackWeight<P>(pool, w_out, true, F, D, out);
+  Parallel(pool, (N + kRows - 1) / kRows, [&](int64_t task) {
+    TileScope tiles;
+    alignas(64) float block[kBlock];
+    int64_t begin = task * kRows, count = std::min(N - begin, kRows);
+    bf16* room = P == 1 ? nullptr : Scratch<struct MlpRows, bf16>(kRows * D * P);
+    bf16* between = Scratch<struct MlpBetween, bf16>(kRows * F * P);
+    Left left[kRows / kSide];
+    for (int64_t row = 0; row < count; row += kSide)
+      left[row / kSide] = RowsAsLeft(Data<T>(x) + (begin + row) * D, D, D, room + row * D * P);
+    for (int64_t f = 0; f < F; f += kSide) {
+      for (int64_t row = 0; row < count; row += kSide) {
+        Multiply<P>(left[row / kSide], in + f * D * P, D / kDepth, block, kSide, false);
+        bf16* to = between + (row * F + f * kSide) * P;
+        for (int64_t half = 0; half < kSide; half += 16) {
+          __m512 bias = b_in(f + half);
+          for (int64_t i = 0; i < kSide; ++i)
+            StoreLeft<P>(to, i, half, Gelu(Rounded<T>(_mm512_add_ps(Load(block + i * kSide + half), bias))));
+        }
+      }
+    }
+    for (int64_t d = 0; d < D; d += kSide) {
+      for (int64_t row = 0; row < count; row += kSide) {
+        Multiply<P>(InBlocks<P>(between + row * F * P), out + d * F * P, F / kDepth, block, kSide, false);
+        float* to = y + (begin + row) * D + d;
+        for (int64_t half = 0; half < kSide; half += 16) {
+          __m512 bias = b_out(d + half);
+          for (int64_t i = 0; i < kSide; ++i)
+            Store(to + i * D + half, _mm512_add_ps(Load(block + i * kSide + half), bias));
+        }
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+inline ffi::Error Mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w_in, Vector b_in, ffi::AnyBuffer w_out,
+                      Vector b_out, ffi::Result<ffi::Buffer<ffi::F32>> y, ffi::Result<Packed> packed) {
+  auto run = IsFloat32(x) ? MlpAs<float> : MlpAs<bf16>;
+  return run(pool, x, w_in, Bias(b_in), w_out, Bias(b_out), y->typed_data(), Room(packed));
+}
+
+// `packed` has room for three layouts of weights, then for `at_once` rows of: x, dy, and what lies between, twice as
+// right operands and once as a left one.
+template <typename T>
+ffi::Error MlpGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w_in, Bias b_in,
+                         const ffi::AnyBuffer& w_out, const ffi::AnyBuffer& dy, T* dx, float* dw_in, float* db_in,
+                         float* dw_out, bf16* packed, int64_t at_once) {
+  constexpr int P = kPlanes<T>;
+  constexpr int64_t kRows = 128;
+  int64_t D = x.dimensions().back(), N = x.element_count() / D, F = w_in.dimensions().back();
+  if (N % kSide || D % kSide || F % kSide || at_once % kRows) return NotInBlocks();
+  bf16 *in = packed, *out = in + D * F * P, *back = out + D * F * P;
+  bf16 *x_left = back + D * F * P, *dy_left = x_left + at_once * D * P;
+  bf16 *a_right = dy_left + at_once * D * P, *dh_right = a_right + at_once * F * P;
+  PackWeight<P>(pool, w_in, false, D, F, in);
+  PackWeight<P>(pool, w_out, false, D, F, out);
+  PackWeight<P>(pool, w_in, true, F, D, back);
+  std::fill(db_in, db_in + F, 0.0f);
+  std::vector<float> sums(at_once / kRows * F);
+  for (int64_t first = 0; first < N; first += at_once) {
+    int64_t total = std::min(at_once, N - first), tasks = (total + kRows - 1) / kRows;
+    Parallel(pool, tasks, [&](int64_t task) {
+      TileScope tiles;
+      alignas(64) float block[kBlock], dblock[kBlock];
+      int64_t begin = task * kRows, count = std::min(total - begin, kRows);
+      bf16* room = P == 1 ? nullptr : Scratch<struct GradientRows, bf16>(2 * kRows * D * P);
+      bf16* dh_left = Scratch<struct GradientBetween, bf16>(kRows * F * P);
+      Left x_rows[kRows / kSide], dy_rows[kRows / kSide];
+      const T *x_at = Data<T>(x) + (first + begin) * D, *dy_at = Data<T>(dy) + (first + begin) * D;
+      for (int64_t row = 0; row < count; row += kSide) {
+        x_rows[row / kSide] = RowsAsLeft(x_at + row * D, D, D, room + row * D * P);
+        dy_rows[row / kSide] = RowsAsLeft(dy_at + row * D, D, D, room + (kRows + row) * D * P);
+      }
+      for (int64_t f = 0; f < F; f += kSide) {
+        __m512 bias[2] = {b_in(f), b_in(f + 16)}, sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t row = 0; row < count; row += kSide) {
+          Multiply<P>(x_rows[row / kSide], in + f * D * P, D / kDepth, block, kSide, false);
+          Multiply<P>(dy_rows[row / kSide], out + f * D * P, D / kDepth, dblock, kSide, false);
+          bf16* to = dh_left + (row * F + f * kSide) * P;
+          for (int64_t i = 0; i < kSide; ++i) {
+            for (int half = 0; half < 2; ++half) {
+              float *h = block + i * kSide + 16 * half, *dh = dblock + i * kSide + 16 * half;
+              __m512 before = Rounded<T>(_mm512_add_ps(Load(h), bias[half]));
+              __m512 gradient = Rounded<T>(_mm512_mul_ps(Load(dh), GeluSlope(before)));
+              Store(h, Gelu(before));
+              Store(dh, gradient);
+              StoreLeft<P>(to, i, 16 * half, gradient);
+              sum[half] = _mm512_add_ps(sum[half], gradient);
+            }
+          }
+          int64_t at = (f * total + (begin + row) * kSide) * P;
+          PackRight<P>(block, kSide, a_right + at);
+          PackRight<P>(dblock, kSide, dh_right + at);
+        }
+        for (int half = 0; half < 2; ++half) Store(&sums[task * F + f + 16 * half], sum[half]);
+      }
+      for (int64_t d = 0; d < D; d += kSide)
+        for (int64_t row = 0; row < count; row += kSide) {
+          Multiply<P>(InBlocks<P>(dh_left + row * F * P), back + d * F * P, F / kDepth, block, kSide, false);
+          T* to = dx + (first + begin + row) * D + d;
+          for (int64_t i = 0; i < kSide; ++i)
+            for (int64_t half = 0; half < kSide; half += 16) Store(to + i * D + half, Load(block + i * kSide + half));
+        }
+    });
+    for (int64_t task = 0; task < tasks; ++task)
+      for (int64_t f = 0; f < F; f += 16) Store(db_in + f, _mm512_add_ps(Load(db_in + f), Load(&sums[task * F + f])));
+    Parallel(pool, 2 * D / kSide, [&](int64_t panel) {
+      bool of_x = panel < D / kSide;
+      int64_t column = (of_x ? panel : panel - D / kSide) * kSide;
+      PackLeftPanel<P>(Data<T>(of_x ? x : dy) + first * D + column, D, total,
+                       (of_x ? x_left : dy_left) + column * total * P);
+    });
+    AddProducts<P>(pool, x_left, dh_right, total, D, F, dw_in, first > 0);
+    AddProducts<P>(pool, dy_left, a_right, total, D, F, dw_out, first > 0);
+  }
+  return ffi::Error::Success();
+}
+
+inline ffi::Error MlpGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w_in, Vector b_in,
+                              ffi::AnyBuffer w_out, ffi::AnyBuffer dy, int64_t at_once, ffi::Result<ffi::AnyBuffer> dx,
+                              ffi::Result<ffi::Buffer<ffi::F32>> dw_in, ffi::Result<Vector> db_in,
+                              ffi::Result<ffi::Buffer<ffi::F32>> dw_out, ffi::Result<Packed> packed) {
+  if (IsFloat32(x))
+    return MlpGradientAs<float>(pool, x, w_in, Bias(b_in), w_out, dy, Data<float>(dx), dw_in->typed_data(),
+                                db_in->typed_data(), dw_out->typed_data(), Room(packed), at_once);
+  return MlpGradientAs<bf16>(pool, x, w_in, Bias(b_in), w_out, dy, Data<bf16>(dx), dw_in->typed_data(),
+                             db_in->typed_data(), dw_out->typed_data(), Room(packed), at_once);
+}
+
+}  // namespace gptjax
