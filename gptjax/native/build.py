@@ -19,7 +19,7 @@ SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 TARGETS = (
     *("linear", "weight_gradient", "mlp", "mlp_gradient"),
-    *("attention", "attention_gradient"),
+    *("attention", "attention_gradient", "cross_entropy", "cross_entropy_gradient"),
 )
 
 

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "loss.h"
 #include "mlp.h"
 
 namespace gptjax {
@@ -78,5 +79,33 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention_gradient, AttentionGradient,
                                   .Arg<ffi::AnyBuffer>()  // dy
                                   .Attr<int64_t>("window")
                                   .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy, CrossEntropy,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()           // x
+                                  .Arg<ffi::AnyBuffer>()           // w
+                                  .Arg<ffi::BufferR1<ffi::S32>>()  // targets
+                                  .Attr<int64_t>("vocab_size")
+                                  .Attr<float>("smoothing")
+                                  .Attr<float>("z_loss")
+                                  .Ret<Vector>()  // log_z
+                                  .Ret<Vector>()  // at_target
+                                  .Ret<Vector>()  // total
+                                  .Ret<Packed>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy_gradient, CrossEntropyGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()           // x
+                                  .Arg<ffi::AnyBuffer>()           // w
+                                  .Arg<ffi::BufferR1<ffi::S32>>()  // targets
+                                  .Attr<int64_t>("vocab_size")
+                                  .Attr<float>("smoothing")
+                                  .Attr<float>("z_loss")
+                                  .Ret<Vector>()  // log_z
+                                  .Ret<Vector>()  // at_target
+                                  .Ret<Vector>()  // total
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // dx
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // dw
+                                  .Ret<Packed>());
 
 }  // namespace gptjax

@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gptjax.ops import kernels
 from gptjax.ops.axes import HEADS, POSITIONS, ROWS, axis_size, flat, pin, positions_cut
 from gptjax.ops.matmul import dot, weight_gradient
 from gptjax.ops.platform import on_cpu
@@ -19,6 +20,10 @@ CHUNK_LOGITS = 2**25
 """Logits in memory at a time: 128 MB in float32."""
 DEVICE_CHUNK_LOGITS = 2**28
 """The same on a GPU or TPU: each chunk reads and writes the table's gradient, which with 2**25 is 11 % of a step."""
+KERNEL_VOCABULARY = 1024
+"""Columns from which on a kernel is faster."""
+KERNEL_ROWS = 4096
+"""Rows that a kernel takes at a time; it holds 1,024 of their logits, in the compute dtype."""
 NO_LOGIT = -1e30  # not -inf: the difference of two would be NaN
 
 
@@ -80,26 +85,35 @@ def cross_entropy(options: LossOptions, x_BTD: jax.Array, w_VD: jax.Array, targe
         w_VD: Unembedding; cast to the dtype of `x_BTD`.
         targets_BT: Token ids in `[0, vocab_size)`, or -1 where no loss is taken.
     """
-    w_VD = w_VD.astype(x_BTD.dtype)
+    by_kernel = _kernel_fits(x_BTD, w_VD)
+    w_VD = w_VD if by_kernel else w_VD.astype(x_BTD.dtype)
 
     def visit(x_BCD, targets_BC):
-        return _chunk_loss(options, flat(x_BCD), w_VD, _rows(targets_BC))[0], None
+        x_ND, targets_N = flat(x_BCD), _rows(targets_BC)
+        if by_kernel:
+            return _sums(options, targets_N, *kernels.cross_entropy(x_ND, w_VD, targets_N, *_numbers(options))), None
+        return _chunk_loss(options, x_ND, w_VD, targets_N)[0], None
 
-    return _over_chunks(visit, x_BTD, targets_BT, w_VD.shape[0])[0]
+    return _over_chunks(visit, x_BTD, targets_BT, _chunks(x_BTD, w_VD, by_kernel))[0]
 
 
 def _forward(options, x_BTD, w_VD, targets_BT):
-    w_cast_VD = w_VD.astype(x_BTD.dtype)
+    by_kernel = _kernel_fits(x_BTD, w_VD)
+    w_cast_VD = w_VD if by_kernel else w_VD.astype(x_BTD.dtype)
 
     def visit(x_BCD, targets_BC):
         x_ND = flat(x_BCD)
+        if by_kernel:
+            targets_N = _rows(targets_BC)
+            parts, dx_ND, dw_VD = kernels.cross_entropy_gradient(x_ND, w_cast_VD, targets_N, *_numbers(options))
+            return (_sums(options, targets_N, *parts), dw_VD), dx_ND.astype(x_BCD.dtype).reshape(x_BCD.shape)
         loss, dlogits_NV = _chunk_loss(options, x_ND, w_cast_VD, _rows(targets_BC))
         dlogits_NV = dlogits_NV.astype(x_ND.dtype)
         dx_ND = dot("...v,vd->...d", dlogits_NV, w_cast_VD, x_ND.dtype)
         dw_VD = weight_gradient(dlogits_NV, x_ND, jnp.float32)
         return (loss, dw_VD), dx_ND.reshape(x_BCD.shape)
 
-    (loss, dw_VD), dx_BTD = _over_chunks(visit, x_BTD, targets_BT, w_VD.shape[0])
+    (loss, dw_VD), dx_BTD = _over_chunks(visit, x_BTD, targets_BT, _chunks(x_BTD, w_VD, by_kernel))
     return loss, (dx_BTD, dw_VD.astype(w_VD.dtype))
 
 
@@ -109,6 +123,31 @@ def _backward(options, saved, dloss):
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def _kernel_fits(x_BTD, w_VD):
+    """Whether a kernel does it; small vocabularies are faster without."""
+    if w_VD.shape[0] < KERNEL_VOCABULARY or w_VD.dtype not in (jnp.float32, x_BTD.dtype):
+        return False
+    B, T, D = x_BTD.shape
+    return kernels.usable(x_BTD.dtype, B * (T // _chunks(x_BTD, w_VD, by_kernel=True)), D)
+
+
+def _numbers(options):
+    return options.vocab_size, options.label_smoothing, options.z_loss
+
+
+def _sums(options, targets_N, log_z_N, target_N, total_N):
+    """The `Loss` of some rows from their log-normalizers, their targets' logits and the totals of their logits."""
+    smooth = options.label_smoothing
+    nll_N = log_z_N - target_N
+    objective_N = nll_N + options.z_loss * jnp.square(log_z_N) if options.z_loss else nll_N
+    if smooth:
+        objective_N += smooth * (target_N - total_N / options.vocab_size)
+    mask_N = targets_N >= 0
+    return Loss(
+        jnp.sum(objective_N, where=mask_N), jnp.sum(nll_N, where=mask_N), jnp.sum(mask_N.astype(jnp.float32))
+    )
 
 
 def _chunk_loss(options, x_ND, w_VD, targets_N):
@@ -126,19 +165,16 @@ def _chunk_loss(options, x_ND, w_VD, targets_N):
         target_N = jnp.sum(logits_NV, axis=-1, where=hit_NV)
     else:
         target_N = jnp.take_along_axis(logits_NV, jnp.maximum(targets_N, 0)[..., None], axis=-1)[..., 0]
-    nll_N = log_z_N - target_N
-    objective_N = nll_N + options.z_loss * jnp.square(log_z_N) if options.z_loss else nll_N
-    mask_N = targets_N >= 0
-    weight_N1 = mask_N[..., None].astype(jnp.float32)
+    weight_N1 = (targets_N >= 0)[..., None].astype(jnp.float32)
     z_weight_N1 = weight_N1 * (1.0 + 2.0 * options.z_loss * log_z_N[..., None])
     dlogits_NV = exp_NV * (z_weight_N1 / total_N1)
     dlogits_NV -= jnp.where(hit_NV, (1.0 - smooth) * weight_N1, 0.0)
+    logits_total_N = None
     if smooth:
         real_NV = jnp.broadcast_to(column_1V < options.vocab_size, logits_NV.shape)
-        mean_N = jnp.sum(logits_NV, axis=-1, where=real_NV) / options.vocab_size
-        objective_N += smooth * (target_N - mean_N)
+        logits_total_N = jnp.sum(logits_NV, axis=-1, where=real_NV)
         dlogits_NV -= jnp.where(real_NV, smooth / options.vocab_size * weight_N1, 0.0)
-    loss = Loss(jnp.sum(objective_N, where=mask_N), jnp.sum(nll_N, where=mask_N), jnp.sum(weight_N1))
+    loss = _sums(options, targets_N, log_z_N, target_N, logits_total_N)
     return loss, dlogits_NV
 
 
@@ -160,18 +196,14 @@ def _largest_and_total(logits_NV):
     return parts[0][..., None], parts[1][..., None]
 
 
-def _over_chunks(visit, x_BTD, targets_BT, V):
+def _over_chunks(visit, x_BTD, targets_BT, Z):
     """Adds up what `visit` gives first for chunks of positions, and puts together what it gives second.
 
     A chunk has positions of every sequence and of every device that holds some, so that a sharded batch stays where it
     is.
     """
     B, T, D = x_BTD.shape
-    K = axis_size(POSITIONS) if positions_cut() and T % axis_size(POSITIONS) == 0 else 1
-    # Each chunk ends in a sum over devices of what it gives to the table's gradient, so no more chunks than it takes.
-    shared = math.prod(axis_size(axis) for axis in (*ROWS, POSITIONS, HEADS))
-    at_a_time = CHUNK_LOGITS if on_cpu() else DEVICE_CHUNK_LOGITS
-    Z = _chunk_count(T // K, -(-B * T * V // (at_a_time * shared)))
+    K = _sharing(T)
     if Z == 1:
         return visit(x_BTD, targets_BT)
     x_ZBKCD = x_BTD.reshape(B, K, Z, T // (K * Z), D).transpose(2, 0, 1, 3, 4)
@@ -190,6 +222,22 @@ def _over_chunks(visit, x_BTD, targets_BT, V):
         return total, None
     out_ZBCD = jnp.concatenate([out_BCD[None], others_YBCD])
     return total, out_ZBCD.reshape(Z, B, K, T // (K * Z), D).transpose(1, 2, 0, 3, 4).reshape(B, T, D)
+
+
+def _sharing(T):
+    """Devices that share positions."""
+    return axis_size(POSITIONS) if positions_cut() and T % axis_size(POSITIONS) == 0 else 1
+
+
+def _chunks(x_BTD, w_VD, by_kernel):
+    """In how many chunks of positions the vocabulary is visited."""
+    B, T, _ = x_BTD.shape
+    if by_kernel:
+        return _chunk_count(T, -(-B * T // KERNEL_ROWS))
+    # Each chunk ends in a sum over devices of what it gives to the table's gradient, so no more chunks than it takes.
+    shared = math.prod(axis_size(axis) for axis in (*ROWS, POSITIONS, HEADS))
+    at_a_time = CHUNK_LOGITS if on_cpu() else DEVICE_CHUNK_LOGITS
+    return _chunk_count(T // _sharing(T), -(-B * T * w_VD.shape[0] // (at_a_time * shared)))
 
 
 def _rows(targets_BC):

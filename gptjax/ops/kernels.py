@@ -16,6 +16,8 @@ SIDE = 32
 """Kernels work on blocks of so many rows and columns."""
 ROW_BLOCK = 128
 """Rows that a thread takes at a time in the gradient of the MLP; `kRows` there."""
+COLUMNS_AT_ONCE = 1024
+"""Of the vocabulary; `kColumnsAtOnce` in `loss.h`."""
 GRADIENT_ROWS = 1024
 """Rows whose products are added to a weight's gradient at a time, so that what is laid out for it stays in a cache."""
 PLANES = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}
@@ -73,6 +75,36 @@ def attention_gradient(qkv_BTGEC, segments_BT, y_BTHC, log_sums_BHT, dy_BTHC, wi
     """The gradient of queries, keys and values, `[B, T, G, E, C]`."""
     call = _call("attention_gradient", _like(qkv_BTGEC.shape, qkv_BTGEC.dtype))
     return call(qkv_BTGEC, _segments(segments_BT), y_BTHC, log_sums_BHT, dy_BTHC, window=np.int64(window))
+
+
+def cross_entropy(x_ND, w_VD, targets_N, vocab_size: int, smoothing: float, z_loss: float) -> tuple[jax.Array, ...]:
+    """For each row the log-normalizer, the target's logit and, where `smoothing` needs it, the sum of logits."""
+    return _call("cross_entropy", _loss_parts(x_ND, with_gradient=False))(
+        x_ND, w_VD, targets_N, **_loss_numbers(vocab_size, smoothing, z_loss)
+    )[:3]
+
+
+def cross_entropy_gradient(
+    x_ND, w_VD, targets_N, vocab_size: int, smoothing: float, z_loss: float
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+    """The same, and the gradients of `x` and `w`, float32."""
+    *parts, packed = _loss_parts(x_ND, with_gradient=True)
+    out = (*parts, _like(x_ND.shape, jnp.float32), _like(w_VD.shape, jnp.float32), packed)
+    numbers = _loss_numbers(vocab_size, smoothing, z_loss)
+    *parts, dx_ND, dw_VD, _ = _call("cross_entropy_gradient", out)(x_ND, w_VD, targets_N, **numbers)
+    return tuple(parts), dx_ND, dw_VD
+
+
+def _loss_parts(x_ND, with_gradient):
+    N, D = x_ND.shape
+    size = COLUMNS_AT_ONCE * D
+    if with_gradient:
+        size += COLUMNS_AT_ONCE * D + N * D + N * COLUMNS_AT_ONCE
+    return (*(_like((N,), jnp.float32),) * 3, _packed(x_ND, size))
+
+
+def _loss_numbers(vocab_size, smoothing, z_loss):
+    return {"vocab_size": np.int64(vocab_size), "smoothing": np.float32(smoothing), "z_loss": np.float32(z_loss)}
 
 
 def _call(name, out):

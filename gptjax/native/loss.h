@@ -1,0 +1,178 @@
+// Cross-entropy over a vocabulary, from hidden states: logits exist for some columns at a time, in a cache, and are
+// computed twice, first for their sums and then for the gradients.
+//
+// N rows, D width, V vocabulary; N and D are multiples of 32. A target that is -1 does not count.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "exponential.h"
+#include "linear.h"
+
+namespace gptjax {
+
+constexpr int64_t kColumnsAtOnce = 1024;  // of the vocabulary
+constexpr int64_t kLossRows = 64;         // that a thread takes at a time
+constexpr float kNoLogit = -1e30f;
+
+struct LossOptions {
+  int64_t vocab_size;  // columns that are real
+  float smoothing, z_loss;
+};
+
+// Packs columns [first, first + count) of the vocabulary, with zeros behind the last row: as right operands that give
+// logits and, where `back` is, that take their gradients.
+template <int P, typename S>
+void PackColumnsOfVocabulary(ffi::ThreadPool& pool, const S* w, int64_t V, int64_t D, int64_t first, int64_t count,
+                             bf16* to, bf16* back) {
+  Parallel(pool, count / kSide, [&](int64_t panel) {
+    int64_t begin = first + panel * kSide, rows = std::clamp<int64_t>(V - begin, 0, kSide);
+    const S* from = w + begin * D;
+    if (rows < kSide) {
+      S* padded = Scratch<struct PaddedRows, S>(kSide * D);
+      std::copy(from, from + rows * D, padded);
+      std::fill(padded + rows * D, padded + kSide * D, S{0});
+      from = padded;
+    }
+    for (int64_t d = 0; d < D; d += kDepth) {
+      PackRightFromColumns<P>(from + d, D, to + (panel * D + d) * kSide * P);
+      if (back) PackRight<P>(from + d, D, back + (d * count + panel * kBlock) * P);
+    }
+  });
+}
+
+// The logits of 32 rows and `count` columns.
+template <int P>
+void Logits(Left x, const bf16* columns, int64_t D, int64_t first, int64_t count, int64_t vocab_size, float* logits) {
+  for (int64_t column = 0; column < count; column += kSide)
+    Multiply<P>(x, columns + column * D * P, D / kDepth, logits + column, count, false);
+  for (int64_t column = std::max<int64_t>(0, vocab_size - first); column < count; ++column)
+    for (int64_t i = 0; i < kSide; ++i) logits[i * count + column] = kNoLogit;
+}
+
+template <typename T, typename S>
+ffi::Error CrossEntropyAs(ffi::ThreadPool& pool, const T* x, const S* w, const int32_t* targets, int64_t N, int64_t D,
+                          int64_t V, LossOptions options, float* log_z, float* at_target, float* total, float* dx,
+                          float* dw, bf16* packed) {
+  constexpr int P = kPlanes<T>;
+  if (N % kSide || D % kSide) return NotInBlocks();
+  bf16 *columns = packed, *back = columns + kColumnsAtOnce * D * P, *x_right = back + kColumnsAtOnce * D * P;
+  bf16* dlogits = x_right + N * D * P;  // blocks of 32 rows, then of 32 columns
+  auto over_rows = [&](int64_t first, auto&& visit) {  // visit(row, logits, count): 32 rows
+    int64_t count = std::min<int64_t>(kColumnsAtOnce, (V - first + kSide - 1) / kSide * kSide);
+    PackColumnsOfVocabulary<P>(pool, w, V, D, first, count, columns, dx ? back : nullptr);
+    Parallel(pool, (N + kLossRows - 1) / kLossRows, [&](int64_t task) {
+      TileScope tiles;
+      float* logits = Scratch<struct LogitsOfRows, float>(kSide * kColumnsAtOnce);
+      bf16* room = Scratch<struct LossRows, bf16>(kSide * D * P);
+      for (int64_t row = task * kLossRows; row < std::min(N, (task + 1) * kLossRows); row += kSide) {
+        Logits<P>(RowsAsLeft(x + row * D, D, D, room), columns, D, first, count, options.vocab_size, logits);
+        visit(row, logits, count);
+      }
+    });
+    return count;
+  };
+
+  std::fill(log_z, log_z + N, kNoLogit);  // of the columns so far
+  std::fill(at_target, at_target + N, 0.0f);
+  std::fill(total, total + N, 0.0f);
+  for (int64_t first = 0; first < V; first += kColumnsAtOnce) {
+    over_rows(first, [&](int64_t row, const float* logits, int64_t count) {
+      int64_t real = std::clamp<int64_t>(options.vocab_size - first, 0, count);
+      for (int64_t i = 0; i < kSide; ++i, logits += count) {
+        __m512 largest = _mm512_set1_ps(log_z[row + i]), sum = _mm512_setzero_ps();
+        for (int64_t j = 0; j < count; j += 16) largest = _mm512_max_ps(largest, Load(logits + j));
+        float top = _mm512_reduce_max_ps(largest);
+        for (int64_t j = 0; j < count; j += 16)
+          sum = _mm512_add_ps(sum, Exp(_mm512_sub_ps(Load(logits + j), _mm512_set1_ps(top))));
+        log_z[row + i] = top + std::log(_mm512_reduce_add_ps(sum) + std::exp(log_z[row + i] - top));
+        int64_t target = targets[row + i] - first;
+        if (target >= 0 && target < count) at_target[row + i] = logits[target];
+        if (options.smoothing)
+          for (int64_t j = 0; j < real; ++j) total[row + i] += logits[j];
+      }
+    });
+  }
+  if (!dx) return ffi::Error::Success();
+
+  Parallel(pool, D / kSide, [&](int64_t panel) {
+    for (int64_t n = 0; n < N; n += kDepth)
+      PackRight<P>(x + n * D + panel * kSide, D, x_right + (panel * N + n) * kSide * P);
+  });
+  std::fill(dx, dx + N * D, 0.0f);
+  for (int64_t first = 0; first < V; first += kColumnsAtOnce) {
+    int64_t count = over_rows(first, [&](int64_t row, const float* logits, int64_t count) {
+      bf16* out = dlogits + row * count * P;
+      for (int64_t i = 0; i < kSide; ++i) {
+        const float* from = logits + i * count;
+        bool counts = targets[row + i] >= 0;
+        float z = log_z[row + i], weight = counts ? 1.0f + 2.0f * options.z_loss * z : 0.0f;
+        float even = counts ? options.smoothing / options.vocab_size : 0.0f;
+        int64_t target = counts ? targets[row + i] - first : -1;
+        for (int64_t j = 0; j < count; j += 16) {
+          __m512 logit = Load(from + j);
+          __mmask16 real = _mm512_cmp_ps_mask(logit, _mm512_set1_ps(kNoLogit), _CMP_NEQ_UQ);
+          __m512 d = _mm512_mul_ps(Exp(_mm512_sub_ps(logit, _mm512_set1_ps(z))), _mm512_set1_ps(weight));
+          d = _mm512_maskz_sub_ps(real, d, _mm512_set1_ps(even));
+          if (target >= j && target < j + 16)
+            d = _mm512_mask_sub_ps(d, 1 << (target - j), d, _mm512_set1_ps(1.0f - options.smoothing));
+          StoreLeft<P>(out + j / kDepth * P * kBlock, i, j % kDepth, d);
+        }
+      }
+      for (int64_t d = 0; d < D; d += kSide)
+        Multiply<P>(InBlocks<P>(out), back + d * count * P, count / kDepth, dx + row * D + d, D, true);
+    });
+    constexpr int64_t kColumns = 128;
+    Parallel(pool, (count + kColumns - 1) / kColumns, [&](int64_t task) {
+      TileScope tiles;
+      alignas(64) float block[kBlock];
+      int64_t begin = task * kColumns, end = std::min(count, begin + kColumns);
+      bf16* turned = Scratch<struct TurnedLogits, bf16>(kColumns * N * P);
+      for (int64_t column = begin; column < end; column += kSide)
+        for (int64_t n = 0; n < N; n += kDepth)
+          for (int p = 0; p < P; ++p)
+            PackLeftFromColumns<1>(dlogits + ((n * count + column * kSide) * P) + p * kBlock, kDepth,
+                                   turned + ((column - begin) * N + n * kSide) * P + p * kBlock);
+      for (int64_t d = 0; d < D; d += kSide)
+        for (int64_t column = begin; column < end; column += kSide) {
+          Multiply<P>(InBlocks<P>(turned + (column - begin) * N * P), x_right + d * N * P, N / kDepth, block, kSide,
+                      false);
+          for (int64_t i = 0; i < std::min(kSide, V - first - column); ++i)
+            std::copy(block + i * kSide, block + (i + 1) * kSide, dw + (first + column + i) * D + d);
+        }
+    });
+  }
+  return ffi::Error::Success();
+}
+
+inline ffi::Error CrossEntropyOf(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
+                                 const ffi::BufferR1<ffi::S32>& targets, LossOptions options, float* log_z,
+                                 float* at_target, float* total, float* dx, float* dw, bf16* packed) {
+  int64_t D = x.dimensions().back(), N = x.element_count() / D, V = w.dimensions().front();
+  auto run = [&](auto* x, auto* w) {
+    return CrossEntropyAs(pool, x, w, targets.typed_data(), N, D, V, options, log_z, at_target, total, dx, dw, packed);
+  };
+  if (IsFloat32(x)) return run(Data<float>(x), Data<float>(w));
+  return IsFloat32(w) ? run(Data<bf16>(x), Data<float>(w)) : run(Data<bf16>(x), Data<bf16>(w));
+}
+
+inline ffi::Error CrossEntropy(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                               ffi::BufferR1<ffi::S32> targets, int64_t vocab_size, float smoothing, float z_loss,
+                               ffi::Result<Vector> log_z, ffi::Result<Vector> at_target, ffi::Result<Vector> total,
+                               ffi::Result<Packed> packed) {
+  return CrossEntropyOf(pool, x, w, targets, {vocab_size, smoothing, z_loss}, log_z->typed_data(),
+                        at_target->typed_data(), total->typed_data(), nullptr, nullptr, Room(packed));
+}
+
+inline ffi::Error CrossEntropyGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                                       ffi::BufferR1<ffi::S32> targets, int64_t vocab_size, float smoothing,
+                                       float z_loss, ffi::Result<Vector> log_z, ffi::Result<Vector> at_target,
+                                       ffi::Result<Vector> total, ffi::Result<ffi::Buffer<ffi::F32>> dx,
+                                       ffi::Result<ffi::Buffer<ffi::F32>> dw, ffi::Result<Packed> packed) {
+  return CrossEntropyOf(pool, x, w, targets, {vocab_size, smoothing, z_loss}, log_z->typed_data(),
+                        at_target->typed_data(), total->typed_data(), dx->typed_data(), dw->typed_data(),
+                        Room(packed));
+}
+
+}  // namespace gptjax
