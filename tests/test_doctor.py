@@ -27,7 +27,17 @@ def doctor(capsys, *args: object) -> tuple[int, str]:
 def test_the_machine_is_described_without_any_argument(prepared, capsys):
     status, report = doctor(capsys, *prepared[2])
     assert status == 0
-    for heading in ("gptjax", "machine", "libraries", "devices", "allocator", "compiled", "prepared", "disk"):
+    for heading in (
+        "gptjax",
+        "machine",
+        "libraries",
+        "devices",
+        "allocator",
+        "kernels",
+        "compiled",
+        "prepared",
+        "disk",
+    ):
         assert f"\n{heading} " in f"\n{report}"
     assert "1 data sets" in report and "verdict" not in report
 

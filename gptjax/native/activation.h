@@ -19,11 +19,17 @@ inline __m512 Polynomial(const float (&coefficients)[N], __m512 x) {
   return total;
 }
 
+// 1 / x by one step of Newton's method, at a fifth of a division's time; x is positive here.
+inline __m512 Reciprocal(__m512 x) {
+  __m512 guess = _mm512_rcp14_ps(x);
+  return _mm512_mul_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(2.0f)));
+}
+
 template <int N, int M>
 inline __m512 HalfAndOdd(const float (&above)[N], const float (&below)[M], __m512 x) {
   __m512 square = _mm512_mul_ps(x, x);
-  __m512 odd = _mm512_div_ps(_mm512_mul_ps(x, Polynomial(above, square)), Polynomial(below, square));
-  return _mm512_add_ps(_mm512_set1_ps(0.5f), odd);
+  __m512 quotient = _mm512_mul_ps(Polynomial(above, square), Reciprocal(Polynomial(below, square)));
+  return _mm512_fmadd_ps(x, quotient, _mm512_set1_ps(0.5f));
 }
 
 inline __m512 Gelu(__m512 x) {

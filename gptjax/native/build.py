@@ -23,10 +23,9 @@ TARGETS = (
 )
 
 
-@functools.cache
 def ready() -> bool:
     """Whether kernels can be called by name; makes the library and loads it when it is first asked."""
-    return not state()[1]
+    return _load() is None
 
 
 def has_tiles() -> bool:
@@ -34,32 +33,40 @@ def has_tiles() -> bool:
     return "amx_bf16" in processor_flags()
 
 
+def state() -> str:
+    """Says whether there are kernels, and if not, why."""
+    reason = _load()
+    if reason is not None:
+        return f"none: {reason}"
+    return "AMX, for bfloat16 and float32" if has_tiles() else "AVX-512, for bfloat16"
+
+
 @functools.cache
-def state() -> tuple[str, bool]:
-    """Says in words whether there are kernels, and else why not; and whether it is so that there are none."""
+def _load() -> str | None:
+    """Loads the library and returns None, or why that is not done."""
     import jax
 
     folder = jax.config.values["jax_compilation_cache_dir"]
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if os.environ.get(SWITCH) == "0":
-        return f"off: {SWITCH}=0", True
+        return f"{SWITCH}=0"
     if sys.platform != "linux" or not processor_flags() >= NEEDED:
-        return "none: they need Linux and a processor with AVX-512 and bfloat16", True
+        return "they need Linux and a processor with AVX-512 and bfloat16"
     if not folder:
-        return "none: there is no folder for compiled programs", True
+        return "there is no folder for compiled programs"
+    compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
-        return "none: no C++ compiler was found (c++, or CXX); with g++ steps take about half of the time", True
+        return "no C++ compiler was found (c++, g++, clang++, or what CXX names); with one, training is faster"
     try:
         library = ctypes.CDLL(str(_built(compiler, Path(folder))))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return f"none: they could not be compiled: {said.strip().splitlines()[0]}", True
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        return f"they could not be compiled: {next((line for line in said if 'error' in line), said[0])}"
     library.gptjax_prepare.restype = ctypes.c_bool
     if not library.gptjax_prepare():
-        return "none: the system gives this process no tiles", True
+        return "the system does not give this process the processor's tiles"
     for name in TARGETS:
         jax.ffi.register_ffi_target(f"gptjax_{name}", jax.ffi.pycapsule(library[f"gptjax_{name}"]), platform="cpu")
-    return "by AMX" if has_tiles() else "by AVX-512, for bfloat16", False
+    return None
 
 
 def _built(compiler: str, folder: Path) -> Path:

@@ -145,9 +145,7 @@ def _sums(options, targets_N, log_z_N, target_N, total_N):
     if smooth:
         objective_N += smooth * (target_N - total_N / options.vocab_size)
     mask_N = targets_N >= 0
-    return Loss(
-        jnp.sum(objective_N, where=mask_N), jnp.sum(nll_N, where=mask_N), jnp.sum(mask_N.astype(jnp.float32))
-    )
+    return Loss(jnp.sum(objective_N, where=mask_N), jnp.sum(nll_N, where=mask_N), jnp.sum(mask_N.astype(jnp.float32)))
 
 
 def _chunk_loss(options, x_ND, w_VD, targets_N):

@@ -16,6 +16,7 @@ from gptjax import __version__, runtime
 from gptjax.config import Config
 from gptjax.config_io import load_config
 from gptjax.errors import UserError
+from gptjax.native import build
 from gptjax.report.cost import readable_bytes
 from gptjax.text.prepare import find_folder, open_folder
 from gptjax.text.shards import MANIFEST
@@ -148,6 +149,8 @@ def _describe_machine(say: Say) -> None:
     say("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
     say("XLA_FLAGS", os.environ.get("XLA_FLAGS", "not set"))
     say("allocator", runtime.huge_pages_state())
+    if jax.default_backend() == "cpu":
+        say("kernels", build.state())
 
 
 def _describe_cache(say: Say, cache_dir: Path) -> None:

@@ -11,6 +11,7 @@ from gptjax.batches.prefetch import prefetch
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
+from gptjax.native.build import state as state_of_kernels
 from gptjax.parallel import cluster
 from gptjax.parallel.mesh import batch_sharding
 from gptjax.parallel.pipeline import bubble
@@ -208,3 +209,5 @@ def _describe(parts: Parts, state: TrainState, step_program: Any, kept: bool) ->
         say(f"examples    {note}")
     say(f"steps       {config.train.num_steps:,} = {epochs:.2f} epochs")
     say(f"memory      {cost.readable_bytes(needs)} per device for a training step{pages}")
+    if jax.default_backend() == "cpu":
+        say(f"kernels     {state_of_kernels()}")
