@@ -14,6 +14,7 @@ from gptjax.native import build
 from gptjax.ops import kernels
 from gptjax.ops.attention import attention_reference, self_attention, split_heads
 from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_reference
+from gptjax.ops.elementwise import layer_norm_beside, layer_norm_reference
 from gptjax.ops.linear import linear, linear_reference, mlp, mlp_reference
 from gptjax.ops.platform import for_an_accelerator
 
@@ -71,6 +72,13 @@ def test_a_linear_layer(dtype, outputs_first, biased):
             lambda x, w, b=None: linear_reference(x, w, b, "float32", outputs_first),
             *args,
         )
+    same(
+        dtype,
+        lambda x, w, onto: linear(x, w, None, "float32", outputs_first, onto),
+        lambda x, w, onto: linear_reference(x, w, None, "float32", outputs_first, onto),
+        *args[:2],
+        draw(3, 352, 96),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,7 +87,7 @@ def test_an_mlp(dtype, rows):
     need(dtype)
     x, w_in, w_out = draw(rows, 64, dtype=dtype), draw(64, 160, scale=0.2), draw(64, 160, scale=0.3)
     weights = (w_in.astype(dtype), draw(160), w_out.astype(dtype), draw(64))
-    same(dtype, mlp, mlp_reference, x, *weights)
+    same(dtype, mlp, mlp_reference, x, *weights, draw(rows, 64, scale=2.0))
     same(
         dtype,
         lambda x, w_in, w_out: mlp(x, w_in, None, w_out, None),
@@ -141,6 +149,29 @@ def test_the_loss_over_a_large_vocabulary(dtype, B, T, D, V, options):
     assert value == loss.objective
     for got, wanted in zip(gradients, objective(cross_entropy_reference)(*wide)[1], strict=True):
         assert distance(got, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_norm_beside_the_stream(dtype, biased):
+    need(dtype)
+    x, scale, bias = 3.0 + draw(5, 30, 96), 1.0 + draw(96, scale=0.2), (draw(96),) * biased
+
+    def both(norm):  # as a block has it: what is added to the stream, and what the norm gives
+        def function(x, scale, bias=None):
+            stream, y = norm(x, scale, bias)
+            return 2.0 * stream + y.astype("float32") ** 2
+
+        return function
+
+    same(
+        dtype,
+        both(lambda *args: layer_norm_beside(*args, dtype)),
+        both(lambda x, *args: (x, layer_norm_reference(x, *args, "float32"))),
+        x,
+        scale,
+        *bias,
+    )
 
 
 def test_products_in_float32_are_as_exact_as_float32_is():

@@ -211,7 +211,7 @@ def apply_blocks(
 
 def final_norm(config: ModelConfig, params: dict, x_BTD: jax.Array, *, compute: Compute = Compute()) -> jax.Array:
     """The third piece: final hidden states in the compute dtype."""
-    return _merge(config, _top_stack(params)).norm_f(x_BTD, jnp.dtype(compute.dtype))
+    return _merge(config, _top_stack(params)).norm_f.beside(x_BTD, jnp.dtype(compute.dtype))[1]
 
 
 def for_decoding(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:

@@ -13,7 +13,7 @@ from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, LowRank, Prefix, prefixed_attention, with_prefix
 from gptjax.model.cache import LayerCache
 from gptjax.ops.attention import cached_attention, self_attention, split_heads
-from gptjax.ops.elementwise import dropout, gelu, layer_norm
+from gptjax.ops.elementwise import dropout, gelu, layer_norm, layer_norm_beside
 from gptjax.ops.linear import linear, mlp
 from gptjax.ops.matmul import add_bias
 from gptjax.ops.projection import Projection, project
@@ -30,7 +30,11 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(config.n_embd)) if config.bias else None
 
     def __call__(self, x_BTD: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        return layer_norm(x_BTD, self.scale[...], None if self.bias is None else self.bias[...], dtype)
+        return layer_norm(x_BTD, self.scale[...], _value(self.bias), dtype)
+
+    def beside(self, x_BTD: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+        """Returns the residual stream too, see `layer_norm_beside`."""
+        return layer_norm_beside(x_BTD, self.scale[...], _value(self.bias), dtype)
 
 
 class Attention(nnx.Module):
@@ -54,15 +58,16 @@ class Attention(nnx.Module):
         key: jax.Array | None,
         adapter: BlockAdapter | None = None,
         prefix: Prefix | None = None,
+        onto: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns what the layer adds to the residual stream, float32."""
+        """Returns what the layer adds to the residual stream, float32, or the sum of it and `onto`."""
         keys = (None, None) if adapter is None or key is None else jax.random.split(jax.random.fold_in(key, 1))
         qkv_BTGEC = self.qkv(x_BTD, adapter and adapter.attn_w_qkv, keys[0])
         if prefix is None:
             y_BTHC = self_attention(qkv_BTGEC, segments_BT, self.window, self.dropout, key)
         else:
             y_BTHC = prefixed_attention(*split_heads(qkv_BTGEC), segments_BT, self.window, prefix)
-        return self._out(y_BTHC, adapter and adapter.attn_w_out, keys[1])
+        return self._out(y_BTHC, adapter and adapter.attn_w_out, keys[1], onto)
 
     def extend(
         self, x_BTD: jax.Array, cache: LayerCache, used: jax.Array, visible_BTS: jax.Array, prefix: Prefix | None
@@ -78,10 +83,16 @@ class Attention(nnx.Module):
         qkv_BTGEC = _linear(x_BTD, self.w_qkv, self.b_qkv, x_BTD.dtype).reshape(*x_BTD.shape[:-1], *self.shape_GEC)
         return qkv_BTGEC if low_rank is None else qkv_BTGEC + low_rank(x_BTD, key, x_BTD.dtype)
 
-    def _out(self, y_BTHC: jax.Array, low_rank: LowRank | None = None, key: jax.Array | None = None) -> jax.Array:
+    def _out(
+        self,
+        y_BTHC: jax.Array,
+        low_rank: LowRank | None = None,
+        key: jax.Array | None = None,
+        onto: jax.Array | None = None,
+    ) -> jax.Array:
         B, T, H, C = y_BTHC.shape
         y_BTK = y_BTHC.reshape(B, T, H * C)
-        y_BTD = _linear(y_BTK, self.w_out, self.b_out, jnp.float32)
+        y_BTD = _linear(y_BTK, self.w_out, self.b_out, jnp.float32, onto=onto)
         return y_BTD if low_rank is None else y_BTD + low_rank(y_BTK, key, jnp.float32)
 
 
@@ -96,17 +107,21 @@ class MLP(nnx.Module):
         self.b_out = nnx.Param(jnp.zeros(D)) if config.bias else None
 
     def __call__(
-        self, x_BTD: jax.Array, adapter: BlockAdapter | None = None, key: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        adapter: BlockAdapter | None = None,
+        key: jax.Array | None = None,
+        onto: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns what the layer adds to the residual stream, float32."""
+        """Returns what the layer adds to the residual stream, float32, or the sum of it and `onto`."""
         if not isinstance(self.w_in.get_value(), Projection) and (adapter is None or not adapter.in_mlp):
-            return mlp(x_BTD, self.w_in[...], _value(self.b_in), self.w_out[...], _value(self.b_out))
+            return mlp(x_BTD, self.w_in[...], _value(self.b_in), self.w_out[...], _value(self.b_out), onto)
         keys = (None, None) if key is None else jax.random.split(key)
         h_BTF = _linear(x_BTD, self.w_in, self.b_in, x_BTD.dtype)
         if adapter is not None and adapter.mlp_w_in is not None:
             h_BTF = h_BTF + adapter.mlp_w_in(x_BTD, keys[0], x_BTD.dtype)
         h_BTF = gelu(h_BTF)
-        y_BTD = _linear(h_BTF, self.w_out, self.b_out, jnp.float32, outputs_first=True)
+        y_BTD = _linear(h_BTF, self.w_out, self.b_out, jnp.float32, outputs_first=True, onto=onto)
         if adapter is not None and adapter.mlp_w_out is not None:
             y_BTD = y_BTD + adapter.mlp_w_out(h_BTF, keys[1], jnp.float32)
         return y_BTD
@@ -140,14 +155,18 @@ class Block(nnx.Module):
         adapter_keys = (
             (None,) * 3 if adapter is None or key is None else jax.random.split(jax.random.fold_in(key, 3), 3)
         )
-        y_BTD = self.attn(self.norm_1(x_BTD, dtype), segments_BT, keys[0], adapter, prefix)
+        # What a layer gives is added to the stream at once, unless something comes between.
+        between = (self.dropout and key is not None) or (adapter is not None and adapter.attn is not None)
+        x_BTD, h_BTD = self.norm_1.beside(x_BTD, dtype)
+        y_BTD = self.attn(h_BTD, segments_BT, keys[0], adapter, prefix, None if between else x_BTD)
         if adapter is not None and adapter.attn is not None:
             y_BTD = adapter.attn(y_BTD, dtype, adapter_keys[0])
-        x_BTD = x_BTD + dropout(y_BTD, self.dropout, keys[1])
-        y_BTD = self.mlp(self.norm_2(x_BTD, dtype), adapter, adapter_keys[1])
+        x_BTD = x_BTD + dropout(y_BTD, self.dropout, keys[1]) if between else y_BTD
+        x_BTD, h_BTD = self.norm_2.beside(x_BTD, dtype)
+        y_BTD = self.mlp(h_BTD, adapter, adapter_keys[1], None if between else x_BTD)
         if adapter is not None and adapter.mlp is not None:
             y_BTD = adapter.mlp(y_BTD, dtype, adapter_keys[2])
-        return x_BTD + dropout(y_BTD, self.dropout, keys[2])
+        return x_BTD + dropout(y_BTD, self.dropout, keys[2]) if between else y_BTD
 
     def extend(
         self,
@@ -186,13 +205,16 @@ def _linear(
     bias: nnx.Param | None,
     out_dtype: jax.typing.DTypeLike,
     outputs_first: bool = False,
+    onto: jax.Array | None = None,
 ) -> jax.Array:
-    """Multiplies by a weight as it is trained, or as it is laid out for decoding."""
+    """Multiplies by a weight as it is trained, or as it is laid out for decoding; adds `bias` and `onto`."""
     w = weight.get_value()
-    if isinstance(w, Projection):
-        y = project(x, w).astype(out_dtype)
-        return y if bias is None else add_bias(y.reshape(*y.shape[:-1], *bias.shape), bias[...])
-    return linear(x, w, _value(bias), out_dtype, outputs_first)
+    if not isinstance(w, Projection):
+        return linear(x, w, _value(bias), out_dtype, outputs_first, onto)
+    y = project(x, w).astype(out_dtype)
+    if bias is not None:
+        y = add_bias(y.reshape(*y.shape[:-1], *bias.shape), bias[...])
+    return y if onto is None else onto + y
 
 
 def _value(param: nnx.Param | None) -> jax.Array | None:

@@ -18,7 +18,7 @@ NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cc"))
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 TARGETS = (
-    *("linear", "weight_gradient", "mlp", "mlp_gradient"),
+    *("linear", "weight_gradient", "mlp", "mlp_gradient", "layer_norm", "layer_norm_gradient"),
     *("attention", "attention_gradient", "cross_entropy", "cross_entropy_gradient"),
 )
 

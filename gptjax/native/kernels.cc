@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "loss.h"
 #include "mlp.h"
+#include "norm.h"
 
 namespace gptjax {
 
@@ -26,6 +27,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_linear, Linear,
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // w
                                   .Arg<Vector>()          // bias
+                                  .Arg<Stream>()          // onto
                                   .Attr<bool>("columns")
                                   .Ret<ffi::AnyBuffer>()  // y
                                   .Ret<Packed>());
@@ -44,8 +46,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp, Mlp,
                                   .Arg<ffi::AnyBuffer>()         // w_in
                                   .Arg<Vector>()                 // b_in
                                   .Arg<ffi::AnyBuffer>()         // w_out
-                                  .Arg<Vector>()                 // b_out
-                                  .Ret<ffi::Buffer<ffi::F32>>()  // y
+                                  .Arg<Vector>()          // b_out
+                                  .Arg<Stream>()          // onto
+                                  .Ret<Stream>()          // y
                                   .Ret<Packed>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp_gradient, MlpGradient,
                               ffi::Ffi::Bind()
@@ -107,5 +110,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy_gradient, CrossEntropyGradien
                                   .Ret<ffi::Buffer<ffi::F32>>()  // dx
                                   .Ret<ffi::Buffer<ffi::F32>>()  // dw
                                   .Ret<Packed>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm, LayerNorm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Stream>()  // x
+                                  .Arg<Vector>()  // scale
+                                  .Arg<Vector>()  // bias
+                                  .Attr<float>("epsilon")
+                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm_gradient, LayerNormGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Stream>()          // x
+                                  .Arg<Vector>()          // scale
+                                  .Arg<ffi::AnyBuffer>()  // dy
+                                  .Arg<Stream>()          // beside
+                                  .Attr<float>("epsilon")
+                                  .Ret<Stream>()   // dx
+                                  .Ret<Vector>()   // dscale
+                                  .Ret<Vector>());  // dbias
 
 }  // namespace gptjax

@@ -51,6 +51,15 @@ void PackWeight(ffi::ThreadPool& pool, const ffi::AnyBuffer& w, bool columns, in
   if constexpr (P == 1) PackWeight<P>(pool, Data<bf16>(w), columns, K, F, to);
 }
 
+using Stream = ffi::Buffer<ffi::F32>;
+
+// What a product is added to, if anything.
+struct Onto {
+  const float* at;
+  explicit Onto(const Stream& onto) : at(onto.element_count() ? onto.typed_data() : nullptr) {}
+  __m512 operator()(int64_t element, __m512 x) const { return at ? _mm512_add_ps(Load(at + element), x) : x; }
+};
+
 struct Bias {
   const float* at;
   explicit Bias(const Vector& bias) : at(bias.element_count() ? bias.typed_data() : nullptr) {}
@@ -58,8 +67,8 @@ struct Bias {
 };
 
 template <typename T, typename Out>
-ffi::Error LinearAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, Bias bias, bool columns,
-                    Out* y, int64_t F, bf16* packed) {
+ffi::Error LinearAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, Bias bias, Onto onto,
+                    bool columns, Out* y, int64_t F, bf16* packed) {
   constexpr int P = kPlanes<T>;
   int64_t K = x.dimensions().back(), N = x.element_count() / K;
   if (N % kSide || K % kDepth || F % kSide || w.element_count() != static_cast<size_t>(K * F)) return NotInBlocks();
@@ -76,22 +85,25 @@ ffi::Error LinearAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::A
       __m512 b[2] = {bias(column), bias(column + 16)};
       for (int64_t row = 0; row < count; row += kSide) {
         Multiply<P>(left[row / kSide], packed + column * K * P, K / kDepth, block, kSide, false);
-        Out* out = y + (begin + row) * F + column;
         for (int64_t i = 0; i < kSide; ++i)
-          for (int half = 0; half < 2; ++half)
-            Store(out + i * F + 16 * half, _mm512_add_ps(Load(block + i * kSide + 16 * half), b[half]));
+          for (int half = 0; half < 2; ++half) {
+            int64_t to = (begin + row + i) * F + column + 16 * half;
+            Store(y + to, onto(to, _mm512_add_ps(Load(block + i * kSide + 16 * half), b[half])));
+          }
       }
     }
   });
   return ffi::Error::Success();
 }
 
-inline ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Vector bias, bool columns,
-                         ffi::Result<ffi::AnyBuffer> y, ffi::Result<Packed> packed) {
-  int64_t F = y->dimensions().back();
-  if (IsFloat32(x)) return LinearAs<float>(pool, x, w, Bias(bias), columns, Data<float>(y), F, Room(packed));
-  if (IsFloat32(*y)) return LinearAs<bf16>(pool, x, w, Bias(bias), columns, Data<float>(y), F, Room(packed));
-  return LinearAs<bf16>(pool, x, w, Bias(bias), columns, Data<bf16>(y), F, Room(packed));
+inline ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Vector bias, Stream onto,
+                         bool columns, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Packed> packed) {
+  auto run = [&](auto as, auto* to) {
+    return LinearAs<decltype(as)>(pool, x, w, Bias(bias), Onto(onto), columns, to, y->dimensions().back(),
+                                  Room(packed));
+  };
+  if (IsFloat32(x)) return run(float{}, Data<float>(y));
+  return IsFloat32(*y) ? run(bf16{}, Data<float>(y)) : run(bf16{}, Data<bf16>(y));
 }
 
 // result [K, F] (+)= left^T right, where `count` rows of both are packed: panels of 32 columns, steps of 32 rows.

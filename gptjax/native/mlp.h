@@ -22,7 +22,7 @@ inline __m512 Rounded(__m512 x) {
 
 template <typename T>
 ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w_in, Bias b_in,
-                 const ffi::AnyBuffer& w_out, Bias b_out, float* y, bf16* packed) {
+                 const ffi::AnyBuffer& w_out, Bias b_out, Onto onto, float* y, bf16* packed) {
   constexpr int P = kPlanes<T>;
   constexpr int64_t kRows = P == 1 ? 256 : 128;
   int64_t D = x.dimensions().back(), N = x.element_count() / D, F = w_in.dimensions().back();
@@ -53,11 +53,12 @@ ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyB
     for (int64_t d = 0; d < D; d += kSide) {
       for (int64_t row = 0; row < count; row += kSide) {
         Multiply<P>(InBlocks<P>(between + row * F * P), out + d * F * P, F / kDepth, block, kSide, false);
-        float* to = y + (begin + row) * D + d;
         for (int64_t half = 0; half < kSide; half += 16) {
           __m512 bias = b_out(d + half);
-          for (int64_t i = 0; i < kSide; ++i)
-            Store(to + i * D + half, _mm512_add_ps(Load(block + i * kSide + half), bias));
+          for (int64_t i = 0; i < kSide; ++i) {
+            int64_t to = (begin + row + i) * D + d + half;
+            Store(y + to, onto(to, _mm512_add_ps(Load(block + i * kSide + half), bias)));
+          }
         }
       }
     }
@@ -66,9 +67,9 @@ ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyB
 }
 
 inline ffi::Error Mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w_in, Vector b_in, ffi::AnyBuffer w_out,
-                      Vector b_out, ffi::Result<ffi::Buffer<ffi::F32>> y, ffi::Result<Packed> packed) {
+                      Vector b_out, Stream onto, ffi::Result<Stream> y, ffi::Result<Packed> packed) {
   auto run = IsFloat32(x) ? MlpAs<float> : MlpAs<bf16>;
-  return run(pool, x, w_in, Bias(b_in), w_out, Bias(b_out), y->typed_data(), Room(packed));
+  return run(pool, x, w_in, Bias(b_in), w_out, Bias(b_out), Onto(onto), y->typed_data(), Room(packed));
 }
 
 // `packed` has room for three layouts of weights, then for `at_once` rows of: x, dy, and what lies between, twice as

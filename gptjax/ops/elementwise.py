@@ -4,11 +4,13 @@ Shape suffixes: B batch, T position, D n_embd.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
+from gptjax.ops import kernels
 from gptjax.ops.axes import flat
 from gptjax.ops.matmul import sum_rows
 from gptjax.ops.order import again, apart
@@ -43,6 +45,37 @@ def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_d
     nothing inside is read elsewhere, and is several times slower where parts of it go through memory.
     """
     return _layer_norm(flat(x), scale_D, bias_D, out_dtype).reshape(x.shape)
+
+
+def layer_norm_beside(
+    x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the float32 `x` and its `layer_norm`, so that both their gradients arrive together, to be added in one
+    pass where a kernel does it.
+    """
+    if x.dtype != jnp.float32 or not kernels.usable(out_dtype, x.shape[-1]):
+        return x, layer_norm(x, scale_D, bias_D, out_dtype)
+    pair: Any = _beside(x.reshape(-1, x.shape[-1]), scale_D, bias_D, jnp.dtype(out_dtype))
+    return pair[0].reshape(x.shape), pair[1].reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _beside(x_ND, scale_D, bias_D, out_dtype):
+    return x_ND, kernels.layer_norm(x_ND, scale_D, bias_D, NORM_EPSILON, out_dtype)
+
+
+def _beside_forward(x_ND, scale_D, bias_D, out_dtype):
+    return _beside(x_ND, scale_D, bias_D, out_dtype), (x_ND, scale_D, bias_D)
+
+
+def _beside_backward(_, saved, gradients):
+    x_ND, scale_D, bias_D = saved
+    stream_ND, dy_ND = gradients
+    dx_ND, dscale_D, dbias_D = kernels.layer_norm_gradient(x_ND, scale_D, dy_ND, stream_ND, NORM_EPSILON)
+    return dx_ND, dscale_D.astype(scale_D.dtype), None if bias_D is None else dbias_D.astype(bias_D.dtype)
+
+
+_beside.defvjp(_beside_forward, _beside_backward)
 
 
 def _layer_norm_result(x, scale_D, bias_D, out_dtype) -> jax.Array:

@@ -22,7 +22,7 @@ GRADIENT_ROWS = 1024
 """Rows whose products are added to a weight's gradient at a time, so that what is laid out for it stays in a cache."""
 PLANES = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}
 """How many bfloat16 a number is the sum of, in a kernel."""
-NO_BIAS = np.zeros(0, np.float32)
+NOTHING = np.zeros(0, np.float32)
 NO_SEGMENTS = np.zeros((0,), np.int32)
 
 
@@ -33,11 +33,11 @@ def usable(dtype: jax.typing.DTypeLike, *sizes: int) -> bool:
     return build.ready() and (dtype == jnp.bfloat16 or build.has_tiles())
 
 
-def linear(x_NK: jax.Array, w: jax.Array, bias_F: jax.Array | None, out_dtype, outputs_first: bool) -> jax.Array:
-    """`x w + bias`, `[N, F]`; `w` is `[K, F]` or, where `outputs_first`, `[F, K]`."""
+def linear(x_NK, w, bias_F, out_dtype, outputs_first: bool, onto_NF=None) -> jax.Array:
+    """`onto + x w + bias`, `[N, F]`; `w` is `[K, F]` or, where `outputs_first`, `[F, K]`."""
     F = w.shape[0] if outputs_first else w.shape[1]
     out = (_like((x_NK.shape[0], F), out_dtype), _packed(x_NK, w.size))
-    return _call("linear", out)(x_NK, w, _bias(bias_F), columns=outputs_first)[0]
+    return _call("linear", out)(x_NK, w, _vector(bias_F), _vector(onto_NF), columns=outputs_first)[0]
 
 
 def weight_gradient(x_NK: jax.Array, dy_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,10 +47,10 @@ def weight_gradient(x_NK: jax.Array, dy_NF: jax.Array) -> tuple[jax.Array, jax.A
     return _call("weight_gradient", out)(x_NK, dy_NF)[:2]
 
 
-def mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D) -> jax.Array:
-    """`gelu(x w_in + b_in) w_out^T + b_out`, `[N, D]` float32."""
+def mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND=None) -> jax.Array:
+    """`onto + gelu(x w_in + b_in) w_out^T + b_out`, `[N, D]` float32."""
     out = (_like(x_ND.shape, jnp.float32), _packed(x_ND, 2 * w_in_DF.size))
-    return _call("mlp", out)(x_ND, w_in_DF, _bias(b_in_F), w_out_DF, _bias(b_out_D))[0]
+    return _call("mlp", out)(x_ND, w_in_DF, _vector(b_in_F), w_out_DF, _vector(b_out_D), _vector(onto_ND))[0]
 
 
 def mlp_gradient(x_ND, w_in_DF, b_in_F, w_out_DF, dy_ND) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -60,7 +60,20 @@ def mlp_gradient(x_ND, w_in_DF, b_in_F, w_out_DF, dy_ND) -> tuple[jax.Array, jax
     packed = _packed(x_ND, 3 * D * F + 2 * rows * (D + F))
     weight, bias = _like((D, F), jnp.float32), _like((F,), jnp.float32)
     call = _call("mlp_gradient", (_like(x_ND.shape, x_ND.dtype), weight, bias, weight, packed))
-    return call(x_ND, w_in_DF, _bias(b_in_F), w_out_DF, dy_ND, at_once=np.int64(rows))[:4]
+    return call(x_ND, w_in_DF, _vector(b_in_F), w_out_DF, dy_ND, at_once=np.int64(rows))[:4]
+
+
+def layer_norm(x_ND: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float, out_dtype) -> jax.Array:
+    """The norm of float32 rows."""
+    call = _call("layer_norm", _like(x_ND.shape, out_dtype))
+    return call(x_ND, _vector(scale_D), _vector(bias_D), epsilon=np.float32(epsilon))
+
+
+def layer_norm_gradient(x_ND, scale_D, dy_ND, beside_ND, epsilon: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of rows, scale and bias, float32; `beside`, float32, is added to that of rows."""
+    vector = _like(scale_D.shape, jnp.float32)
+    call = _call("layer_norm_gradient", (_like(x_ND.shape, jnp.float32), vector, vector))
+    return tuple(call(x_ND, _vector(scale_D), dy_ND, beside_ND, epsilon=np.float32(epsilon)))
 
 
 def attention(qkv_BTGEC: jax.Array, segments_BT: jax.Array | None, window: int) -> tuple[jax.Array, jax.Array]:
@@ -120,8 +133,8 @@ def _packed(x, size):
     return _like((PLANES[x.dtype] * size,), jnp.bfloat16)
 
 
-def _bias(bias_F):
-    return NO_BIAS if bias_F is None else bias_F.astype(jnp.float32).reshape(-1)
+def _vector(x):
+    return NOTHING if x is None else x.astype(jnp.float32).reshape(-1)
 
 
 def _segments(segments_BT):

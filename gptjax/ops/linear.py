@@ -17,10 +17,12 @@ PRODUCT = "product"
 """What the backward pass may ask for by name: the result of a linear layer (see `model/gpt.REMAT_POLICIES`)."""
 
 
-def linear_reference(x, w, bias, out_dtype, outputs_first=False) -> jax.Array:
+def linear_reference(x, w, bias, out_dtype, outputs_first=False, onto=None) -> jax.Array:
     """What `linear` computes, written plainly and differentiated by JAX."""
     y = matmul_reference(x, w, out_dtype, outputs_first)
-    return y if bias is None else y + bias.astype(out_dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    if bias is not None:
+        y = y + bias.astype(out_dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    return y if onto is None else onto + y
 
 
 def linear(
@@ -29,72 +31,82 @@ def linear(
     bias: jax.Array | None,
     out_dtype: jax.typing.DTypeLike,
     outputs_first: bool = False,
+    onto: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies `x [..., K]` by `w [K, ...]`, or by `w [F, K]` where `outputs_first`, and adds `bias`, of the shape of
-    the outputs. See `matmul`.
+    the outputs, and the float32 `onto`, of that of the result. See `matmul`.
     """
     if not _fits(x, w):
-        return add_bias(checkpoint_name(matmul(x, w, out_dtype, outputs_first), PRODUCT), bias)
+        y = add_bias(checkpoint_name(matmul(x, w, out_dtype, outputs_first), PRODUCT), bias)
+        return y if onto is None else onto + y
     outputs = w.shape[:1] if outputs_first else w.shape[1:]
-    y_NF = _linear(_flat(x), _matrix(w), None if bias is None else bias.reshape(-1), out_dtype, outputs_first)
+    bias_F, onto_NF = None if bias is None else bias.reshape(-1), None if onto is None else _flat(onto)
+    y_NF = _linear(_flat(x), _matrix(w), bias_F, onto_NF, out_dtype, outputs_first)
     return checkpoint_name(y_NF, PRODUCT).reshape(*x.shape[:-1], *outputs)
 
 
-def mlp_reference(x, w_in_DF, b_in_F, w_out_DF, b_out_D) -> jax.Array:
+def mlp_reference(x, w_in_DF, b_in_F, w_out_DF, b_out_D, onto=None) -> jax.Array:
     """What `mlp` computes, written plainly and differentiated by JAX."""
     h = gelu_reference(linear_reference(x, w_in_DF, b_in_F, x.dtype))
-    return linear_reference(h, w_out_DF, b_out_D, jnp.float32, outputs_first=True)
+    return linear_reference(h, w_out_DF, b_out_D, jnp.float32, True, onto)
 
 
 def mlp(
-    x: jax.Array, w_in_DF: jax.Array, b_in_F: jax.Array | None, w_out_DF: jax.Array, b_out_D: jax.Array | None
+    x: jax.Array,
+    w_in_DF: jax.Array,
+    b_in_F: jax.Array | None,
+    w_out_DF: jax.Array,
+    b_out_D: jax.Array | None,
+    onto: jax.Array | None = None,
 ) -> jax.Array:
-    """Two linear layers with a GELU between them; returns float32 `[..., D]`."""
+    """Two linear layers with a GELU between them, and `onto` added; returns float32 `[..., D]`."""
     if not _fits(x, w_in_DF):
         h = gelu(linear(x, w_in_DF, b_in_F, x.dtype))
-        return linear(h, w_out_DF, b_out_D, jnp.float32, outputs_first=True)
-    return checkpoint_name(_mlp(_flat(x), w_in_DF, b_in_F, w_out_DF, b_out_D), PRODUCT).reshape(x.shape)
+        return linear(h, w_out_DF, b_out_D, jnp.float32, True, onto)
+    onto_ND = None if onto is None else _flat(onto)
+    return checkpoint_name(_mlp(_flat(x), w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND), PRODUCT).reshape(x.shape)
 
 
 def _fits(x, w):
     return kernels.usable(x.dtype, x.size // x.shape[-1], *_matrix(w).shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _linear(x_NK, w, bias_F, out_dtype, outputs_first):
-    return kernels.linear(x_NK, w, bias_F, out_dtype, outputs_first)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _linear(x_NK, w, bias_F, onto_NF, out_dtype, outputs_first):
+    return kernels.linear(x_NK, w, bias_F, out_dtype, outputs_first, onto_NF)
 
 
-def _linear_forward(x_NK, w, bias_F, out_dtype, outputs_first):
-    return _linear(x_NK, w, bias_F, out_dtype, outputs_first), (x_NK, w, bias_F)
+def _linear_forward(x_NK, w, bias_F, onto_NF, out_dtype, outputs_first):
+    return _linear(x_NK, w, bias_F, onto_NF, out_dtype, outputs_first), (x_NK, w, bias_F, onto_NF is not None)
 
 
 def _linear_backward(_, outputs_first, saved, dy_NF):
-    x_NK, w, bias_F = saved
-    return _gradients(x_NK, dy_NF, w, bias_F, outputs_first)
+    x_NK, w, bias_F, added = saved
+    return *_gradients(x_NK, dy_NF, w, bias_F, outputs_first), dy_NF if added else None
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
 @jax.custom_vjp
-def _mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D):
-    return kernels.mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D)
+def _mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND):
+    return kernels.mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND)
 
 
-def _mlp_forward(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D):
-    y_ND = kernels.mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D)
-    return y_ND, (x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D)
+def _mlp_forward(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND):
+    y_ND = _mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND)
+    return y_ND, (x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND is not None)
 
 
 def _mlp_backward(saved, dy_ND):
-    x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D = saved
+    x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, added = saved
     dx_ND, dw_in_DF, db_in_F, dw_out_DF = kernels.mlp_gradient(
         x_ND, w_in_DF, b_in_F, w_out_DF, dy_ND.astype(x_ND.dtype)
     )
     db_in_F = None if b_in_F is None else db_in_F.astype(b_in_F.dtype)
     db_out_D = None if b_out_D is None else sum_rows(dy_ND).astype(b_out_D.dtype)
-    return dx_ND, dw_in_DF.astype(w_in_DF.dtype), db_in_F, dw_out_DF.astype(w_out_DF.dtype), db_out_D
+    dws = dw_in_DF.astype(w_in_DF.dtype), dw_out_DF.astype(w_out_DF.dtype)
+    return dx_ND, dws[0], db_in_F, dws[1], db_out_D, dy_ND if added else None
 
 
 _mlp.defvjp(_mlp_forward, _mlp_backward)
