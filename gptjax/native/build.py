@@ -77,7 +77,6 @@ def _load() -> str | None:
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         return f"they could not be compiled: {next((line for line in said if 'error' in line), said[0])}"
-    library.gptjax_prepare.restype = ctypes.c_bool
     if not library.gptjax_prepare():
         return "the system does not give this process the processor's tiles"
     for name in TARGETS:

@@ -13,12 +13,12 @@
 namespace gptjax {
 
 // Asks the kernel for the tiles of this process. Returns whether the other functions can be called.
-extern "C" bool gptjax_prepare() {
+extern "C" int gptjax_prepare() {
 #if defined(__AMX_BF16__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, arch/x86/include/asm/fpu/types.h of Linux
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
-  return true;
+  return 1;
 #endif
 }
 

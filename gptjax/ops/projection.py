@@ -74,8 +74,8 @@ def project_reference(x: jax.Array, projection: Projection) -> jax.Array:
 def project(x: jax.Array, projection: Projection) -> jax.Array:
     """Multiplies `x [..., K]`; returns float32 `[..., F]`.
 
-    Where a kernel does it, it takes any number of rows. The other forms were chosen by time on a CPU. Some rows want the
-    weights as the left operand, which XLA packs less, see `_weights_left`. Two int8 rows take half as long as one
+    Where a kernel does it, it takes any number of rows. The other forms were chosen by time on a CPU. Some rows want
+    the weights as the left operand, which XLA packs less, see `_weights_left`. Two int8 rows take half as long as one
     float32 row; they hold one row of activations, in steps and in fractions of a step, so only the weights are rounded
     to 8 bits.
     """
