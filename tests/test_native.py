@@ -17,7 +17,6 @@ from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_r
 from gptjax.ops.elementwise import layer_norm_beside, layer_norm_reference
 from gptjax.ops.linear import linear, linear_reference, mlp, mlp_reference
 from gptjax.ops.platform import for_an_accelerator
-from gptjax.ops.projection import dequantized, make_projection, project, project_reference
 
 DTYPES = ("bfloat16", "float32")
 # Relative norms. bfloat16 keeps 8 bits, and results and gradients are rounded once or twice; float32 keeps 24, of sums
@@ -173,23 +172,6 @@ def test_a_norm_beside_the_stream(dtype, biased):
         scale,
         *bias,
     )
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("rows", [1, 2, 16, 33, 200])
-@pytest.mark.parametrize("outputs_first", [False, True])
-def test_few_rows_of_decoding(dtype, rows, outputs_first):
-    if not kernels.decodes(96):
-        pytest.skip(f"no kernel for decoding: {build.state()}")
-    x, w = draw(2, rows, 96), draw(96, 43)  # a panel and a third
-    projection = make_projection(w.T if outputs_first else w, dtype, rows == 1, outputs_first)
-    assert projection.w.ndim == 5
-    exact = dequantized(projection, 96)
-    # bfloat16 rounds x as well; of int8, the weights alone are rounded: x keeps 16 bits
-    assert distance(project(x, projection), project_reference(x, projection)) < {"bfloat16": 4e-3, "int8": 1e-5}[dtype]
-    assert distance(exact, w) < {"bfloat16": 3e-3, "int8": 1e-2}[dtype]
-    cast = x.astype("bfloat16")
-    assert distance(project(cast, projection), project_reference(cast, projection)) < 1e-6
 
 
 def test_products_in_float32_are_as_exact_as_float32_is():

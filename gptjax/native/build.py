@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from importlib import metadata
 from pathlib import Path
 
@@ -21,22 +20,12 @@ OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 TARGETS = (
     *("linear", "weight_gradient", "mlp", "mlp_gradient", "layer_norm", "layer_norm_gradient"),
     *("attention", "attention_gradient", "cross_entropy", "cross_entropy_gradient"),
-    "few_rows",
 )
-_one_at_a_time = threading.Lock()
-
-
-def begin() -> None:
-    """Makes the library beside other work, where it will be needed; who asks for it waits for the end of that."""
-    import jax
-
-    if jax.default_backend() == "cpu":
-        threading.Thread(target=ready, daemon=True).start()
 
 
 def ready() -> bool:
     """Whether kernels can be called by name; makes the library and loads it when it is first asked."""
-    return _problem() is None
+    return _load() is None
 
 
 def has_tiles() -> bool:
@@ -46,15 +35,10 @@ def has_tiles() -> bool:
 
 def state() -> str:
     """Says whether there are kernels, and if not, why."""
-    reason = _problem()
+    reason = _load()
     if reason is not None:
         return f"none: {reason}"
     return "AMX, for bfloat16 and float32" if has_tiles() else "AVX-512, for bfloat16"
-
-
-def _problem() -> str | None:
-    with _one_at_a_time:
-        return _load()
 
 
 @functools.cache

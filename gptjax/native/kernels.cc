@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include "attention.h"
-#include "few_rows.h"
 #include "linear.h"
 #include "loss.h"
 #include "mlp.h"
@@ -131,13 +130,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm_gradient, LayerNormGradient,
                                   .Ret<Stream>()   // dx
                                   .Ret<Vector>()   // dscale
                                   .Ret<Vector>());  // dbias
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_few_rows, FewRows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()  // x
-                                  .Arg<ffi::AnyBuffer>()  // packed weights
-                                  .Arg<Vector>()          // scale
-                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 }  // namespace gptjax

@@ -184,9 +184,8 @@ inline Planes<P> LoadPlanes(const float* x) {
 }
 template <int P>
 inline Planes<P> LoadPlanes(const bf16* x) {
-  Planes<P> planes{};  // the others are zero
-  planes.plane[0] = _mm256_loadu_si256((const __m256i*)x);
-  return planes;
+  static_assert(P == 1);
+  return {{_mm256_loadu_si256((const __m256i*)x)}};
 }
 
 // Two rows of 16 numbers as 16 pairs.

@@ -33,16 +33,6 @@ def usable(dtype: jax.typing.DTypeLike, *sizes: int) -> bool:
     return build.ready() and (dtype == jnp.bfloat16 or build.has_tiles())
 
 
-def decodes(K: int) -> bool:
-    """Whether `few_rows` sums over `K`: only by tiles is it faster than XLA's forms."""
-    return usable(jnp.bfloat16, K) and build.has_tiles()
-
-
-def few_rows(x_NK: jax.Array, w_PSQCU: jax.Array, scale_F: jax.Array | None, F: int) -> jax.Array:
-    """`x w`, times each output's scale, `[N, F]` float32; weights are bfloat16 or int8."""
-    return _call("few_rows", _like((x_NK.shape[0], F), jnp.float32))(x_NK, w_PSQCU, _vector(scale_F))
-
-
 def linear(x_NK, w, bias_F, out_dtype, outputs_first: bool, onto_NF=None) -> jax.Array:
     """`onto + x w + bias`, `[N, F]`; `w` is `[K, F]` or, where `outputs_first`, `[F, K]`."""
     F = w.shape[0] if outputs_first else w.shape[1]

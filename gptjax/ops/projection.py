@@ -1,7 +1,6 @@
 """Matrix products of decoding: few rows, so that reading the weights sets the pace.
 
-Shape suffixes: N rows, K contracted, F outputs; J stripe, G row of a stripe, see `single_row`; P panel, S step, Q pair,
-C column of a panel, U upper or lower row of a pair, see `_packed`.
+Shape suffixes: N rows, K contracted, F outputs; J stripe, G row of a stripe, see `single_row`.
 """
 
 import dataclasses
@@ -10,7 +9,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops import kernels
 from gptjax.ops.matmul import dot, row_major
 from gptjax.ops.single_row import padded, single_row_product, striped
 
@@ -24,11 +22,9 @@ class Projection:
     """A weight laid out for decoding."""
 
     w: jax.Array
-    """`[F, K]`, or `[J, G, F]` to be multiplied by one row at a time, or `[P, S, Q, C, U]` for a kernel."""
+    """`[F, K]`, or `[J, G, F]` to be multiplied by one row at a time."""
     scale_F: jax.Array | None
     """Of int8 weights: what a step of each output's weights is worth."""
-    outputs: int = dataclasses.field(default=0, metadata={"static": True})
-    """F, where a kernel's panels have room for more."""
 
 
 def make_projection(
@@ -47,9 +43,6 @@ def make_projection(
         w, scale_F = jnp.round(w / scale), jnp.squeeze(scale, contracted)
     # Pinned, so that what is turned around is small already: 22 ms instead of 115 for twelve matrices of 768 x 3072.
     w = row_major(w.astype(dtype))
-    if dtype != "float32" and kernels.decodes(w.shape[1 if outputs_first else 0]):
-        w_KF = w.T if outputs_first else w
-        return Projection(row_major(_packed(w_KF)), scale_F, w_KF.shape[1])
     in_stripes = jax.default_backend() == "cpu" and one_row and dtype != "float32"  # float32: the library is as fast
     if outputs_first == in_stripes:
         w = row_major(w.T)
@@ -59,9 +52,6 @@ def make_projection(
 def dequantized(projection: Projection, K: int) -> jax.Array:
     """The float32 matrix `[K, F]` that `project` multiplies by."""
     w = projection.w
-    if w.ndim == 5:
-        w_KF = w.transpose(1, 2, 4, 0, 3).reshape(K, -1)[:, : projection.outputs].astype(jnp.float32)
-        return w_KF if projection.scale_F is None else w_KF * projection.scale_F[None]
     w_KF = (w.reshape(-1, w.shape[-1])[:K] if w.ndim == 3 else w.T).astype(jnp.float32)
     return w_KF if projection.scale_F is None else w_KF * projection.scale_F[None]
 
@@ -74,15 +64,11 @@ def project_reference(x: jax.Array, projection: Projection) -> jax.Array:
 def project(x: jax.Array, projection: Projection) -> jax.Array:
     """Multiplies `x [..., K]`; returns float32 `[..., F]`.
 
-    Where a kernel does it, it takes any number of rows. The other forms were chosen by time on a CPU. Some rows want
-    the weights as the left operand, which XLA packs less, see `_weights_left`. Two int8 rows take half as long as one
-    float32 row; they hold one row of activations, in steps and in fractions of a step, so only the weights are rounded
-    to 8 bits.
+    Forms were chosen by time on a CPU. Some rows want the weights as the left operand, which XLA packs less, see
+    `_weights_left`. Two int8 rows take half as long as one float32 row; they hold one row of activations, in steps and
+    in fractions of a step, so only the weights are rounded to 8 bits.
     """
     x_NK, w = x.reshape(-1, x.shape[-1]), projection.w
-    if w.ndim == 5:
-        y_NF = kernels.few_rows(x_NK, w, projection.scale_F, projection.outputs)
-        return y_NF.reshape(*x.shape[:-1], -1)
     if w.ndim == 3 and x_NK.shape[0] == 1:
         y_NF = single_row_product(x_NK[0], w)[None]
     elif w.ndim == 3:  # a prompt
@@ -92,14 +78,6 @@ def project(x: jax.Array, projection: Projection) -> jax.Array:
     if projection.scale_F is not None:
         y_NF = y_NF * projection.scale_F[None]
     return y_NF.reshape(*x.shape[:-1], -1)
-
-
-def _packed(w_KF):
-    """Panels of 32 outputs; in each, steps of 32 rows; in each, pairs of rows, interleaved (`native/tiles.h`)."""
-    K, F = w_KF.shape
-    w_KF = jnp.pad(w_KF, ((0, 0), (0, -F % kernels.SIDE)))
-    w_SQUPC = w_KF.reshape(K // kernels.SIDE, kernels.SIDE // 2, 2, -1, kernels.SIDE)
-    return w_SQUPC.transpose(3, 0, 1, 4, 2)
 
 
 def _product(spec, x_NK, w):
