@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "attention.h"
+#include "few_rows.h"
 #include "linear.h"
 
 namespace gptjax {
@@ -52,6 +53,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_weight_gradient, WeightGradient,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<Vector>()
                                   .Ret<Rows>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_few_rows, FewRows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Vector>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<Vector>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_lay_out, LayOut,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention, Attention,
                               ffi::Ffi::Bind()

@@ -1,7 +1,8 @@
 """Calls of the kernels in `gptjax/native`, for a CPU. The functions that use them stand beside their references.
 
 Shape suffixes: N rows, K contracted, F outputs; B batch, T position, G key heads, H query heads, E = H / G + 2 (the
-queries, the key and the value of a key head), C head_dim.
+queries, the key and the value of a key head), C head_dim. Of weights laid out for a few rows: P panel, S step, W word, L
+output of a panel, I number of a word.
 """
 
 import jax
@@ -16,6 +17,8 @@ SIDE = 32
 """Kernels work on blocks of so many rows and columns."""
 SUMMED_AT_ONCE = 1024
 """Rows that `weight_gradient` lays out at a time; `kSummedAtOnce` in `linear.h`."""
+WORDS = 16
+"""Words of 32 bits of a step of laid out weights, for each output."""
 NO_BIAS = np.zeros(0, np.float32)
 NO_SEGMENTS = np.zeros((0,), np.int32)
 
@@ -25,6 +28,33 @@ def usable(dtype: jax.typing.DTypeLike, *sizes: int) -> bool:
     if dtype != jnp.bfloat16 or not on_cpu() or compiler_cuts():
         return False
     return all(size % SIDE == 0 for size in sizes) and build.ready()
+
+
+def usable_for_few_rows(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether `laid_out` and `few_rows` can be called here for weights of this dtype, of whatever size."""
+    if dtype not in (jnp.bfloat16, jnp.int8) or not on_cpu() or compiler_cuts():
+        return False
+    return build.ready()
+
+
+def laid_out(w_FK: jax.Array) -> jax.Array:
+    """Weights of bfloat16 or int8 as `few_rows` reads them, `[P, S, W, L, I]`, with zeros behind both axes."""
+    F, K = w_FK.shape
+    numbers = 4 // w_FK.dtype.itemsize
+    P, S = -(-F // SIDE), -(-K // (WORDS * numbers))
+    w_FK = jnp.pad(w_FK, ((0, P * SIDE - F), (0, S * WORDS * numbers - K)))
+    return _call("lay_out", _like((P, S, WORDS, SIDE, numbers), w_FK.dtype))(w_FK)
+
+
+def few_rows(x_NK: jax.Array, w_PSWLI: jax.Array, scale_F: jax.Array | None, F: int) -> jax.Array:
+    """`x w`, `[N, F]`, float32; times `scale` where weights are int8."""
+    _, S, W, _, numbers = w_PSWLI.shape
+    N, K = x_NK.shape
+    x_NK = jnp.pad(x_NK.astype(jnp.float32), ((0, 0), (0, S * W * numbers - K)))
+    rows = SIDE if w_PSWLI.dtype == jnp.bfloat16 else SIDE // 2  # each is held in two of int8
+    left = _like((-(-N // rows), S, SIDE, W, numbers), w_PSWLI.dtype)
+    out = (_like((N, F), jnp.float32), left, _like((N,), jnp.float32))
+    return _call("few_rows", out)(x_NK, w_PSWLI, _bias(scale_F))[0]
 
 
 def linear(x_NK: jax.Array, w: jax.Array, bias_F: jax.Array | None, out_dtype, outputs_first: bool) -> jax.Array:
