@@ -20,7 +20,7 @@ OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 TARGETS = (
     *("linear", "linear_gelu", "linear_gelu_gradient", "weight_gradient"),
     *("attention", "attention_gradient"),
-    *("lay_out", "few_rows"),
+    *("lay_out", "few_rows", "cached_attention"),
 )
 
 

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "attention.h"
+#include "cached_attention.h"
 #include "few_rows.h"
 #include "linear.h"
 
@@ -65,6 +66,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_few_rows, FewRows,
                                   .Ret<Vector>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_lay_out, LayOut,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cached_attention, CachedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR2<ffi::PRED>>()
+                                  .Ret<ffi::BufferR3<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention, Attention,
                               ffi::Ffi::Bind()

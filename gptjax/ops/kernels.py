@@ -1,7 +1,7 @@
 """Calls of the kernels in `gptjax/native`, for a CPU. The functions that use them stand beside their references.
 
 Shape suffixes: N rows, K contracted, F outputs; B batch, T position, G key heads, H query heads, E = H / G + 2 (the
-queries, the key and the value of a key head), C head_dim. Of weights laid out for a few rows: P panel, S step, W word, L
+queries, the key and the value of a key head), S slot of a cache, C head_dim. Of weights laid out for a few rows: P panel, S step, W word, L
 output of a panel, I number of a word.
 """
 
@@ -55,6 +55,20 @@ def few_rows(x_NK: jax.Array, w_PSWLI: jax.Array, scale_F: jax.Array | None, F: 
     left = _like((-(-N // rows), S, SIDE, W, numbers), w_PSWLI.dtype)
     out = (_like((N, F), jnp.float32), left, _like((N,), jnp.float32))
     return _call("few_rows", out)(x_NK, w_PSWLI, _bias(scale_F))[0]
+
+
+def usable_for_a_cache(dtype: jax.typing.DTypeLike, head_dim: int) -> bool:
+    """Whether `cached_attention` takes keys and values of this dtype and size here."""
+    if dtype not in (jnp.bfloat16, jnp.float32) or head_dim % 16 or not on_cpu() or compiler_cuts():
+        return False
+    return build.ready()
+
+
+def cached_attention(q_BHC: jax.Array, k_BGSC: jax.Array, v_BGSC: jax.Array, visible_BS: jax.Array) -> jax.Array:
+    """Attends one new position of each sequence to those that it sees; float32, `[B, H, C]`."""
+    return _call("cached_attention", _like(q_BHC.shape, jnp.float32))(
+        q_BHC.astype(jnp.float32), k_BGSC, v_BGSC, visible_BS
+    )
 
 
 def linear(x_NK: jax.Array, w: jax.Array, bias_F: jax.Array | None, out_dtype, outputs_first: bool) -> jax.Array:
