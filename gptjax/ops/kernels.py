@@ -59,7 +59,7 @@ def few_rows(x_NK: jax.Array, w_PSWLI: jax.Array, scale_F: jax.Array | None, F: 
 
 def usable_for_a_cache(dtype: jax.typing.DTypeLike, head_dim: int) -> bool:
     """Whether `cached_attention` takes keys and values of this dtype and size here."""
-    if dtype not in (jnp.bfloat16, jnp.float32) or head_dim % 16 or not on_cpu() or compiler_cuts():
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32) or head_dim % 16 or not on_cpu() or compiler_cuts():
         return False
     return build.ready()
 
