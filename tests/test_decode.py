@@ -267,7 +267,7 @@ def test_rounded_weights_give_nearly_the_same_logits(options, lengths):
 def last_logits(model, params, dtype, lengths):
     weights = decoding_weights(model, params, dtype, one_row=len(lengths) == 1)
     contexts = [np.append(prompt, 0) for prompt in make_prompts(*lengths)]  # the last token is left for the loop
-    cache = _prefilled(model, "float32", weights, contexts, 64)
+    cache = _prefilled(model, "float32", weights, contexts, 64, "float32")
     x_B1D, _ = extend(model, weights.params, jnp.zeros((len(lengths), 1), jnp.int32), cache, "float32")
     return np.asarray(project(x_B1D, weights.readout)[:, 0])
 

@@ -20,6 +20,7 @@ from gptjax.generation.choose import Rule, choice_rule, choose
 from gptjax.generation.weights import DecodingWeights, decoding_weights
 from gptjax.model.cache import Cache, grow_cache, init_cache
 from gptjax.model.gpt import extend, for_decoding
+from gptjax.ops import kernels
 from gptjax.ops.projection import project
 from gptjax.verb_options import SampleConfig
 
@@ -86,6 +87,7 @@ def _stream(config, params, prompts, options, end_of_text, notify, piece_length)
     weight_dtype = options.compute_dtype if options.quantize == "none" else options.quantize
     weights = decoding_weights(config, params, weight_dtype, len(prompts) * options.num_samples == 1)
     dtype = "float32" if jax.default_backend() == "cpu" else options.compute_dtype
+    stored = options.compute_dtype if kernels.usable_for_a_cache(options.compute_dtype, config.head_dim) else dtype
     rule = choice_rule(options)
     stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
     contexts = [context for context in _cut(config, prompts, notify) for _ in range(options.num_samples)]
@@ -105,8 +107,8 @@ def _stream(config, params, prompts, options, end_of_text, notify, piece_length)
             contexts = [_window(config, c, done) for c, done in zip(contexts, done_B, strict=True)]
             used = _prefill_length(contexts)
             most = max(most, _slots(config, contexts, options.max_new_tokens - number))
-            slots = max(slots, _first_slots(config, dtype, len(contexts), used, most))
-            cache = _prefilled(config, dtype, weights, contexts, slots)
+            slots = max(slots, _first_slots(config, stored, len(contexts), used, most))
+            cache = _prefilled(config, dtype, weights, contexts, slots, stored)
             continue
         if used == slots:
             slots = min(2 * slots, most)
@@ -176,14 +178,14 @@ def _extend_cache(
 _grown = jax.jit(grow_cache, static_argnums=1)
 
 
-def _prefilled(config, dtype, weights, contexts, slots) -> Cache:
-    """Returns a cache that holds every context but its last token, which the decoding loop reads."""
+def _prefilled(config, dtype, weights, contexts, slots, stored) -> Cache:
+    """Returns a cache, of dtype `stored`, of every context but its last token, which the decoding loop reads."""
     length = _prefill_length(contexts)
     padding_B = np.array([length - (len(c) - 1) for c in contexts], np.int32)
     tokens_BT = np.zeros((len(contexts), length), np.int32)
     for row, context, padding in zip(tokens_BT, contexts, padding_B, strict=True):
         row[padding:] = context[:-1]
-    cache = init_cache(config, jnp.asarray(padding_B), slots, dtype)
+    cache = init_cache(config, jnp.asarray(padding_B), slots, stored)
     for start in range(0, length, PREFILL):
         cache = _extend_cache(config, dtype, weights, tokens_BT[:, start : start + PREFILL], cache)
     return cache

@@ -36,7 +36,7 @@ def decoding_weights(
     layers = _layers(params["blocks"], config.n_layer, dtype, one_row)
     w_VD = unembedding(params)
     if dtype == "float32" and w_VD.shape[0] == config.vocab_size and w_VD.dtype == dtype:
-        readout = Projection(w_VD, None)  # as it is, without a copy
+        readout = Projection(w_VD, None, config.vocab_size)  # as it is, without a copy
     else:
         readout = _readout(w_VD, config.vocab_size, dtype, one_row)
     trunk = {name: params[name] for name in ("embed", "norm_f")}

@@ -67,6 +67,12 @@ def write(layer: LayerCache, used: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Arr
 
     def put(old_BGSC, new_BTGC):
         new_BGTC = new_BTGC.transpose(0, 2, 1, 3).astype(old_BGSC.dtype)
-        return jax.lax.dynamic_update_slice(old_BGSC, new_BGTC, (0, 0, used, 0))
+        at = (0, 0, used, 0)
+        if old_BGSC.dtype != jnp.bfloat16:
+            return jax.lax.dynamic_update_slice(old_BGSC, new_BGTC, at)
+        # As bits: XLA:CPU would convert all slots to float32 and back, for every token.
+        old_BGSC, new_BGTC = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old_BGSC, new_BGTC))
+        written_BGSC = jax.lax.dynamic_update_slice(old_BGSC, new_BGTC, at)
+        return jax.lax.bitcast_convert_type(written_BGSC, jnp.bfloat16)
 
     return LayerCache(put(layer.k_BGSC, k_BTGC), put(layer.v_BGSC, v_BTGC))

@@ -14,12 +14,13 @@ from gptjax.files import publish, temporary_name
 from gptjax.runtime import is_sound, processor_flags, sign
 
 SWITCH = "GPTJAX_NATIVE"
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"}
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cc"))
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 TARGETS = (
     *("linear", "weight_gradient", "mlp", "mlp_gradient", "layer_norm", "layer_norm_gradient"),
     *("attention", "attention_gradient", "cross_entropy", "cross_entropy_gradient"),
+    *("lay_out", "few_rows", "cached_attention"),
 )
 
 

@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include "attention.h"
+#include "cached_attention.h"
+#include "few_rows.h"
 #include "linear.h"
 #include "loss.h"
 #include "mlp.h"
@@ -64,6 +66,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp_gradient, MlpGradient,
                                   .Ret<Vector>()                 // db_in
                                   .Ret<ffi::Buffer<ffi::F32>>()  // dw_out
                                   .Ret<Packed>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_few_rows, FewRows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Vector>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<Vector>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_lay_out, LayOut,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cached_attention, CachedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR2<ffi::PRED>>()
+                                  .Ret<ffi::BufferR3<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention, Attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

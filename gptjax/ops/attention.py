@@ -157,7 +157,17 @@ def _plain(window, rate, q_BTHC, k_BSGC, v_BSGC, segments_BT, drops):
 
 
 def cached_attention(q_BTHC: jax.Array, k_BGSC: jax.Array, v_BGSC: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    """Attends a few new queries to a cache of keys and values; `visible_BTS` says which slots each may see."""
+    """Attends a few new queries to a cache of keys and values; `visible_BTS` says which slots each may see.
+
+    A kernel takes a single one; it reads visible slots only, and each once.
+    """
+    if q_BTHC.shape[1] == 1 and kernels.usable_for_a_cache(k_BGSC.dtype, q_BTHC.shape[3]):
+        return kernels.cached_attention(q_BTHC[:, 0], k_BGSC, v_BGSC, visible_BTS[:, 0])[:, None].astype(q_BTHC.dtype)
+    return cached_attention_reference(q_BTHC, k_BGSC, v_BGSC, visible_BTS)
+
+
+def cached_attention_reference(q_BTHC, k_BGSC, v_BGSC, visible_BTS) -> jax.Array:
+    """What `cached_attention` computes, by XLA's products."""
     B, T, H, C = q_BTHC.shape
     G, S = k_BGSC.shape[1:3]
     R = H // G

@@ -1,7 +1,8 @@
 """Calls of the kernels in `gptjax/native`, for a CPU. The functions that use them stand beside their references.
 
 Shape suffixes: N rows, K contracted, F outputs; B batch, T position, G key heads, H query heads, E = H / G + 2 (the
-queries, the key and the value of a key head), C head_dim.
+queries, the key and the value of a key head), S slot of a cache, C head_dim. Of weights laid out for a few rows: P
+panel, S step, W word, L output of a panel, I number of a word.
 """
 
 import jax
@@ -22,6 +23,8 @@ GRADIENT_ROWS = 1024
 """Rows whose products are added to a weight's gradient at a time, so that what is laid out for it stays in a cache."""
 PLANES = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}
 """How many bfloat16 a number is the sum of, in a kernel."""
+WORDS = 16
+"""Words of 32 bits of a step of laid out weights, for each output."""
 NOTHING = np.zeros(0, np.float32)
 NO_SEGMENTS = np.zeros((0,), np.int32)
 
@@ -118,6 +121,47 @@ def _loss_parts(x_ND, with_gradient):
 
 def _loss_numbers(vocab_size, smoothing, z_loss):
     return {"vocab_size": np.int64(vocab_size), "smoothing": np.float32(smoothing), "z_loss": np.float32(z_loss)}
+
+
+def usable_for_few_rows(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether `laid_out` and `few_rows` can be called here for weights of this dtype, of whatever size."""
+    if dtype not in (jnp.bfloat16, jnp.int8) or not on_cpu() or compiler_cuts():
+        return False
+    return build.ready()
+
+
+def laid_out(w_FK: jax.Array) -> jax.Array:
+    """Weights of bfloat16 or int8 as `few_rows` reads them, `[P, S, W, L, I]`, with zeros behind both axes."""
+    F, K = w_FK.shape
+    numbers = 4 // w_FK.dtype.itemsize
+    P, S = -(-F // SIDE), -(-K // (WORDS * numbers))
+    w_FK = jnp.pad(w_FK, ((0, P * SIDE - F), (0, S * WORDS * numbers - K)))
+    return _call("lay_out", _like((P, S, WORDS, SIDE, numbers), w_FK.dtype))(w_FK)
+
+
+def few_rows(x_NK: jax.Array, w_PSWLI: jax.Array, scale_F: jax.Array | None, F: int) -> jax.Array:
+    """`x w`, `[N, F]`, float32; times `scale` where weights are int8."""
+    _, S, W, _, numbers = w_PSWLI.shape
+    N, K = x_NK.shape
+    x_NK = jnp.pad(x_NK.astype(jnp.float32), ((0, 0), (0, S * W * numbers - K)))
+    rows = SIDE if w_PSWLI.dtype == jnp.bfloat16 else SIDE // 2  # each is held in two of int8
+    left = _like((-(-N // rows), S, SIDE, W, numbers), w_PSWLI.dtype)
+    out = (_like((N, F), jnp.float32), left, _like((N,), jnp.float32))
+    return _call("few_rows", out)(x_NK, w_PSWLI, _vector(scale_F))[0]
+
+
+def usable_for_a_cache(dtype: jax.typing.DTypeLike, head_dim: int) -> bool:
+    """Whether `cached_attention` takes keys and values of this dtype and size here."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32) or head_dim % 16 or not on_cpu() or compiler_cuts():
+        return False
+    return build.ready()
+
+
+def cached_attention(q_BHC: jax.Array, k_BGSC: jax.Array, v_BGSC: jax.Array, visible_BS: jax.Array) -> jax.Array:
+    """Attends one new position of each sequence to those that it sees; float32, `[B, H, C]`."""
+    return _call("cached_attention", _like(q_BHC.shape, jnp.float32))(
+        q_BHC.astype(jnp.float32), k_BGSC, v_BGSC, visible_BS
+    )
 
 
 def _call(name, out):

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from gptjax.ops import kernels
 from gptjax.ops.matmul import dot, row_major
 from gptjax.ops.single_row import padded, single_row_product, striped
 
@@ -22,9 +23,11 @@ class Projection:
     """A weight laid out for decoding."""
 
     w: jax.Array
-    """`[F, K]`, or `[J, G, F]` to be multiplied by one row at a time."""
+    """`[F, K]`, or `[J, G, F]` to be multiplied by one row at a time, or `[P, S, W, L, I]` for `kernels.few_rows`."""
     scale_F: jax.Array | None
     """Of int8 weights: what a step of each output's weights is worth."""
+    outputs: int = dataclasses.field(metadata={"static": True})
+    """F."""
 
 
 def make_projection(
@@ -32,9 +35,9 @@ def make_projection(
 ) -> Projection:
     """Lays out a matrix, `[K, F]` or, where `outputs_first`, `[F, K]`, for products of one row or of several.
 
-    Each output of int8 has a scale of its own.
+    Kernels, where there are any, take the same layout for both. Each output of int8 has a scale of its own.
     """
-    scale_F = None
+    scale_F, outputs = None, w.shape[0 if outputs_first else 1]
     if dtype == "int8":
         w = w.astype(jnp.float32)
         contracted = 1 if outputs_first else 0
@@ -43,16 +46,24 @@ def make_projection(
         w, scale_F = jnp.round(w / scale), jnp.squeeze(scale, contracted)
     # Pinned, so that what is turned around is small already: 22 ms instead of 115 for twelve matrices of 768 x 3072.
     w = row_major(w.astype(dtype))
-    in_stripes = jax.default_backend() == "cpu" and one_row and dtype != "float32"  # float32: the library is as fast
+    by_kernel = kernels.usable_for_few_rows(w.dtype)
+    # float32: the library is as fast
+    in_stripes = jax.default_backend() == "cpu" and one_row and dtype != "float32" and not by_kernel
     if outputs_first == in_stripes:
         w = row_major(w.T)
-    return Projection(striped(w) if in_stripes else w, scale_F)
+    lay_out = kernels.laid_out if by_kernel else striped if in_stripes else lambda w: w
+    return Projection(lay_out(w), scale_F, outputs)
 
 
 def dequantized(projection: Projection, K: int) -> jax.Array:
     """The float32 matrix `[K, F]` that `project` multiplies by."""
     w = projection.w
-    w_KF = (w.reshape(-1, w.shape[-1])[:K] if w.ndim == 3 else w.T).astype(jnp.float32)
+    if w.ndim == 5:
+        P, S, W, L, numbers = w.shape
+        w_KF = w.transpose(1, 2, 4, 0, 3).reshape(S * W * numbers, P * L)[:K, : projection.outputs]
+    else:
+        w_KF = w.reshape(-1, w.shape[-1])[:K] if w.ndim == 3 else w.T
+    w_KF = w_KF.astype(jnp.float32)
     return w_KF if projection.scale_F is None else w_KF * projection.scale_F[None]
 
 
@@ -64,11 +75,14 @@ def project_reference(x: jax.Array, projection: Projection) -> jax.Array:
 def project(x: jax.Array, projection: Projection) -> jax.Array:
     """Multiplies `x [..., K]`; returns float32 `[..., F]`.
 
-    Forms were chosen by time on a CPU. Some rows want the weights as the left operand, which XLA packs less, see
-    `_weights_left`. Two int8 rows take half as long as one float32 row; they hold one row of activations, in steps and
-    in fractions of a step, so only the weights are rounded to 8 bits.
+    Where there are no kernels, forms were chosen by time on a CPU. Some rows want the weights as the left operand,
+    which XLA packs less, see `_weights_left`. Two int8 rows take half as long as one float32 row; they hold one row of
+    activations, in steps and in fractions of a step, so only the weights are rounded to 8 bits.
     """
     x_NK, w = x.reshape(-1, x.shape[-1]), projection.w
+    if w.ndim == 5:
+        y_NF = kernels.few_rows(x_NK, w, projection.scale_F, projection.outputs)
+        return y_NF.reshape(*x.shape[:-1], projection.outputs)
     if w.ndim == 3 and x_NK.shape[0] == 1:
         y_NF = single_row_product(x_NK[0], w)[None]
     elif w.ndim == 3:  # a prompt
