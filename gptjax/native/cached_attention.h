@@ -43,6 +43,12 @@ void WeightedSum(const float* weights, const T* values, int64_t slots, int64_t C
   for (int i = 0; i < N; ++i) _mm512_storeu_ps(y + 16 * i, _mm512_mul_ps(sums[i], _mm512_set1_ps(factor)));
 }
 
+// Asks for memory that is read soon: the processor foresees only what follows in a stream, and these are short.
+template <typename T>
+inline void Prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) _mm_prefetch((const char*)(from + i), _MM_HINT_T1);
+}
+
 template <typename T>
 void AttendToCache(ffi::ThreadPool& pool, const float* q, const T* k, const T* v, const bool* visible, int64_t B,
                    int64_t G, int64_t R, int64_t S, int64_t C, float* y) {
@@ -58,6 +64,7 @@ void AttendToCache(ffi::ThreadPool& pool, const float* q, const T* k, const T* v
       for (int64_t r = 0; r < R; ++r) {
         const float* from = q + (head * R + r) * C;
         for (int64_t c = 0; c < C; ++c) query[c] = from[c] * scale;
+        if (r == 0) Prefetch(v + (head * S + first) * C, slots * C);
         const float largest = Scores(query, k + (head * S + first) * C, seen + first, slots, C, scores);
         std::fill(scores + slots, scores + slots + 16, kMasked);
         __m512 total = _mm512_setzero_ps();
@@ -67,6 +74,7 @@ void AttendToCache(ffi::ThreadPool& pool, const float* q, const T* k, const T* v
           total = _mm512_add_ps(total, weight);
         }
         const float factor = 1.0f / _mm512_reduce_add_ps(total);
+        if (r == 0 && head + 1 < B * G) Prefetch(k + ((head + 1) * S + first) * C, slots * C);
         const T* values = v + (head * S + first) * C;
         float* to = y + (head * R + r) * C;
         int64_t c = 0;
