@@ -179,7 +179,7 @@ _grown = jax.jit(grow_cache, static_argnums=1)
 
 
 def _prefilled(config, dtype, weights, contexts, slots, stored) -> Cache:
-    """Returns a cache, of dtype `stored`, that holds every context but its last token, which the decoding loop reads."""
+    """Returns a cache, of dtype `stored`, of every context but its last token, which the decoding loop reads."""
     length = _prefill_length(contexts)
     padding_B = np.array([length - (len(c) - 1) for c in contexts], np.int32)
     tokens_BT = np.zeros((len(contexts), length), np.int32)

@@ -1,8 +1,8 @@
 """Calls of the kernels in `gptjax/native`, for a CPU. The functions that use them stand beside their references.
 
-Shape suffixes: N rows, K contracted, F outputs; B batch, T position, G key heads, H query heads, E = H / G + 2 (the
-queries, the key and the value of a key head), S slot of a cache, C head_dim. Of weights laid out for a few rows: P panel, S step, W word, L
-output of a panel, I number of a word.
+Shape suffixes: N rows, K contracted, F outputs; B batch, T position, S slot of a cache, G key heads, H query heads,
+E = H / G + 2 (the queries, the key and the value of a key head), C head_dim. Weights laid out for a few rows: P panel,
+S step, W word, L output of a panel, I number of a word.
 """
 
 import jax

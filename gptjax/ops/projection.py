@@ -75,9 +75,9 @@ def project_reference(x: jax.Array, projection: Projection) -> jax.Array:
 def project(x: jax.Array, projection: Projection) -> jax.Array:
     """Multiplies `x [..., K]`; returns float32 `[..., F]`.
 
-    Where there are no kernels, forms were chosen by time on a CPU. Some rows want the weights as the left operand, which XLA packs less, see
-    `_weights_left`. Two int8 rows take half as long as one float32 row; they hold one row of activations, in steps and
-    in fractions of a step, so only the weights are rounded to 8 bits.
+    Kernels aside, forms were chosen by time on a CPU. Some rows want the weights as the left operand, which XLA packs
+    less, see `_weights_left`. Two int8 rows take half as long as one float32 row; they hold one row of activations, in
+    steps and in fractions of a step, so only the weights are rounded to 8 bits.
     """
     x_NK, w = x.reshape(-1, x.shape[-1]), projection.w
     if w.ndim == 5:
