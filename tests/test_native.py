@@ -14,8 +14,6 @@ from gptjax.native import build
 from gptjax.ops import kernels
 from gptjax.ops.attention import (
     attention_reference,
-    cached_attention,
-    cached_attention_reference,
     self_attention,
     split_heads,
 )
@@ -23,7 +21,6 @@ from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_r
 from gptjax.ops.elementwise import layer_norm_beside, layer_norm_reference
 from gptjax.ops.linear import linear, linear_reference, mlp, mlp_reference
 from gptjax.ops.platform import for_an_accelerator
-from gptjax.ops.projection import dequantized, make_projection, project, project_reference
 
 DTYPES = ("bfloat16", "float32")
 # Relative norms. bfloat16 keeps 8 bits, and results and gradients are rounded once or twice; float32 keeps 24, of sums
@@ -179,30 +176,6 @@ def test_a_norm_beside_the_stream(dtype, biased):
         scale,
         *bias,
     )
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 33, 300])
-@pytest.mark.parametrize("outputs_first", [False, True])
-def test_few_rows_of_decoding(need_kernels, dtype, rows, outputs_first):
-    x, w = draw(2, rows, 96), draw(96, 43)  # a panel and a third; of int8, a step and a half
-    projection = make_projection(w.T if outputs_first else w, dtype, rows == 1, outputs_first)
-    assert projection.w.ndim == 5 and distance(dequantized(projection, 96), w) < {"bfloat16": 3e-3, "int8": 1e-2}[dtype]
-    # bfloat16 rounds x as well; of int8 the weights alone are rounded: x keeps 15 bits of its row's range
-    tolerance = {"bfloat16": 4e-3, "int8": 5e-5}[dtype]
-    assert distance(project(x, projection), project_reference(x, projection)) < tolerance
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("B", "G", "R", "S", "C"), [(3, 2, 1, 37, 64), (1, 1, 3, 16, 80), (2, 4, 2, 5, 16)])
-def test_attention_to_a_cache(need_kernels, dtype, B, G, R, S, C):
-    q, k, v = draw(B, 1, G * R, C, dtype=dtype), draw(B, G, S, C, dtype=dtype), draw(B, G, S, C, dtype=dtype)
-    visible = np.random.default_rng(0).random((B, 1, S)) < 0.5
-    visible[:, :, S // 2] = True
-    expected = cached_attention_reference(q, k, v, jnp.asarray(visible))
-    assert distance(cached_attention(q, k, v, jnp.asarray(visible)), expected) < TOLERANCE[dtype]
-    unseen = jnp.where(visible[:, 0, None, :, None], k, jnp.asarray(jnp.nan, k.dtype))
-    assert jnp.isfinite(cached_attention(q, unseen, v, jnp.asarray(visible))).all()
 
 
 def test_products_in_float32_are_as_exact_as_float32_is():

@@ -5,10 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.native import build
 from gptjax.ops.projection import dequantized, make_projection, project, project_reference
 from gptjax.ops.single_row import CACHE_WAY, striped
 
 K, F = 50, 40  # 50 rows are no whole number of stripes
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch):
+    """The forms that XLA compiles; those of kernels are tested in `test_native_projection.py`."""
+    monkeypatch.setattr(build, "ready", lambda: False)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,135 @@
+"""Kernels of decoding, against NumPy and against decoding without them.
+
+Shape suffixes: N rows, K contracted, F outputs; B sequence, G key heads, H query heads, S slot, C head_dim.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import ModelConfig
+from gptjax.generation.decode import _prefilled, generate
+from gptjax.generation.weights import decoding_weights
+from gptjax.model.gpt import extend, init_params
+from gptjax.native import build
+from gptjax.ops.attention import cached_attention
+from gptjax.ops.projection import dequantized, make_projection, project
+from gptjax.verb_options import SampleConfig
+
+pytestmark = pytest.mark.skipif(not build.ready(), reason=build.state())
+
+SIZES = [(768, 96), (100, 57), (13, 1), (96, 300)]
+ROWS = [1, 2, 5, 8, 16, 17, 32, 40, 200, 300]
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Calls a function as if there were none."""
+
+    def call(function, *args):
+        jax.clear_caches()
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "ready", lambda: False)
+            result = function(*args)
+        jax.clear_caches()
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("outputs_first", [False, True])
+@pytest.mark.parametrize(("K", "F"), SIZES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_weights_are_those_of_the_layout_for_xla(without_kernels, dtype, K, F, outputs_first):
+    w_KF = jnp.asarray(np.random.default_rng(0).standard_normal((K, F), np.float32))
+    arguments = w_KF.T if outputs_first else w_KF, dtype, False, outputs_first
+    ours, expected = make_projection(*arguments), without_kernels(make_projection, *arguments)
+    assert (ours.w.ndim, expected.w.ndim) == (5, 2)
+    np.testing.assert_array_equal(dequantized(ours, K), dequantized(expected, K))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("K", "F"), SIZES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_products_are_those_of_numpy(dtype, K, F, rows):
+    random = np.random.default_rng(rows)
+    projection = make_projection(jnp.asarray(random.standard_normal((K, F), np.float32)), dtype, rows == 1)
+    x_NK = random.standard_normal((rows, K), np.float32) * np.exp(random.standard_normal((rows, 1), np.float32))
+    read_NK = np.asarray(jnp.asarray(x_NK, jnp.bfloat16) if dtype == "bfloat16" else x_NK, np.float64)
+    expected_NF = read_NK @ np.asarray(dequantized(projection, K), np.float64)
+    actual_NF = np.asarray(jax.jit(project)(jnp.asarray(x_NK), projection))
+    # bfloat16: sums are of float32. int8: a row's numbers are off by half of one in 127 * 254 of the largest.
+    largest_N1 = np.abs(x_NK).max(1, keepdims=True)
+    weights_F = np.abs(np.asarray(dequantized(projection, K), np.float64)).sum(0)
+    error = 1e-5 if dtype == "bfloat16" else 0.51 / (127 * 254) + 1e-6
+    assert np.all(np.abs(actual_NF - expected_NF) <= error * largest_N1 * weights_F[None])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_row_does_not_depend_on_how_many_there_are(dtype):
+    x_NK = jax.random.normal(jax.random.key(0), (37, 96))
+    projection = make_projection(jax.random.normal(jax.random.key(1), (96, 70)), dtype, False)
+    whole_NF = project(x_NK, projection)
+    for rows in (2, 16, 33):
+        np.testing.assert_array_equal(project(x_NK[:rows], projection), whole_NF[:rows])
+
+
+def test_not_a_number_in_a_row_shows_in_that_row_only():
+    x_NK = jnp.ones((3, 64)).at[1, 5].set(jnp.nan)
+    y_NF = project(x_NK, make_projection(jnp.ones((64, 40)), "int8", False))
+    np.testing.assert_array_equal(jnp.isnan(y_NF).all(1), [False, True, False])
+    np.testing.assert_array_equal(jnp.isnan(y_NF).any(1), [False, True, False])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("B", "G", "R", "S", "C"), [(3, 2, 1, 70, 64), (2, 1, 3, 5, 80), (1, 2, 2, 128, 16)])
+def test_one_position_attends_to_what_it_sees_of_the_cache(dtype, B, G, R, S, C):
+    random = np.random.default_rng(0)
+    q_B1HC = random.standard_normal((B, 1, G * R, C), np.float32) * 3
+    k_BGSC, v_BGSC = (jnp.asarray(random.standard_normal((B, G, S, C)), dtype) for _ in range(2))
+    slot_S = np.arange(S)
+    visible_B1S = np.stack([(slot_S >= b) & (slot_S <= S - 2 - b) for b in range(B)])[:, None]
+    visible_B1S[0, 0, 1] = False
+    k, v = (np.repeat(np.asarray(x, np.float64), R, axis=1) for x in (k_BGSC, v_BGSC))
+    scores_BHS = np.einsum("bhc,bhsc->bhs", q_B1HC[:, 0], k) / np.sqrt(C)
+    weights_BHS = np.where(visible_B1S, np.exp(scores_BHS - scores_BHS.max(-1, keepdims=True)), 0)
+    expected_BHC = np.einsum("bhs,bhsc->bhc", weights_BHS / weights_BHS.sum(-1, keepdims=True), v)
+    unseen_BGSC = ~visible_B1S[:, :, :, None]  # what lies in other slots must not matter
+    v_BGSC = jnp.where(unseen_BGSC, jnp.asarray(1e6, dtype), v_BGSC)
+    actual_B1HC = jax.jit(cached_attention)(q_B1HC, k_BGSC, v_BGSC, visible_B1S)
+    np.testing.assert_allclose(actual_B1HC[:, 0], expected_BHC, atol=1e-5)
+
+
+MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=57)
+PROMPTS = [np.random.default_rng(length).integers(0, 57, length) for length in (4, 9, 2)]
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Spread so that logits differ clearly, but not so widely that what is rounded grows from layer to layer."""
+    drawn = init_params(MODEL, jax.random.key(1))
+    return jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf + 0.1, drawn)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {}], ids=str)
+def test_greedy_samples_are_those_without_kernels(without_kernels, params, options, rows):
+    arguments = MODEL, params, PROMPTS[:rows], SampleConfig(max_new_tokens=20, temperature=0.0, **options)
+    ours, expected = generate(*arguments), without_kernels(generate, *arguments)
+    assert [row[0].tolist() for row in ours] == [row[0].tolist() for row in expected]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_logits_of_bfloat16_are_nearly_those_without_kernels(without_kernels, params, rows):
+    """Both round activations; with kernels, keys and values in the cache too."""
+
+    def last_logits(stored):
+        weights = decoding_weights(MODEL, params, "bfloat16", rows == 1)
+        cache = _prefilled(MODEL, "float32", weights, PROMPTS[:rows], 64, stored)
+        last_B1 = jnp.asarray([[prompt[-1]] for prompt in PROMPTS[:rows]])
+        x_B1D, _ = extend(MODEL, weights.params, last_B1, cache, "float32")
+        return np.asarray(project(x_B1D, weights.readout)[:, 0])
+
+    ours, expected = last_logits("bfloat16"), without_kernels(last_logits, "float32")
+    np.testing.assert_allclose(ours, expected, atol=0.03 * np.abs(expected).max())
