@@ -19,7 +19,7 @@ import numpy as np
 
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config, ModelConfig, OptimConfig, TrainConfig
-from gptjax.ops import attention, cross_entropy, elementwise, matmul
+from gptjax.ops import attention, cross_entropy, elementwise, linear
 from gptjax.runtime import restart_with_huge_pages, start
 from gptjax.training.step import init_state, make_train_step
 
@@ -27,14 +27,25 @@ STEPS = 50
 MODEL = ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=256)
 BATCH_SIZE = 64  # so that rows are enough for XLA to fuse norms, and attention with its products
 FIGURE = Path(__file__).parents[1] / "docs/figures/curves.png"
+
+
+def self_attention_reference(qkv_BTGEC, *options):
+    return attention.attention_reference(*attention.split_heads(qkv_BTGEC), *options)
+
+
 # Each fast path: where it is used, by which name, and what it is held to.
 PLAIN = {
-    "matrix products": [("gptjax.model.layers.matmul", matmul.matmul_reference)],
-    "attention": [("gptjax.model.layers.attention", attention.attention_reference)],
+    "C++ kernels": [("gptjax.ops.kernels.usable", lambda *sizes: False)],
+    "linear layers": [
+        ("gptjax.model.layers.linear", linear.linear_reference),
+        ("gptjax.model.layers.mlp", linear.mlp_reference),
+    ],
+    "attention": [("gptjax.model.layers.self_attention", self_attention_reference)],
     "loss": [("gptjax.model.loss.cross_entropy", cross_entropy.cross_entropy_reference)],
-    "layer norm": [("gptjax.model.layers.layer_norm", elementwise.layer_norm_reference)],
-    "GELU": [("gptjax.model.layers.gelu", elementwise.gelu_reference)],
-    "biases": [("gptjax.model.layers.add_bias", lambda x, bias: x if bias is None else x + bias.astype(x.dtype))],
+    "layer norm": [
+        ("gptjax.model.layers.layer_norm", elementwise.layer_norm_reference),
+        ("gptjax.model.layers.layer_norm_beside", lambda x, *args: (x, elementwise.layer_norm_reference(x, *args))),
+    ],
     "embedding": [("gptjax.model.gpt.embedding", lambda w_VD, tokens_BT: w_VD[tokens_BT])],
     "order of the optimizer": [("gptjax.training.step.after_each", lambda x, earlier: x)],
 }

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from gptjax.files import publish, temporary_name
 from gptjax.runtime import is_sound, processor_flags, sign
@@ -22,51 +24,70 @@ TARGETS = (
     *("attention", "attention_gradient", "cross_entropy", "cross_entropy_gradient"),
     *("lay_out", "few_rows", "cached_attention"),
 )
+_one_at_a_time = threading.Lock()
+
+
+def begin() -> None:
+    """Makes the library beside other work, where it will be needed; who asks for it waits for the end of that."""
+    import jax
+
+    if jax.default_backend() == "cpu":
+        threading.Thread(target=ready, daemon=True).start()
 
 
 def ready() -> bool:
     """Whether kernels can be called by name; makes the library and loads it when it is first asked."""
-    return _load() is None
+    return not _loaded().problem
 
 
 def has_tiles() -> bool:
-    """Whether the processor has AMX, by which kernels are faster than XLA's products in float32 too."""
-    return "amx_bf16" in processor_flags()
+    """Whether kernels use AMX, by which they are faster than XLA's products in float32 too."""
+    return _loaded().tiles
 
 
 def state() -> str:
     """Says whether there are kernels, and if not, why."""
-    reason = _load()
-    if reason is not None:
-        return f"none: {reason}"
+    if _loaded().problem:
+        return f"none: {_loaded().problem}"
     return "AMX, for bfloat16 and float32" if has_tiles() else "AVX-512, for bfloat16"
 
 
+class _Library(NamedTuple):
+    problem: str
+    """Why it is not there; empty: it is."""
+    tiles: bool = False
+
+
+def _loaded() -> _Library:
+    with _one_at_a_time:
+        return _load()
+
+
 @functools.cache
-def _load() -> str | None:
-    """Loads the library and returns None, or why that is not done."""
+def _load() -> _Library:
     import jax
 
     folder = jax.config.values["jax_compilation_cache_dir"]
     if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
+        return _Library(f"{SWITCH}=0")
     if sys.platform != "linux" or not processor_flags() >= NEEDED:
-        return "they need Linux and a processor with AVX-512 and bfloat16"
+        return _Library("they need Linux and a processor with AVX-512 and bfloat16")
     if not folder:
-        return "there is no folder for compiled programs"
+        return _Library("there is no folder for compiled programs")
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
-        return "no C++ compiler was found (c++, g++, clang++, or what CXX names); with one, training is faster"
+        return _Library("no C++ compiler was found (c++, g++, clang++, or what CXX names); with one, it is faster")
     try:
         library = ctypes.CDLL(str(_built(compiler, Path(folder))))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return f"they could not be compiled: {next((line for line in said if 'error' in line), said[0])}"
-    if not library.gptjax_prepare():
-        return "the system does not give this process the processor's tiles"
+        return _Library(f"they could not be compiled: {next((line for line in said if 'error' in line), said[0])}")
+    prepared = library.gptjax_prepare()
+    if not prepared:
+        return _Library("the system does not give this process the processor's tiles")
     for name in TARGETS:
         jax.ffi.register_ffi_target(f"gptjax_{name}", jax.ffi.pycapsule(library[f"gptjax_{name}"]), platform="cpu")
-    return None
+    return _Library("", tiles=prepared == 2)
 
 
 def _built(compiler: str, folder: Path) -> Path:

@@ -45,7 +45,7 @@ template <typename T>
 void AttendToCache(ffi::ThreadPool& pool, const float* q, const T* k, const T* v, const bool* visible, int64_t B,
                    int64_t G, int64_t R, int64_t S, int64_t C, float* y) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(C));
-  const int64_t heads = std::max<int64_t>(1, B * G / (8 * pool.num_threads()));  // of a task
+  const int64_t heads = std::max<int64_t>(1, B * G / (8 * Threads(pool)));  // of a task
   Parallel(pool, (B * G + heads - 1) / heads, [&](int64_t task) {
     float* query = Scratch<struct ScaledQuery, float>(C);
     float* scores = Scratch<struct SlotScores, float>(S + 16);

@@ -172,7 +172,7 @@ ffi::Error FewRowsOf(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t K
     for (int64_t row = task * kRowsLaidOutAtOnce; row < std::min(N, (task + 1) * kRowsLaidOutAtOnce); ++row)
       LayOutRow(x + row * K, K, block_of(row) + row % kRows<T> * kSummed<T>, rows_of(row), row_steps + row);
   });
-  const int64_t at_once = std::max<int64_t>(1, panels / (8 * pool.num_threads()));
+  const int64_t at_once = std::max<int64_t>(1, panels / (8 * Threads(pool)));
   const int64_t row_tasks = (N + kRowsAtOnce - 1) / kRowsAtOnce, panel_tasks = (panels + at_once - 1) / at_once;
   Parallel(pool, row_tasks * panel_tasks, [&](int64_t task) {
     TileScope tiles;

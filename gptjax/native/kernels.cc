@@ -13,11 +13,12 @@
 
 namespace gptjax {
 
-// Asks the kernel for the tiles of this process. Returns whether the other functions can be called.
+// Asks the system for the tiles of this process. Returns 2 where kernels use them, 1 where they need none, 0 where they
+// are not given.
 extern "C" int gptjax_prepare() {
 #if defined(__AMX_BF16__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, arch/x86/include/asm/fpu/types.h of Linux
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 2 : 0;
 #else
   return 1;
 #endif

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -13,6 +14,10 @@
 namespace gptjax {
 
 namespace ffi = xla::ffi;
+
+constexpr int64_t kPatience = 10000;  // looks before a waiting thread makes room for others
+
+inline int64_t Threads(const ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 
 // Calls `work(i)` once for each i in [0, count). The calling thread takes part and waits for nobody who has not begun,
 // so that it does not matter whether the pool's other threads are busy, or wait here themselves.
@@ -29,13 +34,18 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
       shared->done.fetch_add(1, std::memory_order_release);
     }
   };
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  int64_t helpers = std::min(Threads(pool), count) - 1;
   for (int64_t i = 0; i < helpers; ++i) {
     auto copy = take;
     pool.Schedule(std::move(copy));
   }
   take();
-  while (shared->done.load(std::memory_order_acquire) < count) __builtin_ia32_pause();
+  for (int64_t looks = 0; shared->done.load(std::memory_order_acquire) < count; ++looks) {
+    if (looks < kPatience)
+      __builtin_ia32_pause();
+    else
+      std::this_thread::yield();  // who computes the last parts may wait for this processor
+  }
 }
 
 // Room for `count` elements that belongs to this thread; each `Name` has its own, which is kept and may grow.

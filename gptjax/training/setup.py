@@ -13,6 +13,7 @@ from gptjax.cluster_options import ClusterConfig
 from gptjax.config import Config, ModelConfig
 from gptjax.config_io import differing_fields, load_config, to_flat
 from gptjax.errors import UserError
+from gptjax.native.build import begin as begin_kernels
 from gptjax.parallel import cluster
 from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh, replicated, traced_in
@@ -76,6 +77,7 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
     config = dataclasses.replace(config, cluster=ClusterConfig())  # the run may go on in another one
     with cluster.together():
         mesh = make_mesh(config.mesh)
+        begin_kernels()
         config = with_compute_dtype(config, run_dir)
         if not config.init_from:  # else the base has the shape
             check_fits(config, mesh)
