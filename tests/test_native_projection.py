@@ -17,7 +17,12 @@ from gptjax.ops.attention import cached_attention
 from gptjax.ops.projection import dequantized, make_projection, project
 from gptjax.verb_options import SampleConfig
 
-pytestmark = pytest.mark.skipif(not build.ready(), reason=build.state())
+
+@pytest.fixture(autouse=True)
+def need_kernels():
+    if not build.ready():
+        pytest.skip(build.state())
+
 
 SIZES = [(768, 96), (100, 57), (13, 1), (96, 300)]
 ROWS = [1, 2, 5, 8, 16, 17, 32, 40, 200, 300]
