@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from gptjax.runtime import HUGE_PAGES, TUNABLES
+from gptjax.allocator import HUGE_PAGES, TUNABLES
 
 SHAPES = ((16, 256, 6, 64), (4, 512, 12, 64), (16, 1024, 6, 64), (1, 4096, 6, 64))  # B, T, H, C
 DTYPES = ("bfloat16", "float32")

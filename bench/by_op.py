@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ours import generate, train
 
-from gptjax.runtime import restart_with_huge_pages
+from gptjax.allocator import restart
 
 ROWS = 20
 CONTAINERS = ("while", "call", "conditional")  # their time is that of what they hold
@@ -91,5 +91,5 @@ def print_table(module: str, times, counts, shapes: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart()
     main()

@@ -19,11 +19,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gptjax.allocator import restart
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config
 from gptjax.config_io import load_config
 from gptjax.report.cost import parameter_count, readable_bytes, readable_count
-from gptjax.runtime import restart_with_huge_pages
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.step import init_state, make_train_step
 
@@ -128,5 +128,5 @@ def main():
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()  # as the trainer does
+    restart()  # as the trainer does
     main()

@@ -17,10 +17,11 @@ from unittest import mock
 import jax
 import numpy as np
 
+from gptjax.allocator import restart
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from gptjax.ops import attention, cross_entropy, elementwise, linear
-from gptjax.runtime import restart_with_huge_pages, start
+from gptjax.runtime import start
 from gptjax.training.step import init_state, make_train_step
 
 STEPS = 50
@@ -113,5 +114,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart()
     main()

@@ -13,7 +13,8 @@ from typing import Any
 
 from work import GENERATION, NEW_TOKENS, PROMPT_TOKENS, TRAINING, WHOLE_STEPS
 
-from gptjax.runtime import keep_pages, restart_with_huge_pages, start
+from gptjax.allocator import restart
+from gptjax.runtime import start
 
 
 def train(name: str, dtype: str, steps: int) -> dict:
@@ -51,8 +52,6 @@ def train(name: str, dtype: str, steps: int) -> dict:
     batches = prefetch(make_batch, 0, steps + 3)
     traced = jax.jit(make_train_step(config), donate_argnums=0).lower(state, make_batch(0))
     step: Any = traced.compile()
-    if on_cpu:
-        keep_pages(step.memory_analysis().temp_size_in_bytes)
     times, losses = [], []
     for batch in batches:
         started = time.perf_counter()
@@ -131,6 +130,6 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart()
     verb, name, dtype, count = sys.argv[1:]
     print(json.dumps({"train": train, "generate": generate, "whole": whole}[verb](name, dtype, int(count))))

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.allocator import restart
 from gptjax.ops.matmul import row_major
 from gptjax.ops.single_row import single_row_product, striped
-from gptjax.runtime import restart_with_huge_pages
 
 K, F, MATRICES, ROUNDS = 768, 3072, 24, 9
 FORMS = {
@@ -84,7 +84,7 @@ def one_row_microseconds(product, shape: tuple[int, int], dtype: str) -> float:
 
 def main() -> None:
     if sys.argv[1:] == ["one_row"]:
-        restart_with_huge_pages()
+        restart()
         return one_row()
     print("| rows | dtype | " + " | ".join(FORMS) + " |")
     print("|---|---|" + "---|" * len(FORMS))

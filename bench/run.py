@@ -18,8 +18,8 @@ from pathlib import Path
 from work import GENERATION, TRAINING
 
 HERE = Path(__file__).parent
-# The second one is glibc's own default: a setting that is not gptjax's, which would keep pages too (`keep_pages`).
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=7"}
+# A setting of the user's own, so that gptjax leaves it at that and does not keep large buffers (`gptjax/allocator.py`).
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 STEPS = {"small": 100, "medium": 8, "124m": 4}
 DTYPES = ("bfloat16", "float32")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import __version__, runtime
+from gptjax import __version__, allocator, runtime
 from gptjax.checks import usable_path
 from gptjax.config import Config
 from gptjax.config_io import flag_types, from_dict, load_config, read_flags
@@ -184,7 +184,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
 
 def run(*verb: str) -> None:
     """The program's entry: `gptjax VERB ...`, or `train.py ...` with the verb given."""
-    runtime.restart_with_huge_pages()
+    allocator.restart()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # samples hold characters that the terminal may not have
     sys.exit(main([*verb, *sys.argv[1:]]))

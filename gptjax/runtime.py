@@ -1,8 +1,7 @@
-"""Settings of the process: the allocator's pages, and the cache of compiled programs. Most stand before JAX starts."""
+"""The cache of compiled programs, and what the processor can do."""
 
 import atexit
 import contextlib
-import ctypes
 import hashlib
 import os
 import platform
@@ -13,15 +12,7 @@ from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
 
-TUNABLES = "GLIBC_TUNABLES"
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-INT_MAX = 2**31 - 1
-SMALL_SHARE = 32
-"""A buffer of so small a part of the memory may be held several times over."""
 CPU_INFO = Path("/proc/cpuinfo")
-THP_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def start(cache_dir: str = Config.cache_dir) -> None:
@@ -149,78 +140,12 @@ def _processor() -> str:
 
 def _processor_lines() -> list[str]:
     words = ("model name", "flags", "Features", "CPU part")
-    return sorted({line for line in _lines(CPU_INFO) if line.startswith(words)})
+    return sorted({line for line in lines_of(CPU_INFO) if line.startswith(words)})
 
 
-def restart_with_huge_pages() -> None:
-    """Starts this program again with an allocator that asks for huge pages, where that is possible and not done yet.
-
-    XLA allocates its temporary buffer anew in each step. With pages of 4 kB, faulting them in costs a CPU up to a
-    quarter of the step (measured, docs/performance.md), and glibc reads this setting at the start of a process only.
-    Whoever sets GLIBC_TUNABLES, to whatever, is left alone.
-    """
-    if TUNABLES in os.environ or not _has_huge_pages():
-        return
-    os.environ[TUNABLES] = HUGE_PAGES
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def huge_pages_state() -> str:
-    """Says whether this process's allocator asks for huge pages, and if not, why."""
-    if uses_huge_pages():
-        return "asks for huge pages"
-    if not _has_huge_pages():
-        return "4 kB pages: needs glibc 2.35 and a kernel that gives huge pages on request (madvise)"
-    return f"4 kB pages: {TUNABLES}={os.environ.get(TUNABLES, '')}"
-
-
-def uses_huge_pages() -> bool:
-    """Whether this process's allocator asks for huge pages."""
-    return HUGE_PAGES in os.environ.get(TUNABLES, "") and _has_huge_pages()
-
-
-def keep_pages(size: int) -> bool:
-    """Lets the allocator keep buffers of `size` bytes where these are small against the machine's memory.
-
-    Otherwise each step's buffer goes back to the kernel, which clears its pages for the next step: up to a sixth of the
-    step (measured, docs/performance.md). After a while the heap may hold four such buffers, so it is not done for large
-    ones, nor where somebody set GLIBC_TUNABLES to something else.
-
-    Returns:
-        Whether they are kept.
-    """
-    if os.environ.get(TUNABLES) != HUGE_PAGES or not _has_huge_pages():
-        return False
-    if size > usable_memory() / SMALL_SHARE:
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, INT_MAX))
-
-
-def usable_memory() -> int:
-    """Bytes that this process may use: the machine's, or fewer where a control group, as of a container, says so."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for line in _lines(OWN_GROUPS):
-        _, controller, path = line.split(":", 2)
-        limit = {"": "memory.max", "memory": "memory.limit_in_bytes"}.get(controller)  # version 2, version 1
-        own = GROUPS / controller / path.lstrip("/")
-        texts = [text for group in (own, *own.parents) if limit for text in _lines(group / limit)]
-        sizes += [int(text) for text in texts if text.isdecimal()]  # "max": none
-    return min(sizes)
-
-
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file of the system; none, where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-
-
-def _has_huge_pages() -> bool:
-    """glibc knows the setting since 2.35, and the kernel gives huge pages to those who ask where it says madvise."""
-    try:
-        library, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
-        known = library == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
-        return known and "[madvise]" in THP_SETTING.read_text()
-    except (AttributeError, ValueError, OSError):  # another C library or system
-        return False

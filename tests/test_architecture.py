@@ -19,6 +19,7 @@ ORDER = (
         "config_io",
         "runtime",
         "native",
+        "allocator",
     ),
     *("text", "batches", "ops", "model"),
     *("parallel", "generation", "evaluation", "report", "training", "planning", "exchange", "cli", "__main__"),

@@ -247,9 +247,9 @@ def test_a_damaged_library_is_made_again(tmp_path, need_kernels):
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
-from gptjax.native import build
+from gptjax.native import build, compiler
 if len(sys.argv) > 2:
-    build.OPTIONS = (*build.OPTIONS, *sys.argv[2:])
+    compiler.OPTIONS = (*compiler.OPTIONS, *sys.argv[2:])
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 from gptjax.ops.linear import mlp, mlp_reference
 from gptjax.ops.attention import attention_reference, self_attention, split_heads

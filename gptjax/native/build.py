@@ -1,10 +1,8 @@
-"""The library of kernels in C++: compiled where it runs, for the processor it runs on, and kept."""
+"""The library of kernels in C++, which XLA calls by their names."""
 
 import ctypes
 import functools
-import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,13 +10,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.files import publish, temporary_name
-from gptjax.runtime import is_sound, processor_flags, sign
+from gptjax.native import compiler
+from gptjax.native.compiler import SWITCH
+from gptjax.runtime import processor_flags
 
-SWITCH = "GPTJAX_NATIVE"
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"}
-SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cc"))
-OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+SOURCE = Path(__file__).with_name("kernels.cc")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 TARGETS = (
     *("linear", "weight_gradient", "mlp", "mlp_gradient", "layer_norm", "layer_norm_gradient"),
     *("attention", "attention_gradient", "cross_entropy", "cross_entropy_gradient"),
@@ -74,11 +72,11 @@ def _load() -> _Library:
         return _Library("they need Linux and a processor with AVX-512 and bfloat16")
     if not folder:
         return _Library("there is no folder for compiled programs")
-    compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
+    program = compiler.find()
+    if not program:
         return _Library("no C++ compiler was found (c++, g++, clang++, or what CXX names); with one, it is faster")
     try:
-        library = ctypes.CDLL(str(_built(compiler, Path(folder))))
+        library = ctypes.CDLL(str(_built(program, Path(folder))))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         return _Library(f"they could not be compiled: {next((line for line in said if 'error' in line), said[0])}")
@@ -90,24 +88,8 @@ def _load() -> _Library:
     return _Library("", tiles=prepared == 2)
 
 
-def _built(compiler: str, folder: Path) -> Path:
-    """The library for these sources, this compiler and this jaxlib, made if it is not there or is damaged.
-
-    Raises:
-        OSError: It cannot be written.
-        SubprocessError: The compiler failed.
-    """
+def _built(program: str, folder: Path) -> Path:
     import jax
 
-    parts = [path.read_bytes() for path in SOURCES]
-    parts += [text.encode() for text in (*OPTIONS, compiler, metadata.version("jaxlib"))]
-    path = folder / f"kernels-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.so"
-    if not is_sound(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(path)
-        [main] = [source for source in SOURCES if source.suffix == ".cc"]
-        command = [compiler, *OPTIONS, f"-I{jax.ffi.include_dir()}", str(main), "-o", str(temporary)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        publish(temporary, path)
-        sign(path)
-    return path
+    options = (f"-I{jax.ffi.include_dir()}",)
+    return compiler.library(program, SOURCE, HEADERS, options, metadata.version("jaxlib"), folder)

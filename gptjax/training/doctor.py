@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from gptjax import __version__, runtime
+from gptjax import __version__, allocator, runtime
 from gptjax.config import Config
 from gptjax.config_io import load_config
 from gptjax.errors import UserError
@@ -140,7 +140,7 @@ def _prepared_folders(cache_dir: str) -> list[Path]:
 
 
 def _describe_machine(say: Say) -> None:
-    memory = runtime.usable_memory()
+    memory = allocator.usable_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     say("gptjax", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
     say("machine", f"{platform.system()} {platform.machine()}, {cores} cores, {readable_bytes(memory)} of memory")
@@ -148,7 +148,7 @@ def _describe_machine(say: Say) -> None:
     devices = jax.devices()
     say("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
     say("XLA_FLAGS", os.environ.get("XLA_FLAGS", "not set"))
-    say("allocator", runtime.huge_pages_state())
+    say("allocator", allocator.state())
     if jax.default_backend() == "cpu":
         say("kernels", build.state())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from gptjax import runtime
+from gptjax import allocator, runtime
 from gptjax.batches.prefetch import prefetch
 from gptjax.config import Config
 from gptjax.errors import UserError
@@ -64,9 +64,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
     batch = next(batches)
     programs = {}
     step_program = _program(parts, state, batch, programs)
-    on_cpu = jax.default_backend() == "cpu"
-    kept = on_cpu and runtime.keep_pages(step_program.memory_analysis().temp_size_in_bytes)
-    _describe(parts, state, step_program, kept)
+    _describe(parts, state, step_program)
     with cluster.together():  # nobody begins while another one still compiles
         signals.begin()
         log = Log(parts, state, first)
@@ -183,14 +181,14 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
         file.write(f"--- step {step}\n{config.train.sample_prompt}{text}\n")
 
 
-def _describe(parts: Parts, state: TrainState, step_program: Any, kept: bool) -> None:
+def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     """Says what is about to run, before it does."""
     config, task, tokens = parts.config, parts.task, parts.tokens_per_step
     layout = " x ".join(f"{name} {size}" for name, size in parts.mesh.shape.items() if size > 1) or "one device"
     memory = step_program.memory_analysis()
     needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    pages = ", huge pages" if runtime.uses_huge_pages() else ""
-    pages += ", kept from step to step" if kept else ""
+    pages = ", huge pages" if allocator.uses_huge_pages() else ""
+    pages += ", large buffers kept from step to step" if allocator.keeps_pages() else ""
     epochs = config.train.num_steps * tokens / task.windows.tokens_per_epoch
     learning, frozen = (cost.parameter_count(params) for params in (state.params, state.frozen))
     count = cost.readable_count(learning + frozen)

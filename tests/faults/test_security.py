@@ -35,8 +35,8 @@ CALLS = {
     ),
 }
 OWN_LIBRARIES = (
-    "ctypes.CDLL(None)",  # the process itself, whose C library is told how to allocate: no file is loaded
-    "ctypes.CDLL(str(_built(compiler, Path(folder))))",  # the kernels, compiled here into a folder of their user's own
+    "ctypes.CDLL(None)",  # the process itself, which is asked what its allocator is: no file is loaded
+    "ctypes.CDLL(str(_built(program, Path(folder))))",  # the kernels, compiled here into a folder of their user's own
 )
 KEYWORDS = {"allow_pickle", "trust_remote_code", "weights_only", "shell"}
 
