@@ -231,6 +231,99 @@ def test_a_batch_of_calls_is_each_of_them(need_kernels):
     assert (jax.vmap(lambda x: linear(x, w, None, "float32"))(x) == each).all()
 
 
+def refused(call, *args) -> str:
+    with pytest.raises(Exception, match=r"too little room|do not fit|not laid out") as error:
+        jax.block_until_ready(jax.jit(call)(*args))
+    return str(error.value)
+
+
+X, X2, W, W_VD = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((64, 64), (64, 96), (64, 96), (1024, 64)))
+TARGETS = jax.ShapeDtypeStruct((64,), "int32")
+WITH_ROOM = {
+    "linear": (lambda x, w: kernels.linear(x, w, None, x.dtype, False), (X, W)),
+    "weight_gradient": (kernels.weight_gradient, (X, X2)),
+    "mlp": (lambda x, w: kernels.mlp(x, w, None, w, None), (X, W)),
+    "mlp_gradient": (lambda x, w: kernels.mlp_gradient(x, w, None, w, x), (X, W)),
+    "cross_entropy": (lambda x, w, y: kernels.cross_entropy(x, w, y, 1024, 0.0, 0.0), (X, W_VD, TARGETS)),
+    "cross_entropy_gradient": (
+        lambda x, w, y: kernels.cross_entropy_gradient(x, w, y, 1024, 0.0, 0.0),
+        (X, W_VD, TARGETS),
+    ),
+}
+
+
+def zeros(like):
+    return [jnp.zeros(x.shape, x.dtype) for x in like]
+
+
+@pytest.mark.parametrize("name", WITH_ROOM)
+def test_a_kernel_refuses_too_little_room(name, monkeypatch, need_kernels):
+    call, likes = WITH_ROOM[name]
+    sizes = []
+    jax.block_until_ready(jax.jit(call)(*zeros(likes)))
+    whole = kernels._packed
+
+    def less(x, size):
+        sizes.append(size)
+        return whole(
+            x, {"weight_gradient": 31 * (64 + 96), "mlp_gradient": 3 * 64 * 96 + 127 * 320}.get(name, size - 1)
+        )
+
+    monkeypatch.setattr(kernels, "_packed", less)
+    assert "too little room" in refused(lambda *args: call(*args), *zeros(likes)) and len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("linear", lambda x, y: (x, y, kernels.NOTHING, kernels.NOTHING)),
+        ("linear", lambda x, y: (x, x, jnp.ones(32), kernels.NOTHING)),
+        ("weight_gradient", lambda x, y: (x, y[:32])),
+        ("weight_gradient", lambda x, y: (x, y.astype("float32"))),
+        ("mlp", lambda x, y: (x, x, kernels.NOTHING, y, kernels.NOTHING, kernels.NOTHING)),
+        ("mlp_gradient", lambda x, y: (x, x, kernels.NOTHING, x, y)),
+        ("layer_norm", lambda x, y: (x.astype("float32"), jnp.ones(32), kernels.NOTHING)),
+        ("layer_norm_gradient", lambda x, y: (x.astype("float32"), jnp.ones(64), x, y.astype("float32"))),
+        ("cross_entropy", lambda x, y: (x, x, jnp.zeros(32, "int32"))),
+        (
+            "cached_attention",
+            lambda x, y: (jnp.ones((2, 2, 64)), *[x.reshape(1, 2, 32, 64)] * 2, jnp.ones((1, 32), bool)),
+        ),
+        ("few_rows", lambda x, y: (x.astype("float32"), y, kernels.NOTHING)),
+    ],
+)
+def test_a_kernel_refuses_buffers_that_do_not_fit_one_another(name, args, need_kernels):
+    like, vector, room = kernels._like, kernels._like((64,), "float32"), kernels._like((2**20,), "bfloat16")
+    square, stream = like((64, 64), "bfloat16"), like((64, 64), "float32")
+    out, options = {
+        "linear": ((square, room), {"columns": False}),
+        "weight_gradient": ((stream, vector, room), {}),
+        "mlp": ((stream, room), {}),
+        "mlp_gradient": ((square, stream, vector, stream, room), {}),
+        "layer_norm": (square, {"epsilon": np.float32(1e-5)}),
+        "layer_norm_gradient": ((stream, vector, vector), {"epsilon": np.float32(1e-5)}),
+        "cross_entropy": ((vector, vector, vector, room), kernels._loss_numbers(64, 0.0, 0.0)),
+        "cached_attention": (like((2, 2, 64), "float32"), {}),
+        "few_rows": ((stream, square, vector), {}),
+    }[name]
+    refused(
+        lambda x, y: kernels._call(name, out)(*args(x, y), **options),
+        *(jnp.ones((64, n), "bfloat16") for n in (64, 96)),
+    )
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_attention_refuses_buffers_that_do_not_fit_one_another(gradient, need_kernels):
+    qkv, logs = jnp.ones((2, 64, 2, 3, 32), "bfloat16"), jnp.ones((2, 2, 64))
+    y = jnp.ones((2, 64, 2, 32), "bfloat16")
+    short = jnp.zeros((1, 64), "int32")  # the documents of one row of two
+    if gradient:
+        assert "do not fit" in refused(lambda y: kernels.attention_gradient(qkv, None, y, logs, y, 0), y[:1])
+        assert "do not fit" in refused(lambda s: kernels.attention_gradient(qkv, s, y, logs, y, 0), short)
+    else:
+        assert "do not fit" in refused(lambda s: kernels.attention(qkv, s, 0), short)
+
+
 def test_a_damaged_library_is_made_again(tmp_path, need_kernels):
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho new > "$2"\n')

@@ -18,6 +18,10 @@ namespace gptjax {
 using Sums = ffi::Buffer<ffi::F32>;
 using Segments = ffi::Buffer<ffi::S32>;
 
+struct AttentionOptions {
+  int64_t window;
+};
+
 constexpr int64_t kQueries = 128;  // of a block of the backward pass
 constexpr float kMasked = -1e30f;
 
@@ -29,8 +33,10 @@ struct Shape {
   }
   int64_t R() const { return E - 2; }
   int64_t H() const { return G * R(); }
+  int64_t outputs() const { return B * T * H() * C; }
   int64_t row() const { return G * E * C; }  // from a position to the next
-  bool fits() const { return T % kSide == 0 && C % kSide == 0 && E > 2; }
+  bool in_blocks() const { return T % kSide == 0 && C % kSide == 0; }
+  bool fits(const Segments& segments) const { return E > 2 && HasOrLacks(B * T, segments); }
 };
 
 // Which keys a query sees.
@@ -69,11 +75,10 @@ void PackColumns(const S* x, int64_t width, int64_t T, int64_t C, bf16* to) {
 }
 
 template <typename S>
-ffi::Error AttentionAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segments& segments, int64_t window,
+void AttentionAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segments& segments, int64_t window,
                        S* y, float* log_sums) {
   constexpr int P = kPlanes<S>;
   Shape s(qkv);
-  if (!s.fits()) return NotInBlocks();
   int64_t T = s.T, C = s.C, H = s.H(), R = s.R();
   const float scale = 1.0f / std::sqrt(static_cast<float>(C));
   Parallel(pool, s.B * s.G, [&](int64_t task) {
@@ -134,13 +139,20 @@ ffi::Error AttentionAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const S
       }
     }
   });
-  return ffi::Error::Success();
 }
 
-inline ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, Segments segments, int64_t window,
+inline ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, Segments segments, AttentionOptions options,
                             ffi::Result<ffi::AnyBuffer> y, ffi::Result<Sums> log_sums) {
-  if (IsFloat32(qkv)) return AttentionAs(pool, qkv, segments, window, Data<float>(y), log_sums->typed_data());
-  return AttentionAs(pool, qkv, segments, window, Data<bf16>(y), log_sums->typed_data());
+  if (qkv.dimensions().size() != 5) return DoNotFit();
+  Shape s(qkv);
+  if (!s.in_blocks()) return NotInBlocks();
+  if (!s.fits(segments) || !Have(s.outputs(), *y) || !Have(s.B * s.H() * s.T, *log_sums) || !Alike(qkv, *y))
+    return DoNotFit();
+  if (IsFloat32(qkv))
+    AttentionAs(pool, qkv, segments, options.window, Data<float>(y), log_sums->typed_data());
+  else
+    AttentionAs(pool, qkv, segments, options.window, Data<bf16>(y), log_sums->typed_data());
+  return ffi::Error::Success();
 }
 
 // The sums over channels of outputs times their gradients, for 32 queries.
@@ -161,11 +173,10 @@ void StoreRows(const float* x, float factor, int64_t rows, int64_t C, S* to, int
 }
 
 template <typename S>
-ffi::Error AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segments& segments,
+void AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segments& segments,
                                const S* y, const float* log_sums, const S* dy, int64_t window, S* dqkv) {
   constexpr int P = kPlanes<S>;
   Shape s(qkv);
-  if (!s.fits()) return NotInBlocks();
   int64_t T = s.T, C = s.C, H = s.H(), R = s.R();
   const float scale = 1.0f / std::sqrt(static_cast<float>(C));
   Parallel(pool, s.B * s.G, [&](int64_t task) {
@@ -255,17 +266,26 @@ ffi::Error AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv,
     StoreRows(dkeys, scale, T, C, dhead + R * C, s.row());
     StoreRows(dvalues, 1.0f, T, C, dhead + (R + 1) * C, s.row());
   });
-  return ffi::Error::Success();
 }
 
 inline ffi::Error AttentionGradient(ffi::ThreadPool pool, ffi::AnyBuffer qkv, Segments segments, ffi::AnyBuffer y,
-                                    Sums log_sums, ffi::AnyBuffer dy, int64_t window,
+                                    Sums log_sums, ffi::AnyBuffer dy, AttentionOptions options,
                                     ffi::Result<ffi::AnyBuffer> dqkv) {
+  if (qkv.dimensions().size() != 5) return DoNotFit();
+  Shape s(qkv);
+  if (!s.in_blocks()) return NotInBlocks();
+  if (!s.fits(segments) || !Have(s.outputs(), y, dy) || !Have(s.B * s.H() * s.T, log_sums) ||
+      !Have(qkv.element_count(), *dqkv) || !Alike(qkv, y, dy, *dqkv))
+    return DoNotFit();
   if (IsFloat32(qkv))
-    return AttentionGradientAs(pool, qkv, segments, Data<float>(y), log_sums.typed_data(), Data<float>(dy), window,
-                               Data<float>(dqkv));
-  return AttentionGradientAs(pool, qkv, segments, Data<bf16>(y), log_sums.typed_data(), Data<bf16>(dy), window,
-                             Data<bf16>(dqkv));
+    AttentionGradientAs(pool, qkv, segments, Data<float>(y), log_sums.typed_data(), Data<float>(dy),
+                        options.window,
+                        Data<float>(dqkv));
+  else
+    AttentionGradientAs(pool, qkv, segments, Data<bf16>(y), log_sums.typed_data(), Data<bf16>(dy),
+                        options.window,
+                        Data<bf16>(dqkv));
+  return ffi::Error::Success();
 }
 
 }  // namespace gptjax

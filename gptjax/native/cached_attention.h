@@ -82,6 +82,7 @@ inline ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> 
                            ffi::BufferR2<ffi::PRED> visible, ffi::Result<ffi::BufferR3<ffi::F32>> y) {
   auto d = k.dimensions();
   int64_t B = d[0], G = d[1], S = d[2], C = d[3], R = q.dimensions()[1] / G;
+  if (!Have(B * G * R * C, q, *y) || !Have(B * G * S * C, k, v) || !Have(B * S, visible) || !Alike(k, v)) return DoNotFit();
   if (C % 16) return ffi::Error::InvalidArgument("cached attention needs heads of a multiple of 16");
   auto run = [&](auto* keys, auto* values) {
     AttendToCache(pool, q.typed_data(), keys, values, visible.typed_data(), B, G, R, S, C, y->typed_data());

@@ -215,6 +215,10 @@ inline ffi::Error FewRows(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::
   bool bytes = w.element_type() == ffi::S8;
   if (K % (bytes ? 64 : 32) || w.element_count() != static_cast<size_t>((F + kSide - 1) / kSide * kSide * K))
     return ffi::Error::InvalidArgument("weights were not laid out for these rows");
+  const int64_t rows = bytes ? kRows<int8_t> : kRows<bf16>, left_size = (N + rows - 1) / rows * kSide * K;
+  if (!bytes && !IsBf16(w)) return DoNotFit();
+  if (!Have(N * F, *y) || !Have(left_size, *left) || left->element_type() != w.element_type()) return DoNotFit();
+  if (!Have(N, *row_steps) || (bytes && !Have(F, scale))) return DoNotFit();
   auto run = [&](auto* weights) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(weights)>>;
     return FewRowsOf<T>(pool, x.typed_data(), N, K, weights, scale.typed_data(), static_cast<T*>(left->untyped_data()),
@@ -227,6 +231,7 @@ inline ffi::Error FewRows(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::
 inline ffi::Error LayOut(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> laid_out) {
   int64_t F = w.dimensions()[0], width = w.size_bytes() / F / sizeof(bf16);
   if (F % kSide || width % kDepth) return ffi::Error::InvalidArgument("weights are laid out 32 by 32");
+  if (laid_out->size_bytes() != w.size_bytes()) return DoNotFit();
   PackWeight<1>(pool, Data<bf16>(w), true, width, F, Data<bf16>(laid_out));
   return ffi::Error::Success();
 }

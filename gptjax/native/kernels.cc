@@ -11,6 +11,16 @@
 #include "mlp.h"
 #include "norm.h"
 
+template <>
+struct xla::ffi::CtxBinding<xla::ffi::ThreadPool> {
+  using Ctx = ThreadPool;
+};
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(gptjax::LinearOptions, StructMember<bool>("columns"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(gptjax::AttentionOptions, StructMember<int64_t>("window"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(gptjax::NormOptions, StructMember<float>("epsilon"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(gptjax::LossOptions, StructMember<int64_t>("vocab_size"),
+                                      StructMember<float>("smoothing"), StructMember<float>("z_loss"));
+
 namespace gptjax {
 
 // Asks the system for the tiles of this process. Returns 2 where kernels use them, 1 where they need none, 0 where they
@@ -24,133 +34,19 @@ extern "C" int gptjax_prepare() {
 #endif
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_linear, Linear,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()  // x
-                                  .Arg<ffi::AnyBuffer>()  // w
-                                  .Arg<Vector>()          // bias
-                                  .Arg<Stream>()          // onto
-                                  .Attr<bool>("columns")
-                                  .Ret<ffi::AnyBuffer>()  // y
-                                  .Ret<Packed>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_weight_gradient, WeightGradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()            // x
-                                  .Arg<ffi::AnyBuffer>()            // dy
-                                  .Ret<ffi::Buffer<ffi::F32>>()     // dw
-                                  .Ret<Vector>()                    // sums
-                                  .Ret<Packed>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp, Mlp,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()         // x
-                                  .Arg<ffi::AnyBuffer>()         // w_in
-                                  .Arg<Vector>()                 // b_in
-                                  .Arg<ffi::AnyBuffer>()         // w_out
-                                  .Arg<Vector>()          // b_out
-                                  .Arg<Stream>()          // onto
-                                  .Ret<Stream>()          // y
-                                  .Ret<Packed>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp_gradient, MlpGradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()  // x
-                                  .Arg<ffi::AnyBuffer>()  // w_in
-                                  .Arg<Vector>()          // b_in
-                                  .Arg<ffi::AnyBuffer>()  // w_out
-                                  .Arg<ffi::AnyBuffer>()  // dy
-                                  .Attr<int64_t>("at_once")
-                                  .Ret<ffi::AnyBuffer>()         // dx
-                                  .Ret<ffi::Buffer<ffi::F32>>()  // dw_in
-                                  .Ret<Vector>()                 // db_in
-                                  .Ret<ffi::Buffer<ffi::F32>>()  // dw_out
-                                  .Ret<Packed>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_few_rows, FewRows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::BufferR2<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Vector>()
-                                  .Ret<ffi::BufferR2<ffi::F32>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<Vector>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_lay_out, LayOut,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cached_attention, CachedAttention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::BufferR3<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::BufferR2<ffi::PRED>>()
-                                  .Ret<ffi::BufferR3<ffi::F32>>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention, Attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()  // queries, keys and values
-                                  .Arg<Segments>()
-                                  .Attr<int64_t>("window")
-                                  .Ret<ffi::AnyBuffer>()  // y
-                                  .Ret<Sums>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention_gradient, AttentionGradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()  // queries, keys and values
-                                  .Arg<Segments>()
-                                  .Arg<ffi::AnyBuffer>()  // y
-                                  .Arg<Sums>()
-                                  .Arg<ffi::AnyBuffer>()  // dy
-                                  .Attr<int64_t>("window")
-                                  .Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy, CrossEntropy,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()           // x
-                                  .Arg<ffi::AnyBuffer>()           // w
-                                  .Arg<ffi::BufferR1<ffi::S32>>()  // targets
-                                  .Attr<int64_t>("vocab_size")
-                                  .Attr<float>("smoothing")
-                                  .Attr<float>("z_loss")
-                                  .Ret<Vector>()  // log_z
-                                  .Ret<Vector>()  // at_target
-                                  .Ret<Vector>()  // total
-                                  .Ret<Packed>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy_gradient, CrossEntropyGradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()           // x
-                                  .Arg<ffi::AnyBuffer>()           // w
-                                  .Arg<ffi::BufferR1<ffi::S32>>()  // targets
-                                  .Attr<int64_t>("vocab_size")
-                                  .Attr<float>("smoothing")
-                                  .Attr<float>("z_loss")
-                                  .Ret<Vector>()  // log_z
-                                  .Ret<Vector>()  // at_target
-                                  .Ret<Vector>()  // total
-                                  .Ret<ffi::Buffer<ffi::F32>>()  // dx
-                                  .Ret<ffi::Buffer<ffi::F32>>()  // dw
-                                  .Ret<Packed>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm, LayerNorm,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Stream>()  // x
-                                  .Arg<Vector>()  // scale
-                                  .Arg<Vector>()  // bias
-                                  .Attr<float>("epsilon")
-                                  .Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm_gradient, LayerNormGradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Stream>()          // x
-                                  .Arg<Vector>()          // scale
-                                  .Arg<ffi::AnyBuffer>()  // dy
-                                  .Arg<Stream>()          // beside
-                                  .Attr<float>("epsilon")
-                                  .Ret<Stream>()   // dx
-                                  .Ret<Vector>()   // dscale
-                                  .Ret<Vector>());  // dbias
+// A kernel's parameters are the arguments, the options and the results of its call, in this order.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_linear, Linear);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_weight_gradient, WeightGradient);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp, Mlp);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp_gradient, MlpGradient);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm, LayerNorm);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm_gradient, LayerNormGradient);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention, Attention);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention_gradient, AttentionGradient);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy, CrossEntropy);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy_gradient, CrossEntropyGradient);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_lay_out, LayOut);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_few_rows, FewRows);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cached_attention, CachedAttention);
 
 }  // namespace gptjax

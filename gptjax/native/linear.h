@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "threads.h"
 #include "tiles.h"
@@ -16,7 +17,23 @@ using Packed = ffi::BufferR1<ffi::BF16>;
 
 constexpr int64_t kRowsAtOnce = 256;  // of the left operand, which stay in the second cache
 
-inline bf16* Room(ffi::Result<Packed>& packed) { return reinterpret_cast<bf16*>(packed->typed_data()); }
+// Where a kernel packs its operands: a buffer of XLA's, given away piece by piece.
+class Room {
+ public:
+  explicit Room(ffi::Result<Packed>& packed)
+      : at_(reinterpret_cast<bf16*>(packed->typed_data())), left_(packed->element_count()) {}
+
+  int64_t left() const { return left_; }
+  bool enough() const { return left_ >= 0; }  // to be asked before what `Take` returned is used
+  bf16* Take(int64_t count) {
+    left_ -= count;
+    return std::exchange(at_, at_ + count);
+  }
+
+ private:
+  bf16* at_;
+  int64_t left_;
+};
 
 template <typename T>
 const T* Data(const ffi::AnyBuffer& x) {
@@ -28,8 +45,33 @@ T* Data(ffi::Result<ffi::AnyBuffer>& x) {
 }
 
 inline bool IsFloat32(const ffi::AnyBuffer& x) { return x.element_type() == ffi::F32; }
+inline bool IsBf16(const ffi::AnyBuffer& x) { return x.element_type() == ffi::BF16; }
+
+// Whether all are bfloat16, or all are float32.
+template <typename... Others>
+bool Alike(const ffi::AnyBuffer& x, const Others&... others) {
+  return (IsFloat32(x) && ... && IsFloat32(others)) || (IsBf16(x) && ... && IsBf16(others));
+}
+// Whether weights are float32, or like the activations.
+template <typename... Weights>
+bool Readable(const ffi::AnyBuffer& x, const Weights&... weights) {
+  return (Alike(x) && ... && (IsFloat32(weights) || Alike(x, weights)));
+}
 
 inline ffi::Error NotInBlocks() { return ffi::Error::InvalidArgument("sizes must be multiples of 32"); }
+inline ffi::Error DoNotFit() { return ffi::Error::InvalidArgument("buffers do not fit one another"); }
+inline ffi::Error TooLittleRoom() { return ffi::Error::InvalidArgument("too little room for packed operands"); }
+
+// Whether each of the buffers has so many elements.
+template <typename... Buffers>
+bool Have(int64_t count, const Buffers&... buffers) {
+  return ((buffers.element_count() == static_cast<size_t>(count)) && ...);
+}
+// The same, or none.
+template <typename Buffer>
+bool HasOrLacks(int64_t count, const Buffer& buffer) {
+  return buffer.element_count() == 0 || Have(count, buffer);
+}
 
 // Packs all of a weight, [K, F] or, in `columns`, [F, K]: panels of 32 outputs, one after the other.
 template <int P, typename S>
@@ -68,10 +110,10 @@ struct Bias {
 
 template <typename T, typename Out>
 ffi::Error LinearAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, Bias bias, Onto onto,
-                    bool columns, Out* y, int64_t F, bf16* packed) {
+                    bool columns, Out* y, int64_t N, int64_t K, int64_t F, Room room_for_all) {
   constexpr int P = kPlanes<T>;
-  int64_t K = x.dimensions().back(), N = x.element_count() / K;
-  if (N % kSide || K % kDepth || F % kSide || w.element_count() != static_cast<size_t>(K * F)) return NotInBlocks();
+  bf16* packed = room_for_all.Take(K * F * P);
+  if (!room_for_all.enough()) return TooLittleRoom();
   PackWeight<P>(pool, w, columns, K, F, packed);
   Parallel(pool, (N + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t task) {
     TileScope tiles;
@@ -96,11 +138,19 @@ ffi::Error LinearAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::A
   return ffi::Error::Success();
 }
 
+struct LinearOptions {
+  bool columns;  // w is [F, K]
+};
+
 inline ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Vector bias, Stream onto,
-                         bool columns, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Packed> packed) {
+                         LinearOptions options, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Packed> packed) {
+  int64_t K = x.dimensions().back(), N = x.element_count() / K, F = y->dimensions().back();
+  if (N % kSide || K % kDepth || F % kSide) return NotInBlocks();
+  if (!Have(K * F, w) || !Have(N * F, *y) || !HasOrLacks(F, bias) || !HasOrLacks(N * F, onto) || !Readable(x, w) ||
+      !Readable(x, *y))
+    return DoNotFit();
   auto run = [&](auto as, auto* to) {
-    return LinearAs<decltype(as)>(pool, x, w, Bias(bias), Onto(onto), columns, to, y->dimensions().back(),
-                                  Room(packed));
+    return LinearAs<decltype(as)>(pool, x, w, Bias(bias), Onto(onto), options.columns, to, N, K, F, Room(packed));
   };
   if (IsFloat32(x)) return run(float{}, Data<float>(y));
   return IsFloat32(*y) ? run(bf16{}, Data<float>(y)) : run(bf16{}, Data<bf16>(y));
@@ -131,12 +181,11 @@ void PackLeftPanel(const S* x, int64_t width, int64_t count, bf16* to) {
 
 template <typename T>
 ffi::Error WeightGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy, float* dw,
-                            float* sums, ffi::Result<Packed>& packed) {
+                            float* sums, int64_t N, int64_t K, int64_t F, Room room) {
   constexpr int P = kPlanes<T>;
-  int64_t K = x.dimensions().back(), F = dy.dimensions().back(), N = x.element_count() / K;
-  if (N % kDepth || K % kSide || F % kSide) return NotInBlocks();
-  int64_t at_once = packed->element_count() / ((K + F) * P);
-  bf16 *left = Room(packed), *right = left + K * at_once * P;
+  int64_t at_once = room.left() / ((K + F) * P) / kDepth * kDepth;
+  if (!at_once) return TooLittleRoom();
+  bf16 *left = room.Take(K * at_once * P), *right = room.Take(F * at_once * P);
   std::fill(sums, sums + F, 0.0f);
   for (int64_t begin = 0; begin < N; begin += at_once) {
     int64_t count = std::min(at_once, N - begin), lefts = K / kSide, rights = F / kSide;
@@ -165,8 +214,11 @@ ffi::Error WeightGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, cons
 inline ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy,
                                  ffi::Result<ffi::Buffer<ffi::F32>> dw, ffi::Result<Vector> sums,
                                  ffi::Result<Packed> packed) {
-  if (IsFloat32(x)) return WeightGradientAs<float>(pool, x, dy, dw->typed_data(), sums->typed_data(), packed);
-  return WeightGradientAs<bf16>(pool, x, dy, dw->typed_data(), sums->typed_data(), packed);
+  int64_t K = x.dimensions().back(), F = dy.dimensions().back(), N = x.element_count() / K;
+  if (N % kDepth || K % kSide || F % kSide) return NotInBlocks();
+  if (!Have(N * F, dy) || !Have(K * F, *dw) || !Have(F, *sums) || !Alike(x, dy)) return DoNotFit();
+  auto run = IsFloat32(x) ? WeightGradientAs<float> : WeightGradientAs<bf16>;
+  return run(pool, x, dy, dw->typed_data(), sums->typed_data(), N, K, F, Room(packed));
 }
 
 }  // namespace gptjax

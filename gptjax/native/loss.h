@@ -54,14 +54,16 @@ void Logits(Left x, const bf16* columns, int64_t D, int64_t first, int64_t count
 template <typename T, typename S>
 ffi::Error CrossEntropyAs(ffi::ThreadPool& pool, const T* x, const S* w, const int32_t* targets, int64_t N, int64_t D,
                           int64_t V, LossOptions options, float* log_z, float* at_target, float* total, float* dx,
-                          float* dw, bf16* packed) {
+                          float* dw, Room room) {
   constexpr int P = kPlanes<T>;
-  if (N % kSide || D % kSide) return NotInBlocks();
-  bf16 *columns = packed, *back = columns + kColumnsAtOnce * D * P, *x_right = back + kColumnsAtOnce * D * P;
-  bf16* dlogits = x_right + N * D * P;  // blocks of 32 rows, then of 32 columns
+  bf16* columns = room.Take(kColumnsAtOnce * D * P);
+  bf16* back = dx ? room.Take(kColumnsAtOnce * D * P) : nullptr;
+  bf16* x_right = dx ? room.Take(N * D * P) : nullptr;
+  bf16* dlogits = dx ? room.Take(N * kColumnsAtOnce * P) : nullptr;  // blocks of 32 rows, then of 32 columns
+  if (!room.enough()) return TooLittleRoom();
   auto over_rows = [&](int64_t first, auto&& visit) {  // visit(row, logits, count): 32 rows
     int64_t count = std::min<int64_t>(kColumnsAtOnce, (V - first + kSide - 1) / kSide * kSide);
-    PackColumnsOfVocabulary<P>(pool, w, V, D, first, count, columns, dx ? back : nullptr);
+    PackColumnsOfVocabulary<P>(pool, w, V, D, first, count, columns, back);
     Parallel(pool, (N + kLossRows - 1) / kLossRows, [&](int64_t task) {
       TileScope tiles;
       float* logits = Scratch<struct LogitsOfRows, float>(kSide * kColumnsAtOnce);
@@ -146,33 +148,41 @@ ffi::Error CrossEntropyAs(ffi::ThreadPool& pool, const T* x, const S* w, const i
   return ffi::Error::Success();
 }
 
+struct LossParts {
+  ffi::Result<Vector>&log_z, &at_target, &total;
+};
+
 inline ffi::Error CrossEntropyOf(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
-                                 const ffi::BufferR1<ffi::S32>& targets, LossOptions options, float* log_z,
-                                 float* at_target, float* total, float* dx, float* dw, bf16* packed) {
+                                 const ffi::BufferR1<ffi::S32>& targets, LossOptions options, LossParts parts,
+                                 float* dx, float* dw, Room room) {
   int64_t D = x.dimensions().back(), N = x.element_count() / D, V = w.dimensions().front();
+  if (N % kSide || D % kSide) return NotInBlocks();
+  if (!Have(V * D, w) || !Have(N, targets, *parts.log_z, *parts.at_target, *parts.total) || !Readable(x, w))
+    return DoNotFit();
   auto run = [&](auto* x, auto* w) {
-    return CrossEntropyAs(pool, x, w, targets.typed_data(), N, D, V, options, log_z, at_target, total, dx, dw, packed);
+    return CrossEntropyAs(pool, x, w, targets.typed_data(), N, D, V, options, parts.log_z->typed_data(),
+                          parts.at_target->typed_data(), parts.total->typed_data(), dx, dw, room);
   };
   if (IsFloat32(x)) return run(Data<float>(x), Data<float>(w));
   return IsFloat32(w) ? run(Data<bf16>(x), Data<float>(w)) : run(Data<bf16>(x), Data<bf16>(w));
 }
 
 inline ffi::Error CrossEntropy(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                               ffi::BufferR1<ffi::S32> targets, int64_t vocab_size, float smoothing, float z_loss,
-                               ffi::Result<Vector> log_z, ffi::Result<Vector> at_target, ffi::Result<Vector> total,
+                               ffi::BufferR1<ffi::S32> targets, LossOptions options, ffi::Result<Vector> log_z,
+                               ffi::Result<Vector> at_target, ffi::Result<Vector> total,
                                ffi::Result<Packed> packed) {
-  return CrossEntropyOf(pool, x, w, targets, {vocab_size, smoothing, z_loss}, log_z->typed_data(),
-                        at_target->typed_data(), total->typed_data(), nullptr, nullptr, Room(packed));
+  return CrossEntropyOf(pool, x, w, targets, options, {log_z, at_target, total}, nullptr,
+                        nullptr, Room(packed));
 }
 
 inline ffi::Error CrossEntropyGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                                       ffi::BufferR1<ffi::S32> targets, int64_t vocab_size, float smoothing,
-                                       float z_loss, ffi::Result<Vector> log_z, ffi::Result<Vector> at_target,
+                                       ffi::BufferR1<ffi::S32> targets, LossOptions options,
+                                       ffi::Result<Vector> log_z, ffi::Result<Vector> at_target,
                                        ffi::Result<Vector> total, ffi::Result<ffi::Buffer<ffi::F32>> dx,
                                        ffi::Result<ffi::Buffer<ffi::F32>> dw, ffi::Result<Packed> packed) {
-  return CrossEntropyOf(pool, x, w, targets, {vocab_size, smoothing, z_loss}, log_z->typed_data(),
-                        at_target->typed_data(), total->typed_data(), dx->typed_data(), dw->typed_data(),
-                        Room(packed));
+  if (!Have(x.element_count(), *dx) || !Have(w.element_count(), *dw)) return DoNotFit();
+  return CrossEntropyOf(pool, x, w, targets, options, {log_z, at_target, total},
+                        dx->typed_data(), dw->typed_data(), Room(packed));
 }
 
 }  // namespace gptjax

@@ -22,12 +22,11 @@ inline __m512 Rounded(__m512 x) {
 
 template <typename T>
 ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w_in, Bias b_in,
-                 const ffi::AnyBuffer& w_out, Bias b_out, Onto onto, float* y, bf16* packed) {
+                 const ffi::AnyBuffer& w_out, Bias b_out, Onto onto, float* y, int64_t N, int64_t D, int64_t F, Room room_for_all) {
   constexpr int P = kPlanes<T>;
   constexpr int64_t kRows = P == 1 ? 256 : 128;
-  int64_t D = x.dimensions().back(), N = x.element_count() / D, F = w_in.dimensions().back();
-  if (N % kSide || D % kSide || F % kSide) return NotInBlocks();
-  bf16 *in = packed, *out = packed + D * F * P;
+  bf16 *in = room_for_all.Take(D * F * P), *out = room_for_all.Take(D * F * P);
+  if (!room_for_all.enough()) return TooLittleRoom();
   PackWeight<P>(pool, w_in, false, D, F, in);
   PackWeight<P>(pool, w_out, true, F, D, out);
   Parallel(pool, (N + kRows - 1) / kRows, [&](int64_t task) {
@@ -68,23 +67,28 @@ ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyB
 
 inline ffi::Error Mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w_in, Vector b_in, ffi::AnyBuffer w_out,
                       Vector b_out, Stream onto, ffi::Result<Stream> y, ffi::Result<Packed> packed) {
+  int64_t D = x.dimensions().back(), N = x.element_count() / D, F = w_in.dimensions().back();
+  if (N % kSide || D % kSide || F % kSide) return NotInBlocks();
+  if (!Have(D * F, w_in, w_out) || !Have(N * D, *y) || !HasOrLacks(F, b_in) || !HasOrLacks(D, b_out) ||
+      !HasOrLacks(N * D, onto) || !Readable(x, w_in, w_out))
+    return DoNotFit();
   auto run = IsFloat32(x) ? MlpAs<float> : MlpAs<bf16>;
-  return run(pool, x, w_in, Bias(b_in), w_out, Bias(b_out), Onto(onto), y->typed_data(), Room(packed));
+  return run(pool, x, w_in, Bias(b_in), w_out, Bias(b_out), Onto(onto), y->typed_data(), N, D, F, Room(packed));
 }
 
-// `packed` has room for three layouts of weights, then for `at_once` rows of: x, dy, and what lies between, twice as
-// right operands and once as a left one.
+// Packed are three layouts of weights, then, for as many rows at a time as there is room for, x and dy as left operands
+// and what lies between, with its gradient, as right ones.
 template <typename T>
 ffi::Error MlpGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w_in, Bias b_in,
                          const ffi::AnyBuffer& w_out, const ffi::AnyBuffer& dy, T* dx, float* dw_in, float* db_in,
-                         float* dw_out, bf16* packed, int64_t at_once) {
+                         float* dw_out, int64_t N, int64_t D, int64_t F, Room room_for_all) {
   constexpr int P = kPlanes<T>;
   constexpr int64_t kRows = 128;
-  int64_t D = x.dimensions().back(), N = x.element_count() / D, F = w_in.dimensions().back();
-  if (N % kSide || D % kSide || F % kSide || at_once % kRows) return NotInBlocks();
-  bf16 *in = packed, *out = in + D * F * P, *back = out + D * F * P;
-  bf16 *x_left = back + D * F * P, *dy_left = x_left + at_once * D * P;
-  bf16 *a_right = dy_left + at_once * D * P, *dh_right = a_right + at_once * F * P;
+  bf16 *in = room_for_all.Take(D * F * P), *out = room_for_all.Take(D * F * P), *back = room_for_all.Take(D * F * P);
+  const int64_t at_once = room_for_all.left() / (2 * (D + F) * P) / kRows * kRows;
+  if (at_once <= 0) return TooLittleRoom();
+  bf16 *x_left = room_for_all.Take(at_once * D * P), *dy_left = room_for_all.Take(at_once * D * P);
+  bf16 *a_right = room_for_all.Take(at_once * F * P), *dh_right = room_for_all.Take(at_once * F * P);
   PackWeight<P>(pool, w_in, false, D, F, in);
   PackWeight<P>(pool, w_out, false, D, F, out);
   PackWeight<P>(pool, w_in, true, F, D, back);
@@ -150,14 +154,19 @@ ffi::Error MlpGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const f
 }
 
 inline ffi::Error MlpGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w_in, Vector b_in,
-                              ffi::AnyBuffer w_out, ffi::AnyBuffer dy, int64_t at_once, ffi::Result<ffi::AnyBuffer> dx,
+                              ffi::AnyBuffer w_out, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> dx,
                               ffi::Result<ffi::Buffer<ffi::F32>> dw_in, ffi::Result<Vector> db_in,
                               ffi::Result<ffi::Buffer<ffi::F32>> dw_out, ffi::Result<Packed> packed) {
-  if (IsFloat32(x))
-    return MlpGradientAs<float>(pool, x, w_in, Bias(b_in), w_out, dy, Data<float>(dx), dw_in->typed_data(),
-                                db_in->typed_data(), dw_out->typed_data(), Room(packed), at_once);
-  return MlpGradientAs<bf16>(pool, x, w_in, Bias(b_in), w_out, dy, Data<bf16>(dx), dw_in->typed_data(),
-                             db_in->typed_data(), dw_out->typed_data(), Room(packed), at_once);
+  int64_t D = x.dimensions().back(), N = x.element_count() / D, F = w_in.dimensions().back();
+  if (N % kSide || D % kSide || F % kSide) return NotInBlocks();
+  if (!Have(D * F, w_in, w_out, *dw_in, *dw_out) || !Have(N * D, dy, *dx) || !Have(F, *db_in) ||
+      !HasOrLacks(F, b_in) || !Readable(x, w_in, w_out) || !Alike(x, dy, *dx))
+    return DoNotFit();
+  auto run = [&](auto* to) {
+    return MlpGradientAs(pool, x, w_in, Bias(b_in), w_out, dy, to, dw_in->typed_data(), db_in->typed_data(),
+                         dw_out->typed_data(), N, D, F, Room(packed));
+  };
+  return IsFloat32(x) ? run(Data<float>(dx)) : run(Data<bf16>(dx));
 }
 
 }  // namespace gptjax

@@ -13,6 +13,10 @@ namespace gptjax {
 
 constexpr int64_t kNormRows = 64;  // that a thread takes at a time
 
+struct NormOptions {
+  float epsilon;
+};
+
 struct Statistics {
   __m512 mean, inverse;  // one over the deviation
 };
@@ -42,14 +46,15 @@ void LayerNormAs(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t D, co
   });
 }
 
-inline ffi::Error LayerNorm(ffi::ThreadPool pool, Stream x, Vector scale, Vector bias, float epsilon,
+inline ffi::Error LayerNorm(ffi::ThreadPool pool, Stream x, Vector scale, Vector bias, NormOptions options,
                             ffi::Result<ffi::AnyBuffer> y) {
   int64_t D = x.dimensions().back(), N = x.element_count() / D;
   if (D % kSide) return NotInBlocks();
+  if (!Have(D, scale) || !HasOrLacks(D, bias) || !Have(N * D, *y) || !Alike(*y)) return DoNotFit();
   if (IsFloat32(*y))
-    LayerNormAs(pool, x.typed_data(), N, D, scale.typed_data(), Bias(bias), epsilon, Data<float>(y));
+    LayerNormAs(pool, x.typed_data(), N, D, scale.typed_data(), Bias(bias), options.epsilon, Data<float>(y));
   else
-    LayerNormAs(pool, x.typed_data(), N, D, scale.typed_data(), Bias(bias), epsilon, Data<bf16>(y));
+    LayerNormAs(pool, x.typed_data(), N, D, scale.typed_data(), Bias(bias), options.epsilon, Data<bf16>(y));
   return ffi::Error::Success();
 }
 
@@ -93,12 +98,13 @@ void LayerNormGradientAs(ffi::ThreadPool& pool, const float* x, int64_t N, int64
 }
 
 inline ffi::Error LayerNormGradient(ffi::ThreadPool pool, Stream x, Vector scale, ffi::AnyBuffer dy, Stream beside,
-                                    float epsilon, ffi::Result<Stream> dx, ffi::Result<Vector> dscale,
+                                    NormOptions options, ffi::Result<Stream> dx, ffi::Result<Vector> dscale,
                                     ffi::Result<Vector> dbias) {
   int64_t D = x.dimensions().back(), N = x.element_count() / D;
   if (D % kSide) return NotInBlocks();
+  if (!Have(D, scale, *dscale, *dbias) || !Have(N * D, dy, beside, *dx) || !Alike(dy)) return DoNotFit();
   auto run = [&](auto* gradient) {
-    LayerNormGradientAs(pool, x.typed_data(), N, D, scale.typed_data(), gradient, beside.typed_data(), epsilon,
+    LayerNormGradientAs(pool, x.typed_data(), N, D, scale.typed_data(), gradient, beside.typed_data(), options.epsilon,
                         dx->typed_data(), dscale->typed_data(), dbias->typed_data());
   };
   if (IsFloat32(dy))

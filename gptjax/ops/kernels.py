@@ -16,9 +16,9 @@ from gptjax.ops.platform import on_cpu
 SIDE = 32
 """Kernels work on blocks of so many rows and columns."""
 ROW_BLOCK = 128
-"""Rows that a thread takes at a time in the gradient of the MLP; `kRows` there."""
+"""Rows that a thread takes at a time in the gradient of the MLP."""
 COLUMNS_AT_ONCE = 1024
-"""Of the vocabulary; `kColumnsAtOnce` in `loss.h`."""
+"""Of the vocabulary, in the loss."""
 GRADIENT_ROWS = 1024
 """Rows whose products are added to a weight's gradient at a time, so that what is laid out for it stays in a cache."""
 PLANES = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}
@@ -63,7 +63,7 @@ def mlp_gradient(x_ND, w_in_DF, b_in_F, w_out_DF, dy_ND) -> tuple[jax.Array, jax
     packed = _packed(x_ND, 3 * D * F + 2 * rows * (D + F))
     weight, bias = _like((D, F), jnp.float32), _like((F,), jnp.float32)
     call = _call("mlp_gradient", (_like(x_ND.shape, x_ND.dtype), weight, bias, weight, packed))
-    return call(x_ND, w_in_DF, _vector(b_in_F), w_out_DF, dy_ND, at_once=np.int64(rows))[:4]
+    return call(x_ND, w_in_DF, _vector(b_in_F), w_out_DF, dy_ND)[:4]
 
 
 def layer_norm(x_ND: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float, out_dtype) -> jax.Array:
