@@ -130,6 +130,33 @@ print(c.gptjax_kept_bytes() // MB, resident())
     assert words == ["128", "2"]
 
 
+def test_the_next_buffer_is_the_last_one_that_is_given_back_a_moment_later():
+    words = keeping("""
+import threading
+
+def is_waited_for():
+    at = take(64 * MB)
+    threading.Timer(0.001, c.free, [at]).start()
+    return take(64 * MB) == at
+
+print(any(is_waited_for() for _ in range(20)))  # on a busy machine the moment may be longer than the patience
+""")
+    assert words == ["True"]
+
+
+def test_what_nobody_asks_for_in_a_long_time_goes():
+    words = keeping("""
+both = written(128 * MB), written(128 * MB)
+for at in both:
+    c.free(at)
+print(resident())
+for _ in range(70):
+    c.free(take(128 * MB))
+print(resident(), c.gptjax_kept_bytes() // MB)
+""")
+    assert words == ["4", "2", "128"]
+
+
 def test_the_rest_of_the_allocator_is_the_c_librarys():
     words = keeping("""
 large = take(64 * MB)

@@ -3,7 +3,8 @@
 // XLA asks `posix_memalign` for a step's temporary buffer and frees it at the step's end. The C library gives so large a
 // buffer back to the kernel, which clears its pages for the next step, or fetches them from the host of a virtual
 // machine again. Here it is kept for the next one that asks for as much. One that asks for another size lets go of all
-// that is kept, so that a process never holds more than it once used at the same time.
+// that is kept, and one that was not asked for in a long time goes too, so that a process does not hold more than it
+// uses at the same time.
 //
 // No locks: a slot belongs to whoever changed its state, so a process that forks in between finds nothing locked.
 
@@ -13,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include <atomic>
 #include <cstddef>
@@ -29,6 +31,9 @@ namespace {
 constexpr size_t kLarge = size_t{32} << 20;  // glibc itself keeps what is smaller
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kSlots = 256;
+constexpr int kMostPassedOver = 64;     // times that another buffer of the size was taken
+constexpr int kLooks = 50;              // for one that is about to be given back
+constexpr timespec kPause{0, 100'000};  // between them
 
 enum State { kEmpty, kChanging, kUsed, kKept };
 
@@ -36,6 +41,7 @@ struct Slot {
   std::atomic<int> state{kEmpty};
   std::atomic<char*> at{nullptr};
   size_t size = 0;
+  int passed_over = 0;
 
   bool Change(State from, State to) {
     int expected = from;
@@ -69,17 +75,45 @@ void Unmap(Slot& slot) {  // one that is `kChanging`
   slot.Set(kEmpty);
 }
 
-void* Take(size_t size) {
-  size = (size + kHugePage - 1) / kHugePage * kHugePage;
+bool Fits(const Slot& slot, size_t size) { return slot.size >= size && slot.size <= size + size / 8; }
+
+// A kept buffer of the size, if there is one; the others wait for their turn, or have waited too long.
+void* TakeKept(size_t size) {
+  Slot* found = nullptr;
   for (Slot& slot : slots) {
     if (!slot.Change(kKept, kChanging)) continue;
-    if (slot.size < size || slot.size > size + size / 8) {
-      slot.Set(kKept);
+    if (!found && Fits(slot, size)) {
+      found = &slot;
       continue;
     }
-    kept -= slot.size;
-    slot.Set(kUsed);
-    return slot.at;
+    if (!found || ++slot.passed_over <= kMostPassedOver) {
+      slot.Set(kKept);
+    } else {
+      kept -= slot.size;
+      Unmap(slot);
+    }
+  }
+  if (!found) return nullptr;
+  kept -= found->size;
+  found->passed_over = 0;
+  void* at = found->at;
+  found->Set(kUsed);
+  return at;
+}
+
+bool SomeAreUsed(size_t size) {
+  for (Slot& slot : slots)
+    if (slot.state.load(std::memory_order_acquire) == kUsed && Fits(slot, size)) return true;
+  return false;
+}
+
+void* Take(size_t size) {
+  size = (size + kHugePage - 1) / kHugePage * kHugePage;
+  if (void* at = TakeKept(size)) return at;
+  // XLA gives a step's buffer back a moment after the step's results, while the next step begins already.
+  for (int look = 0; look < kLooks && SomeAreUsed(size); ++look) {
+    nanosleep(&kPause, nullptr);
+    if (void* at = TakeKept(size)) return at;
   }
   for (Slot& slot : slots)
     if (slot.Change(kKept, kChanging)) {
@@ -90,6 +124,7 @@ void* Take(size_t size) {
     if (!slot.Change(kEmpty, kChanging)) continue;
     char* at = MapHugePages(size);
     slot.size = size;
+    slot.passed_over = 0;
     slot.at = at;
     slot.Set(at ? kUsed : kEmpty);
     return at;
