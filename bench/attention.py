@@ -1,5 +1,6 @@
-"""Milliseconds of one attention layer, forward and backward: as it is, with its products apart from the softmax as XLA
-takes them otherwise, and PyTorch's `scaled_dot_product_attention`. Each in a process of its own, in turn."""
+"""Milliseconds of one attention layer, forward and backward: by kernels, by XLA, by XLA with its products apart from
+the softmax as XLA takes them otherwise, and PyTorch's `scaled_dot_product_attention`. Ours begins and ends with queries,
+keys and values in one array, as a model has them. Each in a process of its own, in turn."""
 
 import json
 import os
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from gptjax.allocator import HUGE_PAGES, TUNABLES
+from gptjax.native.compiler import SWITCH
 
 SHAPES = ((16, 256, 6, 64), (4, 512, 12, 64), (16, 1024, 6, 64), (1, 4096, 6, 64))  # B, T, H, C
 DTYPES = ("bfloat16", "float32")
@@ -17,14 +19,14 @@ ROUNDS, REPEATS = 2, 6
 
 
 def main() -> None:
+    sides = {"kernels": gptjax, "XLA": gptjax, "apart": apart, "PyTorch": pytorch}
     if sys.argv[1:]:
-        print(json.dumps({"gptjax": gptjax, "apart": apart, "PyTorch": pytorch}[sys.argv[1]]()))
+        print(json.dumps(sides[sys.argv[1]]()))
         return
-    sides = ("gptjax", "apart", "PyTorch")
     found = {side: [] for side in sides}
-    environment = {**os.environ, TUNABLES: HUGE_PAGES}  # for all of them
     for _ in range(ROUNDS):
         for side in sides:
+            environment = {**os.environ, TUNABLES: HUGE_PAGES, SWITCH: str(int(side == "kernels"))}
             call = subprocess.run(
                 [sys.executable, __file__, side], env=environment, capture_output=True, text=True, check=True
             )
@@ -49,21 +51,22 @@ def median(call: Callable[[], object]) -> float:
 def gptjax() -> list[float]:
     import jax
 
-    from gptjax.ops.attention import attention
+    from gptjax.ops.attention import self_attention
+    from gptjax.runtime import start
 
+    start()
     times = []
     for B, T, H, C in SHAPES:
         for dtype in DTYPES:
-            q, k, v, dy = (
-                jax.random.normal(key, (B, T, H, C), dtype) for key in jax.random.split(jax.random.key(0), 4)
-            )
+            one, two = jax.random.split(jax.random.key(0))
+            qkv, dy = jax.random.normal(one, (B, T, H, 3, C), dtype), jax.random.normal(two, (B, T, H, C), dtype)
 
             @jax.jit
-            def step(q, k, v, dy):
-                y, pull = jax.vjp(attention, q, k, v)
+            def step(qkv, dy):
+                y, pull = jax.vjp(self_attention, qkv)
                 return y, pull(dy)
 
-            times.append(median(lambda: jax.block_until_ready(step(q, k, v, dy))))  # noqa: B023
+            times.append(median(lambda: jax.block_until_ready(step(qkv, dy))))  # noqa: B023
     return times
 
 
