@@ -1,6 +1,6 @@
 """Milliseconds of one attention layer, forward and backward: by kernels, by XLA, by XLA with its products apart from
-the softmax as XLA takes them otherwise, and PyTorch's `scaled_dot_product_attention`. Ours begins and ends with queries,
-keys and values in one array, as a model has them. Each in a process of its own, in turn."""
+the softmax as XLA takes them otherwise, and PyTorch's `scaled_dot_product_attention`. Ours begins and ends with the
+queries, keys and values in one array, as a model has them. Each in a process of its own, in turn."""
 
 import json
 import os
