@@ -3,8 +3,8 @@
 // XLA asks `posix_memalign` for a step's temporary buffer and frees it at the step's end. The C library gives so large a
 // buffer back to the kernel, which clears its pages for the next step, or fetches them from the host of a virtual
 // machine again. Here it is kept for the next one that asks for as much. One that asks for another size lets go of all
-// that is kept, and one that was not asked for in a long time goes too, so that a process does not hold more than it
-// uses at the same time.
+// that is kept or will be given back, and one that was not asked for in a long time goes too, so that a process does not
+// hold more than it uses at the same time.
 //
 // No locks: a slot belongs to whoever changed its state, so a process that forks in between finds nothing locked.
 
@@ -42,6 +42,7 @@ struct Slot {
   std::atomic<char*> at{nullptr};
   size_t size = 0;
   int passed_over = 0;
+  int change = 0;  // how often the size had changed when it was taken
 
   bool Change(State from, State to) {
     int expected = from;
@@ -53,6 +54,7 @@ struct Slot {
 
 Slot slots[kSlots];
 std::atomic<size_t> kept{0};
+std::atomic<int> changes{0};  // of the size that is asked for
 size_t most_kept = 0;
 
 __attribute__((constructor)) void ReadLimit() {
@@ -96,6 +98,7 @@ void* TakeKept(size_t size) {
   if (!found) return nullptr;
   kept -= found->size;
   found->passed_over = 0;
+  found->change = changes;
   void* at = found->at;
   found->Set(kUsed);
   return at;
@@ -120,11 +123,13 @@ void* Take(size_t size) {
       kept -= slot.size;
       Unmap(slot);
     }
+  if (!SomeAreUsed(size)) ++changes;
   for (Slot& slot : slots) {
     if (!slot.Change(kEmpty, kChanging)) continue;
     char* at = MapHugePages(size);
     slot.size = size;
     slot.passed_over = 0;
+    slot.change = changes;
     slot.at = at;
     slot.Set(at ? kUsed : kEmpty);
     return at;
@@ -143,7 +148,7 @@ Slot* Find(void* at) {
 void Give(Slot& slot) {
   const int error = errno;
   if (!slot.Change(kUsed, kChanging)) abort();  // freed twice
-  if (kept + slot.size > most_kept) {
+  if (slot.change != changes || kept + slot.size > most_kept) {
     Unmap(slot);
   } else {
     kept += slot.size;
