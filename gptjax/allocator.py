@@ -74,10 +74,13 @@ def _kept_pages() -> dict[str, str]:
         return {}
     try:
         options = ("-ldl", "-Wl,--as-needed")
-        path = compiler.library(program, SOURCE, (), options, "", compiled_folder(Config.cache_dir))
+        path = str(compiler.library(program, SOURCE, (), options, "", compiled_folder(Config.cache_dir)))
+        ctypes.CDLL(path)  # fails here rather than at each start, as where no file of the folder may be executed
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {PRELOAD: str(path), KEPT_BYTES: str(usable_memory() // KEPT_SHARE)}
+    if " " in path or ":" in path:  # both part names there
+        return {}
+    return {PRELOAD: path, KEPT_BYTES: str(usable_memory() // KEPT_SHARE)}
 
 
 def usable_memory() -> int:

@@ -209,6 +209,12 @@ print(len(wrong), c.gptjax_kept_bytes() <= 8 * 40 * MB)
     assert words == ["0", "True"]
 
 
+@pytest.mark.parametrize("name", ["with space", "with:colon"])
+def test_a_folder_that_cannot_be_named_is_left_out(name, tmp_path):
+    assert start(REPORT, HOME=str(tmp_path / name))[0][1] == "False"
+    assert start(REPORT, HOME=str(tmp_path / "plain"))[0][1] == str(can_keep())
+
+
 def test_the_library_is_made_once(monkeypatch):
     if not can_keep():
         pytest.skip("it needs glibc and a C++ compiler")

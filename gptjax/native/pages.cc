@@ -190,7 +190,6 @@ void* realloc(void* at, size_t size) {
 size_t malloc_usable_size(void* at) {
   if (Slot* slot = Find(at)) return slot->size;
   using Function = size_t (*)(void*);
-  static const auto of_the_library = reinterpret_cast<Function>(dlsym(RTLD_NEXT, "malloc_usable_size"));
-  return of_the_library(at);
+  return reinterpret_cast<Function>(dlsym(RTLD_NEXT, "malloc_usable_size"))(at);
 }
 }

@@ -36,6 +36,7 @@ CALLS = {
 }
 OWN_LIBRARIES = (
     "ctypes.CDLL(None)",  # the process itself, which is asked what its allocator is: no file is loaded
+    "ctypes.CDLL(path)",  # the allocator's part, compiled into the same folder
     "ctypes.CDLL(str(_built(program, Path(folder))))",  # the kernels, compiled here into a folder of their user's own
 )
 KEYWORDS = {"allow_pickle", "trust_remote_code", "weights_only", "shell"}
