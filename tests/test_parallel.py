@@ -29,8 +29,8 @@ from tests.test_adapters import ADAPTERS
 from tests.tiny import CONFIG, MODEL, replace, run_config
 
 ROOT = Path(__file__).parents[1]
-FAST = ("fsdp=2,tensor=2,context=2", "tensor=2,context=2,stage=2")
-SLOW = tuple(name for name in equality.MESHES if name not in FAST)
+FAST = ("tensor=2,context=2,stage=2",)
+SLOW = ("fsdp=2,tensor=2,context=2", *(name for name in equality.MESHES if name not in FAST))
 # What `rows` returns is kept in a process, so tests that ask for the same go to the same worker.
 MESHES = [
     *(pytest.param(name, marks=pytest.mark.xdist_group("fast meshes")) for name in FAST),
@@ -51,7 +51,7 @@ def rows(*names: str) -> dict[str, equality.Row]:
 
 
 def row_of(name: str) -> tuple[equality.Row, equality.Row]:
-    """Of a mesh and of one device; the fast ones, and the slow ones, each share one process."""
+    """Of a mesh and of one device; the slow ones share one process."""
     found = rows(*(FAST if name in FAST else SLOW))
     return found[name], found["one device"]
 

@@ -27,6 +27,7 @@ def alone(tmp_path_factory):
     return config
 
 
+@pytest.mark.slow
 def test_four_processes_are_one_run(tmp_path, alone):
     config = replace(alone, run_dir=str(tmp_path / "run"), mesh={"data": 1, "fsdp": 2, "tensor": 2},
                      model={"vocab_multiple": 2})  # fmt: skip

@@ -17,6 +17,7 @@ CONSTANT = {"schedule": "constant", "min_learning_rate": OptimConfig().min_learn
 ENDED = (EXIT_LOST, -signal.SIGABRT)  # by itself, or by jaxlib's coordination service, whichever sees it first
 
 
+@pytest.mark.slow
 @pytest.mark.fault(5, "SIGTERM to one of two processes", "both stop after the same step, saved once; 143")
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, seen):
     sections = HARD | {"train": HARD["train"] | {"eval_every": 0, "num_steps": 1000}}
