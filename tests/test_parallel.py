@@ -1,5 +1,6 @@
 """Runs cut over eight devices against the same run on one (`bench/equality.py`), and what cannot be cut."""
 
+import fcntl
 import functools
 import json
 import os
@@ -31,22 +32,26 @@ from tests.tiny import CONFIG, MODEL, replace, run_config
 ROOT = Path(__file__).parents[1]
 FAST = ("tensor=2,context=2,stage=2",)
 SLOW = ("fsdp=2,tensor=2,context=2", *(name for name in equality.MESHES if name not in FAST))
-# What `rows` returns is kept in a process, so tests that ask for the same go to the same worker.
-MESHES = [
-    *(pytest.param(name, marks=pytest.mark.xdist_group("fast meshes")) for name in FAST),
-    *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xdist_group("slow meshes")]) for name in SLOW),
-]
+MESHES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 @functools.cache
 def rows(*names: str) -> dict[str, equality.Row]:
-    """What `bench/equality.py` says of one device and of these meshes, by mesh."""
-    cache = str(ROOT / ".pytest_cache" / "compiled")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": cache}
+    """What `bench/equality.py` says of one device and of these meshes, by mesh; the workers of a run share it."""
+    cache = ROOT / ".pytest_cache"
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled")}
     command = [sys.executable, "bench/equality.py", "--json", *names]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [equality.Row(**json.loads(line)) for line in done.stdout.splitlines()]
+    cache.mkdir(exist_ok=True)
+    with open(cache / f"rows-of-{len(names)}-{run}", "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if not (text := file.read()):
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            text = done.stdout
+            file.write(text)
+    found = [equality.Row(**json.loads(line)) for line in text.splitlines()]
     return {row.mesh: row for row in found}
 
 
