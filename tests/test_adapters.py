@@ -14,15 +14,12 @@ from gptjax.generation.weights import decoding_weights
 from gptjax.model import gpt, loss
 from gptjax.model.adapters import merge_lora
 from gptjax.model.cache import init_cache
-from gptjax.model.gpt import Compute, init_params, logits
+from gptjax.model.gpt import Compute, logits
 from gptjax.model.heads import init_head, label_loss, multi_label_loss, pool
 from gptjax.task_options import LORA_TARGETS, AdapterConfig, TaskConfig
 from gptjax.verb_options import SampleConfig
-from tests.tiny import MODEL, assert_trees_equal
+from tests.tiny import MODEL, assert_trees_equal, extend, hidden_states, init_params
 
-# Compiled as wholes, which takes a fraction of compiling operation by operation.
-hidden_states = jax.jit(gpt.hidden_states, static_argnums=0, static_argnames="compute")
-extend = jax.jit(gpt.extend, static_argnums=(0, 4))
 label_logits = jax.jit(loss.label_logits, static_argnums=(0, 1, 2, 4))
 
 KEY = jax.random.key(0)

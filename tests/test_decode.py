@@ -14,10 +14,11 @@ from gptjax.generation.choose import choice_rule, choose
 from gptjax.generation.decode import _decode, _prefilled, generate, stream
 from gptjax.generation.sample import sample_texts
 from gptjax.generation.weights import decoding_weights
-from gptjax.model.gpt import extend, hidden_states, init_params, logits
+from gptjax.model.gpt import hidden_states, logits
 from gptjax.ops.projection import project
 from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.verb_options import SampleConfig
+from tests.tiny import extend, init_params
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=37)
 VARIANTS = {

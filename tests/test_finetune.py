@@ -19,7 +19,7 @@ from gptjax.config_io import load_config
 from gptjax.errors import UserError
 from gptjax.exchange.gpt2 import import_gpt2
 from gptjax.model.adapters import merge_lora
-from gptjax.model.gpt import Compute, hidden_states
+from gptjax.model.gpt import Compute
 from gptjax.report.metrics import read_metrics
 from gptjax.task_options import AdapterConfig, FinetuneConfig, TaskConfig
 from gptjax.text.labelled import Text, Words
@@ -27,9 +27,9 @@ from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import trainer
 from gptjax.training.finetune import init_all, join, rates, split
 from gptjax.training.runs import load_run
-from gptjax.training.step import init_state, make_train_step
+from gptjax.training.step import make_train_step
 from gptjax.training.tasks import make_loss, make_part_loss, parts_of
-from tests.tiny import assert_trees_equal, replace, run_config
+from tests.tiny import assert_trees_equal, hidden_states, init_state, replace, run_config
 
 METHODS = {
     "all": ("all", AdapterConfig(), {}),

@@ -8,8 +8,8 @@ import pytest
 
 from gptjax.config import ModelConfig
 from gptjax.model import cache as kv
-from gptjax.model.gpt import Compute, extend, hidden_states, init_params, logits, unembedding
-from tests.tiny import MODEL, layer_by_layer
+from gptjax.model.gpt import Compute, logits, unembedding
+from tests.tiny import MODEL, extend, hidden_states, init_params, layer_by_layer
 
 VARIANTS = {
     "gpt2": MODEL,

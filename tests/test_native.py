@@ -142,15 +142,18 @@ def test_the_loss_over_a_large_vocabulary(dtype, B, T, D, V, options):
     targets_BT = jnp.asarray(np.random.default_rng(1).integers(-1, options.vocab_size, (B, T)), jnp.int32)
     wide = x_BTD.astype("float32"), w_VD.astype("float32")
 
-    def objective(function):
-        return jax.value_and_grad(lambda x, w: function(options, x, w, targets_BT).objective, argnums=(0, 1))
+    def value(function):
+        return jax.jit(lambda x, w: function(options, x, w, targets_BT))
 
-    loss, plain = cross_entropy(options, x_BTD, w_VD, targets_BT), cross_entropy_reference(options, *wide, targets_BT)
+    def objective(function):
+        return jax.jit(jax.value_and_grad(lambda x, w: function(options, x, w, targets_BT).objective, argnums=(0, 1)))
+
+    loss, plain = value(cross_entropy)(x_BTD, w_VD), value(cross_entropy_reference)(*wide)
     assert loss.count == plain.count
     np.testing.assert_allclose(loss.nll, plain.nll, rtol=TOLERANCE[dtype])
     np.testing.assert_allclose(loss.objective, plain.objective, rtol=TOLERANCE[dtype])
-    value, gradients = objective(cross_entropy)(x_BTD, w_VD)
-    assert value == loss.objective
+    again, gradients = objective(cross_entropy)(x_BTD, w_VD)
+    assert again == loss.objective
     for got, wanted in zip(gradients, objective(cross_entropy_reference)(*wide)[1], strict=True):
         assert distance(got, wanted) < TOLERANCE[dtype]
 
@@ -348,9 +351,12 @@ from gptjax.ops.linear import mlp, mlp_reference
 from gptjax.ops.attention import attention_reference, self_attention, split_heads
 x, w = (jax.random.normal(jax.random.key(n), (64, 64)) for n in range(2))
 def same(fast, plain, *args):
-    y, derivative = jax.vjp(fast, *args)
-    expected, expected_derivative = jax.vjp(plain, *(x.astype("float32") for x in args))
-    for a, b in zip((y, *derivative(y)), (expected, *expected_derivative(expected)), strict=True):
+    def both(function):  # value and gradients, compiled as a whole
+        def run(*args):
+            y, derivative = jax.vjp(function, *args)
+            return y, *derivative(y)
+        return jax.jit(run)
+    for a, b in zip(both(fast)(*args), both(plain)(*(x.astype("float32") for x in args)), strict=True):
         assert jnp.linalg.norm((a.astype("float32") - b).ravel()) < 1e-2 * jnp.linalg.norm(b.ravel())
 x = x.astype("bfloat16")
 same(lambda x, w: mlp(x, w, None, w, None), lambda x, w: mlp_reference(x, w, None, w, None), x, w / 8)

@@ -24,10 +24,9 @@ from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh, replicated, traced_in
 from gptjax.parallel.pipeline import bubble
 from gptjax.parallel.rules import RULES, shardings
-from gptjax.training.step import init_state
 from gptjax.training.trainer import train
 from tests.test_adapters import ADAPTERS
-from tests.tiny import CONFIG, MODEL, replace, run_config
+from tests.tiny import CONFIG, MODEL, init_state, replace, run_config
 
 ROOT = Path(__file__).parents[1]
 FAST = ("tensor=2,context=2,stage=2",)

@@ -32,9 +32,8 @@ from gptjax.report import hlo
 from gptjax.report.collectives import collectives
 from gptjax.report.cost import flops_per_token
 from gptjax.text.tokenizer import ByteTokenizer
-from gptjax.training.step import init_state
 from gptjax.verb_options import PlanConfig
-from tests.tiny import CONFIG, MODEL, make_batch, replace
+from tests.tiny import CONFIG, MODEL, init_state, make_batch, replace
 
 ROOT = Path(__file__).parents[1]
 PRESETS = {"gpt3_6.7b": (8, 6.7e9), "gpt3_13b": (16, 12.9e9), "gpt3_175b": (512, 174.6e9)}

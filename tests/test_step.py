@@ -15,12 +15,13 @@ from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
 from gptjax.training.optim import decayed, make_optimizer, make_schedule
 from gptjax.training.precision import GROW_AFTER, LossScale, next_loss_scale
-from gptjax.training.step import init_state, make_train_step
+from gptjax.training.step import make_train_step
 from tests.tiny import (
     CONFIG,
     MODEL,
     assert_trees_close,
     assert_trees_equal,
+    init_state,
     make_batch,
     replace,
     run_steps,

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.config_io import load_config, to_yaml
+from gptjax.config_io import load_config
 from gptjax.errors import UserError
 from gptjax.report.metrics import MetricsFile, read_metrics
 from gptjax.training import precision, setup, trainer
 from gptjax.training.guard import locked
 from gptjax.training.runs import load_run, write_description, write_run
-from gptjax.training.step import init_state
-from tests.tiny import CONFIG, HARD, assert_trees_equal, final_state, replace, rows, run_config
+from tests.faults.runs import SHARED_CACHE, process_config, write_config
+from tests.tiny import CONFIG, HARD, assert_trees_equal, final_state, init_state, replace, rows, run_config
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +132,9 @@ def test_patience_stops_a_run_that_gets_no_better(tmp_path, capsys):
 
 def test_the_run_does_not_depend_on_the_number_of_devices(tmp_path, unbroken):
     config, expected_rows, _ = unbroken
-    alone = replace(config, run_dir=str(tmp_path / "one"))
+    alone = replace(config, run_dir=str(tmp_path / "one"), cache_dir=str(SHARED_CACHE))
     script = "import jax; jax.config.update('jax_num_cpu_devices', 1)\n"
-    path = tmp_path / "one.yaml"
-    path.write_text(to_yaml(alone))
+    path = write_config(alone)
     code = f"{script}from gptjax.cli import main; raise SystemExit(main(['train', {str(path)!r}]))"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     for row, expected in zip(rows(alone), expected_rows, strict=True):
@@ -144,10 +143,8 @@ def test_the_run_does_not_depend_on_the_number_of_devices(tmp_path, unbroken):
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    config = run_config(tmp_path, train={"num_steps": 400, "save_every": 20, "eval_every": 0, "unroll": 1})
-    path = tmp_path / "run.yaml"
-    path.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "gptjax", "train", str(path)]
+    config = process_config(tmp_path, train={"num_steps": 400, "save_every": 20, "eval_every": 0, "unroll": 1})
+    command = [sys.executable, "-m", "gptjax", "train", str(write_config(config))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     wait_for_step(config, 45)
     process.kill()
@@ -158,10 +155,9 @@ def test_a_killed_run_goes_on(tmp_path):
 
 
 def test_sigterm_saves_and_exits_143(tmp_path):
-    config = run_config(tmp_path, train={"num_steps": 100000, "save_every": 0, "eval_every": 0, "unroll": 1})
-    path = tmp_path / "run.yaml"
-    path.write_text(to_yaml(config))
-    process = subprocess.Popen([sys.executable, "-m", "gptjax", "train", str(path)], stdout=subprocess.PIPE, text=True)
+    config = process_config(tmp_path, train={"num_steps": 100000, "save_every": 0, "eval_every": 0, "unroll": 1})
+    command = [sys.executable, "-m", "gptjax", "train", str(write_config(config))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_for_step(config, 3)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)

@@ -9,9 +9,10 @@ import numpy as np
 
 from gptjax.batches.pretraining import Batch
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.model import gpt
 from gptjax.report.metrics import read_metrics
+from gptjax.training import step
 from gptjax.training.runs import load_state
-from gptjax.training.step import init_state, make_train_step
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 MODEL = ModelConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=16)
@@ -20,6 +21,13 @@ CONFIG = Config(
     optim=OptimConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2),
     train=TrainConfig(num_steps=20, batch_size=8, compute_dtype="float32", unroll=1, log_every=1, eval_every=0),
 )
+
+
+# Compiled as wholes, which takes a fraction of compiling operation by operation.
+init_params = jax.jit(gpt.init_params, static_argnums=0)
+init_state = jax.jit(step.init_state, static_argnums=0)
+hidden_states = jax.jit(gpt.hidden_states, static_argnums=0, static_argnames="compute")
+extend = jax.jit(gpt.extend, static_argnums=(0, 4))
 
 
 def replace(config: Config, **sections) -> Config:
@@ -47,7 +55,7 @@ def make_batch(micro_batches: int = 1, batch_size: int = 8, model: ModelConfig =
 @functools.cache
 def train_step(config: Config):
     """The compiled step of a config; states are not donated, so that tests may look at them again."""
-    return jax.jit(make_train_step(config))
+    return jax.jit(step.make_train_step(config))
 
 
 def run_steps(config: Config, steps: int, batch: Batch):

@@ -10,24 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gptjax.config import Config
-from gptjax.config_io import to_yaml
 from tests.faults.runs import environment
-from tests.tiny import run_config
 
-CACHE = Path(__file__).parents[2] / ".pytest_cache" / "cluster"  # prepared data and compiled programs
 LOSSES = 1e-5  # largest relative difference of losses: float32, summed in another order
-
-
-def cluster_config(tmp_path: Path, **sections) -> Config:
-    """A small run whose cache all processes of all tests share."""
-    return run_config(tmp_path, cache_dir=str(CACHE), **sections)
-
-
-def write_config(config: Config) -> Path:
-    """Writes a config beside its run directory."""
-    path = Path(config.run_dir).with_suffix(".yaml")
-    path.write_text(to_yaml(config), encoding="utf-8")
-    return path
 
 
 def devices_each(number: int) -> dict[str, str]:

@@ -13,9 +13,8 @@ from gptjax.parallel.rules import shardings
 from gptjax.report.cost import parameter_count
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.runs import write_description
-from gptjax.training.step import init_state
 from tests.faults.runs import environment
-from tests.tiny import CONFIG, replace
+from tests.tiny import CONFIG, init_state, replace
 
 ROOT = Path(__file__).parents[2]
 

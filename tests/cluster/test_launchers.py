@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gptjax.training.runs import load_run
-from tests.cluster.processes import cluster_config, devices_each, write_config
+from tests.cluster.processes import devices_each
+from tests.faults.runs import process_config, write_config
 from tests.tiny import rows
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -23,7 +24,7 @@ def needs(*programs: str) -> None:
 
 
 def small_run(tmp_path: Path):
-    config = cluster_config(tmp_path, train={"num_steps": 4, "save_every": 2, "eval_every": 2})
+    config = process_config(tmp_path, train={"num_steps": 4, "save_every": 2, "eval_every": 2})
     return config, [sys.executable, str(ROOT / "train.py"), str(write_config(config))]
 
 

@@ -8,21 +8,15 @@ from gptjax.config_io import load_config, to_yaml
 from gptjax.report.metrics import METRICS_FILE
 from gptjax.training import trainer
 from gptjax.training.runs import load_run
-from tests.cluster.processes import (
-    LOSSES,
-    cluster_config,
-    largest_difference,
-    run,
-    started,
-    write_config,
-)
+from tests.cluster.processes import LOSSES, largest_difference, run, started
+from tests.faults.runs import process_config, write_config
 from tests.tiny import HARD, replace, rows
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The run of one process that has four devices."""
-    config = cluster_config(tmp_path_factory.mktemp("alone"), **HARD)
+    config = process_config(tmp_path_factory.mktemp("alone"), **HARD)
     assert trainer.train(config) == 0
     return config
 
@@ -45,7 +39,7 @@ def test_four_processes_are_one_run(tmp_path, alone):
 
 
 def test_processes_that_disagree_stop_before_anything_is_compiled(tmp_path):
-    config = cluster_config(tmp_path, train={"num_steps": 2})
+    config = process_config(tmp_path, train={"num_steps": 2})
     with started(write_config(config), 2, own={1: ("--seed", "1")}) as processes:
         assert processes.wait() == [2, 2]
     line = "gptjax: the processes disagree on seed: 0 on process 0, 1 on process 1; start all of them with the same"
@@ -56,8 +50,8 @@ def test_processes_that_disagree_stop_before_anything_is_compiled(tmp_path):
 
 @pytest.mark.slow
 def test_other_data_under_the_same_name_is_told(tmp_path):
-    config = cluster_config(tmp_path, train={"num_steps": 2})
-    cluster_config(tmp_path / "other")
+    config = process_config(tmp_path, train={"num_steps": 2})
+    process_config(tmp_path / "other")
     (tmp_path / "other" / "corpus" / "000.txt").write_text("another text\n" * 50)
     config = replace(config, data={"path": ("corpus",)})
     with started(write_config(config), 2, folders={0: tmp_path, 1: tmp_path / "other"}) as processes:
@@ -69,7 +63,7 @@ def test_other_data_under_the_same_name_is_told(tmp_path):
 
 @pytest.mark.slow
 def test_what_one_process_refuses_all_refuse(tmp_path):
-    config = cluster_config(tmp_path, train={"num_steps": 2})
+    config = process_config(tmp_path, train={"num_steps": 2})
     config = replace(config, data={"path": ("corpus",)})
     (tmp_path / "empty").mkdir()
     with started(write_config(config), 2, folders={0: tmp_path, 1: tmp_path / "empty"}) as processes:
@@ -80,7 +74,7 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_directory_that_is_not_shared_is_told(tmp_path):
-    config = replace(cluster_config(tmp_path), run_dir="run")
+    config = replace(process_config(tmp_path), run_dir="run")
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(config))
     (tmp_path / "elsewhere").mkdir()

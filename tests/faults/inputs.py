@@ -9,10 +9,9 @@ import jax
 from gptjax.cli import main
 from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from gptjax.config_io import to_yaml
-from gptjax.model.gpt import init_params
 from gptjax.text.tokenizer import ByteTokenizer
 from gptjax.training.runs import write_run
-from tests.tiny import run_config
+from tests.tiny import init_params, run_config
 
 BYTES = TokenizerConfig(kind="bytes")
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)

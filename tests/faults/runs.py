@@ -11,11 +11,11 @@ from gptjax.config_io import to_yaml
 from tests.tiny import run_config
 
 ROOT = Path(__file__).parents[2]
-SHARED_CACHE = ROOT / ".pytest_cache" / "faults"  # prepared data and compiled programs, for all processes
+SHARED_CACHE = ROOT / ".pytest_cache" / "shared"  # prepared data, kernels and compiled programs, for all processes
 
 
 def process_config(tmp_path: Path, **sections) -> Config:
-    """A small run for a process of its own, on one device."""
+    """A small run for processes of its own."""
     return run_config(tmp_path, cache_dir=str(SHARED_CACHE), **sections)
 
 

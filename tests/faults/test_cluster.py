@@ -10,7 +10,8 @@ from gptjax.config import OptimConfig
 from gptjax.parallel.cluster import EXIT_LOST
 from gptjax.training import trainer
 from gptjax.training.runs import load_run
-from tests.cluster.processes import LOSSES, cluster_config, largest_difference, started, wait_for_rows, write_config
+from tests.cluster.processes import LOSSES, largest_difference, started, wait_for_rows
+from tests.faults.runs import process_config, write_config
 from tests.tiny import HARD, replace, rows
 
 CONSTANT = {"schedule": "constant", "min_learning_rate": OptimConfig().min_learning_rate}  # whatever num_steps is
@@ -21,7 +22,7 @@ ENDED = (EXIT_LOST, -signal.SIGABRT)  # by itself, or by jaxlib's coordination s
 @pytest.mark.fault(5, "SIGTERM to one of two processes", "both stop after the same step, saved once; 143")
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, seen):
     sections = HARD | {"train": HARD["train"] | {"eval_every": 0, "num_steps": 1000}}
-    config = cluster_config(tmp_path, **sections, optim=CONSTANT)
+    config = process_config(tmp_path, **sections, optim=CONSTANT)
     with started(write_config(config), 2, 2) as processes:
         wait_for_rows(config, 3, processes)
         processes.running[1].send_signal(signal.SIGTERM)
@@ -45,7 +46,7 @@ def goes_on_alone(tmp_path, config, step: int) -> str:
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 @pytest.mark.fault(6, "kill -9 of one of two processes", "the other ends in one line; goes on with one process")
 def test_a_process_that_is_killed_ends_the_other(tmp_path, killed, seen):
-    config = cluster_config(tmp_path, optim=CONSTANT, train={"num_steps": 3000, "save_every": 5, "eval_every": 0})
+    config = process_config(tmp_path, optim=CONSTANT, train={"num_steps": 3000, "save_every": 5, "eval_every": 0})
     with started(write_config(config), 2) as processes:
         wait_for_rows(config, 12, processes)
         processes.running[killed].kill()
@@ -68,7 +69,7 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path, killed, seen):
 @pytest.mark.slow
 @pytest.mark.fault(6, "one of two processes stops answering", "the other ends in one line, within lost_timeout")
 def test_a_process_that_is_silent_ends_the_other(tmp_path, seen):
-    config = cluster_config(tmp_path, train={"num_steps": 100_000, "save_every": 0, "eval_every": 0})
+    config = process_config(tmp_path, train={"num_steps": 100_000, "save_every": 0, "eval_every": 0})
     with started(write_config(config), 2, flags=("--cluster.lost_timeout", "20")) as processes:
         wait_for_rows(config, 3, processes)
         processes.running[1].send_signal(signal.SIGSTOP)
@@ -83,7 +84,7 @@ def test_a_process_that_is_silent_ends_the_other(tmp_path, seen):
 @pytest.mark.slow
 @pytest.mark.fault(6, "one of two processes never starts", "the other ends in one line, within start_timeout")
 def test_a_process_that_never_comes_is_told(tmp_path, seen):
-    config = cluster_config(tmp_path)
+    config = process_config(tmp_path)
     told = ("--cluster.num_processes", "2", "--cluster.start_timeout", "8")
     with started(write_config(config), 1, flags=told) as processes:
         assert processes.wait()[0] == -signal.SIGABRT

@@ -16,7 +16,6 @@ from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.guard import EXIT_DIVERGED
 from gptjax.training.precision import LossScale
 from gptjax.training.runs import load_run
-from gptjax.training.step import init_state
 from gptjax.training.watch import ACCEPTED, HALTED, LOSS_SPIKE, NORM_SPIKE, NOT_FINITE, READY, WINDOW, init_watch, judge
 from gptjax.training.watch import next_watch as update
 from tests.faults.runs import process_config, run, write_config
@@ -25,6 +24,7 @@ from tests.tiny import (
     MODEL,
     assert_trees_equal,
     final_state,
+    init_state,
     make_batch,
     replace,
     rows,

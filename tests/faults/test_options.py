@@ -5,15 +5,14 @@ import itertools
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gptjax.model.cache import init_cache
-from gptjax.model.gpt import extend, hidden_states, logits
+from gptjax.model.gpt import logits
 from tests.faults.inputs import MODEL, accepted, make_run, params, refused
-from tests.tiny import layer_by_layer
+from tests.tiny import extend, hidden_states, layer_by_layer
 
 CONFIGS = {
     "unknown key": ("model: {n_layers: 2}", "unknown key 'model.n_layers' in section 'model'. Did you mean 'n_layer'?"),
@@ -199,12 +198,12 @@ def test_characters_that_are_cut_while_streaming(run_dir, capsys, seen):
 def test_cached_logits(seen):
     tokens_BT = np.random.default_rng(0).integers(0, 257, (3, 16))
     positions_BT = jnp.tile(jnp.arange(16), (3, 1))
-    x_BTD = jax.jit(hidden_states, static_argnums=0)(MODEL, params(), tokens_BT, positions_BT)
+    x_BTD = hidden_states(MODEL, params(), tokens_BT, positions_BT)
     whole = logits(MODEL, params(), x_BTD)
     cache, parts = init_cache(MODEL, jnp.zeros(3, jnp.int32), 16, jnp.float32), []
-    add, layers = jax.jit(extend, static_argnums=(0, 4)), layer_by_layer(MODEL, params())
+    layers = layer_by_layer(MODEL, params())
     for start in range(16):
-        x_BTD, cache = add(MODEL, layers, jnp.asarray(tokens_BT[:, start : start + 1]), cache, "float32")
+        x_BTD, cache = extend(MODEL, layers, jnp.asarray(tokens_BT[:, start : start + 1]), cache, "float32")
         parts.append(logits(MODEL, params(), x_BTD))
     difference = float(jnp.abs(jnp.concatenate(parts, axis=1) - whole).max())
     assert difference < 1e-4  # float32 sums in another order

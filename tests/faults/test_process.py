@@ -197,7 +197,7 @@ def ended_early(process: subprocess.Popen[str], number: int) -> str:
 def test_a_signal_while_data_is_prepared(tmp_path, number, seen):
     corpus = tmp_path / "corpus.jsonl"
     rng = random.Random(0)
-    texts = ["".join(rng.choices("abc déf\n", k=3000)) for _ in range(2000)]
+    texts = ["".join(rng.choices("abc déf\n", k=3000)) for _ in range(500)]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = {"path": (str(corpus),)}
     config = process_config(tmp_path, data=data, train={"num_steps": 1, "eval_every": 0})

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from gptjax.config import ModelConfig
 from gptjax.config_io import from_dict, read_flags
 from gptjax.generation.sample import sample_texts
-from gptjax.model.gpt import init_params
 from gptjax.text.tokenizer import ByteTokenizer
 from gptjax.verb_options import SampleConfig
 from tests.fuzz.fuzz import ODD_NUMBER, ODD_TEXT, fuzz, refusals
+from tests.tiny import init_params
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257)
 PROMPT = st.one_of(st.text(max_size=20), ODD_TEXT, st.sampled_from(["<|endoftext|>", "a<|endoftext|>", "abc" * 20]))
