@@ -75,8 +75,8 @@ void PackColumns(const S* x, int64_t width, int64_t T, int64_t C, bf16* to) {
 }
 
 template <typename S>
-void AttentionAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segments& segments, int64_t window,
-                       S* y, float* log_sums) {
+void AttentionAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segments& segments, int64_t window, S* y,
+                 float* log_sums) {
   constexpr int P = kPlanes<S>;
   Shape s(qkv);
   int64_t T = s.T, C = s.C, H = s.H(), R = s.R();
@@ -173,8 +173,8 @@ void StoreRows(const float* x, float factor, int64_t rows, int64_t C, S* to, int
 }
 
 template <typename S>
-void AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segments& segments,
-                               const S* y, const float* log_sums, const S* dy, int64_t window, S* dqkv) {
+void AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segments& segments, const S* y,
+                         const float* log_sums, const S* dy, int64_t window, S* dqkv) {
   constexpr int P = kPlanes<S>;
   Shape s(qkv);
   int64_t T = s.T, C = s.C, H = s.H(), R = s.R();
@@ -278,12 +278,10 @@ inline ffi::Error AttentionGradient(ffi::ThreadPool pool, ffi::AnyBuffer qkv, Se
       !Have(qkv.element_count(), *dqkv) || !Alike(qkv, y, dy, *dqkv))
     return DoNotFit();
   if (IsFloat32(qkv))
-    AttentionGradientAs(pool, qkv, segments, Data<float>(y), log_sums.typed_data(), Data<float>(dy),
-                        options.window,
+    AttentionGradientAs(pool, qkv, segments, Data<float>(y), log_sums.typed_data(), Data<float>(dy), options.window,
                         Data<float>(dqkv));
   else
-    AttentionGradientAs(pool, qkv, segments, Data<bf16>(y), log_sums.typed_data(), Data<bf16>(dy),
-                        options.window,
+    AttentionGradientAs(pool, qkv, segments, Data<bf16>(y), log_sums.typed_data(), Data<bf16>(dy), options.window,
                         Data<bf16>(dqkv));
   return ffi::Error::Success();
 }
