@@ -270,7 +270,9 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.fault(27, "pickled code in every file of a run, of checkpoints the newest", "never executed; refused in one line")
+@pytest.mark.fault(
+    27, "pickled code in every file of a run, of checkpoints the newest", "never executed; refused in one line"
+)
 def test_pickles_are_never_executed(config, tmp_path, seen):
     marker = tmp_path / "executed"
     payload = pickle.dumps(Payload(marker))
