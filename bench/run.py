@@ -105,7 +105,8 @@ def share_of_peak(name: str, dtype: str, result: dict, peaks: dict) -> str:
     if name.startswith("generate"):
         weights = 12 * GENERATION.n_layer * GENERATION.n_embd**2 + GENERATION.n_embd * GENERATION.vocab_size
         sequences, size = int(name.split("_")[1]), {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
-        return f"{100 * speed / sequences * size * weights / peaks['bandwidth']:.0f} % of bandwidth"
+        bandwidth = peaks["bandwidth"]
+        return f"{100 * speed / sequences * size * weights / bandwidth:.0f} % of {bandwidth / 1e9:.1f} GB/s"
     return f"{100 * speed * TRAINING[name].flops_per_token / peaks[dtype]:.0f} % of {peaks[dtype] / 1e9:,.0f} GFLOP/s"
 
 
@@ -130,11 +131,12 @@ def main() -> None:
 
     def keep(name: str, result: dict) -> None:  # row by row, so that an interrupted bench keeps what it measured
         results[name] = result
-        path.write_text(json.dumps({"peaks": peaks, "results": results}))
+        path.write_text(json.dumps({"results": results}))
 
     for name, row in chosen.items():
         verb, work, dtype = row[:3]
-        keep(name, compare(options.rounds, options.modes, row))
+        peaks = run("peak.py", environment={})  # for each row: a shared machine is not the same an hour later
+        keep(name, compare(options.rounds, options.modes, row) | {"peaks": peaks})
         share = share_of_peak(work if verb == "train" else name, dtype, results[name], peaks)
         print(f"{line(name, results[name])} {share} |", flush=True)
     if "start".startswith(tuple(options.rows)) and "gpu" not in peaks:
