@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from gptjax.report.metrics import MetricsFile, read_metrics
 from gptjax.training import precision, setup, trainer
 from gptjax.training.guard import locked
 from gptjax.training.runs import load_run, write_description, write_run
-from tests.faults.runs import SHARED_CACHE, process_config, write_config
+from tests.faults.runs import SHARED_CACHE, process_config, wait_for_rows, write_config
 from tests.tiny import CONFIG, HARD, assert_trees_equal, final_state, init_state, replace, rows, run_config
 
 
@@ -146,7 +145,7 @@ def test_a_killed_run_goes_on(tmp_path):
     config = process_config(tmp_path, train={"num_steps": 400, "save_every": 20, "eval_every": 0, "unroll": 1})
     command = [sys.executable, "-m", "gptjax", "train", str(write_config(config))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    wait_for_step(config, 45)
+    wait_for_rows(config, 45)
     process.kill()
     process.wait()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -158,22 +157,12 @@ def test_sigterm_saves_and_exits_143(tmp_path):
     config = process_config(tmp_path, train={"num_steps": 100000, "save_every": 0, "eval_every": 0, "unroll": 1})
     command = [sys.executable, "-m", "gptjax", "train", str(write_config(config))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    wait_for_step(config, 3)
+    wait_for_rows(config, 3)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "stopped at step" in output and "saved" in output
     assert load_run(Path(config.run_dir), "latest").step == rows(config)[-1]["step"]
-
-
-def wait_for_step(config, step: int):
-    path = Path(config.run_dir) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if path.exists() and path.read_text().count("\n") >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no {step} rows in {path}")
 
 
 def test_a_run_directory_has_one_writer(tmp_path):
