@@ -33,7 +33,7 @@ def usable(dtype: jax.typing.DTypeLike, *sizes: int) -> bool:
     """Whether kernels take arrays of these sizes here; not where the compiler cuts them over devices."""
     if jnp.dtype(dtype) not in PLANES or not on_cpu() or compiler_cuts() or any(size % SIDE for size in sizes):
         return False
-    return build.ready() and (dtype == jnp.bfloat16 or build.has_tiles())
+    return build.ready() and (jnp.dtype(dtype) == jnp.bfloat16 or build.has_tiles())
 
 
 def linear(x_NK, w, bias_F, out_dtype, outputs_first: bool, onto_NF=None) -> jax.Array:
