@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from gptjax.allocator import HUGE_PAGES, TUNABLES
-from gptjax.native.compiler import SWITCH
+from gptjax.machine.allocator import HUGE_PAGES, TUNABLES
+from gptjax.machine.native.compiler import SWITCH
 
 SHAPES = ((16, 256, 6, 64), (4, 512, 12, 64), (16, 1024, 6, 64), (1, 4096, 6, 64))  # B, T, H, C
 DTYPES = ("bfloat16", "float32")
@@ -51,8 +51,8 @@ def median(call: Callable[[], object]) -> float:
 def gptjax() -> list[float]:
     import jax
 
+    from gptjax.machine.compile_cache import start
     from gptjax.ops.attention import self_attention
-    from gptjax.runtime import start
 
     start()
     times = []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ours import generate, train
 
-from gptjax.allocator import restart
+from gptjax.machine.allocator import restart
 
 ROWS = 20
 CONTAINERS = ("while", "call", "conditional")  # their time is that of what they hold

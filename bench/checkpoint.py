@@ -19,12 +19,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gptjax.allocator import restart
 from gptjax.batches.pretraining import Batch
-from gptjax.config import Config
-from gptjax.config_io import load_config
+from gptjax.checkpoints.checkpoint import Checkpoints
+from gptjax.config.reader import load_config
+from gptjax.config.run import Config
+from gptjax.machine.allocator import restart
 from gptjax.report.cost import parameter_count, readable_bytes, readable_count
-from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.step import init_state, make_train_step
 
 

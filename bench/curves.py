@@ -17,11 +17,11 @@ from unittest import mock
 import jax
 import numpy as np
 
-from gptjax.allocator import restart
 from gptjax.batches.pretraining import Batch
-from gptjax.config import Config, ModelConfig, OptimConfig, TrainConfig
+from gptjax.config.run import Config, ModelConfig, OptimConfig, TrainConfig
+from gptjax.machine.allocator import restart
+from gptjax.machine.compile_cache import start
 from gptjax.ops import attention, cross_entropy, elementwise, linear
-from gptjax.runtime import start
 from gptjax.training.step import init_state, make_train_step
 
 STEPS = 50

@@ -19,11 +19,11 @@ import jax
 import numpy as np
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from gptjax.config.run import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
+from gptjax.planning.collectives import KINDS
 from gptjax.report import hlo
-from gptjax.report.collectives import KINDS
 from gptjax.training.step import TrainState, init_state, make_train_step
 
 DEVICES, STEPS = 8, 20

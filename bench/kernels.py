@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 from work import TRAINING
 
-from gptjax.allocator import restart
-from gptjax.runtime import start
+from gptjax.machine.allocator import restart
+from gptjax.machine.compile_cache import start
 
 CALLS = 30
 DTYPES = ("bfloat16", "float32")
@@ -17,7 +17,7 @@ DTYPES = ("bfloat16", "float32")
 def main() -> None:
     restart()
     start()
-    from gptjax.native import build
+    from gptjax.machine.native import build
 
     if not build.ready():
         raise SystemExit(f"no kernels: {build.state()}")

@@ -13,8 +13,8 @@ from typing import Any
 
 from work import GENERATION, NEW_TOKENS, PROMPT_TOKENS, TRAINING, WHOLE_STEPS
 
-from gptjax.allocator import restart
-from gptjax.runtime import start
+from gptjax.machine.allocator import restart
+from gptjax.machine.compile_cache import start
 
 
 def train(name: str, dtype: str, steps: int) -> dict:
@@ -24,7 +24,7 @@ def train(name: str, dtype: str, steps: int) -> dict:
 
     from gptjax.batches.prefetch import prefetch
     from gptjax.batches.pretraining import Batch
-    from gptjax.config import Config, ModelConfig, OptimConfig, TrainConfig
+    from gptjax.config.run import Config, ModelConfig, OptimConfig, TrainConfig
     from gptjax.training.step import init_state, make_train_step
 
     work = TRAINING[name]
@@ -83,10 +83,10 @@ def generate(sequences: str, dtype: str, repeats: int) -> dict:
     import jax
     import numpy as np
 
-    from gptjax.config import ModelConfig
+    from gptjax.config.run import ModelConfig
+    from gptjax.config.verbs import SampleConfig
     from gptjax.generation.decode import generate
     from gptjax.model.gpt import init_params
-    from gptjax.verb_options import SampleConfig
 
     work = GENERATION
     model = ModelConfig(vocab_size=work.vocab_size)

@@ -20,10 +20,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gptjax import runtime
 from gptjax.batches.pretraining import Batch
-from gptjax.config import Config
-from gptjax.config_io import from_dict, read_flags
+from gptjax.config.reader import from_dict, read_flags
+from gptjax.config.run import Config
+from gptjax.machine import compile_cache
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.place import put
 from gptjax.planning.compiled import compile_step, lower_step
@@ -121,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         config = config_of(int(arguments.one[0]))
-        runtime.pretend_devices(config.mesh.size)
+        compile_cache.pretend_devices(config.mesh.size)
         print({"planned": planned, "held": held}[arguments.one[1]](config))
         return
     lines = ["| what sets it apart | mesh | planned, MB | held, MB | difference |", "|---|---|---:|---:|---:|"]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.allocator import restart
+from gptjax.machine.allocator import restart
 from gptjax.ops.matmul import row_major
 from gptjax.ops.single_row import single_row_product, striped
 

@@ -20,11 +20,11 @@ import numpy as np
 from equality import device_bytes, write_table
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from gptjax.config.run import Config, MeshConfig, ModelConfig, TrainConfig
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.parallel.rules import shardings
-from gptjax.report import hlo
-from gptjax.report.collectives import collectives
+from gptjax.planning import hlo
+from gptjax.planning.collectives import collectives
 from gptjax.training.step import init_state, jit_train_step
 
 DEVICES, STEPS = (1, 2, 4, 8), 2

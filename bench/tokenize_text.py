@@ -30,7 +30,7 @@ def corpus() -> list[str]:
 
 
 def ours(texts: list[str], folder: Path, number: int) -> float:
-    from gptjax.config import DataConfig, TokenizerConfig
+    from gptjax.config.run import DataConfig, TokenizerConfig
     from gptjax.text.prepare import prepare
 
     started = time.perf_counter()

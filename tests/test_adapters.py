@@ -9,6 +9,8 @@ import pytest
 
 from gptjax.batches.labelled import TextBatch
 from gptjax.batches.pretraining import Batch
+from gptjax.config.task import LORA_TARGETS, AdapterConfig, TaskConfig
+from gptjax.config.verbs import SampleConfig
 from gptjax.generation.decode import stream
 from gptjax.generation.weights import decoding_weights
 from gptjax.model import gpt, loss
@@ -16,8 +18,6 @@ from gptjax.model.adapters import merge_lora
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import Compute, logits
 from gptjax.model.heads import init_head, label_loss, multi_label_loss, pool
-from gptjax.task_options import LORA_TARGETS, AdapterConfig, TaskConfig
-from gptjax.verb_options import SampleConfig
 from tests.tiny import MODEL, assert_trees_equal, extend, hidden_states, init_params
 
 label_logits = jax.jit(loss.label_logits, static_argnums=(0, 1, 2, 4))

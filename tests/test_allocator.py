@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-from gptjax import allocator
-from gptjax.native import compiler
-from gptjax.runtime import compiled_folder
+from gptjax.machine import allocator
+from gptjax.machine.compile_cache import compiled_folder
+from gptjax.machine.native import compiler
 
 REPORT = """
 import os
-from gptjax import allocator
+from gptjax.machine import allocator
 allocator.restart()
 print(allocator.uses_huge_pages(), allocator.keeps_pages(), os.getpid())
 """

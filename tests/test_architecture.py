@@ -7,26 +7,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptjax"
 ORDER = (
-    *(
-        "errors",
-        "files",
-        "checks",
-        "chips",
-        "task_options",
-        "cluster_options",
-        "config",
-        "verb_options",
-        "config_io",
-        "runtime",
-        "native",
-        "allocator",
-    ),
-    *("text", "batches", "ops", "model"),
-    *("parallel", "generation", "evaluation", "report", "training", "planning", "exchange", "cli", "__main__"),
+    *("errors", "files", "config", "machine", "text", "batches", "ops", "model", "parallel", "generation"),
+    *("evaluation", "report", "tasks", "checkpoints", "training", "planning", "exchange", "verbs", "cli", "__main__"),
 )
 ONLY_IN = {
     "flax": ("gptjax/model/",),
-    "orbax": ("gptjax/training/arrays.py",),
+    "orbax": ("gptjax/checkpoints/arrays.py",),
     "datasets": ("gptjax/text/",),
     "tiktoken": ("gptjax/text/",),
     "rich": ("gptjax/report/",),
@@ -35,19 +21,7 @@ ONLY_IN = {
     "seqeval": ("gptjax/evaluation/labels.py",),
     "matplotlib": ("gptjax/evaluation/labels.py",),
 }
-NO_JAX = (
-    "text",
-    "batches",
-    "checks",
-    "chips",
-    "task_options",
-    "cluster_options",
-    "config",
-    "verb_options",
-    "config_io",
-    "errors",
-    "files",
-)
+NO_JAX = ("errors", "files", "config", "text", "batches")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config.verbs import SampleConfig
 from gptjax.generation.choose import Rule, choice_rule, choose
-from gptjax.verb_options import SampleConfig
 
 V = 40
 GREEDY = Rule(greedy=True, top_k=0, nucleus=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.cli import VERBS, main
-from gptjax.config_io import to_yaml
+from gptjax.config.reader import to_yaml
 from gptjax.training import trainer
 from tests.tiny import run_config
 

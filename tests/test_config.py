@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.cluster_options import ClusterConfig
-from gptjax.config import Config, ModelConfig
-from gptjax.config_io import differing_fields, flag_types, from_dict, load_config, read_flags, to_dict, to_yaml
+from gptjax.config.cluster import ClusterConfig
+from gptjax.config.reader import differing_fields, flag_types, from_dict, load_config, read_flags, to_dict, to_yaml
+from gptjax.config.run import Config, ModelConfig
+from gptjax.config.task import TaskConfig
+from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
-from gptjax.task_options import TaskConfig
-from gptjax.verb_options import SampleConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = sorted(CONFIGS.glob("*.yaml"))

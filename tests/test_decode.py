@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
+from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation import decode
 from gptjax.generation.choose import choice_rule, choose
@@ -17,7 +18,6 @@ from gptjax.generation.weights import decoding_weights
 from gptjax.model.gpt import hidden_states, logits
 from gptjax.ops.projection import project
 from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer
-from gptjax.verb_options import SampleConfig
 from tests.tiny import extend, init_params
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=37)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.cli import main
-from gptjax.config_io import to_yaml
+from gptjax.config.reader import to_yaml
 from tests.faults.inputs import make_run
 from tests.tiny import run_config
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptjax.config import ModelConfig, TokenizerConfig
+from gptjax.checkpoints.run_dir import load_run
+from gptjax.config.run import ModelConfig, TokenizerConfig
+from gptjax.config.verbs import ExportConfig, SampleConfig
 from gptjax.errors import UserError
 from gptjax.exchange.gpt2 import export_gpt2, import_gpt2
 from gptjax.exchange.runs import export_run, import_run
@@ -23,8 +25,6 @@ from gptjax.text.tokenizer import (
     make_tokenizer,
 )
 from gptjax.text.train_bpe import PATTERN, train_ranks
-from gptjax.training.runs import load_run
-from gptjax.verb_options import ExportConfig, SampleConfig
 from tests.test_model_parity import make_params, our_logits
 from tests.tiny import assert_trees_equal
 

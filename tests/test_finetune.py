@@ -13,22 +13,22 @@ import pytest
 from gptjax.batches.labelled import TextBatch, TextBatches, encode_texts
 from gptjax.batches.multi import MultiBatches
 from gptjax.batches.packed import PackedSequences, encode_words
+from gptjax.checkpoints.run_dir import load_run
 from gptjax.cli import main
-from gptjax.config import Config, DataConfig, PartConfig, TokenizerConfig
-from gptjax.config_io import load_config
+from gptjax.config.reader import load_config
+from gptjax.config.run import Config, DataConfig, PartConfig, TokenizerConfig
+from gptjax.config.task import AdapterConfig, FinetuneConfig, TaskConfig
 from gptjax.errors import UserError
 from gptjax.exchange.gpt2 import import_gpt2
 from gptjax.model.adapters import merge_lora
 from gptjax.model.gpt import Compute
 from gptjax.report.metrics import read_metrics
-from gptjax.task_options import AdapterConfig, FinetuneConfig, TaskConfig
+from gptjax.tasks.registry import make_loss, make_part_loss, parts_of
+from gptjax.tasks.trainable import init_all, join, rates, split
 from gptjax.text.labelled import Text, Words
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import trainer
-from gptjax.training.finetune import init_all, join, rates, split
-from gptjax.training.runs import load_run
 from gptjax.training.step import make_train_step
-from gptjax.training.tasks import make_loss, make_part_loss, parts_of
 from tests.tiny import assert_trees_equal, hidden_states, init_state, replace, run_config
 
 METHODS = {
@@ -249,7 +249,7 @@ def test_export_merges_lora(folder, trained, tmp_path, capsys):
 
 
 def test_predict_streams_rows_in_their_order(folder, trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gptjax.training.predict.CHUNK", 5)
+    monkeypatch.setattr("gptjax.verbs.predict.CHUNK", 5)
     run_dir, source, out = trained("lora").run_dir, folder / "validation.jsonl", tmp_path / "out.jsonl"
     assert main(["predict", "--run_dir", run_dir, "--file", str(source), "--out", str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]

@@ -5,8 +5,8 @@ import pytest
 
 from gptjax.batches.labelled import POOL, TextBatches, encode_texts, ordered_batches, widths
 from gptjax.batches.packed import PackedSequences, encode_chats, encode_words
-from gptjax.config import TokenizerConfig
-from gptjax.task_options import TaskConfig
+from gptjax.config.run import TokenizerConfig
+from gptjax.config.task import TaskConfig
 from gptjax.text.labelled import Chat, Text, Words
 from gptjax.text.tokenizer import make_tokenizer
 

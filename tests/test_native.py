@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.native import build
+from gptjax.machine.native import build
+from gptjax.machine.platform import for_an_accelerator
 from gptjax.ops import kernels
 from gptjax.ops.attention import (
     attention_reference,
@@ -20,7 +21,6 @@ from gptjax.ops.attention import (
 from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_reference
 from gptjax.ops.elementwise import layer_norm_beside, layer_norm_reference
 from gptjax.ops.linear import linear, linear_reference, mlp, mlp_reference
-from gptjax.ops.platform import for_an_accelerator
 
 DTYPES = ("bfloat16", "float32")
 # Relative norms. bfloat16 keeps 8 bits, and results and gradients are rounded once or twice; float32 keeps 24, of sums
@@ -343,7 +343,7 @@ def test_a_damaged_library_is_made_again(tmp_path, need_kernels):
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
-from gptjax.native import build, compiler
+from gptjax.machine.native import build, compiler
 if len(sys.argv) > 2:
     compiler.OPTIONS = (*compiler.OPTIONS, *sys.argv[2:])
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])

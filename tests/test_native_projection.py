@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
+from gptjax.config.verbs import SampleConfig
 from gptjax.generation.decode import _prefilled, generate
 from gptjax.generation.weights import decoding_weights
-from gptjax.native import build
+from gptjax.machine.native import build
 from gptjax.ops.attention import cached_attention
 from gptjax.ops.projection import dequantized, make_projection, project
-from gptjax.verb_options import SampleConfig
 from tests.tiny import extend, init_params
 
 

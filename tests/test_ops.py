@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.machine.platform import for_an_accelerator
 from gptjax.ops import attention as attention_module
 from gptjax.ops.attention import attention, attention_reference
 from gptjax.ops.blocked_attention import ALIASING, FUSED_ROWS, blocked_attention
@@ -26,7 +27,6 @@ from gptjax.ops.elementwise import (
 from gptjax.ops.embedding import embedding, sum_by_token, sum_by_token_reference
 from gptjax.ops.matmul import matmul, matmul_reference
 from gptjax.ops.order import same_bits_asked
-from gptjax.ops.platform import for_an_accelerator
 from gptjax.ops.triton_attention import triton_attention
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bench import equality
-from gptjax.config import Config, MeshConfig
+from gptjax.config.run import Config, MeshConfig
 from gptjax.errors import UserError
 from gptjax.model.gpt import Compute, hidden_states
 from gptjax.ops import ring_attention

@@ -15,24 +15,23 @@ import tiktoken
 from jax.sharding import AbstractMesh, AxisType
 
 from bench import plan as reality
-from gptjax.chips import CHIPS, Chip, chip_of
 from gptjax.cli import main
-from gptjax.config import TIKTOKEN_NAMES, Config, MeshConfig, TokenizerConfig
-from gptjax.config_io import load_config, to_yaml
+from gptjax.config.reader import load_config, to_yaml
+from gptjax.config.run import TIKTOKEN_NAMES, Config, MeshConfig, TokenizerConfig
+from gptjax.config.verbs import PlanConfig
 from gptjax.errors import UserError
+from gptjax.machine.chips import CHIPS, Chip, chip_of
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import batch_loss
 from gptjax.ops.cross_entropy import LossOptions
 from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh
-from gptjax.planning import plan, suggest
+from gptjax.planning import hlo, plan, suggest
+from gptjax.planning.collectives import collectives
 from gptjax.planning.compiled import Memory, abstract_state, compile_step, device_bytes
 from gptjax.planning.describe import describe
-from gptjax.report import hlo
-from gptjax.report.collectives import collectives
 from gptjax.report.cost import flops_per_token
 from gptjax.text.tokenizer import ByteTokenizer
-from gptjax.verb_options import PlanConfig
 from tests.tiny import CONFIG, MODEL, init_state, make_batch, replace
 
 ROOT = Path(__file__).parents[1]

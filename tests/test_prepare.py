@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.config import DataConfig, TokenizerConfig
+from gptjax.config.run import DataConfig, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text import prepare as module
 from gptjax.text.prepare import choose_split, describe, prepare
@@ -233,7 +233,7 @@ def test_summary_counts_what_was_left_out(tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from gptjax.config import DataConfig, TokenizerConfig
+from gptjax.config.run import DataConfig, TokenizerConfig
 from gptjax.text import prepare as module
 module._REPORT_SECONDS = 0
 module._BATCH_CHARACTERS = 1000

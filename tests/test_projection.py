@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.native import build
+from gptjax.machine.native import build
 from gptjax.ops.projection import dequantized, make_projection, project, project_reference
 from gptjax.ops.single_row import CACHE_WAY, striped
 

@@ -6,9 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gptjax.config import DataConfig
+from gptjax.config.run import DataConfig
+from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
-from gptjax.task_options import TaskConfig
 from gptjax.text.formats import CONLL_SENTENCES, read_file
 from gptjax.text.labelled import parse, read_examples
 from gptjax.text.rows import read_dataset_rows, read_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from gptjax.config import DataConfig
+from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.hub import parse_spec
 from gptjax.text.sources import find_files, read_documents, source_fingerprint

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax.config import Config, MeshConfig, OptimConfig
-from gptjax.config_io import flag_types
+from gptjax.config.reader import flag_types
+from gptjax.config.run import Config, MeshConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings

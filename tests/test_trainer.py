@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.config_io import load_config
+from gptjax.checkpoints.run_dir import load_run, write_description, write_run
+from gptjax.config.reader import load_config
 from gptjax.errors import UserError
 from gptjax.report.metrics import MetricsFile, read_metrics
 from gptjax.training import precision, setup, trainer
 from gptjax.training.guard import locked
-from gptjax.training.runs import load_run, write_description, write_run
 from tests.faults.runs import SHARED_CACHE, process_config, wait_for_rows, write_config
 from tests.tiny import CONFIG, HARD, assert_trees_equal, final_state, init_state, replace, rows, run_config
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.config.run import Config, DataConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.model import gpt
 from gptjax.report.metrics import read_metrics
 from gptjax.training import step
-from gptjax.training.runs import load_state
+from gptjax.training.setup import load_state
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 MODEL = ModelConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=16)

@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax.batches.permutation import draw_keys, permute
 from gptjax.batches.rows import ALL, Rows, take_rows
-from gptjax.task_options import TaskConfig
+from gptjax.config.task import TaskConfig
 from gptjax.text.labelled import Text
 from gptjax.text.tokenizer import Tokenizer
 

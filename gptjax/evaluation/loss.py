@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import batch_loss
 from gptjax.ops.cross_entropy import LossOptions

@@ -13,12 +13,12 @@ import numpy as np
 from gptjax.batches.labelled import TextBatch, TextSet, ordered_batches
 from gptjax.batches.packed import EncodedWords, PackedSequences
 from gptjax.batches.pretraining import Batch
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
+from gptjax.config.task import TaskConfig
 from gptjax.evaluation.labels import Predictions
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import label_batch_loss, label_logits
 from gptjax.parallel.place import put
-from gptjax.task_options import TaskConfig
 
 Predict = Callable[[dict, Any], tuple[jax.Array, jax.Array]]
 

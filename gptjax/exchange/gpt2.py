@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
 from gptjax.errors import UserError
 from gptjax.exchange.hf_files import (
     WEIGHTS,

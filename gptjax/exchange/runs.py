@@ -4,14 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.config import Config, TokenizerConfig
+from gptjax.checkpoints.run_dir import load_run, write_run
+from gptjax.config.run import Config, TokenizerConfig
+from gptjax.config.verbs import ExportConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.exchange.gpt2 import Imported, export_gpt2, import_gpt2
 from gptjax.exchange.hf_files import read_config
 from gptjax.model.adapters import merge_lora
 from gptjax.text.tokenizer import Tokenizer, make_tokenizer
-from gptjax.training.runs import load_run, write_run
-from gptjax.verb_options import ExportConfig
 
 
 class Architecture(NamedTuple):

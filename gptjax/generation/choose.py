@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.verb_options import SampleConfig
+from gptjax.config.verbs import SampleConfig
 
 GROUP = 256
 

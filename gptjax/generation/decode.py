@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
+from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import Rule, choice_rule, choose
 from gptjax.generation.weights import DecodingWeights, decoding_weights
@@ -22,7 +23,6 @@ from gptjax.model.cache import Cache, grow_cache, init_cache
 from gptjax.model.gpt import extend, for_decoding
 from gptjax.ops import kernels
 from gptjax.ops.projection import project
-from gptjax.verb_options import SampleConfig
 
 BUFFER = 64  # new tokens that the compiled loop holds before it returns them
 PREFILL = 128  # longer prompts go through the model in pieces of this length

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
+from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.decode import BUFFER, stream
 from gptjax.generation.stream import make_text_stream
 from gptjax.text.tokenizer import END_OF_TEXT, Tokenizer
-from gptjax.verb_options import SampleConfig
 
 STREAM_LENGTH = 8  # tokens between two pieces of text
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
 from gptjax.model.gpt import unembedding
 from gptjax.ops.projection import Projection, make_projection
 

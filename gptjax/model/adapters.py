@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
+from gptjax.config.task import AdapterConfig
 from gptjax.ops.attention import cached_attention
 from gptjax.ops.elementwise import dropout, gelu
 from gptjax.ops.matmul import add_bias, matmul
-from gptjax.task_options import AdapterConfig
 
 INIT_STD = 0.02
 normal = jax.nn.initializers.normal

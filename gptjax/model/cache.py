@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
 
 
 class LayerCache(NamedTuple):

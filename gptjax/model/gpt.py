@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
+from gptjax.config.task import AdapterConfig
 from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, Prefix, Prompt, merge_lora
 from gptjax.model.cache import Cache
@@ -29,7 +30,6 @@ from gptjax.ops.elementwise import dropout
 from gptjax.ops.embedding import embedding
 from gptjax.ops.linear import PRODUCT
 from gptjax.ops.matmul import dot
-from gptjax.task_options import AdapterConfig
 
 # Products have a backward rule of their own, so JAX's policies for them do not see any; they go by a name.
 REMAT_POLICIES = {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
 from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, LowRank, Prefix, prefixed_attention, with_prefix
 from gptjax.model.cache import LayerCache

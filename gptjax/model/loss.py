@@ -4,12 +4,12 @@ import jax
 
 from gptjax.batches.labelled import TextBatch
 from gptjax.batches.pretraining import Batch
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
+from gptjax.config.task import TaskConfig
 from gptjax.model.gpt import Compute, hidden_states, shared_rows, unembedding
 from gptjax.model.heads import head_logits, label_loss, multi_label_loss, pool
 from gptjax.ops.axes import pin_batch
 from gptjax.ops.cross_entropy import Loss, LossOptions, cross_entropy
-from gptjax.task_options import TaskConfig
 
 
 def batch_loss(

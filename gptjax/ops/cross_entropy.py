@@ -11,10 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gptjax.machine.platform import on_cpu
 from gptjax.ops import kernels
 from gptjax.ops.axes import HEADS, POSITIONS, ROWS, axis_size, flat, pin, positions_cut
 from gptjax.ops.matmul import dot, weight_gradient
-from gptjax.ops.platform import on_cpu
 
 CHUNK_LOGITS = 2**25
 """Logits in memory at a time: 128 MB in float32."""

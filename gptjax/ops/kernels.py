@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.native import build
+from gptjax.machine.native import build
+from gptjax.machine.platform import on_cpu
 from gptjax.ops.axes import compiler_cuts
-from gptjax.ops.platform import on_cpu
 
 SIDE = 32
 """Kernels work on blocks of so many rows and columns."""

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.cluster_options import ClusterConfig
+from gptjax.config.cluster import ClusterConfig
 from gptjax.errors import UserError, one_line
 
 EXIT_LOST = 4  # status of a process that stopped because another one was lost

@@ -3,7 +3,7 @@
 import jax
 
 from gptjax.batches.labelled import widths
-from gptjax.config import Config
+from gptjax.config.run import Config
 from gptjax.errors import UserError
 from gptjax.parallel.mesh import batch_shards
 

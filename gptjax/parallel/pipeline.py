@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
 from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, final_norm
 from gptjax.model.loss import positions_of, segments_of
 from gptjax.model.stages import (

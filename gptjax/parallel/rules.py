@@ -1,4 +1,4 @@
-"""One table from parameter path to sharding. Model code knows nothing of it."""
+"""One table from parameter path to sharding. Models do not use it: they only pin a few activations (`ops/axes.pin`)."""
 
 import math
 import re

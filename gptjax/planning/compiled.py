@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config import Config
+from gptjax.config.run import Config
 from gptjax.parallel.mesh import batch_sharding
 from gptjax.parallel.rules import shardings
+from gptjax.planning import hlo
+from gptjax.planning.collectives import Collective, collectives
 from gptjax.planning.kept import kept_bytes
-from gptjax.report import hlo
-from gptjax.report.collectives import Collective, collectives
 from gptjax.training.step import init_state, jit_train_step
 
 # Machine code is never run, so it need not be fast; what is fused and when memory is free does not depend on it.

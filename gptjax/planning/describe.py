@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from gptjax.chips import CHIPS, Chip
+from gptjax.config.verbs import PlanConfig
+from gptjax.machine.chips import CHIPS, Chip
 from gptjax.planning import estimate
 from gptjax.planning.plan import USABLE, Plan, Sent
 from gptjax.report.cost import readable_bytes, readable_count
-from gptjax.verb_options import PlanConfig
 
 
 def describe(given: Plan, suggested: Plan | None, options: PlanConfig) -> str:

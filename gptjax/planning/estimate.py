@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from gptjax.chips import Chip
-from gptjax.config import Config
+from gptjax.config.run import Config
+from gptjax.machine.chips import Chip
 from gptjax.parallel.pipeline import bubble
 
 EFFICIENCY = 0.6

@@ -6,7 +6,7 @@ pass, what it computes again included.
 
 import collections
 
-from gptjax.report.hlo import Computation, Instruction, Program
+from gptjax.planning.hlo import Computation, Instruction, Program
 
 VIEWS = ("bitcast", "tuple", "get-tuple-element")
 

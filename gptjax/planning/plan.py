@@ -7,19 +7,19 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from gptjax.chips import CHIPS, Chip
-from gptjax.config import Config
+from gptjax.config.run import Config
+from gptjax.config.verbs import PlanConfig
 from gptjax.errors import UserError
-from gptjax.ops.platform import for_an_accelerator
+from gptjax.machine.chips import CHIPS, Chip
+from gptjax.machine.platform import for_an_accelerator
 from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh
 from gptjax.planning import estimate
+from gptjax.planning.collectives import KINDS
 from gptjax.planning.compiled import CompiledStep, Memory, compile_step
 from gptjax.planning.suggest import suggestions
 from gptjax.report import cost
-from gptjax.report.collectives import KINDS
 from gptjax.training.step import init_state
-from gptjax.verb_options import PlanConfig
 
 USABLE = 0.9
 """Share of a chip's memory that a step may take."""

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 from jax.sharding import AbstractMesh, AxisType
 
-from gptjax.chips import Chip
-from gptjax.config import Config, MeshConfig
+from gptjax.config.run import Config, MeshConfig
 from gptjax.errors import UserError
+from gptjax.machine.chips import Chip
 from gptjax.parallel.fits import check_fits
 from gptjax.planning import estimate
 from gptjax.planning.compiled import abstract_state, device_bytes

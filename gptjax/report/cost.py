@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from gptjax.chips import chip_of
-from gptjax.config import ModelConfig
+from gptjax.config.run import ModelConfig
+from gptjax.machine.chips import chip_of
 
 
 def flops_per_token(config: ModelConfig, params: Any) -> float:

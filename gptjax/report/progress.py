@@ -27,6 +27,11 @@ def say_no_more() -> None:
     os.close(nowhere)
 
 
+def notify(message: str) -> None:
+    """Tells the user something on standard error, where it does not mix with results."""
+    print(f"gptjax: {message}", file=sys.stderr)
+
+
 class Progress:
     """Shows the newest metrics of a run of `num_steps`; `line` prints something that stays."""
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.config import DataConfig
+from gptjax.config.run import DataConfig
 from gptjax.errors import UserError, did_you_mean
 
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".csv", ".parquet", ".conll")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import DataConfig
+from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.formats import Document, check_text, missing_field, refuse_links_out
 

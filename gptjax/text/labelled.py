@@ -2,15 +2,15 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import xxhash
 
-from gptjax.config import DataConfig
+from gptjax.config.run import DataConfig
+from gptjax.config.task import LABELLED, TaskConfig
 from gptjax.errors import UserError, did_you_mean
-from gptjax.task_options import TaskConfig
-from gptjax.text.rows import Row, field, limited, read_dataset_rows, read_rows, text_of
+from gptjax.text.rows import Row, field, limited, read_dataset_rows, read_rows
 
 
 class Text(NamedTuple):
@@ -48,7 +48,11 @@ class Examples(NamedTuple):
     multi_label: bool
 
 
-def read_examples(task: TaskConfig, data: DataConfig) -> Examples:
+ParseRow = Callable[[Row, TaskConfig, DataConfig, bool], Any]
+"""Makes an example of a row; the last argument tells whether it must have its label; if not, none is read."""
+
+
+def read_examples(parse_row: ParseRow, task: TaskConfig, data: DataConfig) -> Examples:
     """Reads and splits a task's rows, and finds the names of its labels.
 
     Raises:
@@ -58,9 +62,10 @@ def read_examples(task: TaskConfig, data: DataConfig) -> Examples:
     if not (data.path or data.hf_dataset):
         raise UserError("no rows: set one of data.path and data.hf_dataset")
     rows = read_dataset_rows(data) if data.hf_dataset else read_rows(data.path, "data.path")
-    examples = list(parse(limited(rows, data), task, data))
+    examples = [parse_row(row, task, data, True) for row in limited(rows, data)]
     if task.validation_path:
-        train, validation = examples, list(parse(read_rows(task.validation_path, "task.validation_path"), task, data))
+        rows = read_rows(task.validation_path, "task.validation_path")
+        train, validation = examples, [parse_row(row, task, data, True) for row in rows]
     else:
         held_out = [_hash(example) < data.validation_fraction * 2**64 for example in examples]
         train = [example for example, held in zip(examples, held_out, strict=True) if not held]
@@ -70,29 +75,13 @@ def read_examples(task: TaskConfig, data: DataConfig) -> Examples:
             f"data: {len(train)} rows to train on and {len(validation)} to validate on; give more rows,"
             " or task.validation_path, or another data.validation_fraction"
         )
-    if task.kind == "instruct":
+    if task.kind not in LABELLED:
         return Examples(train, validation, (), False)
     labels = _label_names(task, train)
     for example in validation:
         check_labels(example, labels)
     several = task.multi_label or any(isinstance(e, Text) and len(e.labels) != 1 for e in (*train, *validation))
     return Examples(train, validation, labels, several)
-
-
-def parse(rows: Iterable[Row], task: TaskConfig, data: DataConfig, labelled: bool = True) -> Iterator[Any]:
-    """Turns rows into the task's examples.
-
-    Args:
-        rows: As read.
-        task: Names the fields.
-        data: Names the text field.
-        labelled: Whether a row must have its label; if not, none is read.
-
-    Raises:
-        UserError: A field is missing, empty or of another type.
-    """
-    one = {"classify": _text, "tag": _words, "instruct": _chat}[task.kind]
-    return (one(row, task, data, labelled) for row in rows)
 
 
 def example_labels(example: Text | Words) -> tuple[str, ...]:
@@ -130,65 +119,29 @@ def _label_names(task: TaskConfig, train: Sequence[Text | Words]) -> tuple[str, 
     return task.labels
 
 
-def _text(row: Row, task: TaskConfig, data: DataConfig, labelled: bool) -> Text:
-    text = text_of(row, data.text_field)
-    if not labelled:
-        return Text(text, (), row.where)
-    value = field(row, task.label_field, "task.label_field")
-    several = isinstance(value, (list, tuple))
-    labels = tuple(_label(item, row, task.label_field) for item in (value if several else [value]))
-    if len(set(labels)) < len(labels):
-        raise UserError(f"{row.where}: field {task.label_field!r} names a label twice")
-    return Text(text, labels, row.where)
+def strings(row: Row, name: str, option: str) -> tuple[str, ...]:
+    """The values of a field that is a list of labels or words.
 
-
-def _words(row: Row, task: TaskConfig, data: DataConfig, labelled: bool) -> Words:
-    words = _strings(row, task.tokens_field, "task.tokens_field")
-    if not words or not all(word.strip() for word in words):
-        raise UserError(f"{row.where}: field {task.tokens_field!r} has no word, or an empty one")
-    if not labelled:
-        return Words(words, (), row.where)
-    tags = _strings(row, task.tags_field, "task.tags_field")
-    if len(tags) != len(words):
-        raise UserError(f"{row.where}: {len(words)} words in {task.tokens_field!r}, {len(tags)} in {task.tags_field!r}")
-    return Words(words, tags, row.where)
-
-
-def _strings(row: Row, name: str, option: str) -> tuple[str, ...]:
+    Raises:
+        UserError: The row has no such field, or it is no list of these.
+    """
     values = field(row, name, option)
     if not isinstance(values, (list, tuple)):
         raise UserError(f"{row.where}: field {name!r} is a {type(values).__name__}, must be a list")
-    return tuple(_label(value, row, name) for value in values)
+    return tuple(label(value, row, name) for value in values)
 
 
-def _label(value: object, row: Row, name: str) -> str:
+def label(value: object, row: Row, name: str) -> str:
+    """A label as text; numbers and truth values as JSON writes them.
+
+    Raises:
+        UserError: It is something else.
+    """
     if isinstance(value, str) and value:
         return value
     if isinstance(value, (bool, int)):
         return json.dumps(value)
     raise UserError(f"{row.where}: field {name!r} holds {value!r}; must be text, a whole number, or true or false")
-
-
-def _chat(row: Row, task: TaskConfig, data: DataConfig, labelled: bool) -> Chat:
-    if task.messages_field in row.values:
-        messages = field(row, task.messages_field, "task.messages_field")
-        if not isinstance(messages, (list, tuple)) or not all(isinstance(m, dict) for m in messages):
-            raise UserError(f"{row.where}: field {task.messages_field!r} must be a list of {{role, content}}")
-    else:
-        prompt = field(row, task.prompt_field, "task.prompt_field")
-        response = field(row, task.response_field, "task.response_field")
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    before, after = task.template.split("{content}")
-    pieces: list[tuple[str, bool]] = []
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not isinstance(content, str) or not content.strip():
-            raise UserError(f"{row.where}: a message needs a role and a content that is not empty, not {message!r}")
-        learned = role == "assistant"
-        pieces += [(before.replace("{role}", role), False), (content + after.replace("{role}", role), learned)]
-    if not any(learned for _, learned in pieces):
-        raise UserError(f"{row.where}: no message of role assistant, so there is nothing to learn")
-    return Chat(tuple(pieces), row.where)
 
 
 def _hash(example: Example) -> int:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from gptjax.config import DataConfig, TokenizerConfig
+from gptjax.config.run import DataConfig, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.files import publish
 from gptjax.text.clean import clean

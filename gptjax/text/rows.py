@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.config import DataConfig
+from gptjax.config.run import DataConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.text import hub
 from gptjax.text.formats import (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from gptjax.config import DataConfig
+from gptjax.config.run import DataConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.text import hub
 from gptjax.text.formats import COMPRESSIONS, ENDINGS, Document, ending, read_file, refuse_links_out

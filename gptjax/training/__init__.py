@@ -1,1 +1,1 @@
-"""The optimizer step, checkpoints, and the loop that ties the parts together."""
+"""The training step and the loop around it. Knows nothing of files of text or of checkpoints on disk."""

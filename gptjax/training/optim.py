@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.config import OptimConfig
+from gptjax.config.run import OptimConfig
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from gptjax.runtime import multiplies_bfloat16
+from gptjax.machine.processor import multiplies_bfloat16
 
 INITIAL_SCALE = 2.0**12
 GROW_AFTER = 1000  # finite steps in a row before the scale doubles

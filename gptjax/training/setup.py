@@ -9,24 +9,35 @@ from typing import Any
 import jax
 
 from gptjax import __version__
-from gptjax.cluster_options import ClusterConfig
-from gptjax.config import Config, ModelConfig
-from gptjax.config_io import differing_fields, load_config, to_flat
+from gptjax.checkpoints.checkpoint import FOLDER, Checkpoints
+from gptjax.checkpoints.choice import choose
+from gptjax.checkpoints.run_dir import (
+    CONFIG_FILE,
+    LoadedRun,
+    check_finite,
+    frozen_params,
+    load_run,
+    on_one_device,
+    write_description,
+)
+from gptjax.config.cluster import ClusterConfig
+from gptjax.config.reader import differing_fields, load_config, to_flat
+from gptjax.config.run import Config, ModelConfig
 from gptjax.errors import UserError
-from gptjax.native.build import begin as begin_kernels
+from gptjax.machine.native.build import begin as begin_kernels
 from gptjax.parallel import cluster
 from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh, replicated, traced_in
 from gptjax.parallel.place import put
 from gptjax.parallel.rules import shardings
 from gptjax.report.progress import say
+from gptjax.tasks.multi import parts_of
+from gptjax.tasks.registry import make_task, read_source, with_labels
+from gptjax.tasks.task import Source, Task
+from gptjax.tasks.trainable import without_heads
 from gptjax.text.tokenizer import Tokenizer
-from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.finetune import without_heads
 from gptjax.training.precision import compute_dtype
-from gptjax.training.runs import CONFIG_FILE, LoadedRun, check_finite, load_run, write_description
 from gptjax.training.step import TrainState, compute_options, init_state, jit_train_step
-from gptjax.training.tasks import Source, Task, make_task, parts_of, read_source, with_labels
 
 # Fields that may change when a run goes on: they change neither what a parameter means nor which tokens come next.
 RESUMABLE = (
@@ -229,6 +240,27 @@ def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
             )
     say(f"going on from step {manifest.step}")
     return state, loop
+
+
+def load_state(run_dir: Path) -> tuple[TrainState, dict]:
+    """Loads a run's newest state whole, on one device, and its plain values.
+
+    Raises:
+        UserError: The folder is no run directory, or its newest checkpoint does not verify.
+    """
+    config = load_config(run_dir / CONFIG_FILE)
+    manifest = choose(run_dir / FOLDER, "latest", strict=True).manifest
+    if manifest is None:
+        raise UserError(f"{run_dir}: has no checkpoint yet")
+    checkpoints = Checkpoints(run_dir)
+    try:
+        abstract = on_one_device(jax.eval_shape(lambda: init_state(config)))
+        if config.finetune.train != "all":
+            frozen = frozen_params(run_dir, config, config.init_from, strict=True, notify=print)
+            abstract = dataclasses.replace(abstract, frozen=frozen)
+        return checkpoints.restore(manifest.step, abstract), manifest.meta
+    finally:
+        checkpoints.close()
 
 
 def _run_once(function: Callable[..., Any], where: Any) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.config import Config
+from gptjax.config.run import Config
 from gptjax.model.gpt import Compute
 from gptjax.ops.axes import STAGES, axis_size
 from gptjax.ops.cross_entropy import Loss
@@ -19,10 +19,10 @@ from gptjax.ops.order import after_each
 from gptjax.parallel.mesh import traced_in
 from gptjax.parallel.pipeline import Pieces, pipelined_gradient
 from gptjax.parallel.place import get
-from gptjax.training.finetune import forward_params, init_all, join, rates, split
+from gptjax.tasks.registry import make_loss, make_states_loss
+from gptjax.tasks.trainable import forward_params, init_split, join, rates
 from gptjax.training.optim import make_optimizer, make_schedule
 from gptjax.training.precision import LossScale, compute_dtype, init_loss_scale, next_loss_scale
-from gptjax.training.tasks import make_loss, make_states_loss
 from gptjax.training.watch import ACCEPTED, HALTED, NOT_FINITE, Watch, init_watch, judge, next_watch
 
 Metrics = dict[str, jax.Array]
@@ -52,8 +52,7 @@ class TrainState:
 
 def init_state(config: Config, given: dict | None = None) -> TrainState:
     """Draws a state from `config.seed`; parameters that are given are not drawn."""
-    drawn = init_all(config, jax.random.key(config.seed), given)
-    params, frozen = split(config, jax.tree.map(lambda p: p.astype(config.train.param_dtype), drawn))
+    params, frozen = init_split(config, given)
     return TrainState(
         step=jnp.int32(0),
         skipped=jnp.int32(0),

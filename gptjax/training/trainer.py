@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 
-from gptjax import allocator, runtime
 from gptjax.batches.prefetch import prefetch
-from gptjax.config import Config
+from gptjax.config.run import Config
+from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
-from gptjax.native.build import state as state_of_kernels
+from gptjax.machine import allocator, compile_cache
+from gptjax.machine.native.build import state as state_of_kernels
 from gptjax.parallel import cluster
 from gptjax.parallel.mesh import batch_sharding
 from gptjax.parallel.pipeline import bubble
@@ -24,7 +25,6 @@ from gptjax.training.guard import EXIT_DIVERGED, Signals, exit_status, locked_by
 from gptjax.training.log import Log
 from gptjax.training.setup import Loop, Parts, build, checkpoint_meta
 from gptjax.training.step import TrainState, evaluated_params
-from gptjax.verb_options import SampleConfig
 
 SAMPLES_FILE = "samples.txt"
 
@@ -114,7 +114,7 @@ def _program(parts: Parts, state: TrainState, batch: Any, programs: dict) -> Any
     shape = jax.tree.leaves(batch)[0].shape
     if shape not in programs:
         programs[shape] = selftest.compile_safely(parts.train_step.lower(state, batch))
-        runtime.sign_programs()  # now, because a process that is killed signs no more
+        compile_cache.sign_programs()  # now, because a process that is killed signs no more
     return programs[shape]
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gptjax.config import Config
+from gptjax.config.run import Config
 from tests.faults.runs import environment
 
 LOSSES = 1e-5  # largest relative difference of losses: float32, summed in another order

@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax import cluster_options
 from gptjax.batches.labelled import TextBatches, encode_texts
 from gptjax.batches.multi import MultiBatches
 from gptjax.batches.packed import Asked, PackedSequences
 from gptjax.batches.rows import take_rows
 from gptjax.cli import main
-from gptjax.cluster_options import ClusterConfig
-from gptjax.config import MeshConfig
+from gptjax.config import cluster as cluster_options
+from gptjax.config.cluster import ClusterConfig
+from gptjax.config.run import MeshConfig
+from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.parallel import cluster, relay
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.place import rows_of_process
-from gptjax.task_options import TaskConfig
 from gptjax.text.labelled import Text
 from gptjax.text.tokenizer import ByteTokenizer
 from tests.tiny import assert_trees_equal

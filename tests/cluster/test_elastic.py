@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from gptjax.config import Config, MeshConfig
+from gptjax.checkpoints.checkpoint import Checkpoints
+from gptjax.checkpoints.run_dir import write_description
+from gptjax.config.run import Config, MeshConfig
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.rules import shardings
 from gptjax.report.cost import parameter_count
-from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.runs import write_description
 from tests.faults.runs import environment
 from tests.tiny import CONFIG, init_state, replace
 
@@ -33,7 +33,7 @@ def test_a_run_goes_on_in_another_layout():
 MEASURE = """
 import sys
 from pathlib import Path
-from gptjax.training.runs import load_run
+from gptjax.checkpoints.run_dir import load_run
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

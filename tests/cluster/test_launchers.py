@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.training.runs import load_run
+from gptjax.checkpoints.run_dir import load_run
 from tests.cluster.processes import devices_each
 from tests.faults.runs import process_config, write_config
 from tests.tiny import rows

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config_io import load_config, to_yaml
+from gptjax.checkpoints.run_dir import load_run
+from gptjax.config.reader import load_config, to_yaml
 from gptjax.report.metrics import METRICS_FILE
 from gptjax.training import trainer
-from gptjax.training.runs import load_run
 from tests.cluster.processes import LOSSES, largest_difference, run, started
 from tests.faults.runs import process_config, write_config
 from tests.tiny import HARD, replace, rows

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 
+from gptjax.checkpoints.run_dir import write_run
 from gptjax.cli import main
-from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig
-from gptjax.config_io import to_yaml
+from gptjax.config.reader import to_yaml
+from gptjax.config.run import Config, DataConfig, ModelConfig, TokenizerConfig
 from gptjax.text.tokenizer import ByteTokenizer
-from gptjax.training.runs import write_run
 from tests.tiny import init_params, run_config
 
 BYTES = TokenizerConfig(kind="bytes")

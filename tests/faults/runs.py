@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from gptjax.config import Config
-from gptjax.config_io import to_yaml
+from gptjax.config.reader import to_yaml
+from gptjax.config.run import Config
 from tests.tiny import run_config
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import traceback
 
 import jax
 
-from gptjax import runtime
 from gptjax.cli import main
+from gptjax.machine import compile_cache
 from gptjax.training import trainer  # noqa: F401 (imported before the fork)
 
 
@@ -37,9 +37,9 @@ def answer(number: int) -> None:
 
 
 if __name__ == "__main__":
-    runtime.start(sys.argv[1])
+    compile_cache.start(sys.argv[1])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    runtime.start = lambda folder: None  # pyright: ignore: children keep these settings
+    compile_cache.start = lambda folder: None  # pyright: ignore: children keep these settings
     for line in sys.stdin:
         child = fork(line.strip())
         answer(child)

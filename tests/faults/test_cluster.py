@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config import OptimConfig
+from gptjax.checkpoints.run_dir import load_run
+from gptjax.config.run import OptimConfig
 from gptjax.parallel.cluster import EXIT_LOST
 from gptjax.training import trainer
-from gptjax.training.runs import load_run
 from tests.cluster.processes import LOSSES, largest_difference, started, wait_for_rows
 from tests.faults.runs import process_config, write_config
 from tests.tiny import HARD, replace, rows

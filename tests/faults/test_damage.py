@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptjax.checkpoints.checkpoint import Checkpoints
+from gptjax.checkpoints.choice import choose
+from gptjax.checkpoints.manifest import MANIFEST, DamagedError, read_manifest, verify
+from gptjax.checkpoints.run_dir import load_run
 from gptjax.errors import UserError
 from gptjax.training import trainer
-from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.choice import choose
-from gptjax.training.manifest import MANIFEST, DamagedError, read_manifest, verify
-from gptjax.training.runs import load_run
 from tests.faults.runs import checkpoints
 from tests.tiny import assert_trees_equal, final_state, replace, rows, run_config, write_corpus
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.checkpoints.checkpoint import Checkpoints
+from gptjax.checkpoints.run_dir import load_run
 from gptjax.errors import UserError
 from gptjax.training import selftest, trainer
-from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.guard import EXIT_DIVERGED
 from gptjax.training.precision import LossScale
-from gptjax.training.runs import load_run
 from gptjax.training.watch import ACCEPTED, HALTED, LOSS_SPIKE, NORM_SPIKE, NOT_FINITE, READY, WINDOW, init_watch, judge
 from gptjax.training.watch import next_watch as update
 from tests.faults.runs import process_config, run, write_config

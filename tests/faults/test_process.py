@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptjax.checkpoints.choice import NAME, choose
+from gptjax.checkpoints.manifest import verify
+from gptjax.checkpoints.run_dir import load_run
 from gptjax.cli import main
-from gptjax.config_io import to_yaml
+from gptjax.config.reader import to_yaml
 from gptjax.errors import UserError
 from gptjax.training import checkpoint, trainer
-from gptjax.training.choice import NAME, choose
 from gptjax.training.guard import LOCK_FILE
-from gptjax.training.manifest import verify
-from gptjax.training.runs import load_run
 from tests.faults.runs import (
     ROOT,
     checkpoints,
@@ -489,7 +489,7 @@ def test_the_number_of_devices_may_change(tmp_path, seen):
 
 def stop_at(path: str, step: int) -> None:
     """Trains to a step, as a signal would stop it there, in a process of its own."""
-    from gptjax.config_io import load_config
+    from gptjax.config.reader import load_config
 
     config = load_config(path)
     first = choose(Path(config.run_dir) / "checkpoints", "latest", strict=True).manifest

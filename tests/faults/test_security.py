@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import runtime
 from gptjax.cli import main
-from gptjax.config import Config
+from gptjax.config.run import Config
 from gptjax.exchange.gpt2 import export_gpt2
+from gptjax.machine import compile_cache
 from tests.faults.inputs import MODEL, accepted, make_run, params, write_config
 from tests.tiny import write_corpus
 
@@ -75,7 +75,7 @@ def unsafe(source: str) -> list[str]:
 def test_no_code_runs_what_it_reads(seen):
     for path in SOURCES:
         assert not unsafe(path.read_text(encoding="utf-8")), path
-    strict = ast.parse((ROOT / "gptjax/config_io.py").read_text())
+    strict = ast.parse((ROOT / "gptjax/config/reader.py").read_text())
     [loader] = [node for node in ast.walk(strict) if isinstance(node, ast.ClassDef) and node.name == "_StrictLoader"]
     assert [ast.unparse(base) for base in loader.bases] == ["yaml.SafeLoader"]
     seen(f"{len(SOURCES)} files read with ast: none")
@@ -164,8 +164,8 @@ def test_pickle_bytes_in_every_file(originals, tmp_path, capsys, seen, part):
 
 PROGRAM = """
 import os, sys
-from gptjax import runtime
-runtime.start(sys.argv[1])
+from gptjax.machine import compile_cache
+compile_cache.start(sys.argv[1])
 import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 x = jnp.arange(64.0).reshape(8, 8)
@@ -207,19 +207,19 @@ def flip_a_bit(raw: bytes) -> bytes:
 def test_compile_cache_is_private(tmp_path, capsys, seen, monkeypatch):
     (tmp_path / "compiled").mkdir(mode=0o777)
     (tmp_path / "compiled").chmod(0o777)
-    folder = runtime.compiled_folder(str(tmp_path))
+    folder = compile_cache.compiled_folder(str(tmp_path))
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)] == [0o700, 0o700]
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(PermissionError, match="another user"):
-        runtime.compiled_folder(str(tmp_path))
+        compile_cache.compiled_folder(str(tmp_path))
     monkeypatch.setattr(Config, "cache_dir", str(tmp_path))
-    runtime.start(str(tmp_path))
+    compile_cache.start(str(tmp_path))
     assert "compiled programs are not kept" in capsys.readouterr().err
     seen("0777 became 0700; a folder of another user is not used, with one line")
 
 
 def test_each_kind_of_processor_has_a_cache_of_its_own(tmp_path, monkeypatch):
-    mine = runtime.compiled_folder(str(tmp_path))
-    assert mine == runtime.compiled_folder(str(tmp_path))
-    monkeypatch.setattr(runtime.platform, "processor", lambda: "another")
-    assert runtime.compiled_folder(str(tmp_path)) != mine
+    mine = compile_cache.compiled_folder(str(tmp_path))
+    assert mine == compile_cache.compiled_folder(str(tmp_path))
+    monkeypatch.setattr(compile_cache.platform, "processor", lambda: "another")
+    assert compile_cache.compiled_folder(str(tmp_path)) != mine

@@ -13,7 +13,7 @@ import pytest
 from gptjax.cli import main
 from gptjax.errors import UserError
 from gptjax.training import verify_resume
-from gptjax.training.verify_resume import acknowledged, first_difference, kill_often
+from gptjax.verbs.verify_resume import acknowledged, first_difference, kill_often
 from tests.faults.runs import SHARED_CACHE, environment, process_config, run, write_config
 from tests.tiny import HARD, replace
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import zstandard
 
-from gptjax.config import DataConfig, TokenizerConfig
+from gptjax.config.run import DataConfig, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text.prepare import prepare
 from gptjax.text.tokenizer import make_tokenizer

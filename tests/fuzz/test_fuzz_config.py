@@ -9,8 +9,8 @@ import yaml
 from hypothesis import strategies as st
 
 from gptjax.cli import VERBS
-from gptjax.config import Config
-from gptjax.config_io import flag_types, from_dict, load_config, read_flags, to_dict, to_yaml
+from gptjax.config.reader import flag_types, from_dict, load_config, read_flags, to_dict, to_yaml
+from gptjax.config.run import Config
 from tests.fuzz.fuzz import EDITS, ODD_NUMBER, ODD_TEXT, ODD_VALUE, fuzz, mutate, refusals
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

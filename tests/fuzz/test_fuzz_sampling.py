@@ -5,11 +5,11 @@ import functools
 import jax
 from hypothesis import strategies as st
 
-from gptjax.config import ModelConfig
-from gptjax.config_io import from_dict, read_flags
+from gptjax.config.reader import from_dict, read_flags
+from gptjax.config.run import ModelConfig
+from gptjax.config.verbs import SampleConfig
 from gptjax.generation.sample import sample_texts
 from gptjax.text.tokenizer import ByteTokenizer
-from gptjax.verb_options import SampleConfig
 from tests.fuzz.fuzz import ODD_NUMBER, ODD_TEXT, fuzz, refusals
 from tests.tiny import init_params
 

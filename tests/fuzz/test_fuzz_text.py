@@ -12,7 +12,7 @@ from pathlib import Path
 import zstandard
 from hypothesis import strategies as st
 
-from gptjax.config import DataConfig
+from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.hub import parse_spec
 from gptjax.text.sources import read_documents
@@ -123,7 +123,7 @@ def test_dataset_names(spec):
 
 @functools.cache
 def tokenizers() -> list[str]:
-    from gptjax.config import TokenizerConfig
+    from gptjax.config.run import TokenizerConfig
 
     kinds = (TokenizerConfig(kind="bytes"), TokenizerConfig(kind="chars"), TokenizerConfig(kind="bpe", vocab_size=270))
     return [tokenizer_to_json(make_tokenizer(kind, lambda: ["some text, é"] * 9, lambda _: None)) for kind in kinds]

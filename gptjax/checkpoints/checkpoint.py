@@ -1,0 +1,269 @@
+"""The checkpoints of a run directory.
+
+A checkpoint has the items `params`, `ema` (where the run averages) and `rest` (the other fields of the train state).
+Sampling and `init_from` read one of the first two. Its manifest, written last, has the checksums of all files and plain
+values: the loop's own state, the data's hash.
+"""
+
+import dataclasses
+import errno
+import functools
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.checkpoints.arrays import checkpointer, restore, start_saving
+from gptjax.checkpoints.background import give_way
+from gptjax.checkpoints.choice import NAME, REJECTED, UNFINISHED, Choice, choose, entries, step_folder
+from gptjax.checkpoints.manifest import MANIFEST, DamagedError, Manifest, check_sizes, read_manifest, write_manifest
+from gptjax.errors import UserError
+from gptjax.files import publish
+from gptjax.parallel import cluster
+
+State = TypeVar("State")  # training.step.TrainState, which comes later in the order of imports
+FOLDER = "checkpoints"
+ROOM = 2**20  # bytes that a checkpoint takes beside its arrays
+DELETED = ".deleted-"  # begins the name of a checkpoint that is on its way out
+
+
+class Checkpoints:
+    """The checkpoints that a run writes; keeps the newest few and the best.
+
+    A save is finished on a thread: Orbax writes the arrays, then the manifest acknowledges them, then older checkpoints
+    go. A save that fails is told in one line, and leaves what is older as it is. One run at a time, see `guard.locked`.
+
+    Of several processes each writes the arrays that it has, into the same folder; process 0 does all else. There a save
+    that fails while arrays are written ends the process, because the others wait for it.
+    """
+
+    def __init__(self, run_dir: Path, keep: int = 1, notify: Callable[[str], None] = print):
+        self.folder = (run_dir / FOLDER).absolute()
+        self.acknowledged: int | None = None
+        """The newest step that this object has saved whole."""
+        self.problem = ""
+        """Why the last save failed."""
+        self._keep, self._notify = keep, notify
+        self._checkpointer = checkpointer()
+        self._copy: dict[str, Any] | None = None
+        self._finishing: tuple[threading.Thread, Path] | None = None
+        self._error: BaseException | None = None
+        self._committed = False
+
+    def resume(self, strict: bool) -> Choice:
+        """Looks for the newest checkpoint that verifies, and puts what stands in its way aside, under another name.
+
+        What a killed save left behind, and was never a checkpoint, is removed. Process 0 does it for all.
+
+        Raises:
+            UserError: There are checkpoints and none verifies; or, if `strict`, one does not.
+        """
+        with cluster.together():
+            choice = self._choose(strict) if cluster.is_first() else Choice(None, None, ())
+        chosen = cluster.gather("" if choice.folder is None else choice.folder.name)[0]
+        with cluster.together():
+            if chosen and not cluster.is_first():
+                choice = self._chosen(self.folder / chosen)
+        return choice
+
+    def _chosen(self, folder: Path) -> Choice:
+        """The choice that process 0 has made."""
+        try:
+            return Choice(folder, read_manifest(folder), ())
+        except DamagedError as error:
+            raise UserError(f"{folder}: {error}; process 0 has read it there: is the folder shared?") from None
+
+    def _choose(self, strict: bool) -> Choice:
+        for path in self.folder.glob("[!.]*"):
+            if UNFINISHED in path.name and NAME.fullmatch(path.name.partition(UNFINISHED)[0]):
+                self._notify(f"{path}: removed what an interrupted save left")
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(f"{DELETED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        choice = choose(self.folder, "latest", strict, self._notify)
+        if choice.folder is None and not _only_an_unfinished_first(choice.rejected):
+            raise UserError(
+                f"{self.folder}: none of its {len(choice.rejected)} checkpoints verifies, so the run cannot go on;"
+                " give another run_dir to begin anew"
+            )
+        for path in choice.rejected:
+            if NAME.fullmatch(path.name):
+                aside = _free_name(path)
+                publish(path, aside)
+                self._notify(f"{path.name}: set aside as {aside.name}")
+        return choice
+
+    def restore(self, step: int, abstract: State) -> State:
+        """Loads a step into the shapes, dtypes and shardings of `abstract`; what is frozen is taken from there.
+
+        Raises:
+            UserError: Its arrays are not those of `abstract`.
+        """
+        items = _items(abstract)
+        loaded = restore(self._checkpointer, step_folder(self.folder, step), items)
+        state: Any = abstract
+        return dataclasses.replace(state, params=loaded["params"], ema=loaded.get("ema"), **loaded["rest"])
+
+    def save(self, state: Any, meta: dict, val_loss: float | None) -> None:
+        """Starts writing `state`; returns when it may be changed. See `save_items`."""
+        items = _items(state)
+        if jax.default_backend() == "cpu":
+            # Orbax would hold the state's own buffers until they are written, and the next step, which takes them
+            # over, would wait for it. The copy's memory is kept: fresh pages cost more than what is put into them.
+            self.wait()
+            copied = jax.tree.map(jnp.copy, items) if self._copy is None else _copy_into(self._copy, items)
+            items = self._copy = copied
+        self.save_items(int(state.step), items, meta, val_loss)
+
+    def save_items(self, step: int, items: dict[str, Any], meta: dict, val_loss: float | None) -> None:
+        """Starts writing trees of arrays as checkpoint `step`, after the save before it is finished.
+
+        A full disk and the like are told, and found in `problem`; they raise nothing.
+
+        Raises:
+            FileExistsError: There is a checkpoint of this step already.
+        """
+        self.wait()
+        folder = step_folder(self.folder, step)
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists already; a checkpoint is never written over")
+        self.problem = ""
+        obstacle = self._obstacle(items)
+        obstacles = [text for text in cluster.gather(str(obstacle or "")) if text]
+        if obstacles:
+            self._failed(folder, obstacle or OSError(obstacles[0]))
+            return
+        try:
+            start_saving(self._checkpointer, folder, items)
+        except (OSError, ValueError) as error:
+            self._failed(folder, error, shared=False)
+            return
+        thread = threading.Thread(target=self._finish, args=(folder, step, val_loss, meta), name="save")
+        self._finishing = (thread, folder)
+        thread.start()
+
+    def wait(self) -> None:
+        """Returns when all that was started is on the disk, or has failed."""
+        if self._finishing is None:
+            return
+        thread, folder = self._finishing
+        thread.join()
+        error, self._error, self._finishing = self._error, None, None
+        if isinstance(error, (OSError, ValueError)):
+            self._failed(folder, error, shared=self._committed)
+        elif error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Finishes all writing."""
+        self.wait()
+        self._checkpointer.close()
+
+    def _finish(self, folder: Path, step: int, val_loss: float | None, meta: dict) -> None:
+        self._committed = False
+        give_way()
+        try:
+            self._checkpointer.wait_until_finished()
+            self._committed = True
+            if not cluster.is_first():
+                return
+            write_manifest(folder, step, val_loss, meta)
+            self.acknowledged = step
+            try:
+                self._prune()
+            except OSError as error:
+                self._notify(f"{self.folder}: an older checkpoint could not be removed: {error}")
+        except BaseException as error:  # `wait` raises it in the thread that asked for the save
+            self._error = error
+
+    def _obstacle(self, items: dict[str, Any]) -> OSError | None:
+        """A disk that fills up half-way is survived too, but with much noise from the libraries below."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + ROOM:
+                return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            return error
+        return None
+
+    def _failed(self, folder: Path, error: Exception, shared: bool = True) -> None:
+        """Tells of a save that failed, frees what it took, and makes the next one possible.
+
+        Raises:
+            UserError: Other processes do not know of it (`shared` is false).
+        """
+        free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
+        reason = " ".join(str(error).split())[:200]
+        full = (
+            "no space left" in reason.lower()
+            or "RESOURCE_EXHAUSTED" in reason
+            or getattr(error, "errno", 0) == errno.ENOSPC
+        )
+        reason = "the disk is full" if full else reason
+        self.problem = f"{folder}: not saved: {reason}; {free:,} bytes are free there, older checkpoints are intact"
+        if not shared and jax.process_count() > 1:
+            raise UserError(self.problem)
+        self._notify(self.problem)
+        if not cluster.is_first():
+            return
+        for path in self.folder.glob(f"{folder.name}{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if not (folder / MANIFEST).exists():  # committed by Orbax, but never acknowledged
+            shutil.rmtree(folder, ignore_errors=True)
+        self._checkpointer = checkpointer()
+
+    def _prune(self) -> None:
+        """Removes checkpoints that are neither among the newest nor the best. What cannot be read stays."""
+        readable: dict[Path, Manifest] = {}
+        for path in entries(self.folder):
+            try:
+                manifest = read_manifest(path)
+                check_sizes(path, manifest)
+            except (DamagedError, UserError):
+                continue
+            readable[path] = manifest
+        newest = sorted(readable, key=lambda path: readable[path].step)[-self._keep :]
+        measured = [path for path in readable if readable[path].val_loss is not None]
+        best = min(measured, key=lambda path: (readable[path].val_loss, readable[path].step), default=None)
+        for path in readable:
+            if path not in newest and path != best:
+                going = path.with_name(f"{DELETED}{path.name}")
+                os.replace(path, going)
+                shutil.rmtree(going)
+
+
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def _copy_into(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Returns a copy of `new` in the memory of `old`."""
+    return jax.tree.map(jnp.copy, new)
+
+
+def _only_an_unfinished_first(rejected: tuple[Path, ...]) -> bool:
+    """Whether no checkpoint was ever acknowledged: at most one folder, from a run killed while it wrote its first."""
+    checkpoints = [path for path in rejected if NAME.fullmatch(path.name)]
+    return not checkpoints or (len(checkpoints) == 1 and _never_finished(checkpoints[0]))
+
+
+def _never_finished(path: Path) -> bool:
+    return path.is_dir() and not (path / MANIFEST).exists()
+
+
+def _free_name(path: Path) -> Path:
+    """A name for a checkpoint that is set aside."""
+    aside, number = path.with_name(f"{path.name}{REJECTED}"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}{REJECTED}.{number}")
+    return aside
+
+
+def _items(state: Any) -> dict[str, Any]:
+    """The arrays of a state (or their shapes), by item; those that stay as they are belong to the base."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "frozen"}
+    items: dict[str, Any] = {"params": fields.pop("params"), "ema": fields.pop("ema"), "rest": fields}
+    return {name: item for name, item in items.items() if item is not None}

@@ -1,0 +1,176 @@
+"""Run directories: a config, a tokenizer and checkpoints, from which a model is loaded.
+
+A run that trains only some parameters (`finetune.train`) saves those alone. The others are read from the run that it
+started from, which `base.json` identifies.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+
+from gptjax.checkpoints.arrays import checkpointer, restore
+from gptjax.checkpoints.checkpoint import FOLDER, Checkpoints
+from gptjax.checkpoints.choice import choose
+from gptjax.config.reader import load_config, to_yaml
+from gptjax.config.run import Config
+from gptjax.errors import UserError
+from gptjax.files import write_atomic
+from gptjax.tasks.trainable import init_split, join, without_heads
+from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+
+CONFIG_FILE, TOKENIZER_FILE, BASE_FILE = "config.yaml", "tokenizer.json", "base.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A trained model, ready to be used."""
+
+    config: Config
+    params: dict
+    tokenizer: Tokenizer | None
+    step: int
+
+
+def write_description(
+    run_dir: Path, config: Config, tokenizer: Tokenizer | None, base: LoadedRun | None = None
+) -> None:
+    """Writes `config.yaml`, `tokenizer.json` and, where parameters of `base` stay as they are, `base.json`.
+
+    Raises:
+        UserError: The run was started over another base.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if base is not None and config.finetune.train != "all":
+        if (run_dir / BASE_FILE).is_file():
+            _check_base(run_dir, base.params, config.init_from)
+        else:
+            content = {"init_from": config.init_from, "step": base.step, "fingerprint": fingerprint(base.params)}
+            write_atomic(run_dir / BASE_FILE, json.dumps(content, indent=1).encode())
+    write_atomic(run_dir / CONFIG_FILE, to_yaml(config).encode())
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, run_dir / TOKENIZER_FILE)
+
+
+def load_run(
+    run_dir: Path,
+    which: Literal["best", "latest"] = "best",
+    strict: bool = False,
+    notify: Callable[[str], None] = print,
+    base_dir: str = "",
+) -> LoadedRun:
+    """Loads a run's parameters (averaged, where the run averages) on one device, its config and its tokenizer.
+
+    Args:
+        run_dir: The run; nothing in it is changed.
+        which: The checkpoint with the lowest validation loss, or the newest.
+        strict: Refuse, instead of taking another checkpoint, where one is damaged.
+        notify: Told in one line what was rejected, and why.
+        base_dir: Run to take parameters from that this one did not train; empty: the one that it started from.
+
+    Raises:
+        UserError: The folder is no run directory, or has no checkpoint that verifies and is finite, or the base is not
+            the one trained over.
+    """
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE}); train one with gptjax train")
+    config = load_config(run_dir / CONFIG_FILE)
+    choice = choose(run_dir / FOLDER, which, strict, notify)
+    if choice.folder is None or choice.manifest is None:
+        number = len(choice.rejected)
+        what = f"none of its {number} checkpoints verifies" if number else "has no checkpoint yet"
+        raise UserError(f"{run_dir}: {what}")
+    item = "ema" if config.train.ema else "params"
+    abstract = _abstract_params(config)
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    reader = checkpointer(for_all=False, at_once=largest)  # so that no second copy of all is held while reading
+    try:
+        params = restore(reader, choice.folder.absolute(), {item: abstract})[item]
+    finally:
+        reader.close()
+    check_finite(params, str(choice.folder))
+    if config.finetune.train != "all":
+        params = join(params, frozen_params(run_dir, config, base_dir or config.init_from, strict, notify))
+    elif base_dir:
+        raise UserError(f"{run_dir}: trained all of its parameters and needs no base; leave out base={base_dir}")
+    tokenizer_path = run_dir / TOKENIZER_FILE
+    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
+    return LoadedRun(config, params, tokenizer, choice.manifest.step)
+
+
+def write_run(run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer | None) -> None:
+    """Makes a run directory of parameters alone, as checkpoint 0: something to sample from and to start from.
+
+    Raises:
+        UserError: The folder holds a run already, or cannot be written.
+    """
+    if (run_dir / CONFIG_FILE).exists() or (run_dir / FOLDER).exists():
+        raise UserError(f"{run_dir}: holds a run already; name another folder")
+    write_description(run_dir, config, tokenizer)
+    checkpoints = Checkpoints(run_dir, notify=lambda message: None)
+    checkpoints.save_items(0, {"params": params}, {}, None)
+    checkpoints.close()
+    if checkpoints.problem:
+        raise UserError(checkpoints.problem)
+
+
+def check_finite(tree: Any, where: str) -> None:
+    """Refuses arrays that hold NaN or infinity: nothing that is computed from them would be a number.
+
+    Raises:
+        UserError: The message names the first such leaf.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    floats = [(path, leaf) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    for (path, _), finite in zip(floats, jax.device_get(_all_finite([leaf for _, leaf in floats])), strict=True):
+        if not finite:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"{where}: {name} holds NaN or infinity; take an older checkpoint, or train again")
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def fingerprint(params: dict) -> str:
+    """Identity of parameters, heads left out: 32 hexadecimal digits, the same for the same names and bits."""
+    digest = xxhash.xxh3_128()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(without_heads(params))
+    for path, leaf in leaves:
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _abstract_params(config: Config) -> dict:
+    """Shapes and dtypes of the parameters that a run trains, placed on one device."""
+    return on_one_device(jax.eval_shape(lambda: init_split(config)[0]))
+
+
+def frozen_params(run_dir: Path, config: Config, base_dir: str, strict: bool, notify: Callable[[str], None]) -> dict:
+    """The parameters of its base that a run did not train, in the run's dtype."""
+    base = load_run(Path(base_dir).expanduser(), strict=strict, notify=notify)
+    _check_base(run_dir, base.params, base_dir)
+    return jax.jit(lambda given: init_split(config, given)[1])(without_heads(base.params))
+
+
+def _check_base(run_dir: Path, params: dict, base_dir: str) -> None:
+    expected = json.loads((run_dir / BASE_FILE).read_text())["fingerprint"]
+    if fingerprint(params) != expected:
+        raise UserError(
+            f"{run_dir}: was trained over another base than {base_dir}: its parameters are not those that"
+            f" {BASE_FILE} identifies ({expected[:8]}); give the right run as base, or train again"
+        )
+
+
+def on_one_device(shapes: Any) -> Any:
+    """Shapes and dtypes with the sharding of this process's first device."""
+    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)

@@ -1,0 +1,45 @@
+"""Options of a run that several processes share."""
+
+import dataclasses
+import re
+
+from gptjax.config.rules import no_effect, not_negative, positive
+from gptjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How processes find each other. SLURM, Open MPI, Kubernetes and TPU pods say it themselves; by hand, give each
+    process the first three. Nothing of it is kept in the run directory.
+    """
+
+    coordinator: str = ""
+    """HOST:PORT on which process 0 listens, the same for every process; empty: as the cluster says."""
+    num_processes: int = 0
+    """How many processes there are, where coordinator is given."""
+    process_id: int = -1
+    """Which of them this one is, from 0, where coordinator is given."""
+    detect: bool = True
+    """Join the processes that a cluster started together with this one; false: run alone."""
+    start_timeout: int = 300
+    """Seconds to wait until all processes have come."""
+    lost_timeout: int = 30
+    """Seconds of silence after which a process counts as lost, and the others stop."""
+
+    def __post_init__(self):
+        positive("cluster", self, "start_timeout", "lost_timeout")
+        not_negative("cluster", self, "num_processes")
+        given = bool(self.coordinator)
+        no_effect("cluster", self, "num_processes", given, "cluster.coordinator")
+        no_effect("cluster", self, "process_id", given, "cluster.coordinator")
+        no_effect("cluster", self, "detect", not given, "a cluster's own word (cluster.coordinator is given)")
+        if not given:
+            return
+        if not re.fullmatch(r"\S+:\d{1,5}", self.coordinator):
+            raise UserError(f"cluster.coordinator={self.coordinator!r} must be HOST:PORT of process 0, as node7:12345")
+        positive("cluster", self, "num_processes")
+        if not 0 <= self.process_id < self.num_processes:
+            raise UserError(
+                f"cluster.process_id={self.process_id} must lie in [0, {self.num_processes}), one number for each of"
+                f" cluster.num_processes={self.num_processes}"
+            )

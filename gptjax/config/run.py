@@ -1,0 +1,421 @@
+"""Everything that defines a run, as frozen dataclasses: the only place that knows a default."""
+
+import dataclasses
+import math
+import re
+from typing import Literal
+
+from gptjax.config.cluster import ClusterConfig
+from gptjax.config.rules import LARGEST_COUNT, fraction, no_effect, not_negative, positive, usable_paths
+from gptjax.config.task import LABELLED, AdapterConfig, FinetuneConfig, TaskConfig
+from gptjax.errors import UserError, did_you_mean
+
+MOST_PARAMETERS = 10**13
+"""Beyond it lies a slip of the pen, which would end in an error of the compiler's."""
+TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the decoder."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Query heads."""
+    n_kv_head: int = 0
+    """Key and value heads, each shared by n_head / n_kv_head query heads; 0: as many as n_head."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    block_size: int = 1024
+    """Longest sequence, in tokens."""
+    vocab_size: int = 0
+    """Tokens that the model knows; 0: as many as the tokenizer has."""
+    vocab_multiple: int = 1
+    """The embedding gets a multiple of this many rows; rows past vocab_size are never predicted."""
+    dropout: float = 0.0
+    """Probability of zeroing embeddings, attention weights and what a layer adds to the residual stream."""
+    attention_window: int = 0
+    """Tokens that each token attends to, itself included (arXiv:2004.05150, section 3.1); 0: all before it."""
+    bias: bool = True
+    """Bias vectors in linear layers and norms, as GPT-2 has."""
+    tied_embeddings: bool = True
+    """Read out logits with the token embedding."""
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+
+    def __post_init__(self):
+        positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple")
+        not_negative("model", self, "n_kv_head", "vocab_size", "attention_window")
+        fraction("model", self, "dropout")
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head};"
+                f" the nearest that is: {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
+            )
+        if self.n_head % self.kv_heads:
+            raise UserError(f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.n_kv_head}")
+        if self.attention_window >= self.block_size:
+            raise UserError(
+                f"model.attention_window={self.attention_window} has no effect at model.block_size={self.block_size};"
+                " give less, or 0 for all"
+            )
+        parameters = 12 * self.n_layer * self.n_embd**2 + (self.padded_vocab_size + self.block_size) * self.n_embd
+        if parameters > MOST_PARAMETERS:
+            raise UserError(
+                f"model.n_layer={self.n_layer}, n_embd={self.n_embd}, vocab_size={self.vocab_size}:"
+                f" {parameters:.1e} parameters, must be at most {MOST_PARAMETERS:.1e}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, with the default resolved."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers in the model."""
+        return self.dropout > 0 or self.adapter.dropout > 0
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    kind: Literal["bytes", "chars", "tiktoken", "bpe"] = "tiktoken"
+    """bytes; chars: those of the corpus; tiktoken: a published encoding; bpe: trained on the corpus."""
+    name: str = "gpt2"
+    """Encoding for kind tiktoken: gpt2, r50k_base, p50k_base, cl100k_base or o200k_base."""
+    vocab_size: int = 4096
+    """Tokens that kind bpe learns, the 256 bytes and <|endoftext|> included."""
+
+    def __post_init__(self):
+        if self.kind == "tiktoken" and self.name not in TIKTOKEN_NAMES:
+            raise UserError(
+                f"tokenizer.name={self.name!r} must be one of {', '.join(TIKTOKEN_NAMES)}."
+                f"{did_you_mean(self.name, TIKTOKEN_NAMES)}"
+            )
+        if self.vocab_size < 257:
+            raise UserError(f"tokenizer.vocab_size={self.vocab_size} must be at least 257: 256 bytes and <|endoftext|>")
+        no_effect("tokenizer", self, "name", self.kind == "tiktoken", "tokenizer.kind=tiktoken")
+        no_effect("tokenizer", self, "vocab_size", self.kind == "bpe", "tokenizer.kind=bpe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it is cut. Exactly one of path, source and hf_dataset is given."""
+
+    path: tuple[str, ...] = ()
+    """Files, folders or globs: .txt .md .py .jsonl .csv .parquet .conll, each also .gz or .zst."""
+    source: Literal["", "python-stdlib"] = ""
+    """A corpus that every machine has: python-stdlib is the running Python's standard library."""
+    hf_dataset: str = ""
+    """NAME[:CONFIG][@SPLIT] for the datasets library: a local folder or the hub."""
+    streaming: bool = False
+    """Read hf_dataset as a stream instead of downloading it whole."""
+    text_field: str = "text"
+    """Field (JSONL), column (CSV, parquet) or feature (datasets) that holds the text."""
+    max_documents: int = 0
+    """Stop reading after this many documents; 0: all."""
+    validation_fraction: float = 0.1
+    """Share held out: of documents by hash; of a single document, its end."""
+    invalid_utf8: Literal["error", "replace", "skip"] = "error"
+    """Bytes that are no UTF-8: stop, put U+FFFD, or leave the document out (counted)."""
+    unicode: Literal["keep", "NFC"] = "keep"
+    """Unicode normalisation."""
+    newlines: Literal["keep", "unix"] = "keep"
+    """unix: CRLF and lone CR become LF."""
+    min_characters: int = 0
+    """Leave out shorter documents (counted)."""
+    drop_duplicates: bool = False
+    """Leave out documents whose text came before (counted)."""
+    attend_across_documents: bool = False
+    """Let tokens attend to earlier documents in the same window."""
+    verify: Literal["full", "header"] = "full"
+    """What is checked of prepared data when a run opens it: every byte and every id, or headers and sizes only."""
+
+    def __post_init__(self):
+        given = [name for name in ("path", "source", "hf_dataset") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"data.{given[0]} and data.{given[1]} are both set; give one")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
+        not_negative("data", self, "max_documents", "min_characters")
+        usable_paths("data", self, "path")
+        no_effect("data", self, "streaming", bool(self.hf_dataset), "data.hf_dataset")
+        if self.source:
+            for name in ("text_field", "invalid_utf8"):
+                no_effect("data", self, name, False, "text of your own")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its learning rate."""
+
+    name: Literal["adamw", "lion"] = "adamw"
+    """adamw (arXiv:1711.05101) or lion (arXiv:2302.06675)."""
+    learning_rate: float = 6e-4
+    """Peak, reached after warmup_steps."""
+    min_learning_rate: float = 6e-5
+    """Where schedule cosine, linear or wsd ends."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """wsd: constant, then linear over the last wsd_decay_fraction of the steps (arXiv:2404.06395)."""
+    wsd_decay_fraction: float = 0.2
+    """Share of num_steps in which schedule wsd decays."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices and embeddings only."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    """Added to the denominator of adamw."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+
+    def __post_init__(self):
+        not_negative(
+            "optim",
+            self,
+            "learning_rate",
+            "min_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "eps",
+            "grad_clip",
+        )
+        fraction("optim", self, "beta1", "beta2")
+        if not 0 < self.wsd_decay_fraction <= 1:
+            raise UserError(f"optim.wsd_decay_fraction={self.wsd_decay_fraction} must lie in (0, 1]")
+        if self.schedule != "constant" and self.min_learning_rate > self.learning_rate:
+            raise UserError(
+                f"optim.min_learning_rate={self.min_learning_rate} must not exceed"
+                f" optim.learning_rate={self.learning_rate}"
+            )
+        no_effect("optim", self, "wsd_decay_fraction", self.schedule == "wsd", "optim.schedule=wsd")
+        no_effect("optim", self, "min_learning_rate", self.schedule != "constant", "a schedule that decays")
+        no_effect("optim", self, "eps", self.name == "adamw", "optim.name=adamw")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: how long, how much at once, in which precision, and what is written when."""
+
+    num_steps: int = 1000
+    """Optimizer updates."""
+    batch_size: int = 16
+    """Sequences per step, over all devices."""
+    micro_batch_size: int = 0
+    """Sequences per forward pass, over all devices; gradients add up to batch_size. 0: batch_size."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameters and optimizer moments."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Operands of matrix products; float16 brings a dynamic loss scale. auto: bfloat16 where the machine multiplies it,
+    else float32; the run's own config says which."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the vocabulary."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normalizer (arXiv:2204.02311, section 5)."""
+    spike_sigma: float = 20.0
+    """Make no update in a step whose loss or gradient norm lies this many deviations above its running mean; 0: do."""
+    max_skipped_in_a_row: int = 10
+    """Stop after this many steps in a row that made no update, with a dump of what they saw."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the parameters, used for evaluation and sampling; 0: none."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+    unroll: int = 0
+    """Blocks per iteration of the loop over layers; 0: all of them. More runs faster and compiles longer."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 250
+    """Steps between evaluations; 0: only at the end."""
+    eval_windows: int = 512
+    """Validation windows in an evaluation, evenly spaced, always the same; 0: all."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, beside the best one."""
+    strict_checkpoints: bool = False
+    """Refuse to go on where the newest checkpoint is damaged, instead of using an older one."""
+    allow_data_change: bool = False
+    """Go on with other data or another batch_size than the run had; what was seen before may come again."""
+    patience: int = 0
+    """Stop after this many evaluations without a new best loss; 0: never."""
+    sample_prompt: str = "\n"
+    """Prompt of the sample at each evaluation."""
+    sample_tokens: int = 64
+    """Length of that sample; 0: none."""
+
+    def __post_init__(self):
+        positive("train", self, "num_steps", "batch_size", "log_every", "keep_checkpoints", "max_skipped_in_a_row")
+        not_negative(
+            "train",
+            self,
+            "micro_batch_size",
+            "unroll",
+            "eval_every",
+            "eval_windows",
+            "save_every",
+            "patience",
+        )
+        not_negative("train", self, "z_loss", "sample_tokens", "spike_sigma")
+        fraction("train", self, "label_smoothing", "ema")
+        if self.batch_size % self.micro_batch:
+            raise UserError(
+                f"train.batch_size={self.batch_size} must be divisible by"
+                f" train.micro_batch_size={self.micro_batch_size}"
+            )
+        if self.sample_tokens and not self.sample_prompt:
+            raise UserError("train.sample_prompt is empty; give a text, or train.sample_tokens=0 for no samples")
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass, with the default resolved."""
+        return self.micro_batch_size or self.batch_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices along each axis; at most one axis is -1: all devices that are left."""
+
+    data: int = -1
+    """Data parallel: each device its rows."""
+    fsdp: int = 1
+    """Data parallel with parameters and optimizer state cut over the devices."""
+    tensor: int = 1
+    """Heads, MLP width and vocabulary cut over the devices."""
+    context: int = 1
+    """Positions of each row cut over the devices; keys and values go round them."""
+    stage: int = 1
+    """Layers cut over the devices; micro-batches go through them one after another."""
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise UserError(f"mesh.{name}={size} must be positive, or -1 for all devices that are left")
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError(f"mesh: only one axis may be -1, not {[n for n, s in sizes.items() if s == -1]}")
+
+    @property
+    def size(self) -> int:
+        """Devices that the axes take, one that is -1 left out."""
+        return math.prod(size for size in dataclasses.asdict(self).values() if size != -1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartConfig:
+    """One of several tasks that share a model."""
+
+    name: str
+    """Of its head and its scores: letters, digits, - and _."""
+    weight: float = 1.0
+    """Of its mean loss in the sum that is minimised."""
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise UserError(f"parts: name={self.name!r} must be of letters, digits, - and _")
+        positive(f"parts: {self.name}", self, "weight")
+        if self.task.kind not in ("classify", "tag", "instruct"):
+            raise UserError(f"parts: {self.name}: task.kind={self.task.kind} must be classify, tag or instruct")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run."""
+
+    run_dir: str = "runs/default"
+    """Where config, metrics, samples and checkpoints go; a run that has a checkpoint goes on from it."""
+    seed: int = 0
+    """Of initial weights, dropout and the order of the data."""
+    init_from: str = ""
+    """Run directory whose weights the run starts from."""
+    cache_dir: str = "~/.cache/gptjax"
+    """Prepared data and compiled programs, shared by runs."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+    parts: tuple[PartConfig, ...] = ()
+    """The tasks of task.kind=multi, each with name, weight, task and data of its own; a list in the file, no flag."""
+
+    def __post_init__(self):
+        if not self.run_dir:
+            raise UserError("run_dir is empty; name a folder for the run")
+        usable_paths("", self, "run_dir", "init_from", "cache_dir")
+        if self.init_from == self.run_dir:
+            raise UserError(f"init_from={self.init_from} is the run_dir itself; a run goes on by itself")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
+        if self.train.batch_size * self.model.block_size > LARGEST_COUNT:
+            raise UserError(
+                f"train.batch_size={self.train.batch_size} times model.block_size={self.model.block_size}"
+                f" must be at most {LARGEST_COUNT} tokens"
+            )
+        self._check_task()
+
+    @property
+    def heads(self) -> dict[str, TaskConfig]:
+        """The tasks that have a head, by the name of the head."""
+        if self.task.kind == "multi":
+            return {part.name: part.task for part in self.parts if part.task.kind in LABELLED}
+        return {self.task.kind: self.task} if self.task.kind in LABELLED else {}
+
+    def of_part(self, part: PartConfig) -> "Config":
+        """The config of one task alone, under the same model."""
+        train = "all" if self.model.adapter.kind == "none" else "new"
+        return dataclasses.replace(self, task=part.task, data=part.data, parts=(), finetune=FinetuneConfig(train=train))
+
+    def _check_task(self) -> None:
+        labelled, rows = bool(self.heads), self.task.kind != "pretrain"
+        names = [part.name for part in self.parts]
+        if (self.task.kind == "multi") != (len(names) > 1) or len(set(names)) < len(names):
+            raise UserError("task.kind=multi needs two parts or more, each with another name; other tasks have none")
+        for part in self.parts:
+            self.of_part(part)
+        if self.task.kind == "multi":
+            for field in dataclasses.fields(DataConfig):
+                no_effect("data", self.data, field.name, False, "another task.kind; each of parts has data of its own")
+        new = labelled or self.model.adapter.kind != "none"
+        if rows:
+            no_effect("train", self.train, "eval_windows", False, "task.kind=pretrain")
+            text_only = ("source", "invalid_utf8", "unicode", "newlines", "min_characters", "drop_duplicates")
+            for name in (*text_only, "attend_across_documents"):
+                no_effect("data", self.data, name, False, "task.kind=pretrain")
+        if self.task.kind in LABELLED:
+            no_effect("train", self.train, "z_loss", False, "a task that predicts tokens")
+            no_effect("train", self.train, "sample_prompt", False, "a task that predicts tokens")
+            if self.task.multi_label:
+                no_effect("train", self.train, "label_smoothing", False, "one label a text")
+        if self.finetune.train != "all" and not self.init_from:
+            raise UserError(
+                f"finetune.train={self.finetune.train} would leave random numbers as they are; name the run to start"
+                " from as init_from"
+            )
+        if self.finetune.train == "new" and not new:
+            raise UserError(
+                "finetune.train=new: nothing would be trained; set model.adapter.kind, or a task.kind with a head"
+            )
+        if self.model.adapter.kind != "none" and self.finetune.train not in ("new", "paths"):
+            raise UserError(
+                f"finetune.train={self.finetune.train} would train the model under its"
+                f" {self.model.adapter.kind} adapter; set finetune.train=new (or paths)"
+            )
+        no_effect("finetune", self.finetune, "head_learning_rate", labelled, "a task.kind with a head")

@@ -1,0 +1,224 @@
+"""Options of the verbs that use a trained model, as frozen dataclasses: like `config`, the only place of a default."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.config.rules import no_effect, not_negative, positive, usable_paths
+from gptjax.config.run import Config, DataConfig
+from gptjax.errors import UserError, did_you_mean
+
+CHIP_NAMES = ("h100", "h100-pcie", "h200", "b200", "a100", "l4", "v4", "v5e", "v5p", "v6e")
+"""The names of `machine.chips.CHIPS`."""
+MOST_ROWS = 2**16
+"""Continuations that are made at once."""
+MOST_DEVICES = 512
+"""Virtual devices that a step is compiled for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which parameters of a run are used."""
+
+    checkpoint: Literal["best", "latest"] = "best"
+    """best: lowest validation loss (the latest where none was evaluated)."""
+    strict: bool = False
+    """Refuse where that checkpoint is damaged, instead of using another one."""
+    base: str = ""
+    """Run under an adapter or a head, where it is not where it was."""
+
+    def __post_init__(self):
+        usable_paths("", self, "base")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig(CheckpointConfig):
+    """Continues prompts with a trained model."""
+
+    run_dir: str = ""
+    """Run directory of the model."""
+    prompt: tuple[str, ...] = ()
+    """One or several texts to continue; standard input where neither this nor prompt_file is given."""
+    prompt_file: str = ""
+    """File whose whole text is the prompt."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    max_new_tokens: int = 256
+    """Tokens at most; a sample ends earlier at end-of-text."""
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Choose among this many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Choose among the fewest tokens that hold this much probability (arXiv:1904.09751)."""
+    seed: int = 0
+    """The same seed gives the same text, whatever else is in the batch."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Operands of matrix products; on a GPU or TPU also activations and the cache, which are float32 on a CPU."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights rounded to 8 bits, a scale for each output; on a CPU twice as fast for one sequence."""
+    allow_special: bool = False
+    """Read <|endoftext|> in a prompt as the special token instead of plain text."""
+    ignore_end_of_text: bool = False
+    """Go on after end-of-text."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive("", self, "num_samples", "max_new_tokens")
+        not_negative("", self, "temperature", "top_k")
+        usable_paths("", self, "run_dir", "prompt_file")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
+        if max(1, len(self.prompt)) * self.num_samples > MOST_ROWS:
+            raise UserError(
+                f"num_samples={self.num_samples} of {max(1, len(self.prompt))} prompts: at most {MOST_ROWS}"
+            )
+        if 0 < self.temperature < 1e-3:
+            raise UserError(f"temperature={self.temperature} must be 0 (the likeliest token) or at least 0.001")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.prompt and self.prompt_file:
+            raise UserError("prompt and prompt_file are both set; give one")
+        for name in ("top_k", "top_p"):
+            no_effect("", self, name, self.temperature > 0, "temperature above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(CheckpointConfig):
+    """Measures a trained model on text: its own validation data, or what `data` names."""
+
+    run_dir: str = ""
+    """Run directory of the model."""
+    windows: int = 0
+    """Validation windows, evenly spaced; 0: all."""
+    batch_size: int = 16
+    """Windows at a time."""
+    language_model: bool = False
+    """Measure the next token's loss of a run that learned labels, on the text of the run it started from."""
+    part: str = ""
+    """Which task of a run that learned several."""
+    figure: str = ""
+    """File to draw the confusion matrix of labels into: .png, .svg or .pdf."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.run_dir:
+            raise UserError("run_dir is missing; name the folder of a trained run")
+        usable_paths("", self, "run_dir")
+        if not (self.data.path or self.data.source or self.data.hf_dataset) and self.data != DataConfig():
+            raise UserError(
+                "data options have no effect on the run's own data; set data.path, source or hf_dataset too"
+            )
+        not_negative("", self, "windows")
+        if self.language_model:
+            no_effect("", self, "figure", False, "labels")
+        positive("", self, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictConfig(CheckpointConfig):
+    """Labels texts with a model that was trained for it; each line of the result is a JSON object."""
+
+    run_dir: str = ""
+    """Run directory of the model."""
+    part: str = ""
+    """Which task of a run that learned several."""
+    text: tuple[str, ...] = ()
+    """One or several texts; words for a run that tags stand apart by spaces."""
+    file: str = ""
+    """File of rows with the fields of the run's training data: .jsonl .csv .tsv .parquet .conll."""
+    out: str = ""
+    """JSONL file to write, complete or not at all; standard output where none is given."""
+    batch_size: int = 16
+    """Texts at a time."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.run_dir:
+            raise UserError("run_dir is missing; name the folder of a trained run")
+        if bool(self.text) == bool(self.file):
+            raise UserError("give either --text TEXT or --file FILE")
+        usable_paths("", self, "run_dir", "file", "out")
+        positive("", self, "batch_size")
+        no_effect("", self, "out", bool(self.file), "file")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Where an imported model goes."""
+
+    to: str
+    """Run directory to make."""
+    tokenizer: str = ""
+    """Name of a tiktoken encoding, for models that come without a tokenizer."""
+
+    def __post_init__(self):
+        usable_paths("", self, "to")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(CheckpointConfig):
+    """Where an exported model goes."""
+
+    to: str
+    """Folder to write."""
+    merge: bool = False
+    """Add a lora adapter to the weights of its base."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        usable_paths("", self, "to")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyResumeConfig:
+    """How a run is killed and gone on with; options of the run itself may follow, as for train."""
+
+    steps: int = 20
+    """Steps of the run that is killed and of the one that it is compared with."""
+    save_every: int = 4
+    """Steps between checkpoints."""
+    kills: int = 4
+    """SIGKILLs at random moments, before the run is left to end."""
+    kill_seed: int = 0
+    """Of the moments."""
+
+    def __post_init__(self):
+        positive("", self, "steps", "save_every", "kills")
+        not_negative("", self, "kill_seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What a run is planned for; options of the run itself may follow, as for train."""
+
+    devices: int
+    """How many chips, up to 512."""
+    chip: str
+    """h100, h100-pcie, h200, b200, a100, l4, v4, v5e, v5p or v6e."""
+    json: bool = False
+    """Print one JSON object, in bytes, FLOPs and seconds."""
+
+    def __post_init__(self):
+        positive("", self, "devices")
+        if self.devices > MOST_DEVICES:
+            raise UserError(f"devices={self.devices} must be at most {MOST_DEVICES}")
+        if self.chip not in CHIP_NAMES:
+            raise UserError(
+                f"chip={self.chip!r} must be one of {', '.join(CHIP_NAMES)}.{did_you_mean(self.chip, CHIP_NAMES)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What is verified in full; the machine is described in any case."""
+
+    check: tuple[str, ...] = ()
+    """Config files, run directories and folders of prepared data; may be given without the option's name."""
+    all_data: bool = False
+    """Verify every data set in cache_dir too."""
+    cache_dir: str = Config.cache_dir
+    """Cache of prepared data and compiled programs to look at."""
+
+    def __post_init__(self):
+        usable_paths("", self, "check", "cache_dir")

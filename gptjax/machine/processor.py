@@ -1,0 +1,36 @@
+"""What the processor can do, as far as the operating system tells."""
+
+import hashlib
+import platform
+from pathlib import Path
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16; no, where the system does not tell."""
+    return not processor_flags().isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))  # the last one: Arm
+
+
+def processor_flags() -> set[str]:
+    """What the processor can do, in the system's words; empty, where it does not tell."""
+    return {word for line in _processor_lines() for word in line.split()}
+
+
+def identity() -> str:
+    """Names the processor by what it can do, as far as the system tells."""
+    identity = "\n".join([platform.machine(), platform.processor(), *_processor_lines()])
+    return f"{platform.machine()}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _processor_lines() -> list[str]:
+    words = ("model name", "flags", "Features", "CPU part")
+    return sorted({line for line in lines_of(CPU_INFO) if line.startswith(words)})
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file of the system; none, where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

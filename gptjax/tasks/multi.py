@@ -1,0 +1,47 @@
+"""Learns several tasks at once, each with a part of every batch."""
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.batches.multi import MultiBatch, MultiBatches
+from gptjax.config.run import Config
+from gptjax.evaluation.labels import MultiScores
+from gptjax.ops.cross_entropy import Loss
+from gptjax.tasks.task import LossFunction, Task
+
+
+def parts_of(config: Config) -> dict[str, Config]:
+    """The config of each task of a run by its name; a task alone has its kind as name."""
+    if config.task.kind == "multi":
+        return {part.name: config.of_part(part) for part in config.parts}
+    return {config.task.kind: config}
+
+
+def combined_loss(losses: dict[str, LossFunction]) -> LossFunction:
+    """Adds the losses of parts, each times its share, summed over the batch."""
+
+    def summed(params: dict, batch: MultiBatch, key: jax.Array | None) -> Loss:
+        shares = {name: batch.shares[name][0] for name in losses}
+        found = {name: loss(params, batch.parts[name], key) for name, loss in losses.items()}
+        objective = jnp.stack([found[name].objective * shares[name] for name in losses])
+        nll = jnp.stack([found[name].nll * shares[name] for name in losses])
+        return Loss(jnp.sum(objective), jnp.sum(nll), jnp.sum(batch.counts))
+
+    return summed
+
+
+def combine(weights: dict[str, float], tasks: dict[str, Task]) -> Task:
+    """One task of several; its validation loss is the weighted mean of theirs."""
+
+    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> MultiScores:
+        found = {name: task.evaluate(params, sharding) for name, task in tasks.items()}
+        mean = sum(weights[name] * scores.val_loss for name, scores in found.items()) / sum(weights.values())
+        return MultiScores(mean, found)
+
+    return Task(
+        MultiBatches({name: task.windows for name, task in tasks.items()}, weights),
+        sum(task.tokens_per_row for task in tasks.values()),
+        " ".join(task.data_hash for task in tasks.values()),
+        evaluate,
+        tuple(f"{name}: {note}" for name, task in tasks.items() for note in task.notes),
+    )

@@ -1,0 +1,125 @@
+"""The kinds of tasks, and what a run makes of them."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gptjax.config.run import Config, DataConfig
+from gptjax.config.task import LABELLED, TaskConfig
+from gptjax.evaluation.labels import require_finetune
+from gptjax.model.gpt import Compute
+from gptjax.model.loss import batch_states
+from gptjax.report.progress import say
+from gptjax.tasks import classify, instruct, pretrain, tag
+from gptjax.tasks.multi import combine, combined_loss, parts_of
+from gptjax.tasks.task import Compile, Kind, LossFunction, Source, StatesLoss, Task
+from gptjax.text import labelled
+from gptjax.text.labelled import Examples
+from gptjax.text.prepare import prepare
+from gptjax.text.rows import Row
+from gptjax.text.tokenizer import Tokenizer, make_tokenizer
+
+TASKS: dict[str, Kind] = {
+    "pretrain": pretrain.KIND,
+    "classify": classify.KIND,
+    "tag": tag.KIND,
+    "instruct": instruct.KIND,
+}
+"""By `task.kind`; `multi` is made of these."""
+
+
+def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
+    """Reads a run's text or examples, and makes its tokenizer where none is given.
+
+    Raises:
+        UserError: Something cannot be read, or is wrong.
+    """
+    if config.task.kind == "pretrain":
+        cache = Path(config.cache_dir).expanduser()
+        prepared = prepare(config.data, config.tokenizer, cache, report=say, tokenizer_override=tokenizer)
+        return Source(prepared.tokenizer, prepared.dataset, {})
+    if config.heads:
+        require_finetune()
+    parts = parts_of(config)
+    examples = {name: read_examples(part.task, part.data) for name, part in parts.items()}
+    if tokenizer is None:
+        texts = {name: TASKS[part.task.kind].plain_text for name, part in parts.items()}
+        tokenizer = make_tokenizer(
+            config.tokenizer, lambda: (texts[name](e) for name, part in examples.items() for e in part.train)
+        )
+    return Source(tokenizer, None, examples)
+
+
+def read_examples(task: TaskConfig, data: DataConfig) -> Examples:
+    """Reads a task's rows and holds some out, see `text.labelled.read_examples`."""
+    parse_row = TASKS[task.kind].parse_row
+    assert parse_row is not None
+    return labelled.read_examples(parse_row, task, data)
+
+
+def parse(rows: Iterable[Row], task: TaskConfig, data: DataConfig, labelled: bool = True) -> Iterator[Any]:
+    """Turns rows into the task's examples.
+
+    Args:
+        rows: As read.
+        task: Names the fields.
+        data: Names the text field.
+        labelled: Whether a row must have its label; if not, none is read.
+
+    Raises:
+        UserError: A field is missing, empty or of another type.
+    """
+    parse_row = TASKS[task.kind].parse_row
+    assert parse_row is not None
+    return (parse_row(row, task, data, labelled) for row in rows)
+
+
+def with_labels(config: Config, examples: dict[str, Examples]) -> Config:
+    """Fills in the labels that were found."""
+
+    def filled(task: TaskConfig, name: str) -> TaskConfig:
+        if task.kind not in LABELLED:
+            return task
+        found = examples[name]
+        return dataclasses.replace(task, labels=found.labels, multi_label=found.multi_label)
+
+    if config.task.kind == "multi":
+        parts = (dataclasses.replace(part, task=filled(part.task, part.name)) for part in config.parts)
+        return dataclasses.replace(config, parts=tuple(parts))
+    return dataclasses.replace(config, task=filled(config.task, config.task.kind))
+
+
+def make_loss(config: Config, compute: Compute) -> LossFunction:
+    """Returns `loss(params, batch, key)`, summed over the batch."""
+    losses = {name: make_part_loss(part, name, compute) for name, part in parts_of(config).items()}
+    return combined_loss(losses) if config.task.kind == "multi" else losses[config.task.kind]
+
+
+def make_part_loss(config: Config, name: str, compute: Compute) -> LossFunction:
+    """Returns the loss of one task, whose head has that name."""
+    of_states = make_states_loss(config, name)
+    return lambda params, batch, key: of_states(params, batch_states(config.model, compute, params, batch, key), batch)
+
+
+def make_states_loss(config: Config, name: str) -> StatesLoss:
+    """Returns the loss of one task as a function of parameters, final hidden states, and the batch."""
+    return TASKS[config.task.kind].states_loss(config, name)
+
+
+def make_task(config: Config, source: Source, compute: Compute, compiled: Compile) -> Task:
+    """Builds batches and measurement of a run from what was read.
+
+    Args:
+        config: Knows vocabulary and labels by now.
+        source: As `read_source` returns it.
+        compute: Precision and layout.
+        compiled: Makes a function of parameters and a batch a compiled one.
+    """
+    tasks = {
+        name: TASKS[part.task.kind].build(part, name, source, compute, compiled)
+        for name, part in parts_of(config).items()
+    }
+    if config.task.kind != "multi":
+        return tasks[config.task.kind]
+    return combine({part.name: part.weight for part in config.parts}, tasks)

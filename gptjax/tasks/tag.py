@@ -1,0 +1,67 @@
+"""Learns a label for each word of a sentence."""
+
+from collections.abc import Sequence
+
+import jax
+
+from gptjax.batches.packed import PackedSequences, encode_words
+from gptjax.config.run import Config, DataConfig
+from gptjax.config.task import TaskConfig
+from gptjax.errors import UserError
+from gptjax.evaluation.labels import LabelScores, Predictions, score
+from gptjax.evaluation.predict import make_predict, predict_words
+from gptjax.model.gpt import Compute
+from gptjax.tasks.classify import compiled_predict, label_states_loss
+from gptjax.tasks.task import Compile, Kind, Source, Task, hash_sequences, longest
+from gptjax.text.labelled import Words, strings
+from gptjax.text.rows import Row
+from gptjax.text.tokenizer import Tokenizer
+
+
+def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
+    """See `task.Kind`."""
+    tokenizer, examples = source.tokenizer, source.examples[name]
+    task = config.task
+    train = encode_words(examples.train, tokenizer, task.labels, longest(config), task.lookahead)
+    validation = encode_words(examples.validation, tokenizer, task.labels, longest(config), task.lookahead)
+    windows = PackedSequences(train.sequences, longest(config), config.seed)
+    predict = compiled(make_predict(config.model, task, name, compute))
+
+    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> LabelScores:
+        return score(*predict_words(predict, params, validation, task.labels, config.train.micro_batch, sharding))
+
+    note = f"{len(examples.train):,} sentences, {len(examples.validation):,} to validate on"
+    return Task(windows, windows.mean_tokens, hash_sequences(train.sequences), evaluate, (note,))
+
+
+def predict(
+    config: Config,
+    name: str,
+    params: dict,
+    tokenizer: Tokenizer,
+    examples: Sequence[Words],
+    batch_size: int,
+    compute: Compute,
+    sharding: jax.sharding.Sharding,
+) -> tuple[Predictions, float]:
+    """See `classify.predict`."""
+    task = config.task
+    words = encode_words(examples, tokenizer, task.labels, longest(config), task.lookahead)
+    compiled = compiled_predict(config.model, task, name, compute)
+    return predict_words(compiled, params, words, task.labels, batch_size, sharding)
+
+
+def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool) -> Words:
+    """See `text.labelled.ParseRow`."""
+    words = strings(row, task.tokens_field, "task.tokens_field")
+    if not words or not all(word.strip() for word in words):
+        raise UserError(f"{row.where}: field {task.tokens_field!r} has no word, or an empty one")
+    if not labelled:
+        return Words(words, (), row.where)
+    tags = strings(row, task.tags_field, "task.tags_field")
+    if len(tags) != len(words):
+        raise UserError(f"{row.where}: {len(words)} words in {task.tokens_field!r}, {len(tags)} in {task.tags_field!r}")
+    return Words(words, tags, row.where)
+
+
+KIND = Kind(build, label_states_loss, parse_row, lambda example: " ".join(example.words), predict)

@@ -1,0 +1,82 @@
+"""What the loop and the verbs know of a task; each task builds one of these in a file of its own."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import xxhash
+
+from gptjax.batches.multi import Windows
+from gptjax.batches.packed import Asked
+from gptjax.config.run import Config
+from gptjax.evaluation.labels import LabelScores, MultiScores, Predictions
+from gptjax.evaluation.loss import Evaluation
+from gptjax.model.gpt import Compute
+from gptjax.ops.cross_entropy import Loss
+from gptjax.text.labelled import Examples, ParseRow
+from gptjax.text.shards import Dataset
+from gptjax.text.tokenizer import Tokenizer
+
+Scores = Evaluation | LabelScores | MultiScores
+Compile = Callable[[Callable], Callable]
+LossFunction = Callable[[dict, Any, jax.Array | None], Loss]
+StatesLoss = Callable[[dict, jax.Array, Any], Loss]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What was read: tokens of text, or examples."""
+
+    tokenizer: Tokenizer
+    dataset: Dataset | None
+    examples: dict[str, Examples]
+    """By the name of the task's part; a task alone has its kind as name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the loop needs to know of a task."""
+
+    windows: Windows
+    tokens_per_row: float
+    """Tokens in a row of a batch, on average."""
+    data_hash: str
+    evaluate: Callable[[dict, jax.sharding.Sharding], Scores]
+    notes: tuple[str, ...] = ()
+    """What the user should know of the examples, one line each."""
+
+
+class Kind(NamedTuple):
+    """How a task of one kind is made."""
+
+    build: Callable[[Config, str, Source, Compute, Compile], Task]
+    """From the config of the part, its name, what was read, precision and layout, and a function that compiles."""
+    states_loss: Callable[[Config, str], StatesLoss]
+    """The loss as a function of parameters, final hidden states `[B, T, D]`, and the batch."""
+    parse_row: ParseRow | None = None
+    """Makes an example of a row; None: the task learns from prepared text."""
+    plain_text: Callable[[Any], str] = str
+    """The text of an example, for training a tokenizer."""
+    predict: Callable[..., tuple[Predictions, float]] | None = None
+    """For tasks with labels: see `classify.predict`."""
+
+
+def longest(config: Config) -> int:
+    """Tokens of the longest text or window of a task."""
+    return config.task.max_tokens or config.model.block_size
+
+
+def hash_sequences(sequences: Sequence[Asked]) -> str:
+    """Identity of what is asked of a model."""
+    return hash_arrays(array for sequence in sequences for array in (sequence.inputs, sequence.targets))
+
+
+def hash_arrays(arrays: Iterator[np.ndarray] | Sequence[np.ndarray]) -> str:
+    """Identity of whole numbers in arrays and of the arrays' shapes."""
+    digest = xxhash.xxh3_128()
+    for array in arrays:
+        digest.update(np.array(array.shape, np.int64).tobytes())
+        digest.update(np.ascontiguousarray(array, np.int32).tobytes())
+    return digest.hexdigest()

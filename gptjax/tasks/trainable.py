@@ -1,0 +1,120 @@
+"""Which parameters a run has, which of them learn, and how fast each does."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config.run import Config
+from gptjax.errors import UserError
+from gptjax.model.gpt import init_params
+from gptjax.model.heads import init_head
+
+NEW = ("adapters/", "prompt/", "heads/")  # what a base does not have
+
+
+def init_all(config: Config, key: jax.Array, base: dict | None = None) -> dict:
+    """Draws all parameters of a run, float32: model, adapters, heads; those of `base` stay as they are."""
+    params = init_params(config.model, key)
+    if base is not None and "prompt" in params:
+        # A prompt that starts as words learns better than one that starts as noise (arXiv:2104.08691, section 3.2).
+        words = jax.random.randint(key, (config.model.adapter.tokens,), 0, config.model.vocab_size)
+        params["prompt"] = {"w": base["embed"]["tokens"][words].astype(jnp.float32)}
+    params |= base or {}
+    heads = {
+        name: init_head(config.model.n_embd, len(task.labels), jax.random.fold_in(key, number))
+        for number, (name, task) in enumerate(config.heads.items(), 1)
+    }
+    return params | {"heads": heads} if heads else params
+
+
+def init_split(config: Config, given: dict | None = None) -> tuple[dict, dict]:
+    """Draws the parameters of a run from `config.seed`, in `train.param_dtype`: trainable and frozen ones.
+
+    Parameters that are given are not drawn.
+    """
+    drawn = init_all(config, jax.random.key(config.seed), given)
+    return split(config, jax.tree.map(lambda p: p.astype(config.train.param_dtype), drawn))
+
+
+def without_heads(params: dict) -> dict:
+    """What another run starts from: heads are of the task that they learned."""
+    return {name: part for name, part in params.items() if name != "heads"}
+
+
+def split(config: Config, params: dict) -> tuple[dict, dict]:
+    """Cuts params into those that learn and those that stay; with train=top a stack of blocks is cut in two.
+
+    Raises:
+        UserError: A pattern of `finetune.paths` names no parameter.
+    """
+    options = config.finetune
+    if options.train == "all":
+        return params, {}
+    named = _flatten(params)
+    for pattern in options.paths:
+        if not any(re.search(pattern, name) for name in named):
+            raise UserError(f"finetune.paths: {pattern!r} is found in no name of a parameter: {', '.join(named)}")
+    learn, stay = {}, {}
+    for name, leaf in named.items():
+        if options.train == "top" and name.startswith("blocks/"):
+            cut = config.model.n_layer - options.top_k
+            learn[name] = leaf[cut:]
+            if cut:
+                stay[name] = leaf[:cut]
+            continue
+        chosen = name.startswith(NEW) or any(re.search(pattern, name) for pattern in options.paths)
+        chosen = chosen or (options.train == "top" and name.startswith("norm_f/"))
+        (learn if chosen else stay)[name] = leaf
+    return _unflatten(learn), _unflatten(stay)
+
+
+def join(learning: dict, frozen: dict) -> dict:
+    """Puts together what `split` cut."""
+    stay, learn = _flatten(frozen), _flatten(learning)
+    cut = {name: jnp.concatenate([stay[name], learn[name]]) for name in stay if name in learn}
+    return _unflatten(stay | learn | cut)
+
+
+def forward_params(learning: dict, frozen: dict) -> dict:
+    """What `join` gives, as the model reads it: blocks that do not learn stay a stack of their own, so that the
+    backward pass ends above them.
+    """
+    stay, learn = _flatten(frozen), _flatten(learning)
+    params = _unflatten(stay | learn)
+    return params | {"blocks": (frozen["blocks"], learning["blocks"])} if stay.keys() & learn.keys() else params
+
+
+def rates(config: Config, learning: dict) -> dict | None:
+    """Factors of the learning rate, one scalar or `[L, 1, ...]` for each leaf; None: all are 1."""
+    options, model = config.finetune, config.model
+    if options.layer_decay == 1.0 and not options.head_learning_rate:
+        return None
+    head = options.head_learning_rate / config.optim.learning_rate if options.head_learning_rate else 1.0
+
+    def one(name: str, leaf: jax.Array):
+        if name.startswith("heads/"):
+            return jnp.float32(head)
+        if name.startswith(("blocks/", "adapters/")):
+            below_top = jnp.arange(leaf.shape[0], dtype=jnp.float32)[::-1]
+            return (options.layer_decay**below_top).reshape(-1, *(1,) * (leaf.ndim - 1))
+        return jnp.float32(options.layer_decay**model.n_layer if name.startswith(("embed/", "prompt/")) else 1.0)
+
+    return _unflatten({name: one(name, leaf) for name, leaf in _flatten(learning).items()})
+
+
+def _flatten(params: dict) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _unflatten(named: dict[str, Any]) -> dict:
+    nested: dict = {}
+    for name, leaf in named.items():
+        *parts, last = name.split("/")
+        place = nested
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[last] = leaf
+    return nested

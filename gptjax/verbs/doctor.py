@@ -1,0 +1,181 @@
+"""Looks at this machine, and verifies prepared data and runs in full."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from gptjax import __version__
+from gptjax.checkpoints.checkpoint import FOLDER
+from gptjax.checkpoints.choice import entries
+from gptjax.checkpoints.manifest import DamagedError, verify
+from gptjax.checkpoints.run_dir import CONFIG_FILE, TOKENIZER_FILE
+from gptjax.config.reader import load_config
+from gptjax.config.run import Config
+from gptjax.config.verbs import DoctorConfig
+from gptjax.errors import UserError
+from gptjax.machine import allocator, compile_cache
+from gptjax.machine.native import build
+from gptjax.report.cost import readable_bytes
+from gptjax.text.prepare import find_folder, open_folder
+from gptjax.text.shards import MANIFEST
+from gptjax.text.tokenizer import load_tokenizer
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken", "tokenizers")
+
+Say = Callable[[str, str], object]
+"""Takes a line's heading and its text."""
+
+
+def run_doctor(options: DoctorConfig) -> int:
+    """Prints what `examine` finds; status 1: something is damaged."""
+    return 0 if examine(options) else 1
+
+
+def examine(options: DoctorConfig, print_line: Callable[[str], object] = print) -> bool:
+    """Describes the machine and verifies what `options.check` names; returns whether nothing is damaged.
+
+    Args:
+        options: Config files, run directories and folders of prepared data to verify.
+        print_line: Gets the report, line by line.
+
+    Raises:
+        UserError: A place is of none of these kinds.
+    """
+    places = [Path(place).expanduser() for place in options.check]
+    checks = [check for place in places for check in _checks(place)]
+    if options.all_data:
+        checks += [_data_check(path.parent) for path in _prepared_folders(options.cache_dir)]
+
+    def say(heading: str, text: str) -> None:
+        print_line(f"{heading:12}{text}")
+
+    _describe_machine(say)
+    _describe_cache(say, Path(options.cache_dir).expanduser())
+    damaged = 0
+    for check in checks:
+        try:
+            say("ok", check())
+        except UserError as error:
+            damaged += 1
+            say("DAMAGED", str(error))
+    if checks:
+        say("verdict", f"{damaged} of {len(checks)} damaged" if damaged else f"all {len(checks)} good")
+    return not damaged
+
+
+def _checks(place: Path) -> Iterator[Callable[[], str]]:
+    """What there is to verify at a place; a check returns what it found good, or raises `UserError`."""
+    if (place / MANIFEST).exists():
+        yield _data_check(place)
+    elif (place / CONFIG_FILE).exists():
+        yield from _run_checks(place)
+    elif place.is_file():
+        config = load_config(place)
+        yield lambda: _check_data_of(config)
+        run_dir = Path(config.run_dir).expanduser()
+        if (run_dir / CONFIG_FILE).exists():
+            yield from _run_checks(run_dir, with_data=False)
+    else:
+        raise UserError(f"{place}: neither a config file, nor a run directory, nor a folder of prepared data")
+
+
+def _run_checks(run_dir: Path, with_data: bool = True) -> Iterator[Callable[[], str]]:
+    def check_description() -> str:
+        config = load_config(run_dir / CONFIG_FILE)
+        tokenizer = load_tokenizer(run_dir / TOKENIZER_FILE) if (run_dir / TOKENIZER_FILE).exists() else None
+        if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"{run_dir / TOKENIZER_FILE}: has {tokenizer.vocab_size:,} ids,"
+                f" the model knows {config.model.vocab_size:,}"
+            )
+        return f"{run_dir}: {CONFIG_FILE}" + (f", {TOKENIZER_FILE}" if tokenizer else ", no tokenizer")
+
+    yield check_description
+    for checkpoint in entries(run_dir / FOLDER):
+        yield functools.partial(_check_checkpoint, checkpoint)
+    if with_data:
+        yield lambda: _check_data_of(load_config(run_dir / CONFIG_FILE), run_dir)
+
+
+def _check_checkpoint(folder: Path) -> str:
+    try:
+        manifest = verify(folder)
+    except DamagedError as error:
+        raise UserError(f"{folder}: {error}") from None
+    size = sum(size for size, _ in manifest.files.values())
+    return f"{folder}: step {manifest.step:,}, {len(manifest.files)} files, {readable_bytes(size)}"
+
+
+def _check_data_of(config: Config, run_dir: Path | None = None) -> str:
+    """Verifies the data that a config trains on, as far as it is prepared."""
+    run_dir = run_dir or Path(config.run_dir).expanduser()
+    if not (config.data.path or config.data.source or config.data.hf_dataset):
+        return f"{run_dir}: its config names no data"
+    override = load_tokenizer(run_dir / TOKENIZER_FILE) if config.init_from and run_dir.exists() else None
+    folder, _ = find_folder(config.data, config.tokenizer, Path(config.cache_dir), override)
+    if not (folder / MANIFEST).exists():
+        return f"{folder}: not prepared yet"
+    return _data_check(folder)()
+
+
+def _data_check(folder: Path) -> Callable[[], str]:
+    def check() -> str:
+        start = time.monotonic()
+        dataset = open_folder(folder, "full").dataset
+        size = sum(path.stat().st_size for path in folder.glob("*.bin"))
+        seconds = max(time.monotonic() - start, 1e-9)
+        n_tokens = dataset.train.n_tokens + dataset.validation.n_tokens
+        shards = len(dataset.train.tokens) + len(dataset.validation.tokens)
+        return (
+            f"{folder}: {n_tokens:,} tokens, {shards} shards, {readable_bytes(size)}, {size / seconds / 1e9:.1f} GB/s"
+        )
+
+    return check
+
+
+def _prepared_folders(cache_dir: str) -> list[Path]:
+    return sorted((Path(cache_dir).expanduser() / "data").glob(f"*/{MANIFEST}"))
+
+
+def _describe_machine(say: Say) -> None:
+    memory = allocator.usable_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    say("gptjax", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
+    say("machine", f"{platform.system()} {platform.machine()}, {cores} cores, {readable_bytes(memory)} of memory")
+    say("libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES))
+    devices = jax.devices()
+    say("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
+    say("XLA_FLAGS", os.environ.get("XLA_FLAGS", "not set"))
+    say("allocator", allocator.state())
+    if jax.default_backend() == "cpu":
+        say("kernels", build.state())
+
+
+def _describe_cache(say: Say, cache_dir: Path) -> None:
+    try:
+        folder = compile_cache.compiled_folder(str(cache_dir))
+        damaged, count = compile_cache.check_programs(folder)
+        state = f"{len(damaged)} damaged: the next run removes them" if damaged else "all as they were written"
+        say("compiled", f"{folder}: {count} programs, {state}")
+    except OSError as error:
+        say("compiled", f"not kept: {error.filename}: {error.strerror}")
+    folders = _prepared_folders(str(cache_dir))
+    size = sum(path.stat().st_size for folder in folders for path in folder.parent.glob("*.bin"))
+    say("prepared", f"{len(folders)} data sets, {readable_bytes(size)}, in {cache_dir / 'data'}")
+    place = next((folder for folder in (cache_dir, *cache_dir.parents) if folder.is_dir()), Path("/"))
+    say("disk", f"{readable_bytes(shutil.disk_usage(place).free)} free at {place}")
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

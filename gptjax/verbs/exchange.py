@@ -1,0 +1,22 @@
+"""`gptjax import` and `gptjax export`."""
+
+from pathlib import Path
+
+from gptjax.config.verbs import ExportConfig, ImportConfig
+from gptjax.exchange.runs import export_run, import_run
+from gptjax.report.progress import notify
+
+
+def run_import(source: str, config: ImportConfig) -> int:
+    """Makes a run directory of a Hugging Face model."""
+    run_dir = Path(config.to).expanduser()
+    model = import_run(Path(source).expanduser(), run_dir, config.tokenizer, notify=notify).model
+    print(f"{run_dir}: {model.n_layer} layers, {model.n_embd} wide, vocabulary {model.vocab_size:,}")
+    return 0
+
+
+def run_export(source: str, config: ExportConfig) -> int:
+    """Writes a run as a Hugging Face model."""
+    export_run(Path(source).expanduser(), config, notify=notify)
+    print(f"{config.to}: written")
+    return 0

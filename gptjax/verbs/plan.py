@@ -1,0 +1,19 @@
+"""`gptjax plan`."""
+
+import json
+
+from gptjax.config.run import Config
+from gptjax.config.verbs import PlanConfig
+from gptjax.machine import compile_cache
+from gptjax.planning.describe import as_values, describe
+from gptjax.planning.plan import plan_run
+from gptjax.report.progress import notify
+
+
+def run_plan(config: Config, options: PlanConfig) -> int:
+    """Prints what a run needs on other machines."""
+    compile_cache.start(config.cache_dir)
+    compile_cache.pretend_devices(options.devices)
+    given, suggested = plan_run(config, options, notify)
+    print(json.dumps(as_values(given, suggested, options)) if options.json else describe(given, suggested, options))
+    return 0
