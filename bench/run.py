@@ -18,7 +18,7 @@ from pathlib import Path
 from work import GENERATION, TRAINING
 
 HERE = Path(__file__).parent
-# A setting of the user's own, so that gptjax leaves it at that and does not keep large buffers (`gptjax/machine/allocator.py`).
+# The user has chosen an allocator setting, so gptjax does not restart itself (`gptjax/machine/allocator.py`).
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 STEPS = {"small": 100, "medium": 8, "124m": 4}
 DTYPES = ("bfloat16", "float32")
