@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tensorstore
 
+from gptjax.checkpoints import direct
 from gptjax.checkpoints.arrays import checkpointer, restore, start_saving
 from gptjax.checkpoints.direct import read_direct, write_direct
-from gptjax.training import direct
 
 SIZES = [0, 1, 4095, 4096, 4097, 2**22, 2**22 + 4096 + 3]
 

@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 
+from gptjax.checkpoints import checkpoint
 from gptjax.checkpoints.background import STEPS_BACK, give_way, started_from_below
 from gptjax.checkpoints.checkpoint import Checkpoints
-from gptjax.training import checkpoint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
 

@@ -321,7 +321,7 @@ def test_what_cannot_be_read_is_never_pruned(config):
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../other", "a/../../b", "", "a\\b", "a\0b"])
 def test_a_manifest_cannot_name_files_outside(config, name):
-    from gptjax.training import manifest
+    from gptjax.checkpoints import manifest
 
     path = folder(config) / MANIFEST
     content = json.loads(path.read_text())

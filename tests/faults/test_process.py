@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptjax.checkpoints import checkpoint
 from gptjax.checkpoints.choice import NAME, choose
 from gptjax.checkpoints.manifest import verify
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.cli import main
 from gptjax.config.reader import to_yaml
 from gptjax.errors import UserError
-from gptjax.training import checkpoint, trainer
+from gptjax.training import trainer
 from gptjax.training.guard import LOCK_FILE
 from tests.faults.runs import (
     ROOT,
@@ -232,7 +233,7 @@ def test_a_signal_while_a_program_is_compiled(tmp_path, seen):
 KILLED = """
 import os, signal, sys
 from gptjax.cli import main
-from gptjax.training import checkpoint
+from gptjax.checkpoints import checkpoint
 
 def write_or_die(folder, step, *rest, write=checkpoint.write_manifest):
     if step == 6:

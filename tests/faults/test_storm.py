@@ -12,7 +12,7 @@ import pytest
 
 from gptjax.cli import main
 from gptjax.errors import UserError
-from gptjax.training import verify_resume
+from gptjax.verbs import verify_resume
 from gptjax.verbs.verify_resume import acknowledged, first_difference, kill_often
 from tests.faults.runs import SHARED_CACHE, environment, process_config, run, write_config
 from tests.tiny import HARD, replace
