@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := -n 2 --dist worksteal
 
 .PHONY: demo test cluster faults lint bench finetune-report clean
 
@@ -12,14 +13,14 @@ demo: $(VENV)/installed
 		--num_samples 1 --max_new_tokens 120 --temperature 0.7 --top_k 50 --seed 1
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 cluster: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/cluster tests/faults/test_cluster.py
-	$(BIN)/python -m pytest -n 2 -m slow tests/test_parallel.py tests/test_plan.py
+	$(BIN)/python -m pytest $(PARALLEL) -m slow tests/test_parallel.py tests/test_plan.py
 
 faults: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 tests/faults --fault-table docs/reliability.md
+	$(BIN)/python -m pytest $(PARALLEL) tests/faults --fault-table docs/reliability.md
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

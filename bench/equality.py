@@ -22,8 +22,8 @@ from gptjax.batches.pretraining import Batch
 from gptjax.config.run import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
+from gptjax.planning import hlo
 from gptjax.planning.collectives import KINDS
-from gptjax.report import hlo
 from gptjax.training.step import TrainState, init_state, make_train_step
 
 DEVICES, STEPS = 8, 20

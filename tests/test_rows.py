@@ -9,8 +9,8 @@ import pytest
 from gptjax.config.run import DataConfig
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
+from gptjax.tasks.registry import parse, read_examples
 from gptjax.text.formats import CONLL_SENTENCES, read_file
-from gptjax.text.labelled import parse, read_examples
 from gptjax.text.rows import read_dataset_rows, read_rows
 
 ROWS = [{"text": "cheap, now", "label": "spam"}, {"text": 'a "note"\nof two lines', "label": "ham"}]
