@@ -200,3 +200,25 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch):
     write_description(tmp_path, settled, None)
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
     assert setup.with_compute_dtype(config, tmp_path).train.compute_dtype == "float32"
+
+
+def test_a_sample_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def fail(*_args, **_kwargs):
+        raise UserError("token id 400 is outside the vocabulary")
+
+    monkeypatch.setattr(trainer, "sample_texts", fail)
+    config = run_config(tmp_path, train={"sample_tokens": 4, "eval_every": 2, "num_steps": 4})
+    assert trainer.train(config) == 0
+    assert capsys.readouterr().out.count("no sample: UserError: token id 400") == 2
+    assert load_run(Path(config.run_dir), "latest").step == 4
+
+
+def test_an_evaluation_that_fails_ends_the_run_after_it_has_saved(tmp_path, monkeypatch):
+    def fail(*_args):
+        raise RuntimeError("evaluation failed")
+
+    monkeypatch.setattr(trainer, "_evaluate", fail)
+    config = run_config(tmp_path, train={"eval_every": 3, "save_every": 0})
+    with pytest.raises(RuntimeError, match="evaluation failed"):
+        trainer.train(config)
+    assert load_run(Path(config.run_dir), "latest").step == 3

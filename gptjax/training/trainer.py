@@ -89,12 +89,17 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
                 return _diverged(parts, state, log)
             val_loss = None
             if evaluate:
-                val_loss = _evaluate(parts, state, loop, step, log)
+                try:
+                    val_loss = _evaluate(parts, state, loop, step, log)
+                except Exception:
+                    if jax.process_count() == 1:  # saving is collective, and the error may be this process's alone
+                        _save(parts, state, loop, log, None)
+                        parts.checkpoints.wait()
+                    raise
                 stop = stop or 0 < options.patience <= loop.evaluations_since_best
             improved = val_loss is not None and loop.evaluations_since_best == 0
             if save or stop or improved:
-                log.file.sync()
-                parts.checkpoints.save(state, checkpoint_meta(parts, loop), val_loss)
+                _save(parts, state, loop, log, val_loss)
         parts.checkpoints.wait()
         with cluster.together():
             if parts.checkpoints.problem:
@@ -110,12 +115,18 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
 
 
 def _program(parts: Parts, state: TrainState, batch: Any, programs: dict) -> Any:
-    """The compiled step for a batch of this shape; a task may have a few."""
-    shape = jax.tree.leaves(batch)[0].shape
-    if shape not in programs:
-        programs[shape] = selftest.compile_safely(parts.train_step.lower(state, batch))
+    """The compiled step for the shapes of this batch; tasks whose batches differ in width have a few."""
+    shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+    if shapes not in programs:
+        programs[shapes] = selftest.compile_safely(parts.train_step.lower(state, batch))
         compile_cache.sign_programs()  # now, because a process that is killed signs no more
-    return programs[shape]
+    return programs[shapes]
+
+
+def _save(parts: Parts, state: TrainState, loop: Loop, log: Log, val_loss: float | None) -> None:
+    """Starts to write a checkpoint, after the metrics that it covers."""
+    log.file.sync()
+    parts.checkpoints.save(state, checkpoint_meta(parts, loop), val_loss)
 
 
 def _diverged(parts: Parts, state: TrainState, log: Log) -> int:
@@ -175,7 +186,11 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
         if not cluster.is_first():
             return
     params = jax.device_put(params, jax.local_devices()[0])
-    [[text]] = sample_texts(config.model, params, parts.tokenizer, [config.train.sample_prompt], options)
+    try:
+        [[text]] = sample_texts(config.model, params, parts.tokenizer, [config.train.sample_prompt], options)
+    except Exception as error:  # of whatever kind: training must not end because a sample cannot be made
+        log.progress.line(f"    no sample: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return
     log.progress.line(f"    {text!r}")
     with open(parts.run_dir / SAMPLES_FILE, "a", encoding="utf-8") as file:
         file.write(f"--- step {step}\n{config.train.sample_prompt}{text}\n")
