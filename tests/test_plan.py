@@ -1,6 +1,7 @@
 """What a plan says, against what is counted or held in another way."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from bench import plan as reality
 from gptjax.cli import main
 from gptjax.config.reader import load_config, to_yaml
 from gptjax.config.run import TIKTOKEN_NAMES, Config, MeshConfig, TokenizerConfig
-from gptjax.config.verbs import PlanConfig
+from gptjax.config.verbs import CHIP_NAMES, PlanConfig
 from gptjax.errors import UserError
 from gptjax.machine.chips import CHIPS, Chip, chip_of
 from gptjax.model.gpt import Compute
@@ -207,11 +208,75 @@ def test_the_vocabulary_of_gpt2_is_as_large_as_the_published_one():
     assert plan.VOCABULARIES["gpt2"] == published
 
 
-def test_a_chip_is_told_by_the_name_that_its_driver_gives():
-    assert chip_of("NVIDIA H100 PCIe") == CHIPS["h100-pcie"]
-    assert chip_of("NVIDIA H100 80GB HBM3") == CHIPS["h100"]
-    assert chip_of("TPU v5 lite") == CHIPS["v5e"] and chip_of("TPU v5") == CHIPS["v5p"]
-    assert chip_of("cpu") is None
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb-pcie"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L40S", "l40s"),
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+    ],
+)
+def test_a_chip_is_told_by_the_name_that_its_driver_gives(kind, name):
+    assert chip_of(kind) is CHIPS[name]
+
+
+@pytest.mark.parametrize(
+    "kind", ["cpu", "NVIDIA L400", "NVIDIA H1000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "Tesla V100-SXM2-16GB"]
+)
+def test_a_chip_that_is_not_in_the_table_is_none_of_its_chips(kind):
+    assert chip_of(kind) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops", "gigabytes", "gigabytes_per_second"),
+    [  # from the data sheets again, dense bfloat16
+        ("h100", 1979 / 2, 80, 3350),
+        ("h100-pcie", 1513 / 2, 80, 2000),
+        ("h100-nvl", 1671 / 2, 94, 3900),
+        ("h200", 1979 / 2, 141, 4800),
+        ("h200-nvl", 1671 / 2, 141, 4800),
+        ("gh200", 1979 / 2, 96, 4000),
+        ("b200", 4500 / 2, 180, 8000),
+        ("gb200", 5000 / 2, 186, 8000),
+        ("a100", 312, 80, 2039),
+        ("a100-pcie", 312, 80, 1935),
+        ("a100-40gb", 312, 40, 1555),
+        ("a100-40gb-pcie", 312, 40, 1555),
+        ("l4", 242 / 2, 24, 300),
+        ("l40", 362.1 / 2, 48, 864),
+        ("l40s", 733 / 2, 48, 864),
+    ],
+)
+def test_rates_are_those_of_the_data_sheets(name, teraflops, gigabytes, gigabytes_per_second):
+    chip = CHIPS[name]
+    assert chip.peak_flops == pytest.approx(teraflops * 1e12, rel=0.015)  # sheets round, and L40S has 362 and 733
+    assert (chip.memory, chip.memory_rate) == (gigabytes * 1e9, gigabytes_per_second * 1e9)
+
+
+def test_the_names_of_chips_are_those_that_plan_takes_and_lists():
+    assert tuple(CHIPS) == CHIP_NAMES
+    kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
+    assert len(set(kinds)) == len(kinds)
+    listed = re.search(r"\n    chip: str\n    \"\"\"(.*?)\.\"\"\"", inspect.getsource(PlanConfig), re.DOTALL)
+    assert listed and tuple(re.findall(r"[a-z0-9-]+", listed[1].replace(" or ", " "))) == CHIP_NAMES
 
 
 @pytest.mark.parametrize(

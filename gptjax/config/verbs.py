@@ -7,7 +7,10 @@ from gptjax.config.rules import no_effect, not_negative, positive, usable_paths
 from gptjax.config.run import Config, DataConfig
 from gptjax.errors import UserError, did_you_mean
 
-CHIP_NAMES = ("h100", "h100-pcie", "h200", "b200", "a100", "l4", "v4", "v5e", "v5p", "v6e")
+CHIP_NAMES = (
+    *("h100", "h100-pcie", "h100-nvl", "h200", "h200-nvl", "gh200", "b200", "gb200"),
+    *("a100", "a100-pcie", "a100-40gb", "a100-40gb-pcie", "l4", "l40", "l40s", "v4", "v5e", "v5p", "v6e"),
+)
 """The names of `machine.chips.CHIPS`."""
 MOST_ROWS = 2**16
 """Continuations that are made at once."""
@@ -195,7 +198,8 @@ class PlanConfig:
     devices: int
     """How many chips, up to 512."""
     chip: str
-    """h100, h100-pcie, h200, b200, a100, l4, v4, v5e, v5p or v6e."""
+    """h100, h100-pcie, h100-nvl, h200, h200-nvl, gh200, b200, gb200, a100, a100-pcie, a100-40gb, a100-40gb-pcie, l4,
+    l40, l40s, v4, v5e, v5p or v6e."""
     json: bool = False
     """Print one JSON object, in bytes, FLOPs and seconds."""
 

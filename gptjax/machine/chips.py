@@ -1,6 +1,7 @@
-"""What vendors publish of a chip: peak, memory, links."""
+"""Published figures of chips: peak FLOP/s, memory, links."""
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -8,7 +9,7 @@ class Chip:
     """Rates are of one chip, and of links in one direction."""
 
     kinds: tuple[str, ...]
-    """Parts of `device.device_kind` that tell it."""
+    """Words of `device.device_kind` that identify it."""
     peak_flops: float
     """Dense bfloat16, FLOP/s."""
     memory: float
@@ -23,23 +24,43 @@ class Chip:
     """Bytes/s to chips of other nodes."""
 
 
-# Data sheets of NVIDIA (DGX for nodes and networks; H100 PCIe and L4 over PCIe), Google's TPU documentation. Of links,
-# half of what is published for both directions. A pod of v4 or v5p has more chips than can be planned.
+# Sources: NVIDIA's data sheets (DGX and HGX for nodes and networks), Google's pages "TPU v4" to "TPU v6e".
+# - NVIDIA's sheets print FLOP/s with sparsity; these are half of that.
+# - A link that is published for both directions counts half. Cards without NVLink between all of a machine: PCIe x16.
+# - The pods of v4 and v5p have more chips than can be planned.
 CHIPS = {
     "h100": Chip(("H100",), 989e12, 80e9, 3.35e12, 8, 450e9, 50e9),
     "h100-pcie": Chip(("H100 PCIe",), 756e12, 80e9, 2.0e12, 8, 64e9, 50e9),
+    "h100-nvl": Chip(("H100 NVL",), 835e12, 94e9, 3.9e12, 8, 64e9, 50e9),
     "h200": Chip(("H200",), 989e12, 141e9, 4.8e12, 8, 450e9, 50e9),
+    "h200-nvl": Chip(("H200 NVL",), 835e12, 141e9, 4.8e12, 4, 450e9, 50e9),
+    "gh200": Chip(("GH200 480GB",), 989e12, 96e9, 4.0e12, 1, 50e9, 50e9),
     "b200": Chip(("B200",), 2250e12, 180e9, 8.0e12, 8, 900e9, 50e9),
+    "gb200": Chip(("GB200",), 2500e12, 186e9, 8.0e12, 72, 900e9, 50e9),
     "a100": Chip(("A100",), 312e12, 80e9, 2.039e12, 8, 300e9, 25e9),
+    "a100-pcie": Chip(("A100 80GB PCIe",), 312e12, 80e9, 1.935e12, 8, 32e9, 25e9),
+    "a100-40gb": Chip(("A100-SXM4-40GB", "A100-SXM-40GB"), 312e12, 40e9, 1.555e12, 8, 300e9, 25e9),
+    "a100-40gb-pcie": Chip(("A100-PCIE-40GB",), 312e12, 40e9, 1.555e12, 8, 32e9, 25e9),
     "l4": Chip(("L4",), 121e12, 24e9, 0.3e12, 8, 32e9, 12.5e9),
+    "l40": Chip(("L40",), 181e12, 48e9, 0.864e12, 8, 32e9, 12.5e9),
+    "l40s": Chip(("L40S",), 362e12, 48e9, 0.864e12, 8, 32e9, 25e9),
     "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1.228e12, 4096, 300e9, 300e9),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 0.819e12, 256, 200e9, 3.125e9),
-    "v5p": Chip(("TPU v5",), 459e12, 95 * 2**30, 2.765e12, 8960, 600e9, 600e9),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2.765e12, 8960, 600e9, 600e9),
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32e9, 1.638e12, 256, 400e9, 12.5e9),
 }
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip of a `device.device_kind`, the one with the longest name in it; None: it is not in the table."""
-    known = [(len(name), chip) for chip in CHIPS.values() for name in chip.kinds if name in kind]
+    """The chip of a `device.device_kind`: the one whose name has the most of its words.
+
+    None for a chip that is not in the table (so an L400 would not count as an L4), and for a part of one (MIG).
+    """
+    if " MIG " in f" {kind} ":
+        return None
+    known = [(len(name), chip) for chip in CHIPS.values() for name in chip.kinds if _has_words(kind, name)]
     return max(known, key=lambda found: found[0])[1] if known else None
+
+
+def _has_words(kind: str, name: str) -> bool:
+    return re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", kind) is not None
