@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from gptjax.config.run import ModelConfig
+from gptjax.config.task import AdapterConfig
 from gptjax.config.verbs import SampleConfig
 from gptjax.generation.decode import _prefilled, generate
 from gptjax.generation.weights import decoding_weights
 from gptjax.machine.native import build
-from gptjax.ops.attention import cached_attention
+from gptjax.model import gpt
+from gptjax.ops.attention import cached_attention, cached_attention_reference
 from gptjax.ops.projection import dequantized, make_projection, project
 from tests.tiny import extend, init_params
 
@@ -105,6 +107,39 @@ def test_one_position_attends_to_what_it_sees_of_the_cache(dtype, B, G, R, S, C)
     v_BGSC = jnp.where(unseen_BGSC, jnp.asarray(1e6, dtype), v_BGSC)
     actual_B1HC = jax.jit(cached_attention)(q_B1HC, k_BGSC, v_BGSC, visible_B1S)
     np.testing.assert_allclose(actual_B1HC[:, 0], expected_BHC, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_one_position_is_that_of_the_reference(dtype):
+    random = np.random.default_rng(0)
+    q_B1HC, k_BGSC, v_BGSC = (
+        jnp.asarray(random.standard_normal(shape), dtype) for shape in ((3, 1, 4, 16), (3, 2, 5, 16), (3, 2, 5, 16))
+    )
+    visible_B1S = jnp.asarray(random.integers(0, 2, (3, 1, 5)), bool).at[:, :, 2].set(True)
+
+    def gradients(function):
+        return jax.jit(
+            jax.grad(lambda *qkv: jnp.sum(jnp.sin(function(*qkv, visible_B1S).astype("float32"))), (0, 1, 2))
+        )(q_B1HC, k_BGSC, v_BGSC)
+
+    found, expected = gradients(cached_attention), gradients(cached_attention_reference)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype == jnp.dtype(dtype)
+        np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), atol=1e-5 if dtype == "float32" else 0.02)
+
+
+def test_a_prefix_is_trained_on_rows_of_one_token():
+    model = ModelConfig(
+        n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=57, adapter=AdapterConfig(kind="prefix", tokens=3)
+    )
+    params = init_params(model, jax.random.key(0))
+    tokens_B1 = jnp.asarray([[3], [5]])
+
+    def total(params):
+        return jnp.sum(gpt.hidden_states(model, params, tokens_B1, jnp.zeros_like(tokens_B1)) ** 2)
+
+    gradient = jax.jit(jax.grad(total))(params)["adapters"]
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
 
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=57)

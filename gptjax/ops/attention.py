@@ -159,11 +159,30 @@ def _plain(window, rate, q_BTHC, k_BSGC, v_BSGC, segments_BT, drops):
 def cached_attention(q_BTHC: jax.Array, k_BGSC: jax.Array, v_BGSC: jax.Array, visible_BTS: jax.Array) -> jax.Array:
     """Attends a few new queries to a cache of keys and values; `visible_BTS` says which slots each may see.
 
-    A kernel takes a single one; it reads visible slots only, and each once.
+    A kernel takes a single one; it reads visible slots only, and each once. Its gradient is that of the reference.
     """
     if q_BTHC.shape[1] == 1 and kernels.usable_for_a_cache(k_BGSC.dtype, q_BTHC.shape[3]):
-        return kernels.cached_attention(q_BTHC[:, 0], k_BGSC, v_BGSC, visible_BTS[:, 0])[:, None].astype(q_BTHC.dtype)
+        return _cached_by_kernel(q_BTHC, k_BGSC, v_BGSC, visible_BTS)
     return cached_attention_reference(q_BTHC, k_BGSC, v_BGSC, visible_BTS)
+
+
+@jax.custom_vjp
+def _cached_by_kernel(q_B1HC, k_BGSC, v_BGSC, visible_B1S):
+    visible_BS = jnp.broadcast_to(visible_B1S[:, 0], (k_BGSC.shape[0], k_BGSC.shape[2]))  # one row may stand for all
+    return kernels.cached_attention(q_B1HC[:, 0], k_BGSC, v_BGSC, visible_BS)[:, None].astype(q_B1HC.dtype)
+
+
+def _cached_forward(q_B1HC, k_BGSC, v_BGSC, visible_B1S):
+    return _cached_by_kernel(q_B1HC, k_BGSC, v_BGSC, visible_B1S), (q_B1HC, k_BGSC, v_BGSC, visible_B1S)
+
+
+def _cached_backward(saved, dy_B1HC):
+    *arrays, visible_B1S = saved
+    _, derivative = jax.vjp(lambda *qkv: cached_attention_reference(*qkv, visible_B1S), *arrays)
+    return *derivative(dy_B1HC), None
+
+
+_cached_by_kernel.defvjp(_cached_forward, _cached_backward)
 
 
 def cached_attention_reference(q_BTHC, k_BGSC, v_BGSC, visible_BTS) -> jax.Array:

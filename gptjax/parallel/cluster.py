@@ -26,7 +26,11 @@ from gptjax.config.cluster import ClusterConfig
 from gptjax.errors import UserError, one_line
 
 EXIT_LOST = 4  # status of a process that stopped because another one was lost
-LOSS = ("Gloo ", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "oordination service", "NCCL")
+LOST_STATUS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
+"""Statuses, with which messages of JAX's runtime begin, of a process that does not answer."""
+LOST_WORDS = ("Gloo ", "oordination service", "remote process exited", "ncclRemoteError", "Connection closed")
+"""What they contain when a collective finds a closed connection; other errors of NCCL are not of this kind."""
+MOST_OF_A_CAUSE = 400  # characters that are shown of it
 PIECE = 1024  # bytes; texts are gathered in multiples of it, so that few programs compile
 
 
@@ -217,10 +221,18 @@ def _lost() -> str:
     )
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of JAX's runtime means that another process ended or cannot be reached."""
+    status, _, text = str(error).partition(": ")
+    # A compiled program raises what the runtime says as a ValueError.
+    of_runtime = isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and not isinstance(error, UserError)
+    return of_runtime and (status in LOST_STATUS or (status.isupper() and any(word in text for word in LOST_WORDS)))
+
+
 def _end(error: BaseException) -> None:
     status, line = 2, one_line(error)
-    if any(word in str(error) for word in LOSS):
-        status, line = EXIT_LOST, _lost()
+    if is_lost(error):
+        status, line = EXIT_LOST, f"{_lost()} (the error was: {' '.join(str(error).split())[:MOST_OF_A_CAUSE]})"
     if line is None:
         status = 1
         traceback.print_exception(error)

@@ -23,7 +23,7 @@ def main(lost: bytes, late: bytes) -> None:
             if not told:
                 os.write(2, (late if b"/RegisterTask" in rest else lost) + b"\n")
             return
-        told = told or line.rstrip(b"\n") == lost
+        told = told or line.startswith(lost)
         listing = LIST in line or (listing and line.strip().isdigit())
         if not listing and not any(word in line for word in NOISE):
             os.write(2, line)
