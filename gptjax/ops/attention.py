@@ -178,7 +178,7 @@ def _cached_forward(q_B1HC, k_BGSC, v_BGSC, visible_B1S):
 
 def _cached_backward(saved, dy_B1HC):
     *arrays, visible_B1S = saved
-    _, derivative = jax.vjp(lambda *qkv: cached_attention_reference(*qkv, visible_B1S), *arrays)
+    _, derivative = jax.vjp(lambda q, k, v: cached_attention_reference(q, k, v, visible_B1S), *arrays)
     return *derivative(dy_B1HC), None
 
 
