@@ -1,6 +1,6 @@
 """The command line: one function per verb, which reads its arguments and calls a function of `verbs/`.
 
-Heavy imports stay inside of them, so that help and errors come at once.
+Heavy imports are inside these functions, so that help and errors are printed at once.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from gptjax import __version__
 from gptjax.config.reader import flag_types, from_dict, load_config, read_flags
 from gptjax.config.rules import usable_path
 from gptjax.config.run import Config
+from gptjax.config.start import Start, start_config
+from gptjax.config.synonyms import suggest_verb
 from gptjax.config.verbs import (
     DoctorConfig,
     EvaluateConfig,
@@ -24,24 +26,25 @@ from gptjax.config.verbs import (
     SampleConfig,
     VerifyResumeConfig,
 )
-from gptjax.errors import UserError, did_you_mean, one_line
+from gptjax.errors import UserError, one_line
 from gptjax.machine import allocator
+from gptjax.machine.accelerator import has_accelerator
 
 
 def train(args: Sequence[str]) -> int:
-    """Trains: gptjax train CONFIG.yaml [--section.key VALUE ...]; goes on where the run directory has a checkpoint."""
-    config = _config(args, "train")
+    """Trains, or resumes a run: gptjax train [CONFIG.yaml | RUN_DIR] [--section.key VALUE ...]."""
+    start = _start(args, "train")
     from gptjax.verbs.train import run_train
 
-    return run_train(config)
+    return run_train(start)
 
 
 def prepare(args: Sequence[str]) -> int:
-    """Prepares data and tokenizer as train would: gptjax prepare CONFIG.yaml [--section.key VALUE ...]."""
-    config = _config(args, "prepare")
+    """Prepares data and tokenizer as train would: gptjax prepare [CONFIG.yaml | RUN_DIR] [--section.key VALUE ...]."""
+    start = _start(args, "prepare")
     from gptjax.verbs.prepare import run_prepare
 
-    return run_prepare(config)
+    return run_prepare(start)
 
 
 def sample(args: Sequence[str]) -> int:
@@ -53,7 +56,7 @@ def sample(args: Sequence[str]) -> int:
 
 
 def evaluate(args: Sequence[str]) -> int:
-    """Measures a run on validation text or labels: gptjax evaluate --run_dir DIR [--data.path ...]."""
+    """Measures a run on its validation data or other text: gptjax evaluate --run_dir DIR [--data.path ...]."""
     config = _flags(EvaluateConfig, args)
     from gptjax.verbs.evaluate import run_evaluate
 
@@ -69,7 +72,7 @@ def predict(args: Sequence[str]) -> int:
 
 
 def import_model(args: Sequence[str]) -> int:
-    """Makes a run directory of a Hugging Face model: gptjax import HF_DIR --to RUN_DIR [--tokenizer gpt2]."""
+    """Converts a Hugging Face model to a run directory: gptjax import HF_DIR --to RUN_DIR [--tokenizer gpt2]."""
     source, rest = _positional(args, "import HF_DIR --to RUN_DIR")
     config = _flags(ImportConfig, rest)
     from gptjax.verbs.exchange import run_import
@@ -78,7 +81,7 @@ def import_model(args: Sequence[str]) -> int:
 
 
 def export_model(args: Sequence[str]) -> int:
-    """Writes a run as a Hugging Face model: gptjax export RUN_DIR --to HF_DIR [--merge]."""
+    """Converts a run to a Hugging Face model: gptjax export RUN_DIR --to HF_DIR [--merge]."""
     source, rest = _positional(args, "export RUN_DIR --to HF_DIR [--merge]")
     config = _flags(ExportConfig, rest)
     from gptjax.verbs.exchange import run_export
@@ -87,7 +90,7 @@ def export_model(args: Sequence[str]) -> int:
 
 
 def verify_resume(args: Sequence[str]) -> int:
-    """Kills a short run, goes on with it, compares its bits: gptjax verify-resume CONFIG.yaml [--steps N] [...]."""
+    """Kills and resumes a short run, then compares its bits: gptjax verify-resume CONFIG.yaml [--steps N] [...]."""
     config, options = _config_and_options(
         args, VerifyResumeConfig, "verify-resume CONFIG.yaml [--steps N] [--section.key VALUE ...]"
     )
@@ -97,7 +100,7 @@ def verify_resume(args: Sequence[str]) -> int:
 
 
 def plan(args: Sequence[str]) -> int:
-    """Says what a run needs on other machines: gptjax plan CONFIG.yaml --devices N --chip NAME [--section.key ...]."""
+    """Estimates memory and time on other chips: gptjax plan CONFIG.yaml --devices N --chip NAME [--section.key ...]."""
     config, options = _config_and_options(
         args, PlanConfig, "plan CONFIG.yaml --devices N --chip NAME [--section.key VALUE ...]"
     )
@@ -167,7 +170,7 @@ def _dispatch(args: list[str]) -> int:
         print(f"gptjax {__version__}")
         return 0
     if args[0] not in VERBS:
-        raise UserError(f"unknown verb {args[0]!r}.{did_you_mean(args[0], VERBS)} Verbs: {', '.join(VERBS)}.")
+        raise UserError(f"unknown verb {args[0]!r}.{suggest_verb(args[0], VERBS)} Verbs: {', '.join(VERBS)}.")
     verb, options = VERBS[args[0]]
     if "-h" in args or "--help" in args:
         _print_help(args[0], verb, options)
@@ -185,9 +188,12 @@ def _print_help(name: str, verb: Callable, options: type) -> None:
         )
 
 
-def _config(args: Sequence[str], verb: str) -> Config:
-    path, rest = _positional(args, f"{verb} CONFIG.yaml [--section.key VALUE ...]")
-    return load_config(path, read_flags(Config, rest))
+def _start(args: Sequence[str], verb: str) -> Start:
+    """The config of a run, from a file, a run directory, or flags alone."""
+    if not args:
+        raise UserError(f"usage: gptjax {verb} [CONFIG.yaml | RUN_DIR] [--section.key VALUE ...]")
+    place, rest = ("", args) if args[0].startswith("-") else _positional(args, "")
+    return start_config(place, read_flags(Config, rest), has_accelerator())
 
 
 def _config_and_options(args: Sequence[str], cls: type, usage: str) -> tuple[Config, Any]:

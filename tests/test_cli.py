@@ -47,7 +47,9 @@ def test_every_verb_explains_its_options(capsys, verb):
     ("args", "message"),
     [
         (["trian"], "unknown verb 'trian'. Did you mean 'train'?"),
-        (["train"], "usage: gptjax train CONFIG.yaml"),
+        (["train"], "usage: gptjax train [CONFIG.yaml | RUN_DIR]"),
+        (["plot"], "metrics.jsonl"),
+        (["finetune"], "Did you mean 'train'?"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such config file"),
         (["train", str(ROOT / "configs/demo.yaml"), "--model.n_layers", "3"], "unknown option --model.n_layers"),
         (["sample", "--prompt", "x"], "--run_dir is missing"),
@@ -142,5 +144,5 @@ def test_train_py_and_sample_py_are_the_verbs(run_dir):
     wrong = subprocess.run([sys.executable, str(ROOT / "train.py")], capture_output=True, text=True, env=environment)
     assert (wrong.returncode, wrong.stderr) == (
         2,
-        "gptjax: usage: gptjax train CONFIG.yaml [--section.key VALUE ...]\n",
+        "gptjax: usage: gptjax train [CONFIG.yaml | RUN_DIR] [--section.key VALUE ...]\n",
     )

@@ -1,13 +1,15 @@
+import ast
 import dataclasses
 import inspect
+import itertools
 from pathlib import Path
 
 import pytest
 
-from gptjax.config.cluster import ClusterConfig
+from gptjax import cli
+from gptjax.config import synonyms
 from gptjax.config.reader import differing_fields, flag_types, from_dict, load_config, read_flags, to_dict, to_yaml
 from gptjax.config.run import Config, ModelConfig
-from gptjax.config.task import TaskConfig
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 
@@ -62,6 +64,10 @@ def test_flags_win_over_the_file(tmp_path):
         ("tokenizer: {name: gpt3}", (), r"tokenizer.name='gpt3' must be one of .*Did you mean 'gpt2'\?"),
         ("tokenizer: {kind: bytes, vocab_size: 300}", (), "tokenizer.vocab_size=300 has no effect without"),
         ("optim: {wsd_decay_fraction: 0.5}", (), "has no effect without optim.schedule=wsd"),
+        ("optim: {extended: [at 3]}", (), "optim.extended: 'at 3' must be like 'continue at 1000 of 1000'"),
+        ("optim: {schedule: constant, extend: restart}", (), "optim.extend='restart' has no effect without"),
+        ("train: {best_by: accuracy}", (), "train.best_by='accuracy' has no effect without a task"),
+        ("task: {kind: classify}\ntrain: {best_by: span_f1}", (), "train.best_by='span_f1' has no effect without"),
         ("data: {path: a, source: python-stdlib}", (), "data.path and data.source are both set"),
         ("model: {dropout: 1}", (), r"model.dropout=1.0 must lie in \[0, 1\)"),
         ("mesh: {data: -1, fsdp: -1}", (), "only one axis may be -1"),
@@ -140,11 +146,64 @@ def test_presets_mean_what_they_meant(path):
     )
 
 
-@pytest.mark.parametrize("cls", [Config, SampleConfig])
-def test_every_field_is_documented(cls):
-    source = "".join(Path(inspect.getfile(part)).read_text() for part in (cls, TaskConfig, ClusterConfig))
-    for name in flag_types(cls):
-        assert f"    {name.rpartition('.')[2]}: " in source
+def undocumented(source: str) -> list[str]:
+    """Fields of a module's dataclasses that have no text below them; a section's text is that of its class."""
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    missing = [node.name for node in classes if node.name.endswith("Config") and not ast.get_docstring(node)]
+    for node in classes:
+        for field, after in itertools.pairwise([*node.body, ast.Pass()]):
+            if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith("Config"):
+                continue
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            if not isinstance(text, str) or len(text.split()) < 2:
+                missing.append(f"{node.name}.{ast.unparse(field.target)}")
+    return missing
+
+
+@pytest.mark.parametrize("path", sorted(Path(inspect.getfile(Config)).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_every_field_is_documented(path):
+    assert not undocumented(path.read_text(encoding="utf-8"))
+
+
+def test_a_field_without_text_is_found():
+    source = 'class A:\n  """A."""\n  x: int = 0\n  """An x."""\n  y: int = 0\n  z: int = 0\n  """The z."""'
+    assert undocumented(source) == ["A.y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *(("optim.lr", "optim.learning_rate"), ("lr", "optim.learning_rate"), ("batch_size", "train.batch_size")),
+        *(("train.batch-size", "train.batch_size"), ("dropout", "model.dropout"), ("n_layers", "model.n_layer")),
+        *(("context_length", "model.block_size"), ("data", "data.path"), ("grad_accum", "train.micro_batch_size")),
+        *(("train.warmup", "optim.warmup_steps"), ("out_dir", "run_dir"), ("model.n_layrs", "model.n_layer")),
+    ],
+)
+def test_an_unknown_option_is_understood_by_meaning_then_by_spelling(name, meant):
+    with pytest.raises(UserError, match=rf"unknown option --{name}\. Did you mean '{meant}'\?"):
+        read_flags(Config, [f"--{name}", "1"])
+
+
+def test_keys_and_other_verbs_options_are_understood_too(tmp_path):
+    with pytest.raises(UserError, match=r"Did you mean 'learning_rate'\?"):
+        load(tmp_path, "optim: {lr: 1}")
+    with pytest.raises(UserError, match=r"Did you mean 'optim.learning_rate'\?"):
+        load(tmp_path, "train: {lr: 1}")
+    with pytest.raises(UserError, match=r"Did you mean 'max_new_tokens'\?"):
+        read_flags(SampleConfig, ["--length", "1"])
+    for name, answer in (("train.wandb", "metrics.jsonl"), ("epochs", "train.num_steps"), ("device", "JAX_PLATFORMS")):
+        with pytest.raises(UserError, match=answer):
+            read_flags(Config, [f"--{name}", "1"])
+
+
+def test_the_table_of_synonyms_names_options_and_verbs_that_exist():
+    flags = [flag_types(cls) for cls in (Config, *(cls for _, cls in cli.VERBS.values()))]
+    for option, words in synonyms.OPTIONS.items():
+        having = [names for names in flags if option in names]
+        assert having, option
+        assert any(word not in names for names in having for word in words.split())
+    assert not set(synonyms.VERBS) - set(cli.VERBS)
+    assert not {word for words in synonyms.VERBS.values() for word in words.split()} & set(cli.VERBS)
 
 
 @pytest.mark.parametrize(

@@ -364,7 +364,7 @@ def test_from_scratch_the_task_has_a_tokenizer_of_its_own(folder):
             "nothing would be trained",
         ),
         ({"finetune": {"train": "all"}}, "would train the model under its lora adapter"),
-        ({"init_from": ""}, "would leave random numbers as they are"),
+        ({"init_from": ""}, "would freeze parameters that were drawn at random"),
         ({"finetune": {"top_k": 3}}, "finetune.top_k=3 has no effect without finetune.train=top"),
         ({"finetune": {"train": "paths"}}, "finetune.paths is empty"),
         ({"finetune": {"train": "paths", "paths": ("(",)}}, "finetune.paths: '\\(' is no regular expression"),

@@ -178,6 +178,7 @@ def test_every_option_of_the_step_changes_its_result(change):
 
 # Options that act outside the step, and the tests that change them.
 ELSEWHERE = {
+    "test_config": ("train.best_by", "optim.extend", "optim.extended"),
     "test_trainer": (
         *("run_dir", "init_from", "data.path", "train.batch_size", "train.micro_batch_size", "train.log_every"),
         *("train.eval_every", "train.save_every", "train.keep_checkpoints", "train.patience", "train.eval_windows"),

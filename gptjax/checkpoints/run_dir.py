@@ -20,12 +20,13 @@ from gptjax.checkpoints.checkpoint import FOLDER, Checkpoints
 from gptjax.checkpoints.choice import choose
 from gptjax.config.reader import load_config, to_yaml
 from gptjax.config.run import Config
+from gptjax.config.start import CONFIG_FILE
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
 from gptjax.tasks.trainable import init_split, join, without_heads
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
-CONFIG_FILE, TOKENIZER_FILE, BASE_FILE = "config.yaml", "tokenizer.json", "base.json"
+TOKENIZER_FILE, BASE_FILE = "tokenizer.json", "base.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Options of a run that several processes share."""
+"""Options of a run with several processes."""
 
 import dataclasses
 import re
@@ -9,22 +9,22 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """How processes find each other. SLURM, Open MPI, Kubernetes and TPU pods say it themselves; by hand, give each
-    process the first three. Nothing of it is kept in the run directory.
+    """How processes find each other. SLURM, Open MPI, Kubernetes and TPU pods are detected; otherwise give each process
+    the first three options. The run directory keeps none of these options.
     """
 
     coordinator: str = ""
-    """HOST:PORT on which process 0 listens, the same for every process; empty: as the cluster says."""
+    """HOST:PORT on which process 0 listens, the same for every process; empty: as detected."""
     num_processes: int = 0
-    """How many processes there are, where coordinator is given."""
+    """Number of processes; needs coordinator."""
     process_id: int = -1
-    """Which of them this one is, from 0, where coordinator is given."""
+    """Number of this process, from 0; needs coordinator."""
     detect: bool = True
-    """Join the processes that a cluster started together with this one; false: run alone."""
+    """Join the other processes of the cluster's job; false: run alone."""
     start_timeout: int = 300
-    """Seconds to wait until all processes have come."""
+    """Seconds to wait until all processes have connected."""
     lost_timeout: int = 30
-    """Seconds of silence after which a process counts as lost, and the others stop."""
+    """Seconds without a heartbeat after which a process counts as lost and the others stop."""
 
     def __post_init__(self):
         positive("cluster", self, "start_timeout", "lost_timeout")

@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 import math
+import re
 import reprlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
 from gptjax.config.run import Config
+from gptjax.config.synonyms import meant_option, suggest_option
 from gptjax.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -40,10 +42,17 @@ def load_config(path: str | Path, overrides: dict | None = None) -> Config:
     Raises:
         UserError: The file is missing or no YAML mapping, or a value is not allowed.
     """
-    path = Path(path)
-    file_values = _checked(Config, read_yaml(path), str(path), "")
-    flag_values = _checked(Config, overrides or {}, "command line", "")
-    return _build(Config, _merge(file_values, flag_values), str(path))
+    return make_config(read_yaml(Path(path)), overrides or {}, str(path))
+
+
+def make_config(values: dict, overrides: dict, where: str) -> Config:
+    """Lays nested `overrides` of the command line over nested `values`, which come from `where`.
+
+    Raises:
+        UserError: A key is unknown, or a value is not allowed.
+    """
+    checked = _checked(Config, values, where, "")
+    return _build(Config, _merge(checked, _checked(Config, overrides, "command line", "")), where)
 
 
 def read_yaml(path: Path) -> dict:
@@ -102,10 +111,9 @@ def read_flags(cls: type, args: Sequence[str]) -> dict:
             raise UserError(f"command line: unexpected {word!r}; options are --section.key VALUE")
         name, has_value, value = word[2:].partition("=")
         if name not in flags:
-            near = did_you_mean(name, flags) or did_you_mean(
-                name.rpartition(".")[2], [f.rpartition(".")[2] for f in flags]
+            raise UserError(
+                f"command line: unknown option --{name}.{suggest_option(name, flags)} --help lists them all."
             )
-            raise UserError(f"command line: unknown option --{name}.{near} --help lists them all.")
         values = [value] if has_value else []
         if not has_value and flags[name] is bool and (not rest or rest[0].lower() not in ("true", "false")):
             values = ["true"]
@@ -161,7 +169,15 @@ def differing_fields(old, new) -> dict[str, tuple]:
 
 def to_flat(config) -> dict[str, Any]:
     """Maps the dotted name of each field to its plain value."""
-    return _flatten(to_dict(config))
+    return flatten(to_dict(config))
+
+
+def flatten(nested: dict, prefix: str = "") -> dict:
+    """Maps the dotted name of each value that is no section to the value."""
+    flat = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 @functools.cache
@@ -194,7 +210,7 @@ def _checked(cls: type, raw: dict, where: str, prefix: str) -> dict:
         name = f"{prefix}{key}"
         if key not in types:
             section = f" in section {prefix[:-1]!r}" if prefix else ""
-            near = did_you_mean(str(key), types) or _other_section(str(key))
+            near = _suggest_key(str(key), types, prefix)
             raise UserError(f"{where}: unknown key {name!r}{section}.{near} Valid keys: {', '.join(types)}.")
         if dataclasses.is_dataclass(types[key]):
             values[key] = _checked_section(types[key], value, where, name)
@@ -214,9 +230,13 @@ def _checked_section(cls: Any, value: Any, where: str, name: str) -> dict:
     return _checked(cls, value, where, f"{name}.")
 
 
-def _other_section(key: str) -> str:
-    places = [name for name in flag_types(Config) if name.rpartition(".")[2] == key]
-    return f" Did you mean {places[0]!r}?" if places else ""
+def _suggest_key(key: str, types: Collection[str], prefix: str) -> str:
+    """Names the key that is meant: one of this section without the section's name, others with it."""
+    section = re.sub(r"^parts\[\d+\]\.", "", prefix)
+    meant = meant_option(f"{section}{key}", flag_types(Config))
+    if meant in flag_types(Config):
+        return f" Did you mean {meant.removeprefix(section)!r}?"
+    return f" {meant}" if meant else did_you_mean(key, types)
 
 
 _SHOWN = reprlib.Repr()
@@ -303,10 +323,3 @@ def _set(nested: dict, name: str, value) -> None:
     for section in sections:
         nested = nested.setdefault(section, {})
     nested[key] = value
-
-
-def _flatten(nested: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in nested.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -12,6 +12,8 @@ from gptjax.errors import UserError, did_you_mean
 
 MOST_PARAMETERS = 10**13
 """Beyond it lies a slip of the pen, which would end in an error of the compiler's."""
+EXTENSION = re.compile(r"(continue|restart) at (\d{1,10}) of (\d{1,10})")
+"""A change of num_steps: how, at which update, and the number of steps that was planned before."""
 TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
 
@@ -112,7 +114,7 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the text comes from and how it is cut. Exactly one of path, source and hf_dataset is given."""
+    """Where the text comes from, and how it is cleaned and split. One of path, source and hf_dataset is given."""
 
     path: tuple[str, ...] = ()
     """Files, folders or globs: .txt .md .py .jsonl .csv .parquet .conll, each also .gz or .zst."""
@@ -127,7 +129,7 @@ class DataConfig:
     max_documents: int = 0
     """Stop reading after this many documents; 0: all."""
     validation_fraction: float = 0.1
-    """Share held out: of documents by hash; of a single document, its end."""
+    """Share of the text that is used for validation: documents, chosen by hash; of a single document, its end."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
     """Bytes that are no UTF-8: stop, put U+FFFD, or leave the document out (counted)."""
     unicode: Literal["keep", "NFC"] = "keep"
@@ -141,7 +143,7 @@ class DataConfig:
     attend_across_documents: bool = False
     """Let tokens attend to earlier documents in the same window."""
     verify: Literal["full", "header"] = "full"
-    """What is checked of prepared data when a run opens it: every byte and every id, or headers and sizes only."""
+    """How prepared data is checked when a run opens it: every byte and every id, or headers and sizes only."""
 
     def __post_init__(self):
         given = [name for name in ("path", "source", "hf_dataset") if getattr(self, name)]
@@ -170,13 +172,22 @@ class OptimConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """wsd: constant, then linear over the last wsd_decay_fraction of the steps (arXiv:2404.06395)."""
+    """Decay from learning_rate to min_learning_rate. wsd: constant, then linear over the last wsd_decay_fraction of the
+    steps (arXiv:2404.06395)."""
     wsd_decay_fraction: float = 0.2
     """Share of num_steps in which schedule wsd decays."""
+    extend: Literal["continue", "restart", "stretch"] = "continue"
+    """Learning rate of a run that resumes with another train.num_steps. continue: decays from its present value;
+    restart: warms up to learning_rate once more; stretch: as if the run had been planned with the new number."""
+    extended: tuple[str, ...] = ()
+    """The changes of train.num_steps so far, written by the run itself: 'continue at 1000 of 1000' means that the
+    schedule planned for 1000 steps was continued at update 1000."""
     weight_decay: float = 0.1
     """Decoupled, on matrices and embeddings only."""
     beta1: float = 0.9
+    """Decay of the running mean of gradients; lion: weight of that mean in the update."""
     beta2: float = 0.95
+    """Decay of the running mean of squared gradients; lion: decay of the running mean of gradients."""
     eps: float = 1e-8
     """Added to the denominator of adamw."""
     grad_clip: float = 1.0
@@ -202,16 +213,21 @@ class OptimConfig:
                 f" optim.learning_rate={self.learning_rate}"
             )
         no_effect("optim", self, "wsd_decay_fraction", self.schedule == "wsd", "optim.schedule=wsd")
+        for name in ("extend", "extended"):
+            no_effect("optim", self, name, self.schedule != "constant", "a schedule that decays")
+        for change in self.extended:
+            if not EXTENSION.fullmatch(change):
+                raise UserError(f"optim.extended: {change!r} must be like 'continue at 1000 of 1000'")
         no_effect("optim", self, "min_learning_rate", self.schedule != "constant", "a schedule that decays")
         no_effect("optim", self, "eps", self.name == "adamw", "optim.name=adamw")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop: how long, how much at once, in which precision, and what is written when."""
+    """The training loop: length, batch size, precision, and when to log, evaluate and save."""
 
     num_steps: int = 1000
-    """Optimizer updates."""
+    """Steps of the run: batches that it trains on, each one an optimizer update."""
     batch_size: int = 16
     """Sequences per step, over all devices."""
     micro_batch_size: int = 0
@@ -219,38 +235,40 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameters and optimizer moments."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Operands of matrix products; float16 brings a dynamic loss scale. auto: bfloat16 where the machine multiplies it,
-    else float32; the run's own config says which."""
+    """Type of matmul operands; float16 uses a dynamic loss scale. auto: bfloat16 where the machine has instructions for
+    it, else float32; the run's own config.yaml has the choice."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over the vocabulary."""
     z_loss: float = 0.0
     """Weight of the squared log-normalizer (arXiv:2204.02311, section 5)."""
     spike_sigma: float = 20.0
-    """Make no update in a step whose loss or gradient norm lies this many deviations above its running mean; 0: do."""
+    """Skip the update of a step whose loss or gradient norm is this many deviations above its mean; 0: never."""
     max_skipped_in_a_row: int = 10
-    """Stop after this many steps in a row that made no update, with a dump of what they saw."""
+    """Stop after this many skipped updates in a row, and write diverged.json."""
     ema: float = 0.0
     """Decay of an exponential moving average of the parameters, used for evaluation and sampling; 0: none."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+    """What the backward pass recomputes: nothing, all but matmuls (dots), or whole blocks."""
     unroll: int = 0
-    """Blocks per iteration of the loop over layers; 0: all of them. More runs faster and compiles longer."""
+    """Blocks per iteration of the loop over layers; 0: all. Higher values run faster and compile more slowly."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250
     """Steps between evaluations; 0: only at the end."""
     eval_windows: int = 512
-    """Validation windows in an evaluation, evenly spaced, always the same; 0: all."""
+    """Validation windows in an evaluation, evenly spaced and always the same; 0: all."""
     save_every: int = 1000
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the best one."""
+    """Newest checkpoints to keep; the best one is kept too."""
     strict_checkpoints: bool = False
-    """Refuse to go on where the newest checkpoint is damaged, instead of using an older one."""
+    """Refuse to resume where the newest checkpoint is damaged, instead of using an older one."""
     allow_data_change: bool = False
-    """Go on with other data or another batch_size than the run had; what was seen before may come again."""
+    """Resume with other data or another batch_size; text that was trained on may be repeated."""
+    best_by: Literal["loss", "accuracy", "macro_f1", "span_f1"] = "loss"
+    """What decides which checkpoint is the best: the lowest validation loss, or a task's highest score."""
     patience: int = 0
-    """Stop after this many evaluations without a new best loss; 0: never."""
+    """Stop after this many evaluations without a new best one; 0: never."""
     sample_prompt: str = "\n"
     """Prompt of the sample at each evaluation."""
     sample_tokens: int = 64
@@ -286,18 +304,18 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices along each axis; at most one axis is -1: all devices that are left."""
+    """Number of devices along each axis; at most one axis is -1: all devices that are left."""
 
     data: int = -1
-    """Data parallel: each device its rows."""
+    """Data parallel: each device has its own sequences."""
     fsdp: int = 1
-    """Data parallel with parameters and optimizer state cut over the devices."""
+    """Data parallel with parameters and optimizer state sharded over the devices."""
     tensor: int = 1
-    """Heads, MLP width and vocabulary cut over the devices."""
+    """Heads, MLP width and vocabulary sharded over the devices."""
     context: int = 1
-    """Positions of each row cut over the devices; keys and values go round them."""
+    """Positions of each sequence sharded over the devices; keys and values are passed around the ring."""
     stage: int = 1
-    """Layers cut over the devices; micro-batches go through them one after another."""
+    """Pipeline stages: layers sharded over the devices, which micro-batches pass one after another."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -318,9 +336,9 @@ class PartConfig:
     """One of several tasks that share a model."""
 
     name: str
-    """Of its head and its scores: letters, digits, - and _."""
+    """Name of the part's head and scores: letters, digits, - and _."""
     weight: float = 1.0
-    """Of its mean loss in the sum that is minimised."""
+    """Weight of the part's mean loss in the sum that is minimised."""
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
@@ -337,11 +355,11 @@ class Config:
     """A training run."""
 
     run_dir: str = "runs/default"
-    """Where config, metrics, samples and checkpoints go; a run that has a checkpoint goes on from it."""
+    """Folder of config, metrics, samples and checkpoints; a run that has a checkpoint resumes from it."""
     seed: int = 0
-    """Of initial weights, dropout and the order of the data."""
+    """Seed of initial weights, dropout and the order of the data."""
     init_from: str = ""
-    """Run directory whose weights the run starts from."""
+    """Run directory whose weights and tokenizer the run starts from."""
     cache_dir: str = "~/.cache/gptjax"
     """Prepared data and compiled programs, shared by runs."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -361,7 +379,7 @@ class Config:
             raise UserError("run_dir is empty; name a folder for the run")
         usable_paths("", self, "run_dir", "init_from", "cache_dir")
         if self.init_from == self.run_dir:
-            raise UserError(f"init_from={self.init_from} is the run_dir itself; a run goes on by itself")
+            raise UserError(f"init_from={self.init_from} is the run_dir itself; a run resumes without it")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
         if self.train.batch_size * self.model.block_size > LARGEST_COUNT:
@@ -383,6 +401,10 @@ class Config:
         train = "all" if self.model.adapter.kind == "none" else "new"
         return dataclasses.replace(self, task=part.task, data=part.data, parts=(), finetune=FinetuneConfig(train=train))
 
+    def _has_score(self, name: str) -> bool:
+        """Whether evaluations of this task have the score that `train.best_by` names; span_f1: where tags are BIO."""
+        return name == "loss" or self.task.kind == "tag" or (self.task.kind == "classify" and name != "span_f1")
+
     def _check_task(self) -> None:
         labelled, rows = bool(self.heads), self.task.kind != "pretrain"
         names = [part.name for part in self.parts]
@@ -399,6 +421,8 @@ class Config:
             text_only = ("source", "invalid_utf8", "unicode", "newlines", "min_characters", "drop_duplicates")
             for name in (*text_only, "attend_across_documents"):
                 no_effect("data", self.data, name, False, "task.kind=pretrain")
+        if not self._has_score(self.train.best_by):
+            no_effect("train", self.train, "best_by", False, "a task that has such a score")
         if self.task.kind in LABELLED:
             no_effect("train", self.train, "z_loss", False, "a task that predicts tokens")
             no_effect("train", self.train, "sample_prompt", False, "a task that predicts tokens")
@@ -406,8 +430,8 @@ class Config:
                 no_effect("train", self.train, "label_smoothing", False, "one label a text")
         if self.finetune.train != "all" and not self.init_from:
             raise UserError(
-                f"finetune.train={self.finetune.train} would leave random numbers as they are; name the run to start"
-                " from as init_from"
+                f"finetune.train={self.finetune.train} would freeze parameters that were drawn at random; name the run"
+                " to start from as init_from"
             )
         if self.finetune.train == "new" and not new:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Options of fine-tuning: what is learned, which parameters learn it, and what is added to the model for it."""
+"""Options of fine-tuning: the task, the trainable parameters, and adapters."""
 
 import dataclasses
 import re
@@ -14,20 +14,20 @@ LORA_TARGETS = ("attn/w_qkv", "attn/w_out", "mlp/w_in", "mlp/w_out")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Small new parameters beside those of the model, which can stay as they are."""
+    """A small set of new parameters; those of the model can stay frozen."""
 
     kind: Literal["none", "lora", "bottleneck", "prompt", "prefix"] = "none"
     """lora (arXiv:2106.09685), bottleneck (arXiv:1902.00751), prompt (arXiv:2104.08691), prefix (arXiv:2101.00190)."""
     rank: int = 8
     """Width of lora and bottleneck."""
     alpha: float = 16.0
-    """lora's product counts alpha / rank times."""
+    """lora's update is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("attn/w_qkv",)
-    """Weights that lora adds to: attn/w_qkv, attn/w_out, mlp/w_in, mlp/w_out."""
+    """Weights that lora is added to: attn/w_qkv, attn/w_out, mlp/w_in, mlp/w_out."""
     dropout: float = 0.0
-    """Probability of zeroing what lora and bottleneck read."""
+    """Dropout on the input of lora and bottleneck."""
     tokens: int = 16
-    """Learned vectors that every text sees before itself: of prompt at the first layer, of prefix at each."""
+    """Learned vectors before each text: of prompt at the first layer, of prefix at every layer."""
 
     def __post_init__(self):
         section = "model.adapter"
@@ -51,15 +51,15 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """What the model learns to do with its text."""
+    """What the model is trained to do."""
 
     kind: Literal["pretrain", "classify", "tag", "instruct", "multi"] = "pretrain"
     """pretrain: the next token; classify: a text's label; tag: a label for each word; instruct: responses to prompts;
     multi: the tasks in `parts` together."""
     validation_path: tuple[str, ...] = ()
-    """Labelled files to validate on; none: data.validation_fraction of the rows, chosen by hash."""
+    """Labelled files for validation; none: data.validation_fraction of the rows, chosen by hash."""
     label_field: str = "label"
-    """Field of classify's label; a list where a text has several."""
+    """Field of classify's label; a list for several labels a text."""
     tokens_field: str = "tokens"
     """Field of tag's words."""
     tags_field: str = "tags"
@@ -69,25 +69,25 @@ class TaskConfig:
     response_field: str = "response"
     """Field of instruct's response."""
     messages_field: str = "messages"
-    """Field of instruct's chat, a list of {role, content}; used where a row has it, instead of prompt and response."""
+    """Field of instruct's chat, a list of {role, content}; where a row has it, prompt and response are not read."""
     template: str = "### {role}\n{content}\n\n"
-    """How instruct writes a message; a prompt is one of role user, a response one of role assistant."""
+    """Text of one message of instruct; a prompt has role user, a response role assistant."""
     labels: tuple[str, ...] = ()
-    """Label names in the order of the head's outputs; none: those of the training rows, sorted."""
+    """Labels in the order of the head's outputs; none: those of the training rows, sorted."""
     multi_label: bool = False
-    """A text has any number of labels; set by itself where the data's labels are lists."""
+    """A text has any number of labels; set automatically where the data's labels are lists."""
     max_tokens: int = 0
-    """Longest text of classify, or window that tag and instruct fill; 0: model.block_size."""
+    """Longest text of classify, or window into which tag and instruct are packed; 0: model.block_size."""
     pooling: Literal["last", "mean"] = "mean"
-    """What classify reads: the state at the last token, or the mean over all."""
+    """Input of classify's head: the hidden state of the last token, or the mean over all."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced: every class of classify weighs the same in the loss, however rare."""
+    """balanced: every class of classify has the same weight in the loss, however rare."""
     lookahead: int = 0
-    """Tokens that tag reads past a word before it names the word's label; the model sees only what came before."""
+    """Tokens after a word that tag reads before it predicts the word's label; attention is causal."""
     augment_delete: float = 0.0
-    """Share of a training text's tokens that classify leaves out, others each time (arXiv:1901.11196)."""
+    """Share of a training text's tokens that classify drops at random (arXiv:1901.11196)."""
     augment_swap: float = 0.0
-    """Share of a training text's tokens that classify swaps with their neighbour."""
+    """Share of a training text's tokens that classify swaps with the next one at random."""
 
     def __post_init__(self):
         not_negative("task", self, "max_tokens", "lookahead")
@@ -115,17 +115,17 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Which parameters learn, and how fast."""
+    """Which parameters are trainable, and their learning rates."""
 
     train: Literal["all", "new", "top", "paths"] = "all"
-    """all; new: only heads and adapters; top: those and the last top_k blocks with the norm after them; paths: those
-    and what `paths` names."""
+    """Trainable parameters. all; new: only heads and adapters; top: those, the last top_k blocks and the final norm;
+    paths: heads, adapters and the parameters that `paths` matches."""
     top_k: int = 2
-    """Blocks that train=top trains."""
+    """Number of blocks that train=top trains."""
     paths: tuple[str, ...] = ()
-    """Regular expressions that train=paths searches in names of parameters, such as 'norm_' or 'blocks/mlp'."""
+    """Regular expressions that train=paths searches in parameter names, such as 'norm_' or 'blocks/mlp'."""
     layer_decay: float = 1.0
-    """Each block learns this much slower than the one after it, embeddings slowest (arXiv:1801.06146, section 3.2)."""
+    """Factor of a block's learning rate relative to the block above it (arXiv:1801.06146, section 3.2)."""
     head_learning_rate: float = 0.0
     """Peak learning rate of heads; 0: optim.learning_rate."""
 

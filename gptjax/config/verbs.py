@@ -1,4 +1,4 @@
-"""Options of the verbs that use a trained model, as frozen dataclasses: like `config`, the only place of a default."""
+"""Options of the verbs other than train, as frozen dataclasses: the only place of their defaults."""
 
 import dataclasses
 from typing import Literal
@@ -13,21 +13,21 @@ CHIP_NAMES = (
 )
 """The names of `machine.chips.CHIPS`."""
 MOST_ROWS = 2**16
-"""Continuations that are made at once."""
+"""Largest number of continuations in one call."""
 MOST_DEVICES = 512
 """Virtual devices that a step is compiled for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Which parameters of a run are used."""
+    """Which checkpoint of a run is used."""
 
     checkpoint: Literal["best", "latest"] = "best"
-    """best: lowest validation loss (the latest where none was evaluated)."""
+    """best: by train.best_by of the run, lowest validation loss by default (latest where none was evaluated)."""
     strict: bool = False
-    """Refuse where that checkpoint is damaged, instead of using another one."""
+    """Refuse a damaged checkpoint instead of using another one."""
     base: str = ""
-    """Run under an adapter or a head, where it is not where it was."""
+    """Run directory of the base under an adapter or a head, if it was moved."""
 
     def __post_init__(self):
         usable_paths("", self, "base")
@@ -46,23 +46,23 @@ class SampleConfig(CheckpointConfig):
     num_samples: int = 1
     """Continuations of each prompt."""
     max_new_tokens: int = 256
-    """Tokens at most; a sample ends earlier at end-of-text."""
+    """Largest number of new tokens; a sample ends earlier at end-of-text."""
     temperature: float = 1.0
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Divides the logits; 0: greedy decoding."""
     top_k: int = 0
-    """Choose among this many likeliest tokens; 0: all."""
+    """Sample among this many most likely tokens; 0: all."""
     top_p: float = 1.0
-    """Choose among the fewest tokens that hold this much probability (arXiv:1904.09751)."""
+    """Sample among the fewest tokens whose probabilities sum to this (nucleus sampling, arXiv:1904.09751)."""
     seed: int = 0
-    """The same seed gives the same text, whatever else is in the batch."""
+    """Random seed; the same seed gives the same text, whatever else is in the batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Operands of matrix products; on a GPU or TPU also activations and the cache, which are float32 on a CPU."""
+    """Type of matmul operands; on a GPU or TPU also of activations and the cache, which are float32 on a CPU."""
     quantize: Literal["none", "int8"] = "none"
-    """int8: weights rounded to 8 bits, a scale for each output; on a CPU twice as fast for one sequence."""
+    """int8: weights are rounded to 8 bits with a scale for each output; faster for one sequence on a CPU."""
     allow_special: bool = False
     """Read <|endoftext|> in a prompt as the special token instead of plain text."""
     ignore_end_of_text: bool = False
-    """Go on after end-of-text."""
+    """Continue after end-of-text."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,7 +76,7 @@ class SampleConfig(CheckpointConfig):
                 f"num_samples={self.num_samples} of {max(1, len(self.prompt))} prompts: at most {MOST_ROWS}"
             )
         if 0 < self.temperature < 1e-3:
-            raise UserError(f"temperature={self.temperature} must be 0 (the likeliest token) or at least 0.001")
+            raise UserError(f"temperature={self.temperature} must be 0 (the most likely token) or at least 0.001")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.prompt and self.prompt_file:
@@ -87,20 +87,20 @@ class SampleConfig(CheckpointConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(CheckpointConfig):
-    """Measures a trained model on text: its own validation data, or what `data` names."""
+    """Measures a trained model on its own validation data, or on all of the text or rows that `data` names."""
 
     run_dir: str = ""
     """Run directory of the model."""
     windows: int = 0
-    """Validation windows, evenly spaced; 0: all."""
+    """Windows of text to measure, evenly spaced; 0: all."""
     batch_size: int = 16
-    """Windows at a time."""
+    """Windows or texts in a batch."""
     language_model: bool = False
-    """Measure the next token's loss of a run that learned labels, on the text of the run it started from."""
+    """Measure the next-token loss of a run that learned labels, on the text of the run it started from."""
     part: str = ""
-    """Which task of a run that learned several."""
+    """Name of the task, of a run that learned several."""
     figure: str = ""
-    """File to draw the confusion matrix of labels into: .png, .svg or .pdf."""
+    """File for a figure of the confusion matrix of labels: .png, .svg or .pdf."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self):
@@ -120,20 +120,20 @@ class EvaluateConfig(CheckpointConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictConfig(CheckpointConfig):
-    """Labels texts with a model that was trained for it; each line of the result is a JSON object."""
+    """Labels texts with a model that was trained for it; the result is JSONL."""
 
     run_dir: str = ""
     """Run directory of the model."""
     part: str = ""
-    """Which task of a run that learned several."""
+    """Name of the task, of a run that learned several."""
     text: tuple[str, ...] = ()
-    """One or several texts; words for a run that tags stand apart by spaces."""
+    """One or several texts; for a run that tags, words separated by spaces."""
     file: str = ""
     """File of rows with the fields of the run's training data: .jsonl .csv .tsv .parquet .conll."""
     out: str = ""
-    """JSONL file to write, complete or not at all; standard output where none is given."""
+    """JSONL file to write, complete or not at all; empty: standard output."""
     batch_size: int = 16
-    """Texts at a time."""
+    """Texts in a batch."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -148,12 +148,12 @@ class PredictConfig(CheckpointConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Where an imported model goes."""
+    """Options of import."""
 
     to: str
     """Run directory to make."""
     tokenizer: str = ""
-    """Name of a tiktoken encoding, for models that come without a tokenizer."""
+    """Name of a tiktoken encoding, for a model without a tokenizer file."""
 
     def __post_init__(self):
         usable_paths("", self, "to")
@@ -161,12 +161,12 @@ class ImportConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig(CheckpointConfig):
-    """Where an exported model goes."""
+    """Options of export."""
 
     to: str
     """Folder to write."""
     merge: bool = False
-    """Add a lora adapter to the weights of its base."""
+    """Merge a lora adapter into the weights of its base."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -175,16 +175,16 @@ class ExportConfig(CheckpointConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyResumeConfig:
-    """How a run is killed and gone on with; options of the run itself may follow, as for train."""
+    """How a run is killed and resumed; options of the run itself may follow, as for train."""
 
     steps: int = 20
-    """Steps of the run that is killed and of the one that it is compared with."""
+    """Steps of the killed run and of the one that it is compared with."""
     save_every: int = 4
     """Steps between checkpoints."""
     kills: int = 4
-    """SIGKILLs at random moments, before the run is left to end."""
+    """Number of SIGKILLs at random moments, before the run may finish."""
     kill_seed: int = 0
-    """Of the moments."""
+    """Random seed of the moments."""
 
     def __post_init__(self):
         positive("", self, "steps", "save_every", "kills")
@@ -193,10 +193,10 @@ class VerifyResumeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """What a run is planned for; options of the run itself may follow, as for train."""
+    """The chips that a run is planned for; options of the run itself may follow, as for train."""
 
     devices: int
-    """How many chips, up to 512."""
+    """Number of chips, up to 512."""
     chip: str
     """h100, h100-pcie, h100-nvl, h200, h200-nvl, gh200, b200, gb200, a100, a100-pcie, a100-40gb, a100-40gb-pcie, l4,
     l40, l40s, v4, v5e, v5p or v6e."""
@@ -215,10 +215,10 @@ class PlanConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What is verified in full; the machine is described in any case."""
+    """Places to verify in full; the machine is described in any case."""
 
     check: tuple[str, ...] = ()
-    """Config files, run directories and folders of prepared data; may be given without the option's name."""
+    """Config files, run directories and folders of prepared data; the option's name may be left out."""
     all_data: bool = False
     """Verify every data set in cache_dir too."""
     cache_dir: str = Config.cache_dir

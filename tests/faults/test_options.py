@@ -100,7 +100,7 @@ OPTIONS = {
     ("--temperature", "-1"): "temperature=-1.0 must not be negative",
     ("--temperature", "nan"): "temperature='nan' must be a number",
     ("--temperature", "inf"): "temperature='inf' is too large",
-    ("--temperature", "1e-9"): "temperature=1e-09 must be 0 (the likeliest token) or at least 0.001",
+    ("--temperature", "1e-9"): "temperature=1e-09 must be 0 (the most likely token) or at least 0.001",
     ("--temperature", "1e300"): "is too large",
     ("--top_k", "-1"): "top_k=-1 must not be negative",
     ("--top_k", "258"): "top_k=258 must be at most model.vocab_size=257",

@@ -1,0 +1,136 @@
+"""Where a run's config comes from: a file, a run directory, or defaults that are sized for the machine."""
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+from gptjax.config.reader import flatten, load_config, make_config, read_yaml, to_flat
+from gptjax.config.run import Config
+from gptjax.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+
+SMALL = {
+    "model": {"n_layer": 4, "n_head": 4, "n_embd": 192, "block_size": 128},
+    "tokenizer": {"kind": "bpe", "vocab_size": 2048},
+    "optim": {"learning_rate": 2e-3, "beta2": 0.99},
+    "train": {"num_steps": 1000, "batch_size": 16, "eval_every": 200, "eval_windows": 128, "save_every": 200},
+}
+"""For a CPU: the shape of configs/demo.yaml, about two minutes on two cores."""
+MEDIUM = {
+    "model": {"n_layer": 8, "n_head": 8, "n_embd": 512, "block_size": 512, "vocab_multiple": 128},
+    "tokenizer": {"kind": "bpe", "vocab_size": 8192},
+    "optim": {"learning_rate": 1e-3, "beta2": 0.95},
+    "train": {"num_steps": 5000, "batch_size": 64, "eval_every": 500, "eval_windows": 512, "save_every": 1000},
+}
+"""For a GPU or TPU."""
+FINETUNED = {"optim": {"learning_rate": 5e-4, "beta2": 0.99}, "train": {"num_steps": 500, "eval_every": 100}}
+"""For a run that starts from another's weights, shape and tokenizer."""
+NOT_INHERITED = ("model.dropout", "model.adapter.")
+"""Options of the model that a run with `init_from` sets for itself."""
+WARMUP = 100
+"""Steps of warm-up, or a tenth of the run if that is less."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A run's config and how it was made."""
+
+    config: Config
+    note: str = ""
+    """A line about options that the user did not set; empty: none."""
+
+
+def start_config(place: str, flags: dict, accelerator: bool) -> Start:
+    """Returns the config of a run.
+
+    Args:
+        place: A config file or a run directory; empty: the run directory of the flags if it holds a run, else defaults.
+        flags: Nested values, as `read_flags` returns them; they take precedence.
+        accelerator: Whether the run will use a GPU or TPU, which decides between the defaults.
+
+    Raises:
+        UserError: The place is neither, or a value is not allowed.
+    """
+    if place and not Path(place).is_dir():
+        config = load_config(place, flags)
+        _check_base(config, {*flatten(flags), *flatten(read_yaml(Path(place)))})
+        return Start(config)
+    run_dir = Path(place or flags.get("run_dir", Config.run_dir)).expanduser()
+    if (run_dir / CONFIG_FILE).is_file():
+        return Start(_resumed(run_dir, flags), f"config      {run_dir / CONFIG_FILE}")
+    if place:
+        raise UserError(f"{place}: no run directory (it has no {CONFIG_FILE}); give a config file or a run directory")
+    config = make_config(_defaults(flags, accelerator), flags, "defaults")
+    _check_base(config, flatten(flags))
+    return Start(config, _describe(config, accelerator))
+
+
+def _check_base(config: Config, given: Collection[str]) -> None:
+    """Refuses options of model and tokenizer for which the run named by `init_from` has another value.
+
+    Raises:
+        UserError: One of them was given, and would have no effect.
+    """
+    path = Path(config.init_from).expanduser() / CONFIG_FILE
+    if not config.init_from or not path.is_file():
+        return
+    base, own = to_flat(load_config(path)), to_flat(config)
+    for name in sorted(given):
+        inherited = name.startswith(("model.", "tokenizer.")) and not name.startswith(NOT_INHERITED)
+        if inherited and own[name] != base[name] and (name, own[name]) != ("model.vocab_size", 0):
+            raise UserError(
+                f"{name}={own[name]!r} has no effect with init_from={config.init_from}, whose model and tokenizer are"
+                f" used: {name}={base[name]!r}; leave it out"
+            )
+
+
+def _resumed(run_dir: Path, flags: dict) -> Config:
+    """The config that a run directory holds, with that directory as `run_dir`, wherever it was moved."""
+    config = load_config(run_dir / CONFIG_FILE, flags)
+    if "run_dir" in flags or Path(config.run_dir).expanduser().resolve() == run_dir.resolve():
+        return config
+    return dataclasses.replace(config, run_dir=str(run_dir))
+
+
+def _defaults(flags: dict, accelerator: bool) -> dict:
+    """Values for a run without a config file; those that would have no effect beside the flags are left out."""
+    sized = FINETUNED if flags.get("init_from") else MEDIUM if accelerator else SMALL
+    values = {name: dict(section) for name, section in sized.items()}
+    task, tokenizer, optim, train = (flags.get(name, {}) for name in ("task", "tokenizer", "optim", "train"))
+    if "kind" in tokenizer:
+        values.pop("tokenizer", None)
+    if task.get("kind", "pretrain") != "pretrain":
+        values["train"].pop("eval_windows", None)
+    steps = train.get("num_steps", values["train"]["num_steps"])
+    if isinstance(steps, int):
+        values["optim"]["warmup_steps"] = max(0, min(WARMUP, steps // 10))
+    peak = optim.get("learning_rate", values["optim"]["learning_rate"])
+    if optim.get("schedule") != "constant":
+        values["optim"]["min_learning_rate"] = _tenth(peak)
+    return values
+
+
+def _tenth(rate: object) -> object:
+    """A tenth of a learning rate; what is no number is refused elsewhere."""
+    try:
+        return float(str(rate)) / 10
+    except ValueError:
+        return rate
+
+
+def _describe(config: Config, accelerator: bool) -> str:
+    if config.init_from:
+        shape = f"model and tokenizer of {config.init_from}"
+    else:
+        model, tokenizer = config.model, config.tokenizer
+        vocabulary = f" of {tokenizer.vocab_size:,} tokens" if tokenizer.kind == "bpe" else ""
+        shape = (
+            f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, {model.block_size} tokens of context,"
+            f" {tokenizer.kind} tokenizer{vocabulary}"
+        )
+    machine = "a GPU or TPU" if accelerator else "a CPU"
+    return (
+        f"config      no file: defaults for {machine}: {shape}, {config.train.num_steps:,} steps;"
+        f" {config.run_dir}/{CONFIG_FILE} will list them all"
+    )
