@@ -1,11 +1,11 @@
-# make demo · make test · make cluster · make faults · make lint · make bench · make finetune-report: each makes the
-# environment that it needs in .venv
+# make demo · make test · make cluster · make faults · make lint · make mutants · make bench · make finetune-report: each
+# makes the environment that it needs in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist worksteal
 
-.PHONY: demo test cluster faults lint bench finetune-report clean
+.PHONY: demo test cluster faults lint mutants bench finetune-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py configs/demo.yaml
@@ -26,6 +26,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+
+mutants: $(VENV)/installed-dev
+	$(BIN)/python bench/mutants.py
 
 finetune-report: $(VENV)/installed-dev
 	$(BIN)/python bench/finetune_report.py

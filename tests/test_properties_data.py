@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.batches.labelled import TextBatch, encode_texts
+from gptjax.batches.labelled import POOL, TextBatch, TextBatches, encode_texts
 from gptjax.batches.packed import Asked, PackedSequences, encode_words
 from gptjax.batches.pretraining import PackedWindows, evaluation_batches
 from gptjax.config.run import Config, DataConfig, TokenizerConfig
@@ -166,6 +166,33 @@ def test_an_epoch_of_packed_sequences_takes_each_once_in_an_order_of_its_own():
         packed.batch(0, n).inputs[:, 0].tolist()
         != PackedSequences(sequences, 10, seed=3).batch(0, n).inputs[:, 0].tolist()
     )
+
+
+def text_batches(**task) -> TextBatches:
+    """40 texts of other lengths and letters, as batches of 5: eight of them are an epoch and a pool."""
+    texts = [Text(chr(65 + n) * (n * 7 % 40 + 2), ("ab"[n % 2],), "") for n in range(5 * POOL)]
+    config = TaskConfig(kind="classify", **task)
+    return TextBatches(encode_texts(texts, BYTES, ("a", "b"), False, 64), config, seed=1)
+
+
+def test_a_batch_holds_texts_of_like_length_and_batches_come_in_any_order():
+    batches = text_batches()
+    for epoch in range(3):
+        lengths = [batches.batch(epoch * POOL + place, 5).lengths for place in range(POOL)]
+        in_order = sorted(lengths, key=min)
+        assert all(max(a) <= min(b) for a, b in itertools.pairwise(in_order))
+        assert [min(length) for length in lengths] != [min(length) for length in in_order]
+
+
+def test_augmentation_is_drawn_anew_for_each_text_and_in_each_epoch():
+    plain, noisy = text_batches(), text_batches(augment_delete=0.5)
+    left = {}
+    for step in range(2 * POOL):
+        for row, length, numbers in zip(*noisy.batch(step, 5)[:2], plain.documents(step, 5), strict=True):
+            left.setdefault(numbers[0], []).append(length / plain.texts.tokens[numbers[0]].size)
+            assert set(row[1 : length - 1]) <= set(plain.texts.tokens[numbers[0]].tolist())
+    assert sum(first != second for first, second in left.values()) > 20
+    assert len({first for first, _ in left.values()}) > 20
 
 
 def one_label(E: int = 200, N: int = 4) -> Predictions:
