@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config.run import Config, ModelConfig, OptimConfig, TrainConfig
+from gptjax.config.model import ModelConfig
+from gptjax.config.run import Config, OptimConfig, TrainConfig
 from gptjax.machine.allocator import restart
 from gptjax.machine.compile_cache import start
 from gptjax.ops import attention, cross_entropy, elementwise, linear
@@ -45,10 +46,13 @@ PLAIN = {
     "loss": [("gptjax.model.loss.cross_entropy", cross_entropy.cross_entropy_reference)],
     "layer norm": [
         ("gptjax.model.layers.layer_norm", elementwise.layer_norm_reference),
-        ("gptjax.model.layers.layer_norm_beside", lambda x, *args: (x, elementwise.layer_norm_reference(x, *args))),
+        (
+            "gptjax.model.layers.layer_norm_with_residual",
+            lambda x, *args: (x, elementwise.layer_norm_reference(x, *args)),
+        ),
     ],
     "embedding": [("gptjax.model.gpt.embedding", lambda w_VD, tokens_BT: w_VD[tokens_BT])],
-    "order of the optimizer": [("gptjax.training.step.after_each", lambda x, earlier: x)],
+    "order of the optimizer": [("gptjax.training.step.schedule_each_after", lambda x, earlier: x)],
 }
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from equality import write_table
 
+from gptjax.config.model import ModelConfig
 from gptjax.config.reader import to_yaml
-from gptjax.config.run import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.config.run import Config, DataConfig, MeshConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.report.metrics import read_metrics
 
 STEPS, LIMIT = 6, 1e-5

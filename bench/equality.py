@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config.run import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from gptjax.config.model import ModelConfig
+from gptjax.config.run import Config, MeshConfig, OptimConfig, TrainConfig
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
 from gptjax.planning import hlo

@@ -24,7 +24,8 @@ def train(name: str, dtype: str, steps: int) -> dict:
 
     from gptjax.batches.prefetch import prefetch
     from gptjax.batches.pretraining import Batch
-    from gptjax.config.run import Config, ModelConfig, OptimConfig, TrainConfig
+    from gptjax.config.model import ModelConfig
+    from gptjax.config.run import Config, OptimConfig, TrainConfig
     from gptjax.training.step import init_state, make_train_step
 
     work = TRAINING[name]
@@ -83,7 +84,7 @@ def generate(sequences: str, dtype: str, repeats: int) -> dict:
     import jax
     import numpy as np
 
-    from gptjax.config.run import ModelConfig
+    from gptjax.config.model import ModelConfig
     from gptjax.config.verbs import SampleConfig
     from gptjax.generation.decode import generate
     from gptjax.model.gpt import init_params

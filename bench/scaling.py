@@ -20,7 +20,8 @@ import numpy as np
 from equality import device_bytes, write_table
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config.run import Config, MeshConfig, ModelConfig, TrainConfig
+from gptjax.config.model import ModelConfig
+from gptjax.config.run import Config, MeshConfig, TrainConfig
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.parallel.rules import shardings
 from gptjax.planning import hlo

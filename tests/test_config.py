@@ -8,8 +8,9 @@ import pytest
 
 from gptjax import cli
 from gptjax.config import synonyms
+from gptjax.config.model import ModelConfig
 from gptjax.config.reader import differing_fields, flag_types, from_dict, load_config, read_flags, to_dict, to_yaml
-from gptjax.config.run import Config, ModelConfig
+from gptjax.config.run import Config
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 

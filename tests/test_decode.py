@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation import decode

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptjax.checkpoints.run_dir import load_run
-from gptjax.config.run import ModelConfig, TokenizerConfig
+from gptjax.config.model import ModelConfig
+from gptjax.config.run import TokenizerConfig
 from gptjax.config.verbs import ExportConfig, SampleConfig
 from gptjax.errors import UserError
 from gptjax.exchange.gpt2 import export_gpt2, import_gpt2

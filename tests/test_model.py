@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.model import cache as kv
 from gptjax.model.gpt import Compute, logits, unembedding
 from tests.tiny import MODEL, extend, hidden_states, init_params, layer_by_layer

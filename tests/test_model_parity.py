@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.exchange.gpt2 import export_gpt2, import_gpt2
 from gptjax.model.gpt import hidden_states, init_params, logits
 

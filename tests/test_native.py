@@ -11,16 +11,14 @@ import numpy as np
 import pytest
 
 from gptjax.machine.native import build
-from gptjax.machine.platform import for_an_accelerator
+from gptjax.machine.platform import plan_for_accelerator
 from gptjax.ops import kernels
-from gptjax.ops.attention import (
-    attention_reference,
-    self_attention,
-    split_heads,
-)
+from gptjax.ops.attention import self_attention, split_heads
+from gptjax.ops.attention_spec import AttentionSpec, Mask
 from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_reference
-from gptjax.ops.elementwise import layer_norm_beside, layer_norm_reference
+from gptjax.ops.elementwise import layer_norm_reference, layer_norm_with_residual
 from gptjax.ops.linear import linear, linear_reference, mlp, mlp_reference
+from gptjax.ops.plain_attention import attention_reference
 
 DTYPES = ("bfloat16", "float32")
 # Relative norms. bfloat16 keeps 8 bits, and results and gradients are rounded once or twice; float32 keeps 24, of sums
@@ -119,11 +117,13 @@ def test_attention(dtype, B, T, G, E, C, window, documents):
     if documents > 1:
         segments_BT = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, documents, (B, T))), jnp.int32)
 
+    spec, mask = AttentionSpec(window=window), Mask(segments_BT)
+
     def plain(qkv_BTGEC):
         q_BTHC, k_BTGC, v_BTGC = split_heads(qkv_BTGEC)
-        return attention_reference(q_BTHC, k_BTGC, v_BTGC, segments_BT, window)
+        return attention_reference(q_BTHC, k_BTGC, v_BTGC, spec, mask)
 
-    same(dtype, lambda qkv: self_attention(qkv, segments_BT, window), plain, draw(B, T, G, E, C, dtype=dtype))
+    same(dtype, lambda qkv: self_attention(spec, qkv, mask), plain, draw(B, T, G, E, C, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,7 +173,7 @@ def test_a_norm_beside_the_stream(dtype, biased):
 
     same(
         dtype,
-        both(lambda *args: layer_norm_beside(*args, dtype)),
+        both(lambda *args: layer_norm_with_residual(*args, dtype)),
         both(lambda x, *args: (x, layer_norm_reference(x, *args, "float32"))),
         x,
         scale,
@@ -201,7 +201,7 @@ def test_what_is_not_finite_stays_so(dtype):
     for y in (linear(x, w, None, dtype), mlp(x, w, biases[0], w, biases[1])):
         assert jnp.isnan(y[3]).all() and jnp.isfinite(y.at[3].set(0)).all()
     for number, kind in enumerate(("query", "key", "value")):
-        y = self_attention(qkv.at[0, 7, 0, number, 2].set(jnp.inf))
+        y = self_attention(AttentionSpec(), qkv.at[0, 7, 0, number, 2].set(jnp.inf))
         assert not jnp.isfinite(y[0, 7:]).all(), kind
     hidden, table, targets = draw(1, 64, 64, dtype=dtype), draw(1056, 64).astype(dtype), jnp.zeros((1, 64), jnp.int32)
     assert jnp.isnan(cross_entropy(LossOptions(1056), hidden.at[0, 9].set(jnp.nan), table, targets).nll)
@@ -214,7 +214,7 @@ def test_a_row_does_not_depend_on_the_others_and_bits_stay_the_same(dtype):
     y = mlp(x, w, None, w, None)
     assert (y[320:352] == mlp(x[320:352], w, None, w, None)).all()
     qkv, dy = draw(2, 128, 4, 3, 32, dtype=dtype), draw(2, 128, 4, 32, dtype=dtype)
-    first, again = (jax.vjp(self_attention, qkv)[1](dy)[0] for _ in range(2))
+    first, again = (jax.vjp(lambda qkv: self_attention(AttentionSpec(), qkv), qkv)[1](dy)[0] for _ in range(2))
     assert (first == again).all()
 
 
@@ -222,7 +222,7 @@ def test_kernels_are_left_alone_where_they_do_not_fit(need_kernels):
     assert kernels.usable("bfloat16", 32, 64)
     assert not kernels.usable("bfloat16", 32, 65)
     assert not kernels.usable("float16", 32, 64)
-    with for_an_accelerator():
+    with plan_for_accelerator():
         assert not kernels.usable("bfloat16", 32, 64)
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
         assert not kernels.usable("bfloat16", 32, 64)
@@ -348,7 +348,9 @@ if len(sys.argv) > 2:
     compiler.OPTIONS = (*compiler.OPTIONS, *sys.argv[2:])
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 from gptjax.ops.linear import mlp, mlp_reference
-from gptjax.ops.attention import attention_reference, self_attention, split_heads
+from gptjax.ops.attention import self_attention, split_heads
+from gptjax.ops.attention_spec import AttentionSpec
+from gptjax.ops.plain_attention import attention_reference
 x, w = (jax.random.normal(jax.random.key(n), (64, 64)) for n in range(2))
 def same(fast, plain, *args):
     def both(function):  # value and gradients, compiled as a whole
@@ -361,7 +363,7 @@ def same(fast, plain, *args):
 x = x.astype("bfloat16")
 same(lambda x, w: mlp(x, w, None, w, None), lambda x, w: mlp_reference(x, w, None, w, None), x, w / 8)
 qkv = jnp.stack([x[:, :32], x[:, 32:], x[:, :32]], axis=1).reshape(1, 64, 1, 3, 32)
-same(self_attention, lambda x: attention_reference(*split_heads(x)), qkv)
+same(lambda x: self_attention(AttentionSpec(), x), lambda x: attention_reference(*split_heads(x)), qkv)
 print(build.state())
 """
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.task import AdapterConfig
 from gptjax.config.verbs import SampleConfig
 from gptjax.generation.decode import _prefilled, generate

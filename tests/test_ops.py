@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.machine.platform import for_an_accelerator
+from gptjax.machine.platform import plan_for_accelerator
 from gptjax.ops import attention as attention_module
-from gptjax.ops.attention import attention, attention_reference
-from gptjax.ops.blocked_attention import ALIASING, FUSED_ROWS, blocked_attention
+from gptjax.ops import cudnn_attention
+from gptjax.ops.attention import attention
+from gptjax.ops.attention_spec import AttentionSpec, Mask, make_request
+from gptjax.ops.blocked_attention import ALIASING, FUSED_ROWS
 from gptjax.ops.cross_entropy import (
     LossOptions,
     cross_entropy,
@@ -26,7 +28,8 @@ from gptjax.ops.elementwise import (
 )
 from gptjax.ops.embedding import embedding, sum_by_token, sum_by_token_reference
 from gptjax.ops.matmul import matmul, matmul_reference
-from gptjax.ops.order import same_bits_asked
+from gptjax.ops.plain_attention import attention_reference
+from gptjax.ops.scheduling import deterministic_ops_requested
 from gptjax.ops.triton_attention import triton_attention
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -44,7 +47,7 @@ def backend(request, monkeypatch):
     """The programs of both platforms, whichever runs them."""
     monkeypatch.setattr(jax, "default_backend", lambda: request.param)
     if request.param == "gpu":
-        monkeypatch.setattr("gptjax.ops.order.LARGE", 1)
+        monkeypatch.setattr("gptjax.ops.scheduling.LARGE", 1)
     return request.param
 
 
@@ -176,8 +179,8 @@ def assert_attention_is_plain(B, length, kv_heads, dtype, segmented, window):
     if segmented:
         segments = jnp.cumsum(jax.random.bernoulli(jax.random.key(5), 0.03, (B, length)), axis=1)
     assert_same(
-        lambda q, k, v: attention(q, k, v, segments, window),
-        lambda q, k, v: attention_reference(q, k, v, segments, window),
+        lambda q, k, v: attention(q, k, v, AttentionSpec(window=window), Mask(segments)),
+        lambda q, k, v: attention_reference(q, k, v, AttentionSpec(window=window), Mask(segments)),
         (q, k, v),
         dtype,
     )
@@ -188,7 +191,7 @@ def test_attention_dropout_drops_the_right_share_and_keeps_the_mean():
     q, v = jnp.zeros((B, T, H, C)), jnp.ones((B, T, H, C))
     plain = attention(q, q, v)
     keys = jax.random.split(jax.random.key(0), 32)
-    dropped = jax.jit(jax.vmap(lambda key: attention(q, q, v, None, 0, 0.25, key)))(keys)
+    dropped = jax.jit(jax.vmap(lambda key: attention(q, q, v, AttentionSpec(dropout=0.25), key=key)))(keys)
     np.testing.assert_allclose(plain, 1.0, rtol=1e-6)
     # 32 draws of weights that are even: position t averages over t + 1 of them, so the last are close to 1
     np.testing.assert_allclose(jnp.mean(dropped, axis=(0, 1, 3, 4))[-50:], 1.0, atol=0.02)
@@ -203,7 +206,7 @@ def test_attention_dropout_uses_the_same_mask_in_the_backward_pass(B):
 
     @jax.jit
     def loss(v):
-        return jnp.sum(attention(q, k, v, None, 0, 0.5, key) ** 2)
+        return jnp.sum(attention(q, k, v, AttentionSpec(dropout=0.5), key=key) ** 2)
 
     direction = normal(7, B, T, H, C)
     # The loss is quadratic in v, so a central difference has no error but rounding, about 1e-7 * loss / step.
@@ -214,7 +217,12 @@ def test_attention_dropout_uses_the_same_mask_in_the_backward_pass(B):
 def test_a_window_makes_attention_cheaper():
     def flops(window):
         x = jax.ShapeDtypeStruct((1, 1024, 2, 16), jnp.float32)
-        return jax.jit(lambda q: attention(q, q, q, None, window)).lower(x).compile().cost_analysis()["flops"]
+        return (
+            jax.jit(lambda q: attention(q, q, q, AttentionSpec(window=window)))
+            .lower(x)
+            .compile()
+            .cost_analysis()["flops"]
+        )
 
     assert flops(128) < 0.5 * flops(0)
 
@@ -250,11 +258,11 @@ def test_the_backward_pass_keeps_what_a_layer_reads_alone(dtype):
 def test_attention_on_a_gpu_falls_back_where_cudnn_is_missing(monkeypatch, capsys):
     q = normal(0, 1, 16, 2, 8, dtype="bfloat16")
     expected = attention_reference(q, q, q)
-    attention_module.cudnn_works.cache_clear()
+    cudnn_attention.cudnn_works.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     np.testing.assert_array_equal(attention(q, q, q), expected)
     assert "cuDNN attention is not available" in capsys.readouterr().out
-    attention_module.cudnn_works.cache_clear()
+    cudnn_attention.cudnn_works.cache_clear()
 
 
 @pytest.mark.parametrize(("segmented", "window"), [(False, 0), (True, 0), (False, 5), (True, 5)])
@@ -268,39 +276,51 @@ def test_attention_on_a_gpu_asks_cudnn_for_the_same_while_a_step_is_traced(segme
     jax_attention = jax.nn.dot_product_attention
     arrays = normal(0, 2, 16, 4, 8, dtype="bfloat16"), *(normal(i, 2, 16, 2, 8, dtype="bfloat16") for i in (1, 2))
     segments = jnp.broadcast_to(jnp.arange(16) // 6, (2, 16)) if segmented else None
-    attention_module.cudnn_works.cache_clear()
+    cudnn_attention.cudnn_works.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_place_of_cudnn)
-    forms = (lambda *x, form=form: form(*x, segments, window) for form in (attention, attention_reference))
+    forms = (
+        lambda *x, form=form: form(*x, AttentionSpec(window=window), Mask(segments))
+        for form in (attention, attention_reference)
+    )
     assert_same(*forms, arrays, "bfloat16")
     assert set(asked) == {"cudnn"} and not capsys.readouterr().out
-    attention_module.cudnn_works.cache_clear()
+    cudnn_attention.cudnn_works.cache_clear()
 
 
 @pytest.mark.parametrize("flag", [DETERMINISTIC, "--a=b --xla_gpu_exclude_nondeterministic_ops"])
 def test_attention_on_a_gpu_of_which_the_same_bits_are_asked(flag, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setenv("XLA_FLAGS", flag)
-    form = functools.partial(attention_module.form_of, dtype=jnp.dtype("bfloat16"), head_dim=64, masked=False)
-    assert form(1024, 0, 0.0) is triton_attention
-    for T, window, rate in ((1000, 0, 0.0), (1024, 100, 0.0), (1024, 0, 0.1)):
-        assert form(T, window, rate).func is blocked_attention
-    assert form(100, 0, 0.0).func not in (blocked_attention, triton_attention)
+
+    def chosen(T, window=0, rate=0.0, key=None):
+        shapes = (1, T, 2, 64), (1, T, 2, 64)
+        spec = AttentionSpec(window=window, dropout=rate)
+        return attention_module.choose(make_request(spec, *shapes, "bfloat16", Mask(), None, key))
+
+    name, reasons = chosen(1024)[0].name, chosen(1024)[1]
+    assert name == "Triton" and "deterministic" in reasons["cuDNN"]
+    assert chosen(1000)[0].name == chosen(1024, 100)[0].name == "blocked"
+    assert chosen(1024, 0, 0.1, jax.random.key(0))[0].name == "blocked"
+    assert chosen(100)[0].name == "plain"
 
 
 @pytest.mark.parametrize("flag", ["", "--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops_of_mine"])
 def test_the_same_bits_are_not_asked(flag, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flag)
-    assert not same_bits_asked()
+    assert not deterministic_ops_requested()
 
 
 @pytest.mark.parametrize(("kv_heads", "segmented"), [(4, False), (2, True)])
 def test_triton_attention_in_interpret_mode(kv_heads, segmented):
     arrays = normal(0, 1, 256, 4, 16), *(normal(i, 1, 256, kv_heads, 16) for i in (1, 2))
     segments = jnp.arange(256)[None] // 100 if segmented else None
-    fast = functools.partial(triton_attention, interpret=True)
-    forms = (lambda *x, form=form: form(*x, segments) for form in (fast, attention_reference))
-    assert_same(*forms, arrays, "float32")
+    mask = Mask(segments)
+
+    def fast(q, k, v):
+        return triton_attention(AttentionSpec(), q, k, v, mask, None, None, interpret=True)
+
+    assert_same(fast, lambda q, k, v: attention_reference(q, k, v, mask=mask), arrays, "float32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -325,7 +345,7 @@ def test_cross_entropy(dtype, options, chunk_logits, backend, monkeypatch):
     assert actual.count == expected.count == 19
 
 
-def test_a_plan_counts_with_the_larger_for_an_accelerator(monkeypatch):
+def test_a_plan_counts_with_the_larger_plan_for_accelerator(monkeypatch):
     monkeypatch.setattr("gptjax.ops.cross_entropy.CHUNK_LOGITS", 400)
 
     def loops():
@@ -335,7 +355,7 @@ def test_a_plan_counts_with_the_larger_for_an_accelerator(monkeypatch):
         return str(jax.make_jaxpr(loss)(normal(0, 2, 12, 16), normal(1, 32, 16))).count("scan[")
 
     assert loops() == 1
-    with for_an_accelerator():
+    with plan_for_accelerator():
         assert loops() == 0
     assert loops() == 1
 

@@ -19,7 +19,9 @@ from gptjax.config.run import Config, MeshConfig
 from gptjax.errors import UserError
 from gptjax.model.gpt import Compute, hidden_states
 from gptjax.ops import ring_attention
-from gptjax.ops.attention import attention, attention_reference
+from gptjax.ops.attention import attention
+from gptjax.ops.attention_spec import AttentionSpec, Mask
+from gptjax.ops.plain_attention import attention_reference
 from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh, replicated, traced_in
 from gptjax.parallel.pipeline import bubble
@@ -122,7 +124,10 @@ def test_the_ring_is_attention(monkeypatch):
         gradients, y = jax.grad(objective, argnums=(0, 1, 2), has_aux=True)(q, k, v)
         return y, *gradients
 
-    for options in ((segments, 7, 0.0, None), (None, 0, 0.3, jax.random.key(5))):
+    for options in (
+        (AttentionSpec(window=7, scale=0.4), Mask(segments), None, None),
+        (AttentionSpec(dropout=0.3), Mask(), None, jax.random.key(5)),
+    ):
         ring = traced_in(mesh, lambda *x, options=options: value_and_gradients(attention, *x, *options))
         plain = functools.partial(
             lambda *x, options: value_and_gradients(attention_reference, *x, *options), options=options

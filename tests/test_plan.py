@@ -164,15 +164,15 @@ TOY = Chip(kinds=(), peak_flops=1e9, memory=1e5, memory_rate=1e9, node=2, link=1
 def test_what_does_not_fit_gets_a_suggestion_that_does(monkeypatch):
     given = replace(DEEP, mesh={"data": 4}, model={"n_embd": 64}, train={"micro_batch_size": 16})
     whole = plan.plan_step(given, TOY, print).memory.total
-    monkeypatch.setitem(CHIPS, "toy", dataclasses.replace(TOY, memory=0.7 * whole))
-    options = PlanConfig(devices=4, chip="toy")
+    monkeypatch.setitem(CHIPS, "h100", dataclasses.replace(TOY, memory=0.7 * whole))
+    options = PlanConfig(devices=4, chip="h100")
     first, second = plan.plan_run(given, options, print)
     assert not first.fits and second is not None and second.fits
     check_fits(second.config, make_mesh(second.config.mesh))
     assert second.memory.total <= plan.USABLE * 0.7 * whole
     text = describe(first, second, options)
     assert "does NOT fit" in text and f"--train.micro_batch_size {second.config.train.micro_batch}" in text
-    monkeypatch.setitem(CHIPS, "toy", dataclasses.replace(TOY, memory=1e4))
+    monkeypatch.setitem(CHIPS, "h100", dataclasses.replace(TOY, memory=1e4))
     first, second = plan.plan_run(given, options, print)
     assert second is None and "nothing was found that fits 4 x toy" in describe(first, second, options)
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from gptjax.ops.attention import attention_reference
+from gptjax.ops.attention_spec import AttentionSpec, Mask, make_request
 from gptjax.ops.axes import HEADS, ROWS, per_device
-from gptjax.ops.splash import splash_attention, splash_fits
+from gptjax.ops.plain_attention import attention_reference
+from gptjax.ops.splash_attention import SPLASH, splash_attention
 
 B, T, C = 4, 256, 16
 
@@ -34,8 +35,10 @@ def value_and_gradients(function, q, k, v):
 def test_splash_attention(kv_heads, segmented, window):
     q, k, v, segments = arrays(kv_heads)
     segments = segments if segmented else None
-    actual = value_and_gradients(lambda *x: splash_attention(window, *x, segments, interpret=True), q, k, v)
-    expected = value_and_gradients(lambda *x: attention_reference(*x, segments, window), q, k, v)
+    spec, mask = AttentionSpec(window=window, scale=0.3 if window else 0.0), Mask(segments)
+    fast = functools.partial(splash_attention, spec, mask=mask, _bias=None, _drops=None, interpret=True)
+    actual = value_and_gradients(fast, q, k, v)
+    expected = value_and_gradients(lambda *x: attention_reference(*x, spec, mask), q, k, v)
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, e, atol=5e-6 * np.abs(e).max())  # float32 sums in another order
 
@@ -47,13 +50,23 @@ def test_splash_attention_on_a_mesh():
         (2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:4]
     )
     cut = PartitionSpec(ROWS, None, HEADS)
-    call = functools.partial(splash_attention, 0, interpret=True)
+
+    def call(q, k, v, segments):
+        return splash_attention(AttentionSpec(), q, k, v, Mask(segments), None, None, interpret=True)
+
     with jax.set_mesh(mesh):
         actual = jax.jit(per_device(call, (cut, cut, cut, PartitionSpec(ROWS)), cut))(q, k, v, segments)
-    np.testing.assert_allclose(actual, attention_reference(q, k, v, segments), atol=1e-5)
+    np.testing.assert_allclose(actual, attention_reference(q, k, v, mask=Mask(segments)), atol=1e-5)
     assert len(actual.sharding.device_set) == 4
 
 
-def test_what_the_kernel_cannot_do_is_known():
-    assert splash_fits(1024, 0.0)
-    assert not splash_fits(1000, 0.0) and not splash_fits(1024, 0.1)
+def test_what_the_kernel_cannot_do_is_known(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+
+    def reason(T, rate=0.0, key=None):
+        spec = AttentionSpec(dropout=rate)
+        return SPLASH.unsupported(make_request(spec, (1, T, 2, 64), (1, T, 2, 64), "bfloat16", Mask(), None, key))
+
+    assert reason(1024) is None
+    assert "1000 positions are no multiple of 128" in str(reason(1000))
+    assert "dropped" in str(reason(1024, 0.1, jax.random.key(0)))

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config.run import Config, DataConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.config.model import ModelConfig
+from gptjax.config.run import Config, DataConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.model import gpt
 from gptjax.report.metrics import read_metrics
 from gptjax.training import step

@@ -6,87 +6,14 @@ import re
 from typing import Literal
 
 from gptjax.config.cluster import ClusterConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.rules import LARGEST_COUNT, fraction, no_effect, not_negative, positive, usable_paths
-from gptjax.config.task import LABELLED, AdapterConfig, FinetuneConfig, TaskConfig
+from gptjax.config.task import LABELLED, FinetuneConfig, TaskConfig
 from gptjax.errors import UserError, did_you_mean
 
-MOST_PARAMETERS = 10**13
-"""Beyond it lies a slip of the pen, which would end in an error of the compiler's."""
 EXTENSION = re.compile(r"(continue|restart) at (\d{1,10}) of (\d{1,10})")
 """A change of num_steps: how, at which update, and the number of steps that was planned before."""
 TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Shape of the decoder."""
-
-    n_layer: int = 12
-    """Transformer blocks."""
-    n_head: int = 12
-    """Query heads."""
-    n_kv_head: int = 0
-    """Key and value heads, each shared by n_head / n_kv_head query heads; 0: as many as n_head."""
-    n_embd: int = 768
-    """Width of the residual stream."""
-    block_size: int = 1024
-    """Longest sequence, in tokens."""
-    vocab_size: int = 0
-    """Tokens that the model knows; 0: as many as the tokenizer has."""
-    vocab_multiple: int = 1
-    """The embedding gets a multiple of this many rows; rows past vocab_size are never predicted."""
-    dropout: float = 0.0
-    """Probability of zeroing embeddings, attention weights and what a layer adds to the residual stream."""
-    attention_window: int = 0
-    """Tokens that each token attends to, itself included (arXiv:2004.05150, section 3.1); 0: all before it."""
-    bias: bool = True
-    """Bias vectors in linear layers and norms, as GPT-2 has."""
-    tied_embeddings: bool = True
-    """Read out logits with the token embedding."""
-    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
-
-    def __post_init__(self):
-        positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple")
-        not_negative("model", self, "n_kv_head", "vocab_size", "attention_window")
-        fraction("model", self, "dropout")
-        if self.n_embd % self.n_head:
-            raise UserError(
-                f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head};"
-                f" the nearest that is: {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
-            )
-        if self.n_head % self.kv_heads:
-            raise UserError(f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.n_kv_head}")
-        if self.attention_window >= self.block_size:
-            raise UserError(
-                f"model.attention_window={self.attention_window} has no effect at model.block_size={self.block_size};"
-                " give less, or 0 for all"
-            )
-        parameters = 12 * self.n_layer * self.n_embd**2 + (self.padded_vocab_size + self.block_size) * self.n_embd
-        if parameters > MOST_PARAMETERS:
-            raise UserError(
-                f"model.n_layer={self.n_layer}, n_embd={self.n_embd}, vocab_size={self.vocab_size}:"
-                f" {parameters:.1e} parameters, must be at most {MOST_PARAMETERS:.1e}"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads, with the default resolved."""
-        return self.n_kv_head or self.n_head
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.n_embd // self.n_head
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether training draws random numbers in the model."""
-        return self.dropout > 0 or self.adapter.dropout > 0
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import jax
 
 from gptjax.batches.pretraining import Batch
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.model.gpt import Compute
-from gptjax.model.loss import batch_loss
-from gptjax.ops.cross_entropy import LossOptions
+from gptjax.model.loss import batch_loss, loss_options
 from gptjax.parallel.place import put
 
 EvalStep = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
@@ -35,7 +34,7 @@ class Evaluation(NamedTuple):
 
 def make_eval_step(model: ModelConfig, compute: Compute) -> EvalStep:
     """Returns `eval_step(params, batch) -> (nll, count)`, to be jitted: leaves `[B, T]`, no dropout, plain loss."""
-    options = LossOptions(model.vocab_size)
+    options = loss_options(model)
 
     def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
         loss = batch_loss(model, options, compute, params, batch, None)

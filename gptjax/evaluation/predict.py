@@ -13,7 +13,7 @@ import numpy as np
 from gptjax.batches.labelled import TextBatch, TextSet, ordered_batches
 from gptjax.batches.packed import EncodedWords, PackedSequences
 from gptjax.batches.pretraining import Batch
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.task import TaskConfig
 from gptjax.evaluation.labels import Predictions
 from gptjax.model.gpt import Compute

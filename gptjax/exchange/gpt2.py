@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.errors import UserError
 from gptjax.exchange.hf_files import (
     WEIGHTS,
@@ -256,7 +256,7 @@ def _to_ours(model: ModelConfig, leaf: tuple[str, str], x: np.ndarray) -> np.nda
     """Lays out one layer's tensor as we do. Conv1D keeps weights as `[in, out]`."""
     match leaf:
         case ("attn", "w_qkv" | "b_qkv"):  # [..., 3 D], all queries, then all keys, then all values → [..., H, E, C]
-            return np.swapaxes(x.reshape(*x.shape[:-1], 3, model.n_head, model.head_dim), -3, -2)
+            return np.swapaxes(x.reshape(*x.shape[:-1], 3, model.n_head, model.head_width), -3, -2)
         case ("mlp", "w_out"):
             return x.T
     return x

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import Rule, choice_rule, choose
 from gptjax.generation.weights import DecodingWeights, decoding_weights
+from gptjax.machine.platform import target_platform
 from gptjax.model.cache import Cache, grow_cache, init_cache
-from gptjax.model.gpt import extend, for_decoding
+from gptjax.model.gpt import extend, finish_logits, for_decoding
 from gptjax.ops import kernels
 from gptjax.ops.projection import project
 
@@ -86,8 +87,8 @@ def _stream(config, params, prompts, options, end_of_text, notify, piece_length)
     config, params = for_decoding(config, params)
     weight_dtype = options.compute_dtype if options.quantize == "none" else options.quantize
     weights = decoding_weights(config, params, weight_dtype, len(prompts) * options.num_samples == 1)
-    dtype = "float32" if jax.default_backend() == "cpu" else options.compute_dtype
-    stored = options.compute_dtype if kernels.usable_for_a_cache(options.compute_dtype, config.head_dim) else dtype
+    dtype = "float32" if target_platform() == "cpu" else options.compute_dtype
+    stored = options.compute_dtype if kernels.usable_for_a_cache(options.compute_dtype, config.head_width) else dtype
     rule = choice_rule(options)
     stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
     contexts = [context for context in _cut(config, prompts, notify) for _ in range(options.num_samples)]
@@ -152,7 +153,7 @@ def _decode(
     def step(carry):
         n, cache, last_B, done_B, new_BN = carry
         x_B1D, cache = extend(config, weights.params, last_B[:, None], cache, dtype)
-        logits_BV = project(x_B1D, weights.readout)[:, 0]
+        logits_BV = finish_logits(config, weights.params, project(x_B1D, weights.readout)[:, 0])
         token_keys_B = keys_B if rule.greedy else jax.vmap(jax.random.fold_in, (0, None))(keys_B, number + n)
         next_B = choose(logits_BV, token_keys_B, rule, temperature, top_p)
         done_B = done_B | (next_B == stop)
@@ -207,7 +208,7 @@ def _slots(config: ModelConfig, contexts, new: int) -> int:
 
 def _first_slots(config: ModelConfig, dtype: str, rows: int, used: int, most: int) -> int:
     """Slots to begin with, of which `used` are filled at once: `most` of them, or few where many take much memory."""
-    size = 2 * config.n_layer * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    size = 2 * config.n_layer * config.kv_heads * config.head_width * jnp.dtype(dtype).itemsize
     return most if rows * most * size <= LARGE else _round_up(used + 1, SLOTS_MULTIPLE)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.decode import BUFFER, stream

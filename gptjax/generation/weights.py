@@ -8,12 +8,18 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.model.gpt import unembedding
 from gptjax.ops.projection import Projection, make_projection
 
-# Matrices of a block; True: stored as `[F, K]`, see `layers.MLP`.
-MATRICES = {("attn", "w_qkv"): False, ("attn", "w_out"): False, ("mlp", "w_in"): False, ("mlp", "w_out"): True}
+# Matrices of a block; True: stored as `[F, K]`, see `block.MLP`.
+MATRICES = {
+    ("attn", "w_qkv"): False,
+    ("attn", "w_out"): False,
+    ("mlp", "w_in"): False,
+    ("mlp", "w_gate"): False,
+    ("mlp", "w_out"): True,
+}
 
 
 class DecodingWeights(NamedTuple):
@@ -39,7 +45,9 @@ def decoding_weights(
         readout = Projection(w_VD, None, config.vocab_size)  # as it is, without a copy
     else:
         readout = _readout(w_VD, config.vocab_size, dtype, one_row)
-    trunk = {name: params[name] for name in ("embed", "norm_f")}
+    trunk = {name: params[name] for name in ("embed", "norm_f", "head") if name in params}
+    if "head" in trunk:  # the projection itself is laid out
+        trunk["head"] = {name: leaf for name, leaf in trunk["head"].items() if name != "w"}
     if "adapters" in params:
         trunk["adapters"] = {n: jax.tree.map(lambda x, n=n: x[n], params["adapters"]) for n in range(config.n_layer)}
     return DecodingWeights(trunk | {"blocks": dict(enumerate(layers))}, readout)
@@ -48,8 +56,10 @@ def decoding_weights(
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _layers(blocks: dict, n_layer: int, dtype: Any, one_row: bool) -> list[dict]:
     def one(layer: int) -> dict:
-        parts = {part: jax.tree.map(lambda leaf: leaf[layer], leaves) for part, leaves in blocks.items()}
+        parts: dict = jax.tree.map(lambda leaf: leaf[layer], blocks)
         for (part, name), outputs_first in MATRICES.items():
+            if name not in parts[part]:
+                continue
             w = parts[part][name]
             parts[part][name] = make_projection(w.reshape(w.shape[0], -1), dtype, one_row, outputs_first)
         return parts

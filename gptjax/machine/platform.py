@@ -1,16 +1,18 @@
-"""Which platform the program that is being traced is for."""
+"""The platform that the program being traced will run on."""
 
 import contextlib
 import contextvars
+from typing import Literal
 
 import jax
 
+Platform = Literal["cpu", "gpu", "tpu", "planned"]
 _planned = contextvars.ContextVar("planned", default=False)
 
 
 @contextlib.contextmanager
-def for_an_accelerator():
-    """What is traced inside is a plan of a program that runs on a GPU or TPU, though compiled on a CPU."""
+def plan_for_accelerator():
+    """Programs traced inside stand for programs of a GPU or TPU, though they are compiled on a CPU."""
     token = _planned.set(True)
     try:
         yield
@@ -18,6 +20,10 @@ def for_an_accelerator():
         _planned.reset(token)
 
 
-def on_cpu() -> bool:
-    """Whether the program will run on a CPU."""
-    return jax.default_backend() == "cpu" and not _planned.get()
+def target_platform() -> Platform:
+    """Where the program being traced will run; `planned`: on a GPU or TPU that is not here, see `gptjax plan`."""
+    if _planned.get():
+        return "planned"
+    backend = jax.default_backend()
+    assert backend in ("cpu", "gpu", "tpu")
+    return backend

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.task import AdapterConfig
-from gptjax.ops.attention import cached_attention
+from gptjax.model.parameters import INIT_STD, normal
+from gptjax.ops.attention import cached_attention_reference
+from gptjax.ops.attention_spec import AttentionSpec, Mask, hidden_BTS
 from gptjax.ops.elementwise import dropout, gelu
 from gptjax.ops.matmul import add_bias, matmul
-
-INIT_STD = 0.02
-normal = jax.nn.initializers.normal
 
 
 class LowRank(nnx.Module):
@@ -58,12 +57,12 @@ class BlockAdapter(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         kind, targets = config.adapter.kind, config.adapter.targets if config.adapter.kind == "lora" else ()
-        D, C = config.n_embd, config.head_dim
+        D, C = config.n_embd, config.head_width
         shapes = {
             "attn/w_qkv": (D, (config.kv_heads, config.n_head // config.kv_heads + 2, C)),
             "attn/w_out": (config.n_head * C, (D,)),
-            "mlp/w_in": (D, (4 * D,)),
-            "mlp/w_out": (4 * D, (D,)),
+            "mlp/w_in": (D, (config.mlp_size,)),
+            "mlp/w_out": (config.mlp_size, (D,)),
         }
         self.attn_w_qkv, self.attn_w_out, self.mlp_w_in, self.mlp_w_out = (
             LowRank(config, *shape, rngs=rngs) if target in targets else None for target, shape in shapes.items()
@@ -101,22 +100,13 @@ class Prefix(NamedTuple):
 
 
 def prefixed_attention(
-    q_BTHC: jax.Array,
-    k_BSGC: jax.Array,
-    v_BSGC: jax.Array,
-    segments_BT: jax.Array | None,
-    window: int,
-    prefix: Prefix,
+    q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, mask: Mask, spec: AttentionSpec, prefix: Prefix
 ) -> jax.Array:
-    """Causal attention whose queries see `prefix` too, whatever their segment and the window."""
-    t = jnp.arange(q_BTHC.shape[1])
-    visible_BTS = (t[None] <= t[:, None])[None]
-    if window:
-        visible_BTS = visible_BTS & (t[None] > t[:, None] - window)[None]
-    if segments_BT is not None:
-        visible_BTS = visible_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    """Attention whose queries attend to `prefix` too, whatever their segment and the window."""
+    T = q_BTHC.shape[1]
+    visible_BTS = ~hidden_BTS(spec, mask, T, T)
     k_BGSC, v_BGSC = (x.transpose(0, 2, 1, 3) for x in (k_BSGC, v_BSGC))
-    return cached_attention(q_BTHC, *with_prefix(prefix, k_BGSC, v_BGSC, visible_BTS))
+    return cached_attention_reference(q_BTHC, *with_prefix(prefix, k_BGSC, v_BGSC, visible_BTS), spec)
 
 
 def with_prefix(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 
 
 class LayerCache(NamedTuple):
@@ -32,7 +32,7 @@ class Cache(NamedTuple):
 
 def init_cache(config: ModelConfig, padding_B: jax.Array, slots: int, dtype: jax.typing.DTypeLike) -> Cache:
     """Returns an empty cache of `slots` positions for `len(padding_B)` rows."""
-    shape = (padding_B.shape[0], config.kv_heads, slots, config.head_dim)
+    shape = (padding_B.shape[0], config.kv_heads, slots, config.head_width)
     layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer))
     return Cache(layers, jnp.int32(0), padding_B)
 

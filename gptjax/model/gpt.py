@@ -18,13 +18,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.task import AdapterConfig
 from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, Prefix, Prompt, merge_lora
+from gptjax.model.block import Block
 from gptjax.model.cache import Cache
-from gptjax.model.layers import INIT_STD, Block, LayerNorm, normal
+from gptjax.model.inputs import BlockInputs
+from gptjax.model.layer_scan import scan_layers
+from gptjax.model.norms import NORMS, Norm
+from gptjax.model.parameters import INIT_STD, normal, zeros
+from gptjax.model.positions import POSITIONS
 from gptjax.model.stages import cut_layers, split_stacks, stream
+from gptjax.ops.attention_spec import Mask
 from gptjax.ops.axes import HEADS, STAGES, axis_size, pin, pin_batch
 from gptjax.ops.elementwise import dropout
 from gptjax.ops.embedding import embedding
@@ -49,84 +55,110 @@ class Compute:
 
 
 class Embed(nnx.Module):
-    """Token and position embeddings."""
+    """Token embeddings, and what the position method adds to them."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.tokens = nnx.Param(normal(INIT_STD)(rngs.params(), (config.padded_vocab_size, config.n_embd)))
-        self.positions = nnx.Param(normal(INIT_STD)(rngs.params(), (config.block_size, config.n_embd)))
+        table = config.padded_vocab_size, config.n_embd
+        self.tokens = nnx.Param(normal(INIT_STD if config.init == "gpt2" else 1.0)(rngs.params(), table))
+        learned = POSITIONS[config.positions].embedding_table
+        places = config.block_size, config.n_embd
+        self.positions = nnx.Param(normal(INIT_STD)(rngs.params(), places)) if learned else None
+        self.norm = NORMS[config.norm](config) if config.embedding_norm else None
+        self.config = config
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        tokens_VD, positions_SD = shared_rows(self.tokens[...]), pin(self.positions[...], None)
-        x_BTD = embedding(tokens_VD, tokens_BT) + embedding(positions_SD, positions_BT)
-        return x_BTD.astype(jnp.float32)
+        config, add = self.config, POSITIONS[self.config.positions].add
+        x_BTD = embedding(shared_rows(self.tokens[...]), tokens_BT)
+        if config.embedding_scale != 1.0:
+            x_BTD = x_BTD * config.embedding_scale
+        if self.positions is not None:
+            x_BTD = x_BTD + embedding(pin(self.positions[...], None), positions_BT)
+        if add is not None:
+            x_BTD = x_BTD + add(config, positions_BT)
+        x_BTD = x_BTD.astype(jnp.float32)
+        return x_BTD if self.norm is None else self.norm(x_BTD, jnp.float32)
 
 
 class Unembed(nnx.Module):
-    """Reads out logits where the token embedding is not used for it."""
+    """Output projection where it is not the token embedding, and its bias where it has one."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.w = nnx.Param(normal(INIT_STD)(rngs.params(), (config.padded_vocab_size, config.n_embd)))
+        shape = config.padded_vocab_size, config.n_embd
+        init = normal(INIT_STD) if config.init == "gpt2" else jax.nn.initializers.zeros
+        self.w = None if config.tied_embeddings else nnx.Param(init(rngs.params(), shape))
+        self.bias = zeros(config.padded_vocab_size) if config.output_bias else None
 
 
 class GPT(nnx.Module):
-    """GPT-2 without its logits: embeddings, `n_layer` stacked blocks, final norm; a readout that is not tied."""
+    """A decoder without its logits: embeddings, `n_layer` stacked blocks, final norm; an output projection of its own
+    where it is not tied.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs=rngs)
         self.blocks = jax.vmap(lambda rngs: Block(config, rngs=rngs))(rngs.split(config.n_layer))
-        self.norm_f = LayerNorm(config)
-        self.head = None if config.tied_embeddings else Unembed(config, rngs=rngs)
+        self.norm_f = final_norm_module(config)
+        self.head = Unembed(config, rngs=rngs) if has_head(config) else None
         kind = config.adapter.kind
         self.prompt = Prompt(config, rngs=rngs) if kind == "prompt" else None
         drawn = jax.vmap(lambda rngs: BlockAdapter(config, rngs=rngs))
         self.adapters = None if kind in ("none", "prompt") else drawn(rngs.split(config.n_layer))
-        self.n_layer = config.n_layer
-        self.dropout = config.dropout
+        self.config = config
 
     def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, key: jax.Array | None) -> jax.Array:
         """Returns what the first block reads, float32 `[B, T, D]`."""
-        key = None if key is None else jax.random.fold_in(key, self.n_layer)
-        return pin_batch(dropout(self.embed(pin_batch(tokens_BT), pin_batch(positions_BT)), self.dropout, key))
+        key = None if key is None else jax.random.fold_in(key, self.config.n_layer)
+        return pin_batch(dropout(self.embed(pin_batch(tokens_BT), pin_batch(positions_BT)), self.config.dropout, key))
 
     def through_blocks(
         self,
         compute: Compute,
         x_BTD: jax.Array,
-        segments_BT: jax.Array | None,
+        inputs: BlockInputs,
         key: jax.Array | None,
         first: jax.Array | int = 0,
         lower: tuple[Block, ...] = (),
     ) -> jax.Array:
-        """Returns what the blocks make of `x_BTD`; the lowest has number `first` among those of the whole model.
+        """Returns the residual stream after the blocks; the lowest has number `first` among those of the whole model.
 
         `lower` are stacks of blocks that come before `self.blocks`, in a model without adapters.
         """
-        dtype = jnp.dtype(compute.dtype)
+        dtype, embedded_BTD = jnp.dtype(compute.dtype), x_BTD if self.config.residual_mix else None
 
-        def apply(x_BTD, numbered_block):
+        def apply(kind, x_BTD, numbered_block):
             block, layer, adapter, prefix = numbered_block
             block_key = None if key is None else jax.random.fold_in(key, layer)
-            return pin_batch(block(x_BTD, dtype, segments_BT, block_key, adapter, prefix)), None
+            y_BTD, _ = block(x_BTD, dtype, inputs, kind, block_key, None, adapter, prefix, embedded_BTD)
+            return pin_batch(y_BTD)
 
         if compute.remat != "none":
-            apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat])
+            apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat], static_argnums=0)
         prefix = self.prefix(dtype)
         for blocks in (*lower, self.blocks):
-            layers = first + jnp.arange(blocks.attn.w_qkv.shape[0])
-            numbered = (blocks, layers, self.adapters, prefix)
-            x_BTD, _ = jax.lax.scan(apply, x_BTD, numbered, unroll=compute.unroll or len(layers))
-            first += len(layers)
+            count = blocks.attn.w_qkv.shape[0]
+            numbered = (blocks, first + jnp.arange(count), self.adapters, prefix)
+            x_BTD = scan_layers(apply, x_BTD, numbered, self._kinds(first, count), compute.unroll)
+            first += count
         return x_BTD
 
     def prefix(self, dtype: jax.typing.DTypeLike) -> Prefix | None:
-        """What stands before every text, with a leading layer axis: learned, or what the blocks make of a prompt."""
+        """Keys and values before every text, with a leading layer axis: learned, or those that the blocks make of a
+        prompt. A prompt has no position: methods that rotate see it at position 0.
+        """
         if self.prompt is None:
             return None if self.adapters is None else self.adapters.prefix(dtype)
+        inputs = BlockInputs(jnp.zeros((1, self.prompt.w.shape[0]), jnp.int32))
+        x_1PD, prefixes = self.prompt.w[...].astype(jnp.float32)[None], []
+        for layer, kind in enumerate(self._kinds(0, self.config.n_layer)):
+            block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], self.blocks)
+            prefixes.append(block.prefix_of(x_1PD, dtype, inputs, kind))
+            x_1PD, _ = block(x_1PD, dtype, inputs, kind)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *prefixes)
 
-        def apply(prompt_1PD, block):
-            return block(prompt_1PD, dtype, None, None), block.prefix_of(prompt_1PD, dtype)
-
-        return jax.lax.scan(apply, self.prompt.w[...].astype(jnp.float32)[None], self.blocks)[1]
+    def _kinds(self, first: jax.Array | int, count: int) -> tuple[str, ...]:
+        """The kinds of so many layers; a stage begins where the pattern begins (`parallel.fits`)."""
+        start = first if isinstance(first, int) else 0
+        return tuple(self.config.layer_kind(start + layer) for layer in range(count))
 
 
 class Decoder(nnx.Module):
@@ -135,21 +167,41 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)])
-        self.norm_f = LayerNorm(config)
+        self.norm_f = final_norm_module(config)
         adapters = [BlockAdapter(config, rngs=rngs) for _ in range(config.n_layer)]
         self.adapters = None if config.adapter.kind == "none" else nnx.List(adapters)
-        self.window = config.attention_window
+        self.config = config
 
     def __call__(self, tokens_BT: jax.Array, cache: Cache, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Cache]:
         """Returns the normed hidden states `[B, T, D]` of tokens that follow those in `cache`, and the longer cache."""
-        T = tokens_BT.shape[1]
-        x_BTD = self.embed(tokens_BT, kv.positions(cache, T))
-        visible_BTS = kv.visible_slots(cache, T, self.window)
-        layers, adapters = [], self.adapters or [None] * len(cache.layers)
-        for block, layer, adapter in zip(self.blocks, cache.layers, adapters, strict=True):
-            x_BTD, layer = block.extend(x_BTD, dtype, layer, cache.used, visible_BTS, adapter)
+        T, config = tokens_BT.shape[1], self.config
+        positions_BT = kv.positions(cache, T)
+        inputs = BlockInputs(
+            positions_BT,
+            used=cache.used,
+            full_BTS=kv.visible_slots(cache, T, 0),
+            local_BTS=kv.visible_slots(cache, T, config.attention_window),
+        )
+        x_BTD = embedded_BTD = self.embed(tokens_BT, positions_BT)
+        layers, adapters = [], self.adapters or [None] * config.n_layer
+        for number, (block, layer, adapter) in enumerate(zip(self.blocks, cache.layers, adapters, strict=True)):
+            prefix = None if adapter is None else adapter.prefix(dtype)
+            x_BTD, layer = block(
+                x_BTD, dtype, inputs, config.layer_kind(number), None, layer, adapter, prefix, embedded_BTD
+            )
             layers.append(layer)
-        return self.norm_f(x_BTD, dtype), cache._replace(layers=tuple(layers), used=cache.used + T)
+        x_BTD = x_BTD.astype(dtype) if self.norm_f is None else self.norm_f(x_BTD, dtype)
+        return x_BTD, cache._replace(layers=tuple(layers), used=cache.used + T)
+
+
+def final_norm_module(config: ModelConfig) -> Norm | None:
+    """The norm after the last block; with norms behind the residual sums the last one is in the block."""
+    return None if config.norm_position == "post" else NORMS[config.norm](config)
+
+
+def has_head(config: ModelConfig) -> bool:
+    """Whether the output projection has parameters of its own."""
+    return not config.tied_embeddings or config.output_bias
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
@@ -164,6 +216,7 @@ def hidden_states(
     positions_BT: jax.Array,
     segments_BT: jax.Array | None = None,
     *,
+    prefix_B: jax.Array | None = None,
     compute: Compute = Compute(),
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -175,14 +228,16 @@ def hidden_states(
         tokens_BT: Ids below `config.vocab_size`.
         positions_BT: Below `config.block_size`.
         segments_BT: Tokens attend within their segment; None: everywhere before them.
+        prefix_B: Tokens before this position are visible to the whole row; None: no prefix.
         compute: Precision and layout of the computation.
         key: Randomness for dropout; None: no dropout.
     """
     x_BTD = embed_tokens(config, params, tokens_BT, positions_BT, key=key)
+    inputs = BlockInputs(positions_BT, Mask(segments_BT, prefix_B))
     if axis_size(STAGES) > 1:
-        x_BTD = _through_stages(config, params, x_BTD, segments_BT, compute, key)
+        x_BTD = _through_stages(config, params, x_BTD, inputs, compute, key)
     else:
-        x_BTD = apply_blocks(config, params, x_BTD, segments_BT, compute=compute, key=key)
+        x_BTD = apply_blocks(config, params, x_BTD, inputs, compute=compute, key=key)
     return final_norm(config, params, x_BTD, compute=compute)
 
 
@@ -197,7 +252,7 @@ def apply_blocks(
     config: ModelConfig,
     params: dict,
     x_BTD: jax.Array,
-    segments_BT: jax.Array | None,
+    inputs: BlockInputs,
     *,
     compute: Compute = Compute(),
     key: jax.Array | None = None,
@@ -206,12 +261,14 @@ def apply_blocks(
     """The second piece: the residual stream after the blocks in `params`, the lowest of which has number `first`."""
     *stacks, _ = params["blocks"] if isinstance(params["blocks"], tuple) else (None,)
     lower = tuple(_merge(config, params | {"blocks": stack}).blocks for stack in stacks)
-    return _merge(config, _top_stack(params)).through_blocks(compute, x_BTD, segments_BT, key, first, lower)
+    return _merge(config, _top_stack(params)).through_blocks(compute, x_BTD, inputs, key, first, lower)
 
 
 def final_norm(config: ModelConfig, params: dict, x_BTD: jax.Array, *, compute: Compute = Compute()) -> jax.Array:
     """The third piece: final hidden states in the compute dtype."""
-    return _merge(config, _top_stack(params)).norm_f.beside(x_BTD, jnp.dtype(compute.dtype))[1]
+    norm = _merge(config, _top_stack(params)).norm_f
+    dtype = jnp.dtype(compute.dtype)
+    return x_BTD.astype(dtype) if norm is None else norm.with_residual(x_BTD, dtype)[1]
 
 
 def for_decoding(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
@@ -240,7 +297,7 @@ def extend(
 
 def unembedding(params: dict) -> jax.Array:
     """The matrix `[V, D]` that reads out logits."""
-    return params["head"]["w"] if "head" in params else params["embed"]["tokens"]
+    return params["head"]["w"] if "w" in params.get("head", {}) else params["embed"]["tokens"]
 
 
 def shared_rows(w_VD: jax.Array) -> jax.Array:
@@ -255,19 +312,30 @@ def shared_rows(w_VD: jax.Array) -> jax.Array:
 def logits(config: ModelConfig, params: dict, x_BTD: jax.Array) -> jax.Array:
     """Returns float32 logits `[B, T, vocab_size]` of hidden states; rows that only pad the embedding are cut off."""
     w_VD = unembedding(params)[: config.vocab_size].astype(x_BTD.dtype)
-    return dot("btd,vd->btv", x_BTD, w_VD, jnp.float32)
+    logits_BTV = dot("btd,vd->btv", x_BTD, w_VD, jnp.float32)
+    return finish_logits(config, params, logits_BTV)
 
 
-def _through_stages(config, params, x_BTD, segments_BT, compute, key):
-    """The second piece where layers are cut over devices; to train, `parallel/pipeline.py` has a better schedule."""
+def finish_logits(config: ModelConfig, params: dict, logits: jax.Array) -> jax.Array:
+    """Adds the bias, the scale and the soft cap of the config to float32 logits `[..., vocab_size]`."""
+    if config.output_bias:
+        bias_V = params["head"]["bias"][: config.vocab_size].astype(jnp.float32)
+        logits = logits + bias_V.reshape((1,) * (logits.ndim - 1) + (-1,))
+    if config.logit_scale != 1.0:
+        logits = logits * config.logit_scale
+    return config.logit_softcap * jnp.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
+
+
+def _through_stages(config, params, x_BTD, inputs, compute, key):
+    """The second piece where layers are sharded over stages; `parallel/pipeline.py` has a better schedule to train."""
     assert key is None  # rows are streamed in parts, so dropout would not be that of one device
     stacks, rest = split_stacks(params)
 
-    def stage(stacks, number, x_BTD, segments_BT):
+    def stage(stacks, number, x_BTD, inputs):
         first = number * (config.n_layer // axis_size(STAGES))
-        return apply_blocks(config, rest | stacks, x_BTD, segments_BT, compute=compute, first=first)
+        return apply_blocks(config, rest | stacks, x_BTD, inputs, compute=compute, first=first)
 
-    return stream(stage, cut_layers(stacks), x_BTD, segments_BT)
+    return stream(stage, cut_layers(stacks), x_BTD, inputs)
 
 
 def _top_stack(params: dict) -> dict:

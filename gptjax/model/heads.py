@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from gptjax.model.layers import INIT_STD, normal
+from gptjax.model.parameters import INIT_STD, normal
 from gptjax.ops.cross_entropy import Loss
 from gptjax.ops.matmul import dot
 

@@ -1,15 +1,23 @@
 """From a batch to its loss."""
 
 import jax
+import jax.numpy as jnp
 
 from gptjax.batches.labelled import TextBatch
 from gptjax.batches.pretraining import Batch
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.task import TaskConfig
 from gptjax.model.gpt import Compute, hidden_states, shared_rows, unembedding
 from gptjax.model.heads import head_logits, label_loss, multi_label_loss, pool
+from gptjax.model.inputs import BlockInputs
+from gptjax.ops.attention_spec import Mask
 from gptjax.ops.axes import pin_batch
 from gptjax.ops.cross_entropy import Loss, LossOptions, cross_entropy
+
+
+def loss_options(model: ModelConfig, label_smoothing: float = 0.0, z_loss: float = 0.0) -> LossOptions:
+    """What is minimised for a model."""
+    return LossOptions(model.vocab_size, label_smoothing, z_loss, model.logit_softcap)
 
 
 def batch_loss(
@@ -25,12 +33,19 @@ def batch_loss(
         batch: Its `segments` may be None: one document a row.
         key: Randomness for dropout; None: no dropout.
     """
-    return token_loss(options, params, batch_states(model, compute, params, batch, key), batch)
+    return token_loss(model, options, params, batch_states(model, compute, params, batch, key), batch)
 
 
-def token_loss(options: LossOptions, params: dict, x_BTD: jax.Array, batch: Batch) -> Loss:
+def token_loss(model: ModelConfig, options: LossOptions, params: dict, x_BTD: jax.Array, batch: Batch) -> Loss:
     """Sums the next-token loss of final hidden states."""
-    return cross_entropy(options, x_BTD, shared_rows(unembedding(params)), pin_batch(batch.targets))
+    w_VD = shared_rows(unembedding(params))
+    if model.logit_scale != 1.0:
+        x_BTD = x_BTD * jnp.asarray(model.logit_scale, x_BTD.dtype)
+    if model.output_bias:  # one more channel, which is 1 in all states
+        bias_V1 = shared_rows(params["head"]["bias"][:, None]) * model.logit_scale
+        w_VD = jnp.concatenate([w_VD, bias_V1.astype(w_VD.dtype)], axis=1)
+        x_BTD = jnp.concatenate([x_BTD, jnp.ones((*x_BTD.shape[:-1], 1), x_BTD.dtype)], axis=-1)
+    return cross_entropy(options, x_BTD, w_VD, pin_batch(batch.targets))
 
 
 def batch_states(
@@ -39,6 +54,11 @@ def batch_states(
     """Returns the final hidden states `[B, T, D]` of a batch."""
     inputs, positions, segments = batch.inputs, positions_of(batch), segments_of(batch)
     return hidden_states(model, params, inputs, positions, segments, compute=compute, key=key)
+
+
+def inputs_of(batch: TextBatch | Batch) -> BlockInputs:
+    """What blocks read of a batch beside the residual stream."""
+    return BlockInputs(positions_of(batch), Mask(segments_of(batch)))
 
 
 def positions_of(batch: TextBatch | Batch) -> jax.Array:

@@ -63,35 +63,37 @@ def of_stage(number: int, x_SBTD: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(_is_stage(number), x_SBTD, 0.0), axis=0)
 
 
-def of_micro_batches(x_MBT: jax.Array | None, numbers_S: jax.Array) -> jax.Array | None:
-    """The micro-batch that each stage is at, `[S, B, T]`; numbers out of range give any."""
-    return None if x_MBT is None else jnp.take(x_MBT, jnp.clip(numbers_S, 0, x_MBT.shape[0] - 1), axis=0)
+def of_micro_batches(inputs: Any, numbers_S: jax.Array) -> Any:
+    """From leaves `[M, B, ...]` to those of the micro-batch that each stage is at, `[S, B, ...]`; numbers out of range
+    give any.
+    """
+    return jax.tree.map(lambda x: jnp.take(x, jnp.clip(numbers_S, 0, x.shape[0] - 1), axis=0), inputs)
 
 
 def stream(
-    stage: Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array],
+    stage: Callable[[Any, jax.Array, jax.Array, Any], jax.Array],
     stacks: Any,
     x_BTD: jax.Array,
-    segments_BT: jax.Array | None,
+    inputs: Any,
 ) -> jax.Array:
     """Sends rows through all stages, in as many parts as there are stages where rows can be cut so.
 
     Args:
-        stage: A function of its layers, its number, what it reads `[B', T, D]`, and segments.
+        stage: A function of its layers, its number, what it reads `[B', T, D]`, and inputs.
         stacks: Leaves `[S, L, ...]`.
         x_BTD: What the first stage reads.
-        segments_BT: As in `hidden_states`.
+        inputs: `BlockInputs` of whole rows, leaves `[B, ...]`.
     """
     S, (B, T, D) = axis_size(STAGES), x_BTD.shape
     M = math.gcd(B // math.gcd(B, math.prod(axis_size(axis) for axis in ROWS)), S)
     numbers_S = jnp.arange(S)
     # Every M-th row, so that each device keeps its rows.
     x_MBTD = pin(x_BTD.reshape(B // M, M, T, D).swapaxes(0, 1), None, ROWS, POSITIONS)
-    segments_MBT = None if segments_BT is None else segments_BT.reshape(B // M, M, T).swapaxes(0, 1)
+    inputs = jax.tree.map(lambda x: x.reshape(B // M, M, *x.shape[1:]).swapaxes(0, 1), inputs)
 
     def tick(y_SBTD, t):
         x_SBTD = hand_on(y_SBTD, x_MBTD[jnp.minimum(t, M - 1)])
-        y_SBTD = over_stages(stage)(stacks, numbers_S, x_SBTD, of_micro_batches(segments_MBT, t - numbers_S))
+        y_SBTD = over_stages(stage)(stacks, numbers_S, x_SBTD, of_micro_batches(inputs, t - numbers_S))
         return y_SBTD, of_stage(S - 1, y_SBTD)
 
     start = _pinned(jnp.zeros((S, B // M, T, D), x_BTD.dtype))

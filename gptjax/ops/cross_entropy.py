@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gptjax.machine.platform import on_cpu
+from gptjax.machine.platform import target_platform
 from gptjax.ops import kernels
 from gptjax.ops.axes import HEADS, POSITIONS, ROWS, axis_size, flat, pin, positions_cut
 from gptjax.ops.matmul import dot, weight_gradient
@@ -33,12 +33,13 @@ class LossOptions:
 
     `vocab_size`: columns of the logits that are real, the others get no probability. `label_smoothing`: share of
     the target spread evenly over them. `z_loss`: weight of the squared log-normalizer, which keeps logits from
-    drifting (PaLM, arXiv:2204.02311, section 5).
+    drifting (PaLM, arXiv:2204.02311, section 5). `softcap`: logits become `softcap * tanh(logits / softcap)`; 0: not.
     """
 
     vocab_size: int
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    softcap: float = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +58,8 @@ class Loss:
 def cross_entropy_reference(options: LossOptions, x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array) -> Loss:
     """What `cross_entropy` computes, with all logits in memory and differentiated by JAX."""
     logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, w_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    if options.softcap:
+        logits_BTV = options.softcap * jnp.tanh(logits_BTV / options.softcap)
     logits_BTV = logits_BTV[..., : options.vocab_size]
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(logits_BTV, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
@@ -85,7 +88,7 @@ def cross_entropy(options: LossOptions, x_BTD: jax.Array, w_VD: jax.Array, targe
         w_VD: Unembedding; cast to the dtype of `x_BTD`.
         targets_BT: Token ids in `[0, vocab_size)`, or -1 where no loss is taken.
     """
-    by_kernel = _kernel_fits(x_BTD, w_VD)
+    by_kernel = _kernel_fits(options, x_BTD, w_VD)
     w_VD = w_VD if by_kernel else w_VD.astype(x_BTD.dtype)
 
     def visit(x_BCD, targets_BC):
@@ -98,7 +101,7 @@ def cross_entropy(options: LossOptions, x_BTD: jax.Array, w_VD: jax.Array, targe
 
 
 def _forward(options, x_BTD, w_VD, targets_BT):
-    by_kernel = _kernel_fits(x_BTD, w_VD)
+    by_kernel = _kernel_fits(options, x_BTD, w_VD)
     w_cast_VD = w_VD if by_kernel else w_VD.astype(x_BTD.dtype)
 
     def visit(x_BCD, targets_BC):
@@ -125,9 +128,9 @@ def _backward(options, saved, dloss):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _kernel_fits(x_BTD, w_VD):
+def _kernel_fits(options, x_BTD, w_VD):
     """Whether a kernel does it; small vocabularies are faster without."""
-    if w_VD.shape[0] < KERNEL_VOCABULARY or w_VD.dtype not in (jnp.float32, x_BTD.dtype):
+    if options.softcap or w_VD.shape[0] < KERNEL_VOCABULARY or w_VD.dtype not in (jnp.float32, x_BTD.dtype):
         return False
     B, T, D = x_BTD.shape
     return kernels.usable(x_BTD.dtype, B * (T // _chunks(x_BTD, w_VD, by_kernel=True)), D)
@@ -152,6 +155,9 @@ def _chunk_loss(options, x_ND, w_VD, targets_N):
     """Returns the `Loss` of some rows and the gradient of its objective in the logits, `[N, V]` float32."""
     V, smooth = w_VD.shape[0], options.label_smoothing
     logits_NV = dot("...d,vd->...v", x_ND, w_VD, jnp.float32)
+    share_NV = jnp.tanh(logits_NV / options.softcap) if options.softcap else None
+    if share_NV is not None:
+        logits_NV = options.softcap * share_NV
     column_1V = jnp.arange(V).reshape((1,) * targets_N.ndim + (V,))
     if options.vocab_size < V:
         logits_NV = jnp.where(column_1V < options.vocab_size, logits_NV, -jnp.inf)
@@ -173,7 +179,7 @@ def _chunk_loss(options, x_ND, w_VD, targets_N):
         logits_total_N = jnp.sum(logits_NV, axis=-1, where=real_NV)
         dlogits_NV -= jnp.where(real_NV, smooth / options.vocab_size * weight_N1, 0.0)
     loss = _sums(options, targets_N, log_z_N, target_N, logits_total_N)
-    return loss, dlogits_NV
+    return loss, dlogits_NV if share_NV is None else dlogits_NV * (1.0 - share_NV * share_NV)
 
 
 def _largest_and_total(logits_NV):
@@ -181,7 +187,7 @@ def _largest_and_total(logits_NV):
 
     On a GPU in one pass over memory (arXiv:1805.02867, algorithm 3), in place of two.
     """
-    if jax.default_backend() != "gpu" or axis_size(HEADS) > 1:
+    if target_platform() != "gpu" or axis_size(HEADS) > 1:
         largest_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
         return largest_N1, jnp.sum(jnp.exp(logits_NV - largest_N1), axis=-1, keepdims=True)
 
@@ -234,7 +240,7 @@ def _chunks(x_BTD, w_VD, by_kernel):
         return _chunk_count(T, -(-B * T // KERNEL_ROWS))
     # Each chunk ends in a sum over devices of what it gives to the table's gradient, so no more chunks than it takes.
     shared = math.prod(axis_size(axis) for axis in (*ROWS, POSITIONS, HEADS))
-    at_a_time = CHUNK_LOGITS if on_cpu() else DEVICE_CHUNK_LOGITS
+    at_a_time = CHUNK_LOGITS if target_platform() == "cpu" else DEVICE_CHUNK_LOGITS
     return _chunk_count(T // _sharing(T), -(-B * T * w_VD.shape[0] // (at_a_time * shared)))
 
 

@@ -7,9 +7,10 @@ R rows, which hold at most P = R tokens.
 import jax
 import jax.numpy as jnp
 
+from gptjax.machine.platform import target_platform
 from gptjax.ops.axes import compiler_cuts, positions_cut
 from gptjax.ops.matmul import dot
-from gptjax.ops.order import same_bits_asked
+from gptjax.ops.scheduling import deterministic_ops_requested
 
 ONE_HOT_VOCAB = 1024  # up to this vocabulary a one-hot product beats a scatter in the embedding's gradient
 TILE = 128
@@ -20,7 +21,7 @@ def embedding(w_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Looks up rows of `w_VD`: `[B, T, D]` in its dtype. Ids out of range clamp, so batches are checked before."""
     if w_VD.shape[0] <= ONE_HOT_VOCAB:
         return _small_embedding(w_VD, tokens_BT)
-    if jax.default_backend() == "gpu" and same_bits_asked() and not compiler_cuts():
+    if target_platform() == "gpu" and deterministic_ops_requested() and not compiler_cuts():
         return _ordered_embedding(w_VD, tokens_BT)
     return w_VD[tokens_BT]
 

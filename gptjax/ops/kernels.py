@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.machine.native import build
-from gptjax.machine.platform import on_cpu
+from gptjax.machine.platform import target_platform
 from gptjax.ops.axes import compiler_cuts
 
 SIDE = 32
@@ -30,17 +30,32 @@ NO_SEGMENTS = np.zeros((0,), np.int32)
 
 
 def usable(dtype: jax.typing.DTypeLike, *sizes: int) -> bool:
-    """Whether kernels take arrays of these sizes here; not where the compiler cuts them over devices."""
-    if jnp.dtype(dtype) not in PLANES or not on_cpu() or compiler_cuts() or any(size % SIDE for size in sizes):
-        return False
-    return build.ready() and (jnp.dtype(dtype) == jnp.bfloat16 or build.has_tiles())
+    """Whether kernels support arrays of these sizes here, see `unusable`."""
+    return unusable(dtype, *sizes) is None
 
 
-def linear(x_NK, w, bias_F, out_dtype, outputs_first: bool, onto_NF=None) -> jax.Array:
-    """`onto + x w + bias`, `[N, F]`; `w` is `[K, F]` or, where `outputs_first`, `[F, K]`."""
+def unusable(dtype: jax.typing.DTypeLike, *sizes: int) -> str | None:
+    """Why kernels do not support arrays of these sizes here; None: they do."""
+    if target_platform() != "cpu":
+        return "needs a CPU"
+    if jnp.dtype(dtype) not in PLANES:
+        return f"{jnp.dtype(dtype)} is neither bfloat16 nor float32"
+    if compiler_cuts():
+        return "arrays are sharded over devices"
+    if any(size % SIDE for size in sizes):
+        return f"{next(size for size in sizes if size % SIDE)} is no multiple of {SIDE}"
+    if not build.ready():
+        return build.state()
+    if jnp.dtype(dtype) != jnp.bfloat16 and not build.has_tiles():
+        return "float32 needs AMX"
+    return None
+
+
+def linear(x_NK, w, bias_F, out_dtype, outputs_first: bool, residual_NF=None) -> jax.Array:
+    """`residual + x w + bias`, `[N, F]`; `w` is `[K, F]` or, where `outputs_first`, `[F, K]`."""
     F = w.shape[0] if outputs_first else w.shape[1]
     out = (_like((x_NK.shape[0], F), out_dtype), _packed(x_NK, w.size))
-    return _call("linear", out)(x_NK, w, _vector(bias_F), _vector(onto_NF), columns=outputs_first)[0]
+    return _call("linear", out)(x_NK, w, _vector(bias_F), _vector(residual_NF), columns=outputs_first)[0]
 
 
 def weight_gradient(x_NK: jax.Array, dy_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -50,10 +65,10 @@ def weight_gradient(x_NK: jax.Array, dy_NF: jax.Array) -> tuple[jax.Array, jax.A
     return _call("weight_gradient", out)(x_NK, dy_NF)[:2]
 
 
-def mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND=None) -> jax.Array:
-    """`onto + gelu(x w_in + b_in) w_out^T + b_out`, `[N, D]` float32."""
+def mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, residual_ND=None) -> jax.Array:
+    """`residual + gelu(x w_in + b_in) w_out^T + b_out`, `[N, D]` float32."""
     out = (_like(x_ND.shape, jnp.float32), _packed(x_ND, 2 * w_in_DF.size))
-    return _call("mlp", out)(x_ND, w_in_DF, _vector(b_in_F), w_out_DF, _vector(b_out_D), _vector(onto_ND))[0]
+    return _call("mlp", out)(x_ND, w_in_DF, _vector(b_in_F), w_out_DF, _vector(b_out_D), _vector(residual_ND))[0]
 
 
 def mlp_gradient(x_ND, w_in_DF, b_in_F, w_out_DF, dy_ND) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -72,11 +87,11 @@ def layer_norm(x_ND: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, ep
     return call(x_ND, _vector(scale_D), _vector(bias_D), epsilon=np.float32(epsilon))
 
 
-def layer_norm_gradient(x_ND, scale_D, dy_ND, beside_ND, epsilon: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of rows, scale and bias, float32; `beside`, float32, is added to that of rows."""
+def layer_norm_gradient(x_ND, scale_D, dy_ND, stream_ND, epsilon: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of rows, scale and bias, float32; `stream`, float32, is added to that of rows."""
     vector = _like(scale_D.shape, jnp.float32)
     call = _call("layer_norm_gradient", (_like(x_ND.shape, jnp.float32), vector, vector))
-    return tuple(call(x_ND, _vector(scale_D), dy_ND, beside_ND, epsilon=np.float32(epsilon)))
+    return tuple(call(x_ND, _vector(scale_D), dy_ND, stream_ND, epsilon=np.float32(epsilon)))
 
 
 def attention(qkv_BTGEC: jax.Array, segments_BT: jax.Array | None, window: int) -> tuple[jax.Array, jax.Array]:
@@ -125,7 +140,7 @@ def _loss_numbers(vocab_size, smoothing, z_loss):
 
 def usable_for_few_rows(dtype: jax.typing.DTypeLike) -> bool:
     """Whether `laid_out` and `few_rows` can be called here for weights of this dtype, of whatever size."""
-    if dtype not in (jnp.bfloat16, jnp.int8) or not on_cpu() or compiler_cuts():
+    if dtype not in (jnp.bfloat16, jnp.int8) or target_platform() != "cpu" or compiler_cuts():
         return False
     return build.ready()
 
@@ -152,7 +167,12 @@ def few_rows(x_NK: jax.Array, w_PSWLI: jax.Array, scale_F: jax.Array | None, F: 
 
 def usable_for_a_cache(dtype: jax.typing.DTypeLike, head_dim: int) -> bool:
     """Whether `cached_attention` takes keys and values of this dtype and size here."""
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32) or head_dim % 16 or not on_cpu() or compiler_cuts():
+    if (
+        jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32)
+        or head_dim % 16
+        or target_platform() != "cpu"
+        or compiler_cuts()
+    ):
         return False
     return build.ready()
 

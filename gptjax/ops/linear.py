@@ -17,12 +17,12 @@ PRODUCT = "product"
 """What the backward pass may ask for by name: the result of a linear layer (see `model/gpt.REMAT_POLICIES`)."""
 
 
-def linear_reference(x, w, bias, out_dtype, outputs_first=False, onto=None) -> jax.Array:
+def linear_reference(x, w, bias, out_dtype, outputs_first=False, residual=None) -> jax.Array:
     """What `linear` computes, written plainly and differentiated by JAX."""
     y = matmul_reference(x, w, out_dtype, outputs_first)
     if bias is not None:
         y = y + bias.astype(out_dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-    return y if onto is None else onto + y
+    return y if residual is None else residual + y
 
 
 def linear(
@@ -31,24 +31,24 @@ def linear(
     bias: jax.Array | None,
     out_dtype: jax.typing.DTypeLike,
     outputs_first: bool = False,
-    onto: jax.Array | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies `x [..., K]` by `w [K, ...]`, or by `w [F, K]` where `outputs_first`, and adds `bias`, of the shape of
-    the outputs, and the float32 `onto`, of that of the result. See `matmul`.
+    the outputs, and the float32 `residual`, of that of the result. See `matmul`.
     """
     if not _fits(x, w):
         y = add_bias(checkpoint_name(matmul(x, w, out_dtype, outputs_first), PRODUCT), bias)
-        return y if onto is None else onto + y
+        return y if residual is None else residual + y
     outputs = w.shape[:1] if outputs_first else w.shape[1:]
-    bias_F, onto_NF = None if bias is None else bias.reshape(-1), None if onto is None else _flat(onto)
-    y_NF = _linear(_flat(x), _matrix(w), bias_F, onto_NF, out_dtype, outputs_first)
+    bias_F, residual_NF = None if bias is None else bias.reshape(-1), None if residual is None else _flat(residual)
+    y_NF = _linear(_flat(x), _matrix(w), bias_F, residual_NF, out_dtype, outputs_first)
     return checkpoint_name(y_NF, PRODUCT).reshape(*x.shape[:-1], *outputs)
 
 
-def mlp_reference(x, w_in_DF, b_in_F, w_out_DF, b_out_D, onto=None) -> jax.Array:
+def mlp_reference(x, w_in_DF, b_in_F, w_out_DF, b_out_D, residual=None) -> jax.Array:
     """What `mlp` computes, written plainly and differentiated by JAX."""
     h = gelu_reference(linear_reference(x, w_in_DF, b_in_F, x.dtype))
-    return linear_reference(h, w_out_DF, b_out_D, jnp.float32, True, onto)
+    return linear_reference(h, w_out_DF, b_out_D, jnp.float32, True, residual)
 
 
 def mlp(
@@ -57,14 +57,14 @@ def mlp(
     b_in_F: jax.Array | None,
     w_out_DF: jax.Array,
     b_out_D: jax.Array | None,
-    onto: jax.Array | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
-    """Two linear layers with a GELU between them, and `onto` added; returns float32 `[..., D]`."""
+    """Two linear layers with a GELU between them, and `residual` added; returns float32 `[..., D]`."""
     if not _fits(x, w_in_DF):
         h = gelu(linear(x, w_in_DF, b_in_F, x.dtype))
-        return linear(h, w_out_DF, b_out_D, jnp.float32, True, onto)
-    onto_ND = None if onto is None else _flat(onto)
-    return checkpoint_name(_mlp(_flat(x), w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND), PRODUCT).reshape(x.shape)
+        return linear(h, w_out_DF, b_out_D, jnp.float32, True, residual)
+    residual_ND = None if residual is None else _flat(residual)
+    return checkpoint_name(_mlp(_flat(x), w_in_DF, b_in_F, w_out_DF, b_out_D, residual_ND), PRODUCT).reshape(x.shape)
 
 
 def _fits(x, w):
@@ -72,12 +72,12 @@ def _fits(x, w):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _linear(x_NK, w, bias_F, onto_NF, out_dtype, outputs_first):
-    return kernels.linear(x_NK, w, bias_F, out_dtype, outputs_first, onto_NF)
+def _linear(x_NK, w, bias_F, residual_NF, out_dtype, outputs_first):
+    return kernels.linear(x_NK, w, bias_F, out_dtype, outputs_first, residual_NF)
 
 
-def _linear_forward(x_NK, w, bias_F, onto_NF, out_dtype, outputs_first):
-    return _linear(x_NK, w, bias_F, onto_NF, out_dtype, outputs_first), (x_NK, w, bias_F, onto_NF is not None)
+def _linear_forward(x_NK, w, bias_F, residual_NF, out_dtype, outputs_first):
+    return _linear(x_NK, w, bias_F, residual_NF, out_dtype, outputs_first), (x_NK, w, bias_F, residual_NF is not None)
 
 
 def _linear_backward(_, outputs_first, saved, dy_NF):
@@ -89,13 +89,13 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 @jax.custom_vjp
-def _mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND):
-    return kernels.mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND)
+def _mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, residual_ND):
+    return kernels.mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, residual_ND)
 
 
-def _mlp_forward(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND):
-    y_ND = _mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND)
-    return y_ND, (x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, onto_ND is not None)
+def _mlp_forward(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, residual_ND):
+    y_ND = _mlp(x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, residual_ND)
+    return y_ND, (x_ND, w_in_DF, b_in_F, w_out_DF, b_out_D, residual_ND is not None)
 
 
 def _mlp_backward(saved, dy_ND):

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from gptjax.machine.platform import target_platform
 from gptjax.ops.axes import compiler_cuts, flat
-from gptjax.ops.order import again, apart
+from gptjax.ops.scheduling import optimization_barrier, recompute_in_backward
 
 
 def matmul_reference(
@@ -46,7 +47,7 @@ def _backward(out_dtype, outputs_first, saved, dy):
     x_NK = flat(x)
     dy_NF = dy.astype(x.dtype).reshape(*x_NK.shape[:-1], -1)
     spec = "...f,fk->...k" if outputs_first else "...f,kf->...k"
-    dx_NK = dot(spec, dy_NF, again(_matrix(w), dy_NF).astype(x.dtype), x.dtype)
+    dx_NK = dot(spec, dy_NF, recompute_in_backward(_matrix(w), dy_NF).astype(x.dtype), x.dtype)
     dw = weight_gradient(dy_NF, x_NK, w.dtype) if outputs_first else weight_gradient(x_NK, dy_NF, w.dtype)
     return dx_NK.reshape(x.shape), dw.reshape(w.shape)
 
@@ -66,7 +67,7 @@ def _bias_backward(bias, dy):
     if bias is None:
         return dy, None
     # On a GPU too: a sum over rows would be fused with the GELU before it, of which XLA then writes float32 parts.
-    (dy_NF,) = apart(flat(dy.reshape(*dy.shape[: dy.ndim - bias.ndim], bias.size)), on=("cpu", "gpu"))
+    (dy_NF,) = optimization_barrier(flat(dy.reshape(*dy.shape[: dy.ndim - bias.ndim], bias.size)), on=("cpu", "gpu"))
     dbias = sum_rows(dy_NF)
     return dy, dbias.astype(bias.dtype).reshape(bias.shape)
 
@@ -90,7 +91,7 @@ def weight_gradient(a_NK: jax.Array, b_NF: jax.Array, out_dtype: jax.typing.DTyp
     """
     if a_NK.ndim == 3:
         return dot("btk,btf->kf", a_NK, b_NF, out_dtype)
-    if jax.default_backend() == "cpu":
+    if target_platform() == "cpu":
         return dot("kn,nf->kf", transposed(a_NK), b_NF, out_dtype)
     return dot("nk,nf->kf", a_NK, b_NF, out_dtype)
 
@@ -100,7 +101,7 @@ def dot(spec: str, a: jax.Array, b: jax.Array, out_dtype: jax.typing.DTypeLike) 
 
     XLA:CPU is fast only where the product comes out in float32; elsewhere the library rounds the result itself.
     """
-    product_dtype = jnp.float32 if jax.default_backend() == "cpu" else out_dtype
+    product_dtype = jnp.float32 if target_platform() == "cpu" else out_dtype
     return jnp.einsum(spec, a, b, preferred_element_type=product_dtype).astype(out_dtype)
 
 

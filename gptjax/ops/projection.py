@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from gptjax.machine.platform import target_platform
 from gptjax.ops import kernels
 from gptjax.ops.matmul import dot, row_major
 from gptjax.ops.single_row import padded, single_row_product, striped
@@ -48,7 +49,7 @@ def make_projection(
     w = row_major(w.astype(dtype))
     by_kernel = kernels.usable_for_few_rows(w.dtype)
     # float32: the library is as fast
-    in_stripes = jax.default_backend() == "cpu" and one_row and dtype != "float32" and not by_kernel
+    in_stripes = target_platform() == "cpu" and one_row and dtype != "float32" and not by_kernel
     if outputs_first == in_stripes:
         w = row_major(w.T)
     lay_out = kernels.laid_out if by_kernel else striped if in_stripes else lambda w: w
@@ -95,7 +96,7 @@ def project(x: jax.Array, projection: Projection) -> jax.Array:
 
 
 def _product(spec, x_NK, w):
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = target_platform() == "cpu"
     if w.dtype == jnp.int8:
         return _int8_product(spec, x_NK, w) if on_cpu else dot(spec, x_NK, w.astype(x_NK.dtype), jnp.float32)
     x_NK = x_NK.astype(w.dtype)

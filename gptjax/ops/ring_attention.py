@@ -20,8 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops.axes import POSITIONS
-from gptjax.ops.heads import MASKED, Drops, drop, group_queries, merge_rows, ungroup_queries
+from gptjax.ops.attention_heads import Drops, drop, group_queries, merge_rows, ungroup_queries
+from gptjax.ops.attention_spec import HIDDEN, AttentionSpec, Bias, Implementation, Mask, Request, needs_dense_weights
+from gptjax.ops.axes import POSITIONS, axis_size, positions_cut
 from gptjax.ops.matmul import dot, transposed
 
 LARGEST_BLOCK = 512  # queries that meet a half of the keys at once
@@ -34,8 +35,7 @@ class Ring:
     devices: int
     queries: int
     """Query heads per key head."""
-    window: int
-    dropout: float
+    spec: AttentionSpec
 
 
 class _Half(NamedTuple):
@@ -59,6 +59,29 @@ class _Known(NamedTuple):
 
     segments_BT: jax.Array | None
     drops: Drops | None
+
+
+def _unsupported(request: Request) -> str | None:
+    if not positions_cut():
+        return "positions are not sharded"
+    if request.queries % (2 * axis_size(POSITIONS)):
+        return f"{request.queries} positions are no multiple of twice mesh.context={axis_size(POSITIONS)}"
+    if request.spec.softcap or request.slopes:
+        return "logits are capped or biased"
+    return needs_dense_weights(request)
+
+
+def _run(
+    spec: AttentionSpec,
+    q_BTHC: jax.Array,
+    k_BTGC: jax.Array,
+    v_BTGC: jax.Array,
+    mask: Mask,
+    _bias: Bias | None,
+    drops: Drops | None,
+) -> jax.Array:
+    ring = Ring(axis_size(POSITIONS), q_BTHC.shape[2] // k_BTGC.shape[2], spec)
+    return ring_attention(ring, q_BTHC, k_BTGC, v_BTGC, mask.segments_BT, drops)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -92,7 +115,7 @@ def _forward(ring, q_BTHC, k_BTGC, v_BTGC, segments, drops):
     half = _halves(ring, here, qkv[:, :, :, :H], G)
     keys = _keys(qkv[:, :, :, H : H + G]), _keys(qkv[:, :, :, H + G :])
     state = _Softmax(
-        jnp.full((*half.q_ZBGNC.shape[:-1], 1), MASKED, jnp.float32),
+        jnp.full((*half.q_ZBGNC.shape[:-1], 1), HIDDEN, jnp.float32),
         jnp.zeros((*half.q_ZBGNC.shape[:-1], 1), jnp.float32),
         jnp.zeros(half.q_ZBGNC.shape, jnp.float32),
     )
@@ -148,7 +171,7 @@ def _backward(ring, saved, dy_BTHC):
             q_BGNC, start, dy_BGNC, log_sum, delta = given
             weights = jnp.exp(_scores(ring, known, q_BGNC, start, k_BGSC, first) - log_sum)
             dweights = _drop(ring, known, dot("bgnc,bgsc->bgns", dy_BGNC, v_BGSC, jnp.float32), start, first)
-            dscores = (weights * (dweights - delta) * q_BGNC.shape[-1] ** -0.5).astype(dtype)
+            dscores = (weights * (dweights - delta) * ring.spec.logit_scale(q_BGNC.shape[-1])).astype(dtype)
             weights = _drop(ring, known, weights, start, first).astype(dtype)
             dk = dot("bgcn,bgns->bgcs", transposed(q_BGNC), dscores, jnp.float32)
             dv = dot("bgcn,bgns->bgcs", transposed(dy_BGNC), weights, jnp.float32)
@@ -184,14 +207,14 @@ ring_attention.defvjp(_forward, _backward)
 def _scores(ring, known, q_BGNC, start, k_BGSC, first):
     """Scaled products `[B, G, N, S]` of queries from `start` and keys from `first`, hidden ones pushed to nothing."""
     S, T = k_BGSC.shape[2], q_BGNC.shape[2] // ring.queries
-    scores = dot("bgnc,bgsc->bgns", q_BGNC, k_BGSC, jnp.float32) * q_BGNC.shape[-1] ** -0.5
+    scores = dot("bgnc,bgsc->bgns", q_BGNC, k_BGSC, jnp.float32) * ring.spec.logit_scale(q_BGNC.shape[-1])
     t, s = start + jnp.arange(T)[:, None], first + jnp.arange(S)[None]
-    outside = (t < s) | (s <= t - ring.window) if ring.window else t < s
-    hidden = jnp.where(outside, MASKED, 0.0)[None]
+    outside = (t < s) | (s <= t - ring.spec.window) if ring.spec.window else t < s
+    hidden = jnp.where(outside, HIDDEN, 0.0)[None]
     if known.segments_BT is not None:
         of_t = jax.lax.dynamic_slice_in_dim(known.segments_BT, start, T, axis=1)
         of_s = jax.lax.dynamic_slice_in_dim(known.segments_BT, first, S, axis=1)
-        hidden = jnp.where(of_t[:, :, None] != of_s[:, None], MASKED, hidden)
+        hidden = jnp.where(of_t[:, :, None] != of_s[:, None], HIDDEN, hidden)
     return scores + jnp.tile(hidden, (1, ring.queries, 1))[:, None]
 
 
@@ -200,7 +223,7 @@ def _drop(ring, known, weights, start, first):
         return weights
     T = weights.shape[2] // ring.queries
     rows_BTH = jax.lax.dynamic_slice_in_dim(known.drops.rows_BTH, start, T, axis=1)
-    return drop(known.drops._replace(rows_BTH=rows_BTH), ring.dropout, weights, first)
+    return drop(known.drops._replace(rows_BTH=rows_BTH), ring.spec.dropout, weights, first)
 
 
 # --- who has what -----------------------------------------------------------------------------------------------------
@@ -259,3 +282,6 @@ def _positions_first(x_2ZBGNC, R):
     two, Z, B, G, N, C = x_2ZBGNC.shape
     x_2ZBTHC = jax.vmap(jax.vmap(ungroup_queries))(x_2ZBGNC.reshape(two, Z, B, G, R, N // R, C))
     return x_2ZBTHC.swapaxes(1, 2).reshape(two, B, Z * (N // R), G * R, C)
+
+
+RING = Implementation("ring", _unsupported, _run)

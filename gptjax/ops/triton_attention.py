@@ -6,6 +6,10 @@ Shape suffixes: B batch, T query position, S key position, H query heads, G key 
 import jax
 import jax.numpy as jnp
 
+from gptjax.ops.attention_heads import Drops
+from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, needs_dense_weights
+from gptjax.ops.scheduling import deterministic_ops_requested
+
 ROWS = 128
 """Queries of a block of the forward pass, which T must be a multiple of."""
 COLUMNS = 64
@@ -13,21 +17,33 @@ COLUMNS = 64
 LARGEST_HEAD = 64  # larger ones were not tried on a GPU; a block of them may not fit into its shared memory
 
 
-def triton_fits(T: int, head_dim: int, window: int, dropout: float, dtype) -> bool:
-    """Whether the kernel can do it."""
-    half = dtype in (jnp.bfloat16, jnp.float16)
-    return half and T % ROWS == 0 and 16 <= head_dim <= LARGEST_HEAD and not window and not dropout
+def _unsupported(request: Request) -> str | None:
+    if request.platform != "gpu" or not deterministic_ops_requested():
+        return "is for a GPU whose XLA_FLAGS ask for deterministic operations"
+    if reason := needs_dense_weights(request):
+        return reason
+    if request.dropout:
+        return "attention weights are dropped"
+    if request.spec.softcap or request.slopes or request.spec.window:
+        return "logits are capped or biased, or attention has a window"
+    if request.dtype not in ("bfloat16", "float16"):
+        return f"{request.dtype} is neither bfloat16 nor float16"
+    if request.queries % ROWS or not 16 <= request.head_dim <= LARGEST_HEAD:
+        return f"needs a multiple of {ROWS} positions and heads of 16 to {LARGEST_HEAD}"
+    return None
 
 
 def triton_attention(
+    spec: AttentionSpec,
     q_BTHC: jax.Array,
     k_BSGC: jax.Array,
     v_BSGC: jax.Array,
-    segments_BT: jax.Array | None,
-    _drops: None = None,
+    mask: Mask,
+    _bias: Bias | None,
+    _drops: Drops | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """What `attention` computes, on one GPU; `interpret` runs the kernel anywhere, slowly."""
+    """Returns `[B, T, H, C]`; `interpret` runs the kernel on any platform, slowly."""
     from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
     repeats = q_BTHC.shape[2] // k_BSGC.shape[2]
@@ -36,10 +52,13 @@ def triton_attention(
         q_BTHC,
         k_BSHC,
         v_BSHC,
-        segments_BT,
-        sm_scale=q_BTHC.shape[-1] ** -0.5,
+        mask.segments_BT,
+        sm_scale=spec.logit_scale(q_BTHC.shape[-1]),
         causal=True,
         block_sizes=BlockSizes(ROWS, COLUMNS, *(4 * (COLUMNS,))),
         num_warps=8,
         interpret=interpret,
     )
+
+
+TRITON = Implementation("Triton", _unsupported, triton_attention)

@@ -33,7 +33,7 @@ def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
                 f" mesh.context={size['context']} devices"
             )
     if size["stage"] > 1:
-        _check_stages(config, f"mesh.stage={size['stage']}")
+        _check_stages(config, f"mesh.stage={size['stage']}", model.n_layer // size["stage"])
 
 
 def _lengths(config: Config) -> list[tuple[str, int]]:
@@ -49,7 +49,15 @@ def _lengths(config: Config) -> list[tuple[str, int]]:
     return found
 
 
-def _check_stages(config: Config, stages: str) -> None:
+def _check_stages(config: Config, stages: str, layers: int) -> None:
+    pattern = config.model.attention_pattern
+    if pattern and layers % len(pattern):
+        raise UserError(
+            f"{stages}: each stage has {layers} layers, which must be a multiple of the {len(pattern)} that"
+            " model.attention_pattern names"
+        )
+    if config.model.residual_mix:
+        raise UserError(f"{stages} does not go with model.residual_mix=true: later stages do not have the embeddings")
     if config.task.kind == "multi":
         raise UserError(f"{stages} does not go with task.kind=multi: its batches have no one row of micro-batches")
     if config.model.adapter.kind == "prompt":

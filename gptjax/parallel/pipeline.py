@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, final_norm
-from gptjax.model.loss import positions_of, segments_of
+from gptjax.model.loss import inputs_of, positions_of
 from gptjax.model.stages import (
     cut_layers,
     hand_back,
@@ -132,12 +132,12 @@ def _forward(pieces, step, carry, t):
     """Each stage runs the next micro-batch."""
     stages_S, K = _stages(), carry.read_KSBTD.shape[0]
     x_SBTD, m_S = hand_on(carry.y_SBTD, _enter(pieces, step, step.rest, t)), t - stages_S
-    segments_SBT = of_micro_batches(segments_of(step.batch), m_S)
+    inputs = of_micro_batches(inputs_of(step.batch), m_S)
 
-    def run(stacks, frozen_stacks, s, x_BTD, m, segments_BT):
-        return _run_stage(pieces, step, stacks, frozen_stacks, s, x_BTD, m, segments_BT)
+    def run(stacks, frozen_stacks, s, x_BTD, m, inputs):
+        return _run_stage(pieces, step, stacks, frozen_stacks, s, x_BTD, m, inputs)
 
-    y_SBTD = over_stages(run)(step.stacks, step.frozen_stacks, stages_S, x_SBTD, m_S, segments_SBT)
+    y_SBTD = over_stages(run)(step.stacks, step.frozen_stacks, stages_S, x_SBTD, m_S, inputs)
     read_KSBTD = jax.lax.dynamic_update_index_in_dim(carry.read_KSBTD, x_SBTD, t % K, 0)
     return carry._replace(y_SBTD=y_SBTD, read_KSBTD=read_KSBTD)
 
@@ -158,15 +158,15 @@ def _backward(pieces, step, carry, t, dy_BTD):
     m_S = t - back_S - stages_S
     asked_S = (m_S >= 0) & (m_S < M)
     dy_SBTD = jnp.where(asked_S[:, None, None, None], hand_back(carry.dx_SBTD, dy_BTD), 0.0)
-    x_SBTD, segments_SBT = _read_at(carry.read_KSBTD, (t - back_S) % K), of_micro_batches(segments_of(step.batch), m_S)
+    x_SBTD, inputs = _read_at(carry.read_KSBTD, (t - back_S) % K), of_micro_batches(inputs_of(step.batch), m_S)
 
-    def run(stacks, frozen_stacks, s, x_BTD, m, segments_BT, dy_BTD):
+    def run(stacks, frozen_stacks, s, x_BTD, m, inputs, dy_BTD):
         def again(stacks, x_BTD):
-            return _run_stage(pieces, step, stacks, frozen_stacks, s, x_BTD, m, segments_BT)
+            return _run_stage(pieces, step, stacks, frozen_stacks, s, x_BTD, m, inputs)
 
         return jax.vjp(again, stacks, x_BTD)[1](dy_BTD)
 
-    arrays = (step.stacks, step.frozen_stacks, stages_S, x_SBTD, m_S, segments_SBT, dy_SBTD)
+    arrays = (step.stacks, step.frozen_stacks, stages_S, x_SBTD, m_S, inputs, dy_SBTD)
     dstacks, dx_SBTD = over_stages(run)(*arrays)
     _, pull = jax.vjp(lambda rest: _enter(pieces, step, rest, t - 2 * (len(stages_S) - 1)), step.rest)
     [drest] = pull(of_stage(0, dx_SBTD))
@@ -182,11 +182,11 @@ def _enter(pieces, step, rest, m):
     return embed_tokens(pieces.model, params, tokens, positions, key=_key(step, m))
 
 
-def _run_stage(pieces, step, stacks, frozen_stacks, s, x_BTD, m, segments_BT):
+def _run_stage(pieces, step, stacks, frozen_stacks, s, x_BTD, m, inputs):
     params = pieces.join(step.rest, step.frozen_rest) | pieces.join(stacks, frozen_stacks)
     first = s * (pieces.model.n_layer // axis_size(STAGES))
     options = {"compute": pieces.compute, "key": _key(step, m), "first": first}
-    return apply_blocks(pieces.model, params, x_BTD, segments_BT, **options)
+    return apply_blocks(pieces.model, params, x_BTD, inputs, **options)
 
 
 def _leave(pieces, step, rest, x_BTD, m):

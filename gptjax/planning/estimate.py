@@ -65,8 +65,8 @@ class Sizes:
     def block(self) -> float:
         """Weights of a block, gathered over fsdp."""
         model = self.config.model
-        attention = (2 * model.n_head + 2 * model.kv_heads) * model.head_dim
-        return model.n_embd * (attention + 8 * model.n_embd) / self.mesh["tensor"]
+        attention = (2 * model.n_head + 2 * model.kv_heads) * model.head_width
+        return model.n_embd * (attention + (3 if model.gated else 2) * model.mlp_size) / self.mesh["tensor"]
 
     @property
     def table(self) -> float:
@@ -95,7 +95,7 @@ def kept(sizes: Sizes) -> float:
     if sizes.config.train.remat != "full":
         attention = sizes.config.model.n_head + 2 * sizes.config.model.kv_heads
         of_layer += 4 * D + 2 * sizes.width * D
-        of_layer += sizes.width * (9 * D + attention * sizes.config.model.head_dim) / tensor
+        of_layer += sizes.width * (9 * D + attention * sizes.config.model.head_width) / tensor
     waiting = 4 * D * (2 * sizes.mesh["stage"] - 1) if sizes.mesh["stage"] > 1 else 0
     return sizes.tokens * (of_layer * sizes.layers + waiting)
 
@@ -114,7 +114,7 @@ def sent(sizes: Sizes) -> dict[str, float]:
     blocks, passes = sizes.layers * sizes.block, 2 + sizes.again
     stream = 4 * sizes.tokens * D
     ring = {axis: (size - 1) / size for axis, size in mesh.items()}
-    keys = 2 * sizes.tokens * model.kv_heads * model.head_dim / mesh["tensor"] * sizes.width
+    keys = 2 * sizes.tokens * model.kv_heads * model.head_width / mesh["tensor"] * sizes.width
     return {
         "data": ticks * 2 * ring["data"] * 4 * blocks / mesh["fsdp"],
         "fsdp": ticks * ring["fsdp"] * (passes * sizes.width + 4) * blocks,

@@ -11,7 +11,7 @@ from gptjax.config.run import Config
 from gptjax.config.verbs import PlanConfig
 from gptjax.errors import UserError
 from gptjax.machine.chips import CHIPS, Chip
-from gptjax.machine.platform import for_an_accelerator
+from gptjax.machine.platform import plan_for_accelerator
 from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh
 from gptjax.planning import estimate
@@ -114,7 +114,7 @@ def plan_step(config: Config, chip: Chip, notify: Callable[[str], None]) -> Plan
     notify(
         f"compiling for {mesh.size} virtual devices: {_layout(sizes.mesh)}, micro-batches of {config.train.micro_batch}"
     )
-    with for_an_accelerator():
+    with plan_for_accelerator():
         step = compile_step(config, mesh)
     tokens = config.train.batch_size * config.model.block_size
     flops = tokens * cost.flops_per_token(config.model, shapes.params)

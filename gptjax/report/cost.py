@@ -4,18 +4,22 @@ from typing import Any
 
 import jax
 
-from gptjax.config.run import ModelConfig
+from gptjax.config.model import ModelConfig
 from gptjax.machine.chips import chip_of
 
 
 def flops_per_token(config: ModelConfig, params: Any) -> float:
     """Model FLOPs of one training token, forward and backward (PaLM, arXiv:2204.02311, appendix B).
 
-    Six per parameter that is multiplied (embedding lookups are not), and the attention products over all visible keys.
+    Six per parameter of a matmul (embedding lookups are none), and attention over the whole context or window, hidden
+    keys included, as PaLM counts them.
     """
-    multiplied = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]))
+    leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
+    multiplied = sum(leaf.size for path, leaf in leaves if path[-1].key.startswith("w_"))
     multiplied += config.n_embd * config.vocab_size
-    return 6.0 * multiplied + 12.0 * config.n_layer * config.n_embd * (config.attention_window or config.block_size)
+    kinds = [config.layer_kind(layer) for layer in range(config.n_layer)]
+    keys = sum(config.attention_window if kind == "local" else config.block_size for kind in kinds)
+    return 6.0 * multiplied + 12.0 * config.n_head * config.head_width * keys
 
 
 def peak_flops() -> float | None:

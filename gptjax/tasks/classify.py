@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import jax
 
 from gptjax.batches.labelled import TextBatches, encode_texts
-from gptjax.config.run import Config, DataConfig, ModelConfig
+from gptjax.config.model import ModelConfig
+from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import LabelScores, Predictions, score

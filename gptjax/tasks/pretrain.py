@@ -4,8 +4,7 @@ from gptjax.batches.pretraining import PackedWindows, evaluation_batches
 from gptjax.config.run import Config
 from gptjax.evaluation.loss import make_eval_step, measure
 from gptjax.model.gpt import Compute
-from gptjax.model.loss import token_loss
-from gptjax.ops.cross_entropy import LossOptions
+from gptjax.model.loss import loss_options, token_loss
 from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task
 from gptjax.text.shards import TokenSplit
 
@@ -29,8 +28,9 @@ def build(config: Config, _name: str, source: Source, compute: Compute, compiled
 
 def next_token_loss(config: Config, _name: str = "") -> StatesLoss:
     """The loss of predicting each token from those before it, where the batch has a target."""
-    options = LossOptions(config.model.vocab_size, config.train.label_smoothing, config.train.z_loss)
-    return lambda params, x_BTD, batch: token_loss(options, params, x_BTD, batch)
+    model = config.model
+    options = loss_options(model, config.train.label_smoothing, config.train.z_loss)
+    return lambda params, x_BTD, batch: token_loss(model, options, params, x_BTD, batch)
 
 
 def bytes_per_token(split: TokenSplit) -> float:

@@ -21,8 +21,9 @@ from gptjax.checkpoints.run_dir import (
     write_description,
 )
 from gptjax.config.cluster import ClusterConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.reader import differing_fields, load_config, to_flat
-from gptjax.config.run import Config, ModelConfig
+from gptjax.config.run import Config
 from gptjax.errors import UserError
 from gptjax.machine.native.build import begin as begin_kernels
 from gptjax.parallel import cluster

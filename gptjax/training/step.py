@@ -15,7 +15,7 @@ from gptjax.config.run import Config
 from gptjax.model.gpt import Compute
 from gptjax.ops.axes import STAGES, axis_size
 from gptjax.ops.cross_entropy import Loss
-from gptjax.ops.order import after_each
+from gptjax.ops.scheduling import schedule_each_after
 from gptjax.parallel.mesh import traced_in
 from gptjax.parallel.pipeline import Pieces, pipelined_gradient
 from gptjax.parallel.place import get
@@ -126,7 +126,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Any], tuple[TrainSt
         params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
         params, opt_state = _where(accepted, (params, opt_state), (state.params, state.opt_state))
         # Moments wait for the parameters that are made of them; unordered, XLA would copy all moments before.
-        opt_state = optax.tree.map_params(optimizer, after_each, opt_state, params)
+        opt_state = optax.tree.map_params(optimizer, schedule_each_after, opt_state, params)
         ema = state.ema
         if ema is not None:
             decay = config.train.ema

@@ -25,7 +25,7 @@ from gptjax.config.run import Config
 from gptjax.config.verbs import VerifyResumeConfig
 from gptjax.errors import UserError
 from gptjax.machine import compile_cache
-from gptjax.ops.order import same_bits_asked
+from gptjax.ops.scheduling import deterministic_ops_requested
 from gptjax.report.metrics import METRICS_FILE, read_metrics
 from gptjax.training.setup import load_state
 
@@ -129,7 +129,7 @@ def kill_often(
 
 def hint() -> str:
     """What to try where bits differ: on a GPU they do unless one asks, since attention is then slower."""
-    if jax.default_backend() != "gpu" or same_bits_asked():
+    if jax.default_backend() != "gpu" or deterministic_ops_requested():
         return ""
     return "; a GPU gives the same bits with XLA_FLAGS=--xla_gpu_deterministic_ops=true"
 

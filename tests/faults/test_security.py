@@ -15,7 +15,7 @@ import pytest
 from gptjax.cli import main
 from gptjax.config.run import Config
 from gptjax.exchange.gpt2 import export_gpt2
-from gptjax.machine import compile_cache
+from gptjax.machine import compile_cache, processor
 from tests.faults.inputs import MODEL, accepted, make_run, params, write_config
 from tests.tiny import write_corpus
 
@@ -221,5 +221,5 @@ def test_compile_cache_is_private(tmp_path, capsys, seen, monkeypatch):
 def test_each_kind_of_processor_has_a_cache_of_its_own(tmp_path, monkeypatch):
     mine = compile_cache.compiled_folder(str(tmp_path))
     assert mine == compile_cache.compiled_folder(str(tmp_path))
-    monkeypatch.setattr(compile_cache.platform, "processor", lambda: "another")
+    monkeypatch.setattr(processor.platform, "processor", lambda: "another")
     assert compile_cache.compiled_folder(str(tmp_path)) != mine

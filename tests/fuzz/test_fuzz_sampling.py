@@ -5,8 +5,8 @@ import functools
 import jax
 from hypothesis import strategies as st
 
+from gptjax.config.model import ModelConfig
 from gptjax.config.reader import from_dict, read_flags
-from gptjax.config.run import ModelConfig
 from gptjax.config.verbs import SampleConfig
 from gptjax.generation.sample import sample_texts
 from gptjax.text.tokenizer import ByteTokenizer

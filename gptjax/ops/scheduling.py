@@ -6,13 +6,14 @@ import re
 import jax
 import jax.numpy as jnp
 
+from gptjax.machine.platform import target_platform
 from gptjax.ops.axes import compiler_cuts
 
 LARGE = 2**19
 """Elements of an array of which results are computed a second time rather than kept in memory."""
 
 
-def after(x: jax.Array, earlier: jax.Array | None) -> jax.Array:
+def schedule_after(x: jax.Array, earlier: jax.Array | None) -> jax.Array:
     """Returns `x`, not computed before `earlier` is; None holds nothing back.
 
     A barrier would be gone before XLA orders its work. A product with zero stays, since zero times NaN is NaN: so where
@@ -24,27 +25,27 @@ def after(x: jax.Array, earlier: jax.Array | None) -> jax.Array:
     return x + (first * 0).astype(x.dtype)
 
 
-def after_each(x: jax.Array, earlier: jax.Array) -> jax.Array:
+def schedule_each_after(x: jax.Array, earlier: jax.Array) -> jax.Array:
     """The same for each element of two arrays of one shape, so that arrays cut over devices need not talk.
 
     Only a CPU needs it: elsewhere XLA writes both arrays from one kernel.
     """
-    if jax.default_backend() != "cpu":
+    if target_platform() != "cpu":
         return x
     finite = jnp.where(jnp.isfinite(earlier), earlier, 0.0)  # times zero would be NaN otherwise
     return x + (finite * jnp.zeros((), earlier.dtype)).astype(x.dtype)
 
 
-def apart(*arrays: jax.Array, on: tuple[str, ...] = ("cpu",)) -> tuple[jax.Array, ...]:
+def optimization_barrier(*arrays: jax.Array, on: tuple[str, ...] = ("cpu",)) -> tuple[jax.Array, ...]:
     """Returns the arrays, so that what is computed of them shares nothing with what is computed elsewhere.
 
     XLA:CPU would find equal parts of two results, keep them in memory for both, and give neither to its library whole.
     On the other platforms (`on` names those where it is done) sharing is what is wanted, mostly.
     """
-    return jax.lax.optimization_barrier(arrays) if jax.default_backend() in on else arrays
+    return jax.lax.optimization_barrier(arrays) if target_platform() in on else arrays
 
 
-def again(x: jax.Array, gradient: jax.Array) -> jax.Array:
+def recompute_in_backward(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """Returns `x` for a backward pass that comes with `gradient`, so that what it makes of `x` is made there.
 
     XLA would find that the forward pass made the same, and keep it until then: a waste of memory, and on a GPU of time.
@@ -53,12 +54,12 @@ def again(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """
     if x.size < LARGE:
         return x
-    if jax.default_backend() != "cpu":
+    if target_platform() != "cpu":
         return jax.lax.optimization_barrier((x, gradient))[0]
-    return x if compiler_cuts() else after(x, gradient)
+    return x if compiler_cuts() else schedule_after(x, gradient)
 
 
-def same_bits_asked() -> bool:
+def deterministic_ops_requested() -> bool:
     """Whether `XLA_FLAGS` ask a GPU for the same bits each time, by either of XLA's two flags for it."""
     flag = r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)"
     return re.search(flag, os.environ.get("XLA_FLAGS", "")) is not None

@@ -1,0 +1,209 @@
+"""The shape of a decoder, as a frozen dataclass."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.config.rules import fraction, no_effect, not_negative, positive
+from gptjax.config.task import AdapterConfig
+from gptjax.errors import UserError
+
+MAX_PARAMETERS = 10**13
+"""A larger model is a typing error, which would end in an error of the compiler."""
+WIDTH_MULTIPLE = 32
+"""Default widths of gated MLPs are a multiple of this, which the CPU kernels need."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the decoder; the defaults are GPT-2's."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Query heads."""
+    n_kv_head: int = 0
+    """Key and value heads, each shared by n_head / n_kv_head query heads; 0: as many as n_head."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    head_dim: int = 0
+    """Width of one attention head; 0: n_embd / n_head."""
+    mlp_width: int = 0
+    """Width inside of the MLP; 0: 4 n_embd, or 8/3 n_embd where it is gated."""
+    block_size: int = 1024
+    """Longest sequence, in tokens."""
+    vocab_size: int = 0
+    """Tokens that the model knows; 0: as many as the tokenizer has."""
+    vocab_multiple: int = 1
+    """The embedding gets a multiple of this many rows; rows past vocab_size are never predicted."""
+    dropout: float = 0.0
+    """Probability of zeroing embeddings, attention weights and what a layer adds to the residual stream."""
+    norm: Literal["layer", "rms"] = "layer"
+    """layer (arXiv:1607.06450) or rms (arXiv:1910.07467)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in a norm."""
+    norm_scale: bool = True
+    """Learned scale in norms (and a bias, where bias is true)."""
+    norm_position: Literal["pre", "post", "output", "sandwich"] = "pre"
+    """Where norms are: pre: before a sublayer; post: after its residual sum (arXiv:1706.03762); output: on what it adds
+    (OLMo 2); sandwich: before it and on what it adds (Gemma 2)."""
+    parallel: Literal["none", "one_norm", "two_norms"] = "none"
+    """Attention and MLP read the same residual stream, through one norm (GPT-J) or two (GPT-NeoX)."""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    """Norm of queries and keys: of each head (Qwen 3), or of all heads together (OLMo 2)."""
+    activation: Literal["gelu", "gelu_exact", "relu", "relu2", "silu", "tanh", "sigmoid"] = "gelu"
+    """Activation of the MLP; gelu is the tanh form of GPT-2."""
+    gated: bool = False
+    """Gated MLP (arXiv:2002.05202): activation silu makes SwiGLU, gelu GeGLU."""
+    bias: bool = True
+    """Bias vectors in linear layers and norms, as GPT-2 has."""
+    qkv_bias: bool = False
+    """Bias on queries, keys and values though bias is false (Qwen 2)."""
+    output_bias: bool = False
+    """Bias of the logits."""
+    tied_embeddings: bool = True
+    """Use the token embedding as output projection."""
+    positions: Literal["learned", "none", "sinusoidal", "rope", "alibi", "t5"] = "learned"
+    """Position method: learned (GPT-2), none, sinusoidal (arXiv:1706.03762), rope (arXiv:2104.09864), alibi
+    (arXiv:2108.12409), t5 (arXiv:1910.10683, a table in each layer)."""
+    rope_base: float = 10000.0
+    """Base of rope's frequencies."""
+    rope_local_base: float = 0.0
+    """Base in local layers of attention_pattern (Gemma 3); 0: rope_base."""
+    rope_fraction: float = 1.0
+    """Share of a head's channels that rope rotates."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """How rope is stretched to longer contexts."""
+    rope_factor: float = 1.0
+    """How many times longer."""
+    rope_original_length: int = 0
+    """Context that the model was trained with, for yarn and llama3; 0: block_size."""
+    rope_low_frequency_factor: float = 1.0
+    """llama3: pairs of channels that turn less often over the original length are stretched."""
+    rope_high_frequency_factor: float = 4.0
+    """llama3: pairs of channels that turn more often stay as they are."""
+    attention_window: int = 0
+    """Tokens that each token attends to, itself included (arXiv:2004.05150, section 3.1); 0: all before it."""
+    attention_pattern: tuple[Literal["full", "local"], ...] = ()
+    """Kinds of layers, repeated over the depth: local ones have attention_window, full ones none; empty: all alike."""
+    attention_scale: float = 0.0
+    """Factor of the attention logits; 0: 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    """Attention logits become cap tanh(logits / cap) (arXiv:2408.00118, section 2); 0: unchanged."""
+    logit_softcap: float = 0.0
+    """The same of the output logits."""
+    embedding_scale: float = 1.0
+    """Factor of token embeddings (Gemma: the square root of n_embd)."""
+    residual_scale: float = 1.0
+    """Factor of what a sublayer adds to the residual stream (Granite)."""
+    logit_scale: float = 1.0
+    """Factor of the output logits, before their soft cap (Granite: 1 / logits_scaling)."""
+    embedding_norm: bool = False
+    """Norm of the embeddings before the first block."""
+    residual_mix: bool = False
+    """Blocks read r x + s x0 with learned r and s of each layer, x0 the embeddings (modded-nanogpt)."""
+    init: Literal["gpt2", "uniform"] = "gpt2"
+    """gpt2: normal, deviation 0.02; uniform: within sqrt(3 / n_embd), and output projections start at zero."""
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+
+    def __post_init__(self):
+        positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple", "norm_epsilon")
+        not_negative("model", self, "n_kv_head", "head_dim", "mlp_width", "vocab_size", "attention_window")
+        not_negative("model", self, "attention_scale", "attention_softcap", "logit_softcap", "rope_original_length")
+        not_negative("model", self, "rope_local_base", "rope_low_frequency_factor")
+        positive("model", self, "rope_base", "rope_factor", "embedding_scale", "residual_scale", "logit_scale")
+        fraction("model", self, "dropout")
+        self._check_sizes()
+        self._check_rope()
+        no_effect("model", self, "qkv_bias", not self.bias, "model.bias=false")
+        no_effect("model", self, "parallel", self.norm_position == "pre", "model.norm_position=pre")
+        if self.attention_pattern:
+            if ("local" in self.attention_pattern) != bool(self.attention_window):
+                raise UserError(
+                    f"model.attention_pattern={' '.join(self.attention_pattern)} and"
+                    f" model.attention_window={self.attention_window}: local layers need a window, and a window local"
+                    " layers"
+                )
+            if self.n_layer < len(self.attention_pattern):
+                raise UserError(
+                    f"model.attention_pattern names {len(self.attention_pattern)} layers, model.n_layer={self.n_layer}"
+                    " has fewer"
+                )
+        if self.adapter.kind in ("prompt", "prefix") and self.positions in ("alibi", "t5"):
+            raise UserError(
+                f"model.adapter.kind={self.adapter.kind} has no distances to texts, which"
+                f" model.positions={self.positions} needs; use lora or bottleneck"
+            )
+        mlp = (3 if self.gated else 2) * self.n_embd * self.mlp_size
+        attention = 2 * self.n_embd * (self.n_head + self.kv_heads) * self.head_width
+        parameters = self.n_layer * (mlp + attention) + (self.padded_vocab_size + self.block_size) * self.n_embd
+        if parameters > MAX_PARAMETERS:
+            raise UserError(
+                f"model.n_layer={self.n_layer}, n_embd={self.n_embd}, vocab_size={self.vocab_size}:"
+                f" {parameters:.1e} parameters, must be at most {MAX_PARAMETERS:.1e}"
+            )
+
+    def _check_sizes(self) -> None:
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise UserError(
+                f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head};"
+                f" the nearest that is: {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
+            )
+        if self.n_head % self.kv_heads:
+            raise UserError(f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.n_kv_head}")
+        if self.attention_window >= self.block_size:
+            raise UserError(
+                f"model.attention_window={self.attention_window} has no effect at model.block_size={self.block_size};"
+                " give less, or 0 for all"
+            )
+
+    def _check_rope(self) -> None:
+        rope, scaled = self.positions == "rope", self.rope_scaling != "none"
+        for name in ("rope_base", "rope_local_base", "rope_fraction", "rope_scaling"):
+            no_effect("model", self, name, rope, "model.positions=rope")
+        no_effect("model", self, "rope_local_base", bool(self.attention_pattern), "model.attention_pattern")
+        no_effect("model", self, "rope_factor", scaled, "model.rope_scaling")
+        by_length = self.rope_scaling in ("yarn", "llama3")
+        no_effect("model", self, "rope_original_length", by_length, "model.rope_scaling=yarn or llama3")
+        for name in ("rope_low_frequency_factor", "rope_high_frequency_factor"):
+            no_effect("model", self, name, self.rope_scaling == "llama3", "model.rope_scaling=llama3")
+        if not 0 < self.rope_fraction <= 1:
+            raise UserError(f"model.rope_fraction={self.rope_fraction} must lie in (0, 1]")
+        if rope and round(self.rope_fraction * self.head_width / 2) < 1:
+            raise UserError(f"model.rope_fraction={self.rope_fraction} rotates no pair of {self.head_width} channels")
+        if rope and self.rope_fraction == 1 and self.head_width % 2:
+            raise UserError(f"model.positions=rope rotates pairs of channels, and a head has {self.head_width}")
+        if self.rope_high_frequency_factor <= self.rope_low_frequency_factor:
+            raise UserError("model.rope_high_frequency_factor must be larger than model.rope_low_frequency_factor")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, with the default resolved."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head, with the default resolved."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def mlp_size(self) -> int:
+        """Width inside of the MLP, with the default resolved."""
+        if self.mlp_width or not self.gated:
+            return self.mlp_width or 4 * self.n_embd
+        return -(-8 * self.n_embd // (3 * WIDTH_MULTIPLE)) * WIDTH_MULTIPLE
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers in the model."""
+        return self.dropout > 0 or self.adapter.dropout > 0
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def layer_kind(self, layer: int) -> str:
+        """The kind of a layer's attention: full or local."""
+        if not self.attention_pattern:
+            return "local" if self.attention_window else "full"
+        return self.attention_pattern[layer % len(self.attention_pattern)]

@@ -1,0 +1,125 @@
+"""Self-attention of a block, in training, prefill and cached decoding.
+
+Shape suffixes: B batch, T position, S key slot, D n_embd, H query heads, G key and value heads, C head width,
+E = H / G + 2: the queries, the key and the value of one key head.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.config.model import ModelConfig
+from gptjax.model import cache as kv
+from gptjax.model.adapters import BlockAdapter, LowRank, Prefix, prefixed_attention, with_prefix
+from gptjax.model.cache import LayerCache
+from gptjax.model.inputs import BlockInputs
+from gptjax.model.norms import NORMS, Norm
+from gptjax.model.parameters import linear, output_init, value, weight_init, zeros
+from gptjax.model.positions import POSITIONS
+from gptjax.ops.attention import cached_attention, self_attention, split_heads
+from gptjax.ops.attention_spec import AttentionSpec, Bias
+
+
+def attention_spec(config: ModelConfig, kind: str) -> AttentionSpec:
+    """What attention computes in layers of a kind, see `ModelConfig.layer_kind`."""
+    return AttentionSpec(
+        window=config.attention_window if kind == "local" else 0,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+        dropout=config.dropout,
+    )
+
+
+class Attention(nnx.Module):
+    """Causal multi-head self-attention; heads of one key head lie together, so that they shard together."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, H, G, C = config.n_embd, config.n_head, config.kv_heads, config.head_width
+        E = H // G + 2
+        self.w_qkv = nnx.Param(weight_init(config)(rngs.params(), (D, G, E, C)))
+        self.w_out = nnx.Param(output_init(config)(rngs.params(), (H * C, D)))
+        self.b_qkv = zeros(G, E, C) if config.bias or config.qkv_bias else None
+        self.b_out = zeros(D) if config.bias else None
+        together = config.qk_norm == "all"
+        norm = NORMS[config.norm]
+        self.norm_q = None if config.qk_norm == "none" else norm(config, H * C if together else C)
+        self.norm_k = None if config.qk_norm == "none" else norm(config, G * C if together else C)
+        method = POSITIONS[config.positions]
+        self.distances = None if method.layer_table is None else zeros(*method.layer_table(config))
+        self.config, self.shape_GEC = config, (G, E, C)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        inputs: BlockInputs,
+        kind: str,
+        key: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        adapter: BlockAdapter | None = None,
+        prefix: Prefix | None = None,
+        residual: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Returns what the layer adds to the residual stream, float32, or its sum with `residual`; and the new cache.
+
+        With a cache the tokens follow those in it; without one they are whole sequences.
+        """
+        spec = attention_spec(self.config, kind)
+        keys = (None, None) if adapter is None or key is None else jax.random.split(jax.random.fold_in(key, 1))
+        qkv_BTGEC = self.qkv(x_BTD, inputs.positions_BT, kind, adapter and adapter.attn_w_qkv, keys[0])
+        if cache is not None:
+            q_BTHC, k_BTGC, v_BTGC = split_heads(qkv_BTGEC)
+            assert inputs.used is not None  # it is set wherever there is a cache
+            cache = kv.write(cache, inputs.used, k_BTGC, v_BTGC)
+            k_BGSC, v_BGSC, visible_BTS = *cache, inputs.visible(kind)
+            bias = self._bias(k_BGSC.shape[2])
+            if prefix is not None:
+                k_BGSC, v_BGSC, visible_BTS = with_prefix(prefix, k_BGSC, v_BGSC, visible_BTS)
+            y_BTHC = cached_attention(q_BTHC, k_BGSC, v_BGSC, visible_BTS, spec, bias, inputs.used)
+        elif prefix is None:
+            y_BTHC = self_attention(spec, qkv_BTGEC, inputs.mask, self._bias(x_BTD.shape[1]), key)
+        else:
+            y_BTHC = prefixed_attention(*split_heads(qkv_BTGEC), inputs.mask, spec, prefix)
+        return self._out(y_BTHC, adapter and adapter.attn_w_out, keys[1], residual), cache
+
+    def qkv(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        kind: str,
+        low_rank: LowRank | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Queries, keys and values `[B, T, G, E, C]`, normed and rotated where the config says so."""
+        qkv_BTGEC = linear(x_BTD, self.w_qkv, self.b_qkv, x_BTD.dtype).reshape(*x_BTD.shape[:-1], *self.shape_GEC)
+        if low_rank is not None:
+            qkv_BTGEC = qkv_BTGEC + low_rank(x_BTD, key, x_BTD.dtype)
+        rotate = POSITIONS[self.config.positions].rotate
+        if self.norm_q is None and rotate is None:
+            return qkv_BTGEC
+        q_BTGRC, k_BTGC, v_BTG1C = jnp.split(qkv_BTGEC, (self.shape_GEC[1] - 2, self.shape_GEC[1] - 1), axis=3)
+        q_BTGRC, k_BTGC = self._normed(q_BTGRC, self.norm_q), self._normed(k_BTGC, self.norm_k)
+        if rotate is not None:
+            local = self.config.rope_local_base if kind == "local" else 0.0
+            base = local or self.config.rope_base
+            q_BTGRC = rotate(self.config, q_BTGRC, positions_BT, base)
+            k_BTGC = rotate(self.config, k_BTGC, positions_BT, base)
+        return jnp.concatenate([q_BTGRC, k_BTGC, v_BTG1C], axis=3)
+
+    def _normed(self, heads: jax.Array, norm: Norm | None) -> jax.Array:
+        if norm is None:
+            return heads
+        if self.config.qk_norm == "head":
+            return norm(heads, heads.dtype)
+        return norm(heads.reshape(*heads.shape[:2], -1), heads.dtype).reshape(heads.shape)
+
+    def _bias(self, keys: int) -> Bias | None:
+        bias = POSITIONS[self.config.positions].bias
+        return None if bias is None else bias(self.config, value(self.distances), keys)
+
+    def _out(
+        self, y_BTHC: jax.Array, low_rank: LowRank | None, key: jax.Array | None, residual: jax.Array | None
+    ) -> jax.Array:
+        B, T, H, C = y_BTHC.shape
+        y_BTK = y_BTHC.reshape(B, T, H * C)
+        y_BTD = linear(y_BTK, self.w_out, self.b_out, jnp.float32, residual=residual)
+        return y_BTD if low_rank is None else y_BTD + low_rank(y_BTK, key, jnp.float32)

@@ -1,0 +1,189 @@
+"""A transformer block, written once: it trains, prefills and decodes.
+
+Shape suffixes: B batch, T position, D n_embd, F MLP width.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.config.model import ModelConfig
+from gptjax.model.adapters import BlockAdapter, Bottleneck, Prefix
+from gptjax.model.attention import Attention
+from gptjax.model.cache import LayerCache
+from gptjax.model.inputs import BlockInputs
+from gptjax.model.norms import NORMS
+from gptjax.model.parameters import laid_out, linear, output_init, value, weight_init, zeros
+from gptjax.ops.activations import ACTIVATIONS
+from gptjax.ops.attention import split_heads
+from gptjax.ops.elementwise import dropout
+from gptjax.ops.linear import mlp
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between them, or three where it is gated; weights are `[D, F]`.
+
+    Stored so, their narrow side is first, see `ops.matmul`.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, F = config.n_embd, config.mlp_size
+        self.w_in = nnx.Param(weight_init(config)(rngs.params(), (D, F)))
+        self.w_out = nnx.Param(output_init(config)(rngs.params(), (D, F)))
+        self.b_in = zeros(F) if config.bias else None
+        self.b_out = zeros(D) if config.bias else None
+        self.w_gate = nnx.Param(weight_init(config)(rngs.params(), (D, F))) if config.gated else None
+        self.b_gate = zeros(F) if config.gated and config.bias else None
+        self.activation = config.activation
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        adapter: BlockAdapter | None = None,
+        key: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns what the layer adds to the residual stream, float32, or the sum of it and `residual`."""
+        adapted = adapter is not None and adapter.in_mlp
+        if self.activation == "gelu" and self.w_gate is None and not laid_out(self.w_in) and not adapted:
+            return mlp(x_BTD, self.w_in[...], value(self.b_in), self.w_out[...], value(self.b_out), residual)
+        keys = (None, None) if key is None else jax.random.split(key)
+        h_BTF = linear(x_BTD, self.w_in, self.b_in, x_BTD.dtype)
+        if adapter is not None and adapter.mlp_w_in is not None:
+            h_BTF = h_BTF + adapter.mlp_w_in(x_BTD, keys[0], x_BTD.dtype)
+        activation = ACTIVATIONS[self.activation]
+        if self.w_gate is None:
+            h_BTF = activation(h_BTF)
+        else:
+            h_BTF = activation(linear(x_BTD, self.w_gate, self.b_gate, x_BTD.dtype)) * h_BTF
+        y_BTD = linear(h_BTF, self.w_out, self.b_out, jnp.float32, outputs_first=True, residual=residual)
+        if adapter is not None and adapter.mlp_w_out is not None:
+            y_BTD = y_BTD + adapter.mlp_w_out(h_BTF, keys[1], jnp.float32)
+        return y_BTD
+
+
+class BlockKeys(NamedTuple):
+    """Randomness of one block; None: no dropout."""
+
+    attention: jax.Array | None = None
+    after_attention: jax.Array | None = None
+    after_mlp: jax.Array | None = None
+    attention_bottleneck: jax.Array | None = None
+    mlp_low_rank: jax.Array | None = None
+    mlp_bottleneck: jax.Array | None = None
+
+
+class Block(nnx.Module):
+    """Attention and an MLP, each with its norms, added to the residual stream as `model.norm_position` says."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        norm, place = NORMS[config.norm], config.norm_position
+        self.norm_1 = norm(config) if place != "output" else None
+        self.attn = Attention(config, rngs=rngs)
+        self.norm_2 = norm(config) if place != "output" and config.parallel != "one_norm" else None
+        self.mlp = MLP(config, rngs=rngs)
+        self.norm_out_1 = norm(config) if place in ("output", "sandwich") else None
+        self.norm_out_2 = norm(config) if place in ("output", "sandwich") else None
+        self.mix = nnx.Param(jnp.array([1.0, 0.0])) if config.residual_mix else None
+        self.config = config
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        dtype: jax.typing.DTypeLike,
+        inputs: BlockInputs,
+        kind: str,
+        key: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        adapter: BlockAdapter | None = None,
+        prefix: Prefix | None = None,
+        embedded_BTD: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Applies the block to the float32 residual stream; returns it, and the longer cache where there is one.
+
+        Args:
+            x_BTD: The residual stream.
+            dtype: Of matmul operands.
+            inputs: Positions and masks.
+            kind: Of the layer's attention, see `ModelConfig.layer_kind`.
+            key: Randomness of this block; None: no dropout.
+            cache: Keys and values of the tokens before; None: `x_BTD` holds whole sequences.
+            adapter: What was added to this block.
+            prefix: Keys and values that stand before every row; attention weights are then not dropped.
+            embedded_BTD: The embeddings, for `model.residual_mix`.
+        """
+        keys = _keys(key, adapter)
+        if self.mix is not None and embedded_BTD is not None:
+            r, s = self.mix[...]
+            x_BTD = r * x_BTD + s * embedded_BTD
+        new_cache = cache
+
+        def attention(h_BTD: jax.Array, residual: jax.Array | None) -> jax.Array:
+            nonlocal new_cache
+            y_BTD, new_cache = self.attn(h_BTD, inputs, kind, keys.attention, cache, adapter, prefix, residual)
+            return y_BTD
+
+        def mlp_layer(h_BTD: jax.Array, residual: jax.Array | None) -> jax.Array:
+            return self.mlp(h_BTD, adapter, keys.mlp_low_rank, residual)
+
+        after_1 = self._after(self.norm_out_1, adapter and adapter.attn, keys[1], keys.attention_bottleneck, dtype)
+        after_2 = self._after(self.norm_out_2, adapter and adapter.mlp, keys[2], keys.mlp_bottleneck, dtype)
+        if self.config.parallel != "none":
+            x_BTD, h_BTD = self._read(x_BTD, self.norm_1, dtype)
+            stream_BTD = x_BTD
+            x_BTD = self._add(x_BTD, h_BTD, attention, after_1)
+            if self.norm_2 is not None:
+                stream_BTD, h_BTD = self._read(stream_BTD, self.norm_2, dtype)
+            return self._add(x_BTD, h_BTD, mlp_layer, after_2), new_cache
+        for sublayer, norm, after in ((attention, self.norm_1, after_1), (mlp_layer, self.norm_2, after_2)):
+            if self.config.norm_position == "post":
+                assert norm is not None
+                x_BTD = norm(self._add(x_BTD, x_BTD.astype(dtype), sublayer, after), jnp.float32)
+            else:
+                x_BTD, h_BTD = self._read(x_BTD, norm, dtype)
+                x_BTD = self._add(x_BTD, h_BTD, sublayer, after)
+        return x_BTD, new_cache
+
+    def _read(self, x_BTD, norm, dtype):
+        """The residual stream, and what a sublayer reads of it."""
+        return (x_BTD, x_BTD.astype(dtype)) if norm is None else norm.with_residual(x_BTD, dtype)
+
+    def _add(self, x_BTD, h_BTD, sublayer, after):
+        """Adds a sublayer's output to the residual stream: in its last matmul, unless something comes between."""
+        return sublayer(h_BTD, x_BTD) if after is None else x_BTD + after(sublayer(h_BTD, None))
+
+    def _after(
+        self, norm, bottleneck: Bottleneck | None, key, bottleneck_key, dtype
+    ) -> Callable[[jax.Array], jax.Array] | None:
+        """What happens to a sublayer's output before it is added; None: nothing."""
+        rate, scale = self.config.dropout, self.config.residual_scale
+        drops = rate and key is not None
+        if not drops and bottleneck is None and norm is None and scale == 1.0:
+            return None
+
+        def after(y_BTD):
+            if bottleneck is not None:
+                y_BTD = bottleneck(y_BTD, dtype, bottleneck_key)
+            if norm is not None:
+                y_BTD = norm(y_BTD, jnp.float32)
+            y_BTD = dropout(y_BTD, rate, key)
+            return y_BTD if scale == 1.0 else scale * y_BTD
+
+        return after
+
+    def prefix_of(self, prompt_1PD: jax.Array, dtype: jax.typing.DTypeLike, inputs: BlockInputs, kind: str) -> Prefix:
+        """The keys and values of a prompt, which what follows it attends to."""
+        _, h_1PD = self._read(prompt_1PD, self.norm_1 if self.config.norm_position != "post" else None, dtype)
+        _, k_1PGC, v_1PGC = split_heads(self.attn.qkv(h_1PD, inputs.positions_BT, kind))
+        return Prefix(k_1PGC[0], v_1PGC[0])
+
+
+def _keys(key: jax.Array | None, adapter: BlockAdapter | None) -> BlockKeys:
+    if key is None:
+        return BlockKeys()
+    own = jax.random.split(key, 3)
+    added = (None,) * 3 if adapter is None else jax.random.split(jax.random.fold_in(key, 3), 3)
+    return BlockKeys(*own, *added)

@@ -1,0 +1,31 @@
+"""What every block reads beside the residual stream.
+
+Shape suffixes: B batch, T position, S slot of the cache.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from gptjax.ops.attention_spec import Mask
+
+
+class BlockInputs(NamedTuple):
+    """Positions and masks; the last three are set while decoding with a cache."""
+
+    positions_BT: jax.Array
+    """Position of each token in its text."""
+    mask: Mask = Mask()
+    """Which keys of whole sequences a query may attend to."""
+    used: jax.Array | None = None
+    """Slots of the cache that are filled."""
+    full_BTS: jax.Array | None = None
+    """Slots that each new token may attend to in layers without window."""
+    local_BTS: jax.Array | None = None
+    """The same in layers with a window."""
+
+    def visible(self, kind: str) -> jax.Array:
+        """Slots that new tokens may attend to in layers of a kind."""
+        visible_BTS = self.local_BTS if kind == "local" else self.full_BTS
+        assert visible_BTS is not None  # it is set wherever there is a cache
+        return visible_BTS

@@ -1,0 +1,144 @@
+"""Position methods, by name: what tells a model the order of its tokens.
+
+A method adds to the embeddings, rotates queries and keys, or adds a bias to the attention logits.
+
+Shape suffixes: B batch, T position, D n_embd, C head_dim, H query heads, N distance, F frequency of a pair of channels.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config.model import ModelConfig
+from gptjax.ops.attention_spec import Bias
+
+T5_BUCKETS, T5_DISTANCE = 32, 128
+"""Buckets of the relative bias, and the distance from which on all share the last one (arXiv:1910.10683)."""
+
+
+class PositionMethod(NamedTuple):
+    """What a method does; the parts that it has not are None."""
+
+    add: Callable[[ModelConfig, jax.Array], jax.Array] | None = None
+    """From positions `[B, T]` to what is added to the embeddings, float32 `[B, T, D]`."""
+    rotate: Callable[[ModelConfig, jax.Array, jax.Array, float], jax.Array] | None = None
+    """Rotates heads `[B, T, ..., C]` at positions `[B, T]` by a base of frequencies."""
+    bias: Callable[[ModelConfig, jax.Array | None, int], Bias] | None = None
+    """From a layer's table, where it has one, and the number of key positions."""
+    embedding_table: bool = False
+    """Whether the embedding holds a learned table `[block_size, D]`."""
+    layer_table: Callable[[ModelConfig], tuple[int, ...]] | None = None
+    """Shape of a table that each layer learns."""
+    slides: bool = True
+    """Whether only distances matter, so that a full context may slide by one token."""
+
+
+def sinusoidal(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
+    """Fixed waves of geometrically spaced lengths (arXiv:1706.03762, section 3.5): sines first, then cosines."""
+    half = config.n_embd // 2
+    frequencies_F = jnp.exp(-math.log(10_000.0) / half * jnp.arange(half, dtype=jnp.float32))
+    angles_BTF = positions_BT[..., None].astype(jnp.float32) * frequencies_F[None, None]
+    waves_BTD = jnp.concatenate([jnp.sin(angles_BTF), jnp.cos(angles_BTF)], axis=-1)
+    return jnp.pad(waves_BTD, ((0, 0), (0, 0), (0, config.n_embd - 2 * half)))
+
+
+def rotate(config: ModelConfig, x: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+    """Rotates pairs of channels by angles that grow with the position (RoPE, arXiv:2104.09864, section 3.2).
+
+    Channel i pairs with channel i + half, as in Llama; of partial rotation the first channels rotate.
+
+    Args:
+        config: Share of channels, and how frequencies are scaled.
+        x: `[B, T, ..., C]`.
+        positions_BT: Position of each token.
+        base: Of the frequencies.
+    """
+    frequencies_F, magnitude = rope_frequencies(config, base)
+    half = len(frequencies_F)
+    angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies_F)[None, None]
+    angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), half)
+    cos, sin = jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig, base: float) -> tuple[np.ndarray, float]:
+    """Radians per position of each pair of channels, and the factor of sines and cosines.
+
+    Scaling for longer contexts: linear (arXiv:2306.15595), NTK-aware (the base grows), YaRN (arXiv:2309.00071,
+    section 3), and Llama 3's (its model card). `linear` and `yarn` as in `transformers`.
+    """
+    C = 2 * round(config.rope_fraction * config.head_width / 2)
+    factor, original = config.rope_factor, config.rope_original_length or config.block_size
+    if config.rope_scaling == "ntk":
+        base = base * factor ** (C / max(1, C - 2))
+    frequencies = base ** (-np.arange(0, C, 2, dtype=np.float64) / C)
+    magnitude = 1.0
+    if config.rope_scaling == "linear":
+        frequencies = frequencies / factor
+    elif config.rope_scaling == "llama3":
+        low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+        turns = original * frequencies / (2 * np.pi)
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = (1 - smooth) * frequencies / factor + smooth * frequencies
+    elif config.rope_scaling == "yarn":
+        magnitude = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        def dim_of(turns: float) -> float:  # the channel pair that turns so often over the original length
+            return C * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = max(math.floor(dim_of(32.0)), 0), min(math.ceil(dim_of(1.0)), C - 1)
+        ramp = np.clip((np.arange(C // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+        frequencies = frequencies / factor * ramp + frequencies * (1 - ramp)
+    return frequencies.astype(np.float32), magnitude
+
+
+def alibi_slopes(n_head: int) -> np.ndarray:
+    """A slope for each head: a geometric sequence (arXiv:2108.12409, section 3), filled up as in the authors' code
+    where heads are no power of two.
+    """
+
+    def of_power(count: int) -> list[float]:
+        start = 2.0 ** (-8.0 / count)
+        return [start ** (i + 1) for i in range(count)]
+
+    power = 2 ** math.floor(math.log2(n_head))
+    slopes = of_power(power)
+    if power < n_head:
+        slopes += of_power(2 * power)[0::2][: n_head - power]
+    return np.asarray(slopes, np.float32)
+
+
+def _alibi(config: ModelConfig, _table: jax.Array | None, _keys: int) -> Bias:
+    return Bias(slopes_H=jnp.asarray(alibi_slopes(config.n_head)))
+
+
+def t5_bucket(distance_N: np.ndarray) -> np.ndarray:
+    """The bucket of each distance of a query from a key before it (arXiv:1910.10683, section 2.1): exact for small
+    ones, then logarithmic. Causal: keys after the query share bucket 0.
+    """
+    distance = np.maximum(distance_N, 0)
+    exact = T5_BUCKETS // 2
+    large = np.log(np.maximum(distance, 1) / exact) / np.log(T5_DISTANCE / exact) * (T5_BUCKETS - exact)
+    return np.where(distance < exact, distance, np.minimum(exact + large.astype(np.int64), T5_BUCKETS - 1))
+
+
+def _t5(_config: ModelConfig, table_NH: jax.Array | None, keys: int) -> Bias:
+    assert table_NH is not None
+    distances_N = np.arange(-(keys - 1), keys)
+    return Bias(by_distance_HN=table_NH[t5_bucket(distances_N)].T)
+
+
+POSITIONS: dict[str, PositionMethod] = {
+    "learned": PositionMethod(embedding_table=True, slides=False),
+    "none": PositionMethod(),
+    "sinusoidal": PositionMethod(add=sinusoidal, slides=False),
+    "rope": PositionMethod(rotate=rotate),
+    "alibi": PositionMethod(bias=_alibi),
+    "t5": PositionMethod(bias=_t5, layer_table=lambda config: (T5_BUCKETS, config.n_head)),
+}
+"""By `model.positions`."""

@@ -1,0 +1,74 @@
+"""Attention on a GPU by cuDNN's fused kernel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.ops.attention_heads import Drops
+from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, needs_dense_weights
+from gptjax.ops.scheduling import deterministic_ops_requested
+
+
+def _unsupported(request: Request) -> str | None:
+    if request.platform != "gpu":
+        return "needs a GPU"
+    if deterministic_ops_requested():
+        return "its gradients are added up in the order of arrival, and XLA_FLAGS ask for deterministic operations"
+    if reason := needs_dense_weights(request):
+        return reason
+    if request.dropout:
+        return "attention weights are dropped"
+    if request.spec.softcap or request.slopes:
+        return "logits are capped or biased"
+    if request.dtype not in ("bfloat16", "float16"):
+        return f"{request.dtype} is neither bfloat16 nor float16"
+    if not cudnn_works(request.dtype, request.queries, request.head_dim, request.spec.window, request.segments):
+        return "cuDNN refuses it"
+    return None
+
+
+@functools.cache
+def cudnn_works(dtype: str, T: int, head_dim: int, window: int, masked: bool) -> bool:
+    """Runs cuDNN's attention once on this GPU, forward and backward; where it fails, another implementation is used.
+
+    Called while a step is traced, so all of it is computed outside of that trace.
+    """
+    try:
+        with jax.ensure_compile_time_eval():
+            x = jnp.ones((1, T, 1, head_dim), dtype)
+            mask = Mask(jnp.zeros((1, T), jnp.int32) if masked else None)
+            spec = AttentionSpec(window=window)
+            y, derivative = jax.vjp(lambda x: cudnn_attention(spec, x, x, x, mask, None, None), x)
+            finite = jnp.isfinite(y) & jnp.isfinite(derivative(y)[0])
+            return bool(jnp.all(finite))
+    except Exception as error:  # whatever the driver or the library says, training can continue without it
+        print(f"cuDNN attention is not available ({str(error).splitlines()[0]}); using another implementation")
+        return False
+
+
+def cudnn_attention(
+    spec: AttentionSpec,
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    mask: Mask,
+    _bias: Bias | None,
+    _drops: Drops | None,
+) -> jax.Array:
+    """Returns `[B, T, H, C]`."""
+    segments_BT = mask.segments_BT
+    same = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTHC,
+        k_BSGC,
+        v_BSGC,
+        mask=same,
+        scale=spec.scale or None,
+        is_causal=True,
+        local_window_size=(spec.window - 1, 0) if spec.window else None,
+        implementation="cudnn",
+    )
+
+
+CUDNN = Implementation("cuDNN", _unsupported, cudnn_attention)
