@@ -194,6 +194,15 @@ ELSEWHERE = {
     "test_clean": ("data.unicode", "data.newlines", "data.min_characters", "data.drop_duplicates"),
     "test_tokenizer": ("tokenizer.kind", "tokenizer.name", "tokenizer.vocab_size"),
     "test_model": ("train.remat", "train.unroll"),
+    "test_architectures": (
+        *("model.head_dim", "model.mlp_width", "model.norm", "model.norm_epsilon", "model.norm_scale"),
+        *("model.norm_position", "model.parallel", "model.qk_norm", "model.activation", "model.gated"),
+        *("model.qkv_bias", "model.output_bias", "model.positions", "model.rope_base", "model.rope_local_base"),
+        *("model.rope_fraction", "model.rope_scaling", "model.rope_factor", "model.rope_original_length"),
+        *("model.rope_low_frequency_factor", "model.rope_high_frequency_factor", "model.attention_pattern"),
+        *("model.attention_scale", "model.attention_softcap", "model.logit_softcap", "model.embedding_scale"),
+        *("model.residual_scale", "model.logit_scale", "model.embedding_norm", "model.residual_mix", "model.init"),
+    ),
     "test_adapters": (
         *("model.adapter.kind", "model.adapter.rank", "model.adapter.alpha", "model.adapter.targets"),
         *("model.adapter.dropout", "model.adapter.tokens", "task.pooling"),

@@ -120,4 +120,4 @@ def final_state(config: Config):
 def layer_by_layer(config: ModelConfig, params: dict) -> dict:
     """Params as decoding takes them, with weights as they are trained."""
     blocks = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(config.n_layer)}
-    return {"embed": params["embed"], "norm_f": params["norm_f"], "blocks": blocks}
+    return params | {"blocks": blocks}

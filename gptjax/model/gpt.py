@@ -292,7 +292,8 @@ def extend(
     `config` and `params` are as `for_decoding` returns them, with blocks and adapters one by one; their matrices may be
     `Projection`s.
     """
-    return nnx.merge(_decoder_graphdef(config), params)(tokens_BT, cache, dtype)
+    trunk = {name: part for name, part in params.items() if name not in ("head", "heads")}
+    return nnx.merge(_decoder_graphdef(config), trunk)(tokens_BT, cache, dtype)
 
 
 def unembedding(params: dict) -> jax.Array:
