@@ -23,6 +23,7 @@ from gptjax.config.run import Config, OptimConfig, TrainConfig
 from gptjax.machine.allocator import restart
 from gptjax.machine.compile_cache import start
 from gptjax.ops import attention, cross_entropy, elementwise, linear
+from gptjax.ops.plain_attention import attention_reference
 from gptjax.training.step import init_state, make_train_step
 
 STEPS = 50
@@ -31,23 +32,23 @@ BATCH_SIZE = 64  # so that rows are enough for XLA to fuse norms, and attention 
 FIGURE = Path(__file__).parents[1] / "docs/figures/curves.png"
 
 
-def self_attention_reference(qkv_BTGEC, *options):
-    return attention.attention_reference(*attention.split_heads(qkv_BTGEC), *options)
+def self_attention_reference(spec, qkv_BTGEC, *options):
+    return attention_reference(*attention.split_heads(qkv_BTGEC), spec, *options)
 
 
 # Each fast path: where it is used, by which name, and what it is held to.
 PLAIN = {
-    "C++ kernels": [("gptjax.ops.kernels.usable", lambda *sizes: False)],
+    "C++ kernels": [("gptjax.ops.kernels.unusable", lambda *sizes: "left out")],
     "linear layers": [
-        ("gptjax.model.layers.linear", linear.linear_reference),
-        ("gptjax.model.layers.mlp", linear.mlp_reference),
+        ("gptjax.ops.linear.linear", linear.linear_reference),
+        ("gptjax.model.block.mlp", linear.mlp_reference),
     ],
-    "attention": [("gptjax.model.layers.self_attention", self_attention_reference)],
+    "attention": [("gptjax.model.attention.self_attention", self_attention_reference)],
     "loss": [("gptjax.model.loss.cross_entropy", cross_entropy.cross_entropy_reference)],
     "layer norm": [
-        ("gptjax.model.layers.layer_norm", elementwise.layer_norm_reference),
+        ("gptjax.model.norms.layer_norm", elementwise.layer_norm_reference),
         (
-            "gptjax.model.layers.layer_norm_with_residual",
+            "gptjax.model.norms.layer_norm_with_residual",
             lambda x, *args: (x, elementwise.layer_norm_reference(x, *args)),
         ),
     ],
