@@ -1,5 +1,6 @@
 """Properties of what a run reads and of what it is measured by, each against a definition written out here."""
 
+import dataclasses
 import itertools
 import math
 
@@ -23,7 +24,7 @@ from gptjax.tasks.task import Source
 from gptjax.text.labelled import Text, Words
 from gptjax.text.prepare import prepare
 from gptjax.text.rows import Row
-from gptjax.text.shards import TokenSplit
+from gptjax.text.shards import Dataset, TokenSplit
 from gptjax.text.tokenizer import make_tokenizer
 from tests.tiny import CONFIG, MODEL, init_params, replace
 
@@ -141,6 +142,24 @@ def test_bits_per_byte_times_bytes_is_the_summed_loss(tmp_path):
     assert found.val_loss == pytest.approx(2)
     assert found.perplexity == pytest.approx(math.exp(2))
     assert found.bits_per_byte * size * math.log(2) == pytest.approx(2 * (validation.n_tokens - 1))
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_documents_see_each_other_where_the_config_says_so(across):
+    split, _ = split_of(LENGTHS, ())
+    data = DataConfig(path=("x",), attend_across_documents=across)
+    config = replace(CONFIG, train={"eval_windows": 0, "batch_size": 3})
+    seen = []
+
+    def look(_function):
+        return lambda _params, batch: seen.append(batch) or (1.0, 1.0)
+
+    source = Source(BYTES, Dataset(split, split, {"hash": ""}), {})
+    task = pretrain.build(dataclasses.replace(config, data=data), "", source, Compute(), look)
+    task.evaluate({}, DEVICE)
+    assert [batch.segments is None for batch in (task.windows.batch(0, 4), *seen)] == [across] * (len(seen) + 1)
+    for batch in (task.windows.batch(0, 4), seen[0]):
+        assert bool(np.all(batch.positions == np.arange(16)[None])) == across
 
 
 def chats(*turns: tuple[tuple[str, str], ...], **task):

@@ -14,8 +14,8 @@ from gptjax.checkpoints.manifest import read_manifest
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.evaluation.loss import Evaluation
 from gptjax.tasks import pretrain
-from gptjax.training import trainer
-from tests.tiny import HARD, final_state, rows, run_config
+from gptjax.training import selftest, trainer
+from tests.tiny import final_state, rows, run_config
 
 
 def saved_losses(run_dir: Path) -> dict[int, float | None]:
@@ -62,31 +62,44 @@ def test_every_new_best_is_saved_and_each_manifest_has_the_loss_of_its_own_step(
 
 def test_best_loss_and_patience_survive_a_resume(tmp_path, scripted, capsys):
     losses = [2.0, 3.0, 2.9, 2.8, 2.7]  # never better than the first: patience 3 ends the run at the fourth
-    config = run_config(tmp_path, train={"eval_every": 1, "save_every": 1, "patience": 3})
+    config = run_config(tmp_path, train={"eval_every": 1, "save_every": 1, "patience": 3, "keep_checkpoints": 2})
     scripted(losses)
     assert trainer.train(config) == 0
     assert "stopped at step 4 (no better loss in 3 evaluations)" in capsys.readouterr().out
     expected = rows(config)
     assert [row["step"] for row in expected if "val_loss" in row] == [1, 2, 3, 4]
-    for step in (3, 4):  # as if it had been killed in its third step
-        shutil.rmtree(Path(config.run_dir) / "checkpoints" / f"{step:08}")
-    scripted(losses[2:])
+    assert list(saved_losses(Path(config.run_dir))) == [1, 3, 4], "the best, and the newest two"
+    shutil.rmtree(Path(config.run_dir) / "checkpoints" / "00000004")  # as if it had been killed in its fourth step
+    scripted(losses[3:])
     assert trainer.train(config) == 0
     assert "(best)" not in capsys.readouterr().out
     assert rows(config) == expected
 
 
-def test_the_validation_loss_is_that_of_the_average(tmp_path, monkeypatch):
-    """With `train.ema` the average is what a run is judged by, and what a checkpoint gives to who loads it."""
-    seen = []
+def test_what_is_measured_and_computed_at_once_is_what_the_config_says(tmp_path, monkeypatch):
+    seen, shapes = [], []
 
-    def measure(eval_step, params, *_):
+    def measure(eval_step, params, batches, *_):
         seen.append(np.asarray(params["embed"]["tokens"]))
+        shapes.append({batch.inputs.shape for batch in batches})
         return Evaluation(1.0, math.e, 1.0)
 
     monkeypatch.setattr(pretrain, "measure", measure)
-    config = run_config(tmp_path, model=HARD["model"], train=HARD["train"] | {"sample_tokens": 0})
+    compile_safely = selftest.compile_safely
+    monkeypatch.setattr(
+        selftest,
+        "compile_safely",
+        lambda lowered: shapes.append({leaf.shape for leaf in lowered.in_avals[0][1]}) or compile_safely(lowered),
+    )
+    train = {"batch_size": 8, "micro_batch_size": 4, "ema": 0.9, "sample_tokens": 4, "sample_prompt": ">"}
+    config = run_config(tmp_path, cache_dir=str(tmp_path / "cache"), model={"dropout": 0.2}, train=train)
     assert trainer.train(config) == 0
+    assert shapes == [{(2, 4, 32)}, {(4, 32)}, {(4, 32)}]
+    assert [row["tokens"] for row in rows(config) if "loss" in row] == [8 * 32 * step for step in range(1, 7)]
+    assert len(list((tmp_path / "cache" / "data").glob("*/manifest.json"))) == 1
+    [_, *samples] = (Path(config.run_dir) / "samples.txt").read_bytes().split(b"--- step ")
+    assert [len(sample.partition(b"\n>")[2].decode()) - 1 for sample in samples] <= [4, 4]
+    # The average is what a run is judged by, and what is loaded of it.
     state, _ = final_state(config)
     np.testing.assert_array_equal(seen[-1], state.ema["embed"]["tokens"])
     assert not np.array_equal(seen[-1], state.params["embed"]["tokens"])

@@ -14,7 +14,7 @@ from gptjax.model import gpt
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import batch_loss
 from gptjax.ops.cross_entropy import LossOptions
-from gptjax.training.optim import make_optimizer
+from gptjax.training.optim import make_optimizer, make_schedule
 from gptjax.training.precision import LossScale
 from gptjax.training.step import evaluated_params
 from tests.tiny import (
@@ -132,6 +132,18 @@ def test_optimizers_are_those_of_optax(name, clip):
         more, expected_state = theirs.update(grads, expected_state, expected)
         expected = optax.apply_updates(expected, more)
     assert_trees_close(params, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5])
+def test_wsd_decays_over_its_share_of_the_steps(fraction):
+    config = OptimConfig(
+        learning_rate=1.0, min_learning_rate=0.25, warmup_steps=5, schedule="wsd", wsd_decay_fraction=fraction
+    )
+    schedule = make_schedule(config, 100)
+    rates = np.array([float(schedule(jnp.int32(n))) for n in (4, 5, 50, 60, 75, 80, 90, 100)])
+    start = 100 - 100 * fraction
+    expected = [1.0 - 0.75 * max(0, (n - start) / (100 - start)) for n in (5, 50, 60, 75, 80, 90, 100)]
+    np.testing.assert_allclose(rates, [5 / 6, *expected], rtol=1e-6)
 
 
 def masks(rate: float, key: jax.Array) -> np.ndarray:

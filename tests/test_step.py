@@ -1,19 +1,16 @@
 import dataclasses
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from gptjax.config.reader import flag_types
-from gptjax.config.run import Config, MeshConfig, OptimConfig
+from gptjax.config.run import MeshConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
-from gptjax.training.optim import decayed, make_optimizer, make_schedule
+from gptjax.training.optim import decayed, make_schedule
 from gptjax.training.precision import GROW_AFTER, LossScale, next_loss_scale
 from gptjax.training.step import make_train_step
 from tests.tiny import (
@@ -81,20 +78,6 @@ def test_a_mesh_that_does_not_fit_is_refused():
 def test_a_leaf_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match="no sharding rule matches 'strange'"):
         shardings(make_mesh(MeshConfig()), {"strange": jnp.zeros(3)})
-
-
-def test_adamw_is_optax_adamw():
-    config = OptimConfig(learning_rate=1e-2, min_learning_rate=0.0, weight_decay=0.1, grad_clip=1.0)
-    params = {"w_in": jnp.arange(6.0).reshape(2, 3), "b_in": jnp.ones(3)}
-    grads = jax.tree.map(lambda p: jnp.cos(p) * 3.0, params)
-    ours = make_optimizer(config)
-    theirs = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(1e-2, 0.9, 0.95, weight_decay=0.1, mask={"w_in": True, "b_in": False}),
-    )
-    updates, _ = ours.update(grads, ours.init(params), params)
-    expected, _ = theirs.update(grads, theirs.init(params), params)
-    assert_trees_close(jax.tree.map(lambda u: -1e-2 * u, updates), expected, rtol=1e-6)
 
 
 def test_decay_spares_biases_and_norms():
@@ -174,65 +157,3 @@ def test_every_option_of_the_step_changes_its_result(change):
                 for leaf in jax.tree.leaves(leaves)]  # fmt: skip
 
     assert fingerprint(replace(CONFIG, **change)) != fingerprint(CONFIG)
-
-
-# Options that act outside the step, and the tests that change them.
-ELSEWHERE = {
-    "test_config": ("train.best_by", "optim.extend", "optim.extended"),
-    "test_trainer": (
-        *("run_dir", "init_from", "data.path", "train.batch_size", "train.micro_batch_size", "train.log_every"),
-        *("train.eval_every", "train.save_every", "train.keep_checkpoints", "train.patience", "train.eval_windows"),
-        *("train.sample_prompt", "train.sample_tokens"),
-    ),
-    "faults/test_numbers": ("train.spike_sigma", "train.max_skipped_in_a_row"),
-    "faults/test_damage": ("train.strict_checkpoints",),
-    "faults/test_process": ("train.allow_data_change",),
-    "test_prepare": (
-        *("cache_dir", "data.validation_fraction", "data.max_documents", "data.attend_across_documents", "data.verify"),
-    ),
-    "test_sources": ("data.source", "data.hf_dataset", "data.streaming", "data.text_field", "data.invalid_utf8"),
-    "test_clean": ("data.unicode", "data.newlines", "data.min_characters", "data.drop_duplicates"),
-    "test_tokenizer": ("tokenizer.kind", "tokenizer.name", "tokenizer.vocab_size"),
-    "test_model": ("train.remat", "train.unroll"),
-    "test_architectures": (
-        *("model.head_dim", "model.mlp_width", "model.norm", "model.norm_epsilon", "model.norm_scale"),
-        *("model.norm_position", "model.parallel", "model.qk_norm", "model.activation", "model.gated"),
-        *("model.qkv_bias", "model.output_bias", "model.positions", "model.rope_base", "model.rope_local_base"),
-        *("model.rope_fraction", "model.rope_scaling", "model.rope_factor", "model.rope_original_length"),
-        *("model.rope_low_frequency_factor", "model.rope_high_frequency_factor", "model.attention_pattern"),
-        *("model.attention_scale", "model.attention_softcap", "model.logit_softcap", "model.embedding_scale"),
-        *("model.residual_scale", "model.logit_scale", "model.embedding_norm", "model.residual_mix", "model.init"),
-    ),
-    "test_adapters": (
-        *("model.adapter.kind", "model.adapter.rank", "model.adapter.alpha", "model.adapter.targets"),
-        *("model.adapter.dropout", "model.adapter.tokens", "task.pooling"),
-    ),
-    "test_rows": (
-        *("task.labels", "task.template", "task.multi_label", "task.label_field", "task.tokens_field"),
-        *("task.tags_field", "task.prompt_field", "task.response_field", "task.messages_field"),
-    ),
-    "test_labelled": ("task.class_weights", "task.augment_delete", "task.augment_swap"),
-    "test_finetune": (
-        *("task.kind", "task.validation_path", "task.max_tokens", "task.lookahead", "finetune.train"),
-        *("finetune.top_k", "finetune.paths", "finetune.layer_decay", "finetune.head_learning_rate"),
-    ),
-    "test_step": ("optim.wsd_decay_fraction", "mesh.data", "mesh.fsdp", "mesh.tensor"),
-    "test_parallel": ("mesh.context", "mesh.stage"),
-    "cluster/processes": ("cluster.coordinator", "cluster.num_processes", "cluster.process_id"),
-    "cluster/test_agreement": ("cluster.detect",),
-    "faults/test_cluster": ("cluster.start_timeout", "cluster.lost_timeout"),
-}
-
-
-def test_no_option_is_without_a_test_that_changes_it():
-    flipped = {
-        f"{section}.{field}" if isinstance(value, dict) else section
-        for change in FLIPS
-        for section, value in change.items()
-        for field in (value if isinstance(value, dict) else [""])
-    }
-    elsewhere = {name for names in ELSEWHERE.values() for name in names}
-    assert flipped | elsewhere == set(flag_types(Config))
-    for module, names in ELSEWHERE.items():
-        text = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
-        assert not [name for name in names if name.rpartition(".")[2] not in text], module

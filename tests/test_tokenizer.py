@@ -226,11 +226,12 @@ def test_malformed_file_is_one_line_that_names_it(text):
     assert "\n" not in str(error.value)
 
 
-def test_vocabulary_that_cannot_be_loaded_says_how_to_provide_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["gpt2", "o200k_base"])
+def test_vocabulary_that_cannot_be_loaded_says_how_to_provide_it(name, monkeypatch, tmp_path):
     import tiktoken.registry
 
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("tiktoken.load.read_file", lambda path: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(UserError, match=r"tokenizer\.name=gpt2.*no network.*TIKTOKEN_CACHE_DIR"):
-        make_tokenizer(TokenizerConfig(), lambda: [])
+    with pytest.raises(UserError, match=rf"tokenizer\.name={name}.*no network.*TIKTOKEN_CACHE_DIR"):
+        make_tokenizer(TokenizerConfig(name=name), lambda: [])

@@ -119,16 +119,6 @@ def test_loss_falls_and_the_best_checkpoint_is_kept(tmp_path):
     assert load_run(Path(config.run_dir), "best").step == min(losses, key=lambda step: losses[step])
 
 
-def test_patience_stops_a_run_that_gets_no_better(tmp_path, capsys):
-    config = run_config(
-        tmp_path,
-        optim={"learning_rate": 0.0, "min_learning_rate": 0.0},
-        train={"num_steps": 100, "eval_every": 2, "patience": 3},
-    )
-    assert trainer.train(config) == 0
-    assert "stopped at step 8 (no better loss in 3 evaluations)" in capsys.readouterr().out
-
-
 def test_the_run_does_not_depend_on_the_number_of_devices(tmp_path, unbroken):
     config, expected_rows, _ = unbroken
     alone = replace(config, run_dir=str(tmp_path / "one"), cache_dir=str(SHARED_CACHE))

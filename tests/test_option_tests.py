@@ -1,0 +1,209 @@
+"""Every option of a run has a test that sets it and whose assertions depend on what was set."""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+from gptjax.config.reader import flag_types
+from gptjax.config.run import Config
+from tests.test_step import FLIPS
+
+TESTS = Path(__file__).parent
+FLIPPED = {
+    f"{section}.{field}" if isinstance(value, dict) else section
+    for change in FLIPS
+    for section, value in change.items()
+    for field in (value if isinstance(value, dict) else [""])
+}
+# Options that act outside the step, by the test that changes them.
+ELSEWHERE = {
+    "test_trainer::test_logging_evaluation_and_sample_follow_their_options": (
+        *("run_dir", "train.log_every", "train.eval_windows", "train.sample_prompt"),
+    ),
+    "test_trainer::test_init_from_starts_with_the_other_runs_weights": ("init_from",),
+    "test_properties_runs::test_what_is_measured_and_computed_at_once_is_what_the_config_says": (
+        *("cache_dir", "train.batch_size", "train.micro_batch_size", "train.sample_tokens"),
+    ),
+    "test_properties_runs::test_every_new_best_is_saved_and_each_manifest_has_the_loss_of_its_own_step": (
+        *("train.eval_every", "train.save_every"),
+    ),
+    "test_properties_runs::test_best_loss_and_patience_survive_a_resume": ("train.patience", "train.keep_checkpoints"),
+    "faults/test_numbers::test_a_spike_makes_no_update_and_names_its_documents": ("train.spike_sigma",),
+    "faults/test_numbers::test_after_the_limit_nothing_is_accepted_until_the_host_looks": (
+        "train.max_skipped_in_a_row",
+    ),
+    "faults/test_damage::test_training_goes_on_from_the_newest_good_checkpoint": ("train.strict_checkpoints",),
+    "faults/test_process::test_other_data_is_allowed_when_asked_for": ("train.allow_data_change",),
+    "test_config::test_wrong_input_is_one_line_that_names_the_place": (
+        *("train.best_by", "optim.extend", "optim.extended"),
+    ),
+    "test_properties_data::test_bits_per_byte_times_bytes_is_the_summed_loss": (
+        *("data.path", "data.validation_fraction"),
+    ),
+    "test_properties_data::test_documents_see_each_other_where_the_config_says_so": ("data.attend_across_documents",),
+    "test_rows::test_rows_are_held_out_by_their_text": ("data.max_documents",),
+    "test_shards::test_id_outside_the_vocabulary_is_found_behind_right_checksums": ("data.verify",),
+    "test_sources::test_standard_library_is_a_few_megabytes_in_the_same_order_every_time": ("data.source",),
+    "test_sources::test_dataset_from_a_local_folder_gives_its_split": (
+        *("data.hf_dataset", "data.streaming", "data.text_field"),
+    ),
+    "test_sources::test_invalid_utf8_is_replaced_or_left_out_and_counted": ("data.invalid_utf8",),
+    "test_clean::test_unix_newlines_and_nfc_do_what_they_say": ("data.unicode", "data.newlines"),
+    "test_clean::test_each_rule_counts_what_it_leaves_out": ("data.min_characters", "data.drop_duplicates"),
+    "test_tokenizer::test_trained_merges_encode_as_the_library_that_learned_them": (
+        *("tokenizer.kind", "tokenizer.vocab_size"),
+    ),
+    "test_tokenizer::test_vocabulary_that_cannot_be_loaded_says_how_to_provide_it": ("tokenizer.name",),
+    "test_model::test_remat_recomputes": ("train.remat",),
+    "test_model::test_remat_and_unroll_change_no_gradient": ("train.unroll",),
+    "test_architectures::test_logits_are_those_of_numpy": (
+        *("model.head_dim", "model.mlp_width", "model.norm", "model.norm_epsilon", "model.norm_scale"),
+        *("model.norm_position", "model.parallel", "model.qk_norm", "model.activation", "model.gated"),
+        *("model.qkv_bias", "model.output_bias", "model.positions", "model.rope_base", "model.rope_local_base"),
+        *("model.rope_fraction", "model.rope_scaling", "model.rope_factor", "model.attention_pattern"),
+        *("model.attention_scale", "model.attention_softcap", "model.logit_softcap", "model.embedding_scale"),
+        *("model.residual_scale", "model.logit_scale", "model.embedding_norm", "model.residual_mix"),
+    ),
+    "test_architectures::test_llama3_scaling_reads_its_two_factors": (
+        *("model.rope_low_frequency_factor", "model.rope_high_frequency_factor"),
+    ),
+    "test_architectures::test_rope_scaling_is_that_of_transformers": ("model.rope_original_length",),
+    "test_architectures::test_the_speedrun_initialization_starts_at_the_embeddings": ("model.init",),
+    "test_adapters::test_an_adapter_changes_the_output_but_not_at_first_where_it_can": (
+        *("model.adapter.kind", "model.adapter.tokens"),
+    ),
+    "test_adapters::test_every_option_of_lora_changes_something": (
+        *("model.adapter.rank", "model.adapter.alpha", "model.adapter.targets", "model.adapter.dropout"),
+    ),
+    "test_adapters::test_padding_never_leaks": ("task.pooling",),
+    "test_rows::test_labels_are_those_of_the_training_rows": ("task.labels",),
+    "test_rows::test_lists_of_labels_make_the_task_multi_label": ("task.multi_label",),
+    "test_rows::test_chats_and_prompts_are_one_form": ("task.template",),
+    "test_rows::test_fields_have_the_names_that_the_config_gives": (
+        *("task.label_field", "task.tokens_field", "task.tags_field", "task.prompt_field", "task.response_field"),
+        "task.messages_field",
+    ),
+    "test_labelled::test_balanced_weights_make_classes_equal": ("task.class_weights",),
+    "test_labelled::test_augmentation_changes_texts_but_neither_ends_nor_validation": (
+        *("task.augment_delete", "task.augment_swap"),
+    ),
+    "test_labelled::test_a_words_label_stands_at_its_last_token_plus_the_lookahead": (
+        *("task.lookahead", "task.max_tokens"),
+    ),
+    "test_finetune::test_several_tasks_share_a_model": ("task.kind", "task.validation_path"),
+    "test_finetune::test_what_is_frozen_keeps_its_bits_and_what_learns_changes": (
+        *("finetune.train", "finetune.top_k", "finetune.paths"),
+    ),
+    "test_finetune::test_deeper_layers_learn_slower_and_the_head_at_its_own_rate": (
+        *("finetune.layer_decay", "finetune.head_learning_rate"),
+    ),
+    "test_properties_training::test_wsd_decays_over_its_share_of_the_steps": ("optim.wsd_decay_fraction",),
+    "test_step::test_step_does_not_depend_on_the_mesh": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    "test_parallel::test_what_cannot_be_cut_is_refused": ("mesh.context", "mesh.stage"),
+    "cluster/test_agreement::test_wrong_options_are_named": (
+        *("cluster.coordinator", "cluster.num_processes", "cluster.process_id", "cluster.detect"),
+    ),
+    "faults/test_cluster::test_a_process_that_never_comes_is_told": ("cluster.start_timeout",),
+    "faults/test_cluster::test_a_process_that_is_silent_ends_the_other": ("cluster.lost_timeout",),
+}
+NAMED = {option: test for test, options in ELSEWHERE.items() for option in options}
+
+
+def test_every_option_is_flipped_or_has_a_test():
+    assert FLIPPED | NAMED.keys() == set(flag_types(Config))
+    assert not FLIPPED & NAMED.keys()
+
+
+@functools.cache
+def parsed(module: str) -> ast.Module:
+    return ast.parse((TESTS / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def mentions(node: ast.AST, field: str, names: set[str]) -> bool:
+    """Whether an expression sets `field`, or uses one of `names`."""
+    for part in ast.walk(node):
+        match part:
+            case ast.keyword(arg=name) | ast.Attribute(attr=name):
+                found = name == field
+            case ast.Constant(value=str(text)):  # a key, a flag, or YAML
+                found = text == field or re.search(rf"--\S*\.{field}$|[{{ ]{field}: ", text) is not None
+            case ast.Name(id=name):
+                found = name in names or name == field
+            case _:
+                found = False
+        if found:
+            return True
+    return False
+
+
+def bound(target: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(target) if isinstance(part, ast.Name)}
+
+
+def depending_names(tree: ast.Module, test: ast.FunctionDef, field: str) -> set[str]:
+    """Names in a test whose values may depend on `field`."""
+    names: set[str] = set()
+    for node in tree.body:  # constants and fixtures of the module
+        if isinstance(node, ast.Assign) and mentions(node.value, field, names):
+            names |= {name for target in node.targets for name in bound(target)}
+        if isinstance(node, ast.FunctionDef) and node.decorator_list and not node.name.startswith("test"):
+            names |= {node.name} if mentions(node, field, names) else set()
+    constants = {bound(node.targets[0]).pop(): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    for mark in test.decorator_list:
+        mark = constants.get(mark.id, mark) if isinstance(mark, ast.Name) else mark
+        if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.parametrize":
+            given = ast.literal_eval(mark.args[0])
+            if any(mentions(value, field, names) for value in mark.args[1:]):
+                names |= set(given.split(",") if isinstance(given, str) else given)
+    while True:
+        before = set(names)
+        for node in ast.walk(test):
+            match node:
+                case ast.Assign(targets=targets, value=value):
+                    pairs = [(target, value) for target in targets]
+                case ast.NamedExpr(target=target, value=value) | ast.AugAssign(target=target, value=value):
+                    pairs = [(target, value)]
+                case ast.For(target=target, iter=value) | ast.comprehension(target=target, iter=value):
+                    pairs = [(target, value)]
+                case ast.withitem(context_expr=value, optional_vars=ast.AST() as target):
+                    pairs = [(target, value)]
+                case ast.FunctionDef(name=name, body=body) if node is not test:
+                    pairs = [(ast.Name(name), part) for part in body]
+                case ast.Call(func=ast.Attribute(value=ast.Name() as target), args=args):  # it may change its object
+                    pairs = [(target, value) for value in args]
+                case _:
+                    pairs = []
+            for target, value in pairs:
+                names |= bound(target) if mentions(value, field, names) else set()
+        names |= {"capsys"} if names else set()  # what is done with them may print
+        if names == before:
+            return names
+
+
+def asserts(test: ast.FunctionDef, field: str, names: set[str]) -> bool:
+    for node in ast.walk(test):
+        match node:
+            case ast.Assert(test=checked):
+                found = mentions(checked, field, names)
+            case ast.With(items=items) if "pytest.raises" in ast.unparse(items[0]):
+                found = mentions(node, field, names)
+            case ast.Call() if "assert_" in ast.unparse(node):
+                found = mentions(node, field, names)
+            case _:
+                found = False
+        if found:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("option", NAMED)
+def test_the_named_test_sets_the_option_and_asserts_what_follows(option):
+    module, name = NAMED[option].split("::")
+    [test] = [node for node in parsed(module).body if isinstance(node, ast.FunctionDef) and node.name == name]
+    field = option.rpartition(".")[2]
+    names = depending_names(parsed(module), test, field)
+    assert names or mentions(test, field, set()), f"{name} does not set {option}"
+    assert asserts(test, field, names), f"no assertion of {name} depends on {option}"
