@@ -12,7 +12,9 @@ import pytest
 from gptjax.config.run import OptimConfig
 from gptjax.model import gpt
 from gptjax.model.gpt import Compute
+from gptjax.model.inputs import BlockInputs
 from gptjax.model.loss import batch_loss
+from gptjax.ops.attention_spec import Mask
 from gptjax.ops.cross_entropy import LossOptions
 from gptjax.training.optim import make_optimizer, make_schedule
 from gptjax.training.precision import LossScale
@@ -163,7 +165,7 @@ def masks(rate: float, key: jax.Array) -> np.ndarray:
     @jax.jit
     def stream(params):
         x_BTD = gpt.embed_tokens(model, params, inputs, positions, key=key)
-        return gpt.apply_blocks(model, params, x_BTD, None, key=key)
+        return gpt.apply_blocks(model, params, x_BTD, BlockInputs(positions), key=key)
 
     scaled = np.asarray(stream(params), np.float64) * (1 - rate)
     sums = np.rint(scaled).astype(int)
@@ -178,6 +180,29 @@ def test_dropout_has_its_rate_at_every_place_and_no_two_places_share_a_mask():
     independent = rate**2 + (1 - rate) ** 2
     for a, b in [*itertools.combinations(kept, 2), *zip(kept, other, strict=True)]:
         assert np.mean(a == b) == pytest.approx(independent, abs=0.06)
+
+
+def test_attention_weights_are_dropped_at_their_rate_and_otherwise_in_each_layer():
+    """Every token is a document of its own, so a head gives its value where its only weight stays, and else zero."""
+    rate, (B, T) = 0.25, make_batch().inputs[0].shape
+    model = dataclasses.replace(MODEL, dropout=rate)
+    params = jax.tree.map(jnp.zeros_like, init_params(model, KEY))
+    attention = params["blocks"]["attn"]
+    attention["b_qkv"] = attention["b_qkv"].at[:, :, -1].set(1.0)  # all values
+    attention["w_out"] = jnp.stack([bit * jnp.eye(MODEL.n_embd) for bit in (1, 2)])  # layers add 1 or 2
+    segments = jnp.broadcast_to(jnp.arange(T), (B, T))
+    inputs = BlockInputs(0 * segments, Mask(segments))
+
+    @jax.jit
+    def stream(params):
+        return gpt.apply_blocks(model, params, jnp.zeros((B, T, MODEL.n_embd)), inputs, key=KEY)
+
+    sums = np.rint(np.asarray(stream(params)) * (1 - rate) ** 2).astype(int)
+    heads = sums.reshape(B, T, MODEL.n_head, -1)
+    kept = np.stack([(heads >> bit & 1).any(axis=-1) for bit in range(2)])  # what a layer adds is dropped too
+    np.testing.assert_allclose(kept.mean(axis=(1, 2, 3)), 1 - rate, atol=0.08)  # 256 weights: deviation 0.03
+    assert np.mean(kept[0] == kept[1]) == pytest.approx(rate**2 + (1 - rate) ** 2, abs=0.12)
+    assert np.mean(kept[:, :, :, 0] == kept[:, :, :, 1]) < 0.9, "heads drop weights of their own"
 
 
 def test_dropout_differs_from_step_to_step():
