@@ -1,6 +1,9 @@
 """Writing files so that what has a final name is complete."""
 
+import functools
 import os
+import secrets
+import socket
 from pathlib import Path
 
 
@@ -15,8 +18,17 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """The name that `path` has until it is complete: hidden, and another for each process."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    """The name that `path` has until it is complete: hidden, and another for each process on every host.
+
+    Containers on different hosts may share a folder, and often have the same process number and host name.
+    """
+    return path.with_name(f".{path.name}.tmp-{_process_token(os.getpid())}")
+
+
+@functools.cache
+def _process_token(pid: int) -> str:
+    host = "".join(character if character.isalnum() else "-" for character in socket.gethostname()[:32])
+    return f"{host}-{pid}-{secrets.token_hex(4)}"
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -17,13 +17,13 @@ from gptjax.machine.native import build
 from gptjax.model import gpt
 from gptjax.ops.attention import cached_attention, cached_attention_reference
 from gptjax.ops.projection import dequantized, make_projection, project
+from tests.native.kernels import kernels_of, need
 from tests.tiny import extend, init_params
 
 
 @pytest.fixture(autouse=True)
 def need_kernels():
-    if not build.ready():
-        pytest.skip(build.state())
+    need()
 
 
 SIZES = [(768, 96), (100, 57), (13, 1), (96, 300)]
@@ -52,6 +52,7 @@ def test_weights_are_those_of_the_layout_for_xla(without_kernels, dtype, K, F, o
     w_KF = jnp.asarray(np.random.default_rng(0).standard_normal((K, F), np.float32))
     arguments = w_KF.T if outputs_first else w_KF, dtype, False, outputs_first
     make = jax.jit(make_projection, static_argnums=(1, 2, 3))
+    assert kernels_of(lambda w: make_projection(w, *arguments[1:]), arguments[0]) == {"lay_out"}
     ours, expected = make(*arguments), without_kernels(make, *arguments)
     assert (ours.w.ndim, expected.w.ndim) == (5, 2)
     np.testing.assert_array_equal(dequantized(ours, K), dequantized(expected, K))
@@ -66,6 +67,7 @@ def test_products_are_those_of_numpy(dtype, K, F, rows):
     x_NK = random.standard_normal((rows, K), np.float32) * np.exp(random.standard_normal((rows, 1), np.float32))
     read_NK = np.asarray(jnp.asarray(x_NK, jnp.bfloat16) if dtype == "bfloat16" else x_NK, np.float64)
     expected_NF = read_NK @ np.asarray(dequantized(projection, K), np.float64)
+    assert kernels_of(project, jnp.asarray(x_NK), projection) == {"few_rows"}
     actual_NF = np.asarray(jax.jit(project)(jnp.asarray(x_NK), projection))
     # bfloat16: sums are of float32. int8: a row's numbers are off by half of one in 127 * 254 of the largest.
     largest_N1 = np.abs(x_NK).max(1, keepdims=True)
@@ -105,6 +107,7 @@ def test_one_position_attends_to_what_it_sees_of_the_cache(dtype, B, G, R, S, C)
     expected_BHC = np.einsum("bhs,bhsc->bhc", weights_BHS / weights_BHS.sum(-1, keepdims=True), v)
     unseen_BGSC = ~visible_B1S[:, :, :, None]  # what lies in other slots must not matter
     v_BGSC = jnp.where(unseen_BGSC, jnp.asarray(1e6, dtype), v_BGSC)
+    assert kernels_of(cached_attention, q_B1HC, k_BGSC, v_BGSC, visible_B1S) == {"cached_attention"}
     actual_B1HC = jax.jit(cached_attention)(q_B1HC, k_BGSC, v_BGSC, visible_B1S)
     np.testing.assert_allclose(actual_B1HC[:, 0], expected_BHC, atol=1e-5)
 

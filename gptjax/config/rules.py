@@ -44,6 +44,15 @@ def usable_paths(section: str, config, *names: str) -> None:
             usable_path(_full(section, name), path)
 
 
+def local_folders(section: str, config, *names: str) -> None:
+    """Refuses addresses such as gs://bucket/x, of which a folder named `gs:` would be made."""
+    for name in names:
+        if "://" in (value := getattr(config, name)):
+            raise UserError(
+                f"{_full(section, name)}={value!r} is an address; name a folder of this machine's file systems"
+            )
+
+
 def usable_path(name: str, path: str) -> None:
     """Refuses a path with a NUL character, with half a surrogate pair, or of an unknown user (`~nobody/x`)."""
     try:

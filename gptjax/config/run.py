@@ -7,7 +7,7 @@ from typing import Literal
 
 from gptjax.config.cluster import ClusterConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.rules import LARGEST_COUNT, fraction, no_effect, not_negative, positive, usable_paths
+from gptjax.config.rules import LARGEST_COUNT, fraction, local_folders, no_effect, not_negative, positive, usable_paths
 from gptjax.config.task import LABELLED, FinetuneConfig, TaskConfig
 from gptjax.errors import UserError, did_you_mean
 
@@ -305,6 +305,7 @@ class Config:
         if not self.run_dir:
             raise UserError("run_dir is empty; name a folder for the run")
         usable_paths("", self, "run_dir", "init_from", "cache_dir")
+        local_folders("", self, "run_dir", "cache_dir")
         if self.init_from == self.run_dir:
             raise UserError(f"init_from={self.init_from} is the run_dir itself; a run resumes without it")
         if not 0 <= self.seed < 2**32:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from gptjax.config.rules import no_effect, not_negative, positive, usable_paths
+from gptjax.config.rules import local_folders, no_effect, not_negative, positive, usable_paths
 from gptjax.config.run import Config, DataConfig
 from gptjax.errors import UserError, did_you_mean
 
@@ -226,3 +226,4 @@ class DoctorConfig:
 
     def __post_init__(self):
         usable_paths("", self, "check", "cache_dir")
+        local_folders("", self, "cache_dir")

@@ -1,42 +1,69 @@
-"""The cache of compiled programs."""
+"""The cache of compiled programs.
+
+JAX executes what it finds in its cache: of 36 programs with flipped bits it recognised 26 and compiled them again, 8
+did no harm, one gave a wrong result, and one crashed the process. So each process gives JAX a folder of its own, with
+links to the programs whose checksum is right. What the process compiles is published from there, signed with
+the key of the cache (`private.py`), after each training program and at the end. A process therefore signs only what it
+compiled, and nobody deletes what another one is using.
+"""
 
 import atexit
 import contextlib
+import fcntl
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from gptjax.config.run import Config
 from gptjax.errors import UserError
-from gptjax.files import write_atomic
+from gptjax.files import sync, temporary_name
 from gptjax.machine import processor
+from gptjax.machine.native import build, compiler
+from gptjax.machine.private import (
+    UntrustedError,
+    is_sound,
+    plain_name,
+    private_folder,
+    read_private,
+    signed_name,
+    signed_versions,
+    signing_key,
+)
+
+PROGRAM = "-cache"
+"""How JAX ends the name of a program."""
+RUNNING = "running"
+"""The folder, beside the programs, with a folder for each process, and a file that the process locks."""
+_own_folders: dict[Path, Path] = {}
+"""For each folder of programs the one of this process."""
 
 
 def start(cache_dir: str = Config.cache_dir) -> None:
-    """Turns on the cache of compiled programs. Where the default one cannot be written, it says so and does without.
+    """Turns on the cache of compiled programs and of kernels.
+
+    Where another user can write to `cache_dir` the default one is used instead, and where that cannot be used either
+    nothing is kept; each is one line on standard error.
 
     Raises:
-        UserError: Another one was chosen and cannot be written.
+        UserError: A folder was chosen and cannot be written, or `GPTJAX_NATIVE` has a wrong value.
     """
     import jax
 
-    try:
-        folder = compiled_folder(cache_dir)
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}"
-        if cache_dir != Config.cache_dir:
-            raise UserError(f"cache_dir={cache_dir} cannot be written: {reason}") from None
-        print(f"gptjax: compiled programs are not kept: {reason}", file=sys.stderr)
+    compiler.level()
+    folder = usable_folder(cache_dir)
+    if folder is None:
         return
-    unsound, _ = check_programs(folder)
-    damaged = [path for path in unsound if _signature(path).exists()]  # the others may be a running process's
-    if damaged:
-        print(f"gptjax: {folder}: {len(damaged)} compiled programs are damaged; they are made anew", file=sys.stderr)
-    for path in unsound:
-        path.unlink(missing_ok=True)
-        _signature(path).unlink(missing_ok=True)
-    atexit.register(sign_programs)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    build.keep_in(folder)
+    try:
+        own = _own_folders.get(folder) or _make_own_folder(folder)
+    except OSError as error:  # a full disk, or a file system without locks
+        print(f"gptjax: compiled programs are not kept: {error.filename}: {error.strerror}", file=sys.stderr)
+        return
+    _own_folders[folder] = own
+    jax.config.update("jax_compilation_cache_dir", str(own))
+    # With XLA's own caches the path of the folder would be part of each program's key.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -49,71 +76,116 @@ def pretend_devices(count: int) -> None:
 
 
 def compiled_folder(cache_dir: str) -> Path:
-    """Makes the folder of compiled programs and returns it.
+    """Makes the folder of compiled programs and libraries and returns it.
 
     What it holds is executed, so only its owner may read and write there. Each kind of processor has a folder of its
     own, since a program that was compiled for another one may end in an illegal instruction.
 
     Raises:
-        OSError: It cannot be made, or belongs to another user.
+        UntrustedError: Another user could write there.
+        OSError: It cannot be made.
     """
-    folder = Path(cache_dir).expanduser().absolute() / "compiled" / processor.identity()
-    folder.mkdir(parents=True, exist_ok=True)
-    for private in (folder.parent, folder):
-        if private.stat().st_uid != os.getuid():
-            raise PermissionError(1, "belongs to another user, who could put programs there", str(private))
-        private.chmod(0o700)
-    return folder
+    whole = private_folder(Path(cache_dir).expanduser() / "compiled")
+    return private_folder(whole / processor.identity())
 
 
 def check_programs(folder: Path) -> tuple[list[Path], int]:
-    """Returns the programs in the cache that are not as they were signed, and how many there are in all.
-
-    JAX runs what it finds there: of 36 entries with flipped bits, 26 were told and compiled again, 8 did no harm, one
-    gave a wrong result and one crashed the process. Programs without signature were being written when a process was
-    killed; they count as damaged.
-    """
+    """Returns the programs in the cache that are not as they were signed, and how many there are in all."""
+    key = signing_key(folder)
     programs = _programs(folder)
-    return [path for path in programs if not is_sound(path)], len(programs)
-
-
-def is_sound(path: Path) -> bool:
-    """Whether a file of the cache is there as it was signed."""
-    return path.exists() and _read(_signature(path)) == _checksum(path)
-
-
-def sign(path: Path) -> None:
-    """Notes a file's checksum beside it."""
-    write_atomic(_signature(path), _checksum(path))
+    return [path for path in programs if not is_sound(key, path)], len(programs)
 
 
 def sign_programs() -> None:
-    """Notes the checksums of programs in the cache that have none: those that this process compiled."""
-    import jax
+    """Publishes the programs that this process compiled, signed, for the next processes."""
+    for folder, own in _own_folders.items():
+        with contextlib.suppress(OSError):
+            _publish(folder, own)
 
-    folder = jax.config.values["jax_compilation_cache_dir"]
-    for path in _programs(Path(folder)) if folder else []:
-        if not _signature(path).exists():
-            with contextlib.suppress(OSError):
-                sign(path)
+
+def usable_folder(cache_dir: str) -> Path | None:
+    """The folder of compiled programs in `cache_dir`, or else in the default one; None: neither is private.
+
+    Raises:
+        UserError: A folder was chosen and cannot be written.
+    """
+    for place in dict.fromkeys((cache_dir, Config.cache_dir)):
+        try:
+            return compiled_folder(place)
+        except UntrustedError as error:
+            reason = f"{error.filename} {error.strerror}"
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}"
+            if cache_dir != Config.cache_dir and place == cache_dir:
+                raise UserError(f"cache_dir={cache_dir} cannot be written: {reason}") from None
+        instead = f"kept in {Config.cache_dir}" if place != Config.cache_dir else "not kept"
+        print(f"gptjax: compiled programs and kernels are {instead}: {reason}", file=sys.stderr)
+    return None
 
 
 def _programs(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*-cache"))
+    return sorted(path for path in folder.iterdir() if plain_name(path).endswith(PROGRAM))
 
 
-def _signature(program: Path) -> Path:
-    return program.with_name(f"{program.name}.xxh3")
+def _make_own_folder(folder: Path) -> Path:
+    """Makes the folder that JAX uses in this process, with links to the programs of `folder` that are sound."""
+    damaged, _ = check_programs(folder)
+    if damaged:
+        print(
+            f"gptjax: {folder}: {len(damaged)} compiled programs are damaged; they are compiled again", file=sys.stderr
+        )
+    for path in damaged:
+        path.unlink(missing_ok=True)
+    running = private_folder(folder / RUNNING)
+    _remove_ended(running)
+    own = temporary_name(running / "process")
+    unlocked = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    fcntl.flock(unlocked, fcntl.LOCK_EX)  # until the process ends
+    os.rename(own, _lock_of(own))
+    own.mkdir(mode=0o700)
+    for path in _programs(folder):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # another process found it damaged; two versions
+            _link(path, own / plain_name(path))
+    atexit.register(_end, folder, own, os.getpid())
+    return own
 
 
-def _checksum(path: Path) -> bytes:
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(_read(path) or b"").encode()
+def _lock_of(own: Path) -> Path:
+    return own.with_name(f"{own.name}.lock")
 
 
-def _read(path: Path) -> bytes | None:
+def _link(path: Path, to: Path) -> None:
     try:
-        return path.read_bytes()
-    except OSError:
-        return None
+        os.link(path, to)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError:  # a file system without links
+        shutil.copyfile(path, to)
+
+
+def _publish(folder: Path, own: Path) -> None:
+    key = signing_key(folder)
+    for program in own.glob(f"*{PROGRAM}"):
+        if not signed_versions(folder, program.name):
+            program.chmod(0o600)
+            sync(program)
+            with contextlib.suppress(FileExistsError):  # another process published the same
+                _link(program, folder / signed_name(key, program.name, read_private(program)))
+
+
+def _end(folder: Path, own: Path, process: int) -> None:
+    if os.getpid() != process:  # a fork, whose parent still uses the folder
+        return
+    with contextlib.suppress(OSError):
+        _publish(folder, own)
+    shutil.rmtree(own, ignore_errors=True)
+    _lock_of(own).unlink(missing_ok=True)
+
+
+def _remove_ended(running: Path) -> None:
+    """Removes what processes left that were killed: their locks are free."""
+    for path in running.glob(".*.lock"):
+        with contextlib.suppress(OSError), open(path, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.with_name(path.name.removesuffix(".lock")), ignore_errors=True)
+            path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Looks at this machine, and verifies prepared data and runs in full."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -57,6 +58,8 @@ def examine(options: DoctorConfig, print_line: Callable[[str], object] = print) 
     def say(heading: str, text: str) -> None:
         print_line(f"{heading:12}{text}")
 
+    with contextlib.suppress(OSError):  # told with the cache
+        build.keep_in(compile_cache.compiled_folder(options.cache_dir))
     _describe_machine(say)
     _describe_cache(say, Path(options.cache_dir).expanduser())
     damaged = 0

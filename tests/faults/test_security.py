@@ -14,9 +14,12 @@ import pytest
 
 from gptjax.cli import main
 from gptjax.config.run import Config
+from gptjax.errors import UserError
 from gptjax.exchange.gpt2 import export_gpt2
-from gptjax.machine import compile_cache, processor
+from gptjax.machine import compile_cache, private, processor
+from gptjax.machine.native import build, compiler
 from tests.faults.inputs import MODEL, accepted, make_run, params, write_config
+from tests.native.kernels import need
 from tests.tiny import write_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +39,15 @@ CALLS = {
 }
 OWN_LIBRARIES = (
     "ctypes.CDLL(None)",  # the process itself, which is asked what its allocator is: no file is loaded
-    "ctypes.CDLL(path)",  # the allocator's part, compiled into the same folder
-    "ctypes.CDLL(str(_built(program, Path(folder))))",  # the kernels, compiled here into a folder of their user's own
+    "ctypes.CDLL(path)",  # the allocator's part, from `compiler.library`, which checks what it returns
+    "ctypes.CDLL(str(_built(folder)))",  # the kernels, likewise
+    "ctypes.CDLL(str(_built(folder, WITHOUT_TILES)))",
 )
+DATA = {
+    *("Structure", "POINTER", "byref", "cast", "create_string_buffer"),
+    *("c_char_p", "c_int64", "c_size_t", "c_void_p"),
+}
+"""Of ctypes, what describes arguments and loads nothing."""
 KEYWORDS = {"allow_pickle", "trust_remote_code", "weights_only", "shell"}
 
 
@@ -57,8 +66,8 @@ def unsafe(source: str) -> list[str]:
             ]
         elif isinstance(node, ast.ImportFrom):
             found += [str(node.module)] if str(node.module).partition(".")[0] in {*MODULES, "ctypes"} else []
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ctypes" and id(node) not in own:
-            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ctypes" and node.attr not in DATA:
+            found += [ast.unparse(node)] if id(node) not in own else []
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
@@ -170,30 +179,46 @@ import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 x = jnp.arange(64.0).reshape(8, 8)
 print(jax.jit(lambda x: jnp.tanh(x @ x / 1e4).sum())(x))
+if len(sys.argv) > 2:
+    print("compiled", flush=True)
+    sys.stdin.read()
+    os._exit(0) if sys.argv[2] == "killed" else None
 """
 
 
-def compute(cache: Path) -> tuple[str, str]:
+def process(cache: Path, *args: str) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PROGRAM, str(cache)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    return done.stdout, done.stderr
+    command = [sys.executable, "-c", PROGRAM, str(cache), *args]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def compute(cache: Path) -> tuple[str, str]:
+    running = process(cache)
+    out, error = running.communicate()
+    assert running.returncode == 0, error
+    return out, error
+
+
+def programs(cache: Path) -> list[Path]:
+    return compile_cache._programs(compile_cache.compiled_folder(str(cache)))
 
 
 @pytest.mark.fault(28, "a compiled program in the cache, cut or overwritten", "a warning; it is compiled again")
 def test_damaged_compile_cache(tmp_path, seen):
     cache = tmp_path / "cache"
     result, _ = compute(cache)
-    programs = sorted((cache / "compiled").rglob("*-cache"))
-    before = [path.read_bytes() for path in programs]
+    paths = programs(cache)
+    before = [path.read_bytes() for path in paths]
     again, told = compute(cache)
     assert (again, told) == (result, "") and before, "programs that are whole are used"
+    assert programs(cache) == paths
     faults = itertools.cycle([lambda raw: b"", lambda raw: raw[:99], flip_a_bit, lambda raw: b"\0" * len(raw)])
-    for path, raw, fault in zip(programs, before, faults, strict=False):
+    for path, raw, fault in zip(paths, before, faults, strict=False):
         path.write_bytes(fault(raw))
     again, told = compute(cache)
     assert again == result
-    assert told.count("\n") == 1 and f"{len(programs)} compiled programs are damaged; they are made anew" in told
+    assert told.count("\n") == 1 and f"{len(paths)} compiled programs are damaged; they are compiled again" in told
     assert compute(cache) == (result, "")
     (line,) = told.splitlines()
     seen(f"the same result; {line.replace(str(cache), '')}")
@@ -203,19 +228,161 @@ def flip_a_bit(raw: bytes) -> bytes:
     return raw[:-40] + bytes([raw[-40] ^ 1]) + raw[-39:]
 
 
-@pytest.mark.fault(28, "a cache of compiled programs that others could write", "made private (0700), or not used")
+@pytest.mark.fault(28, "two processes with one cache, one killed", "each signs its own programs; none is lost or mixed")
+def test_a_process_signs_its_own_programs_and_leaves_those_of_others(tmp_path, seen):
+    cache = tmp_path / "cache"
+    (cache / "empty").mkdir(parents=True)
+    first = process(cache, "killed")
+    assert first.stdout is not None and first.stdout.readline() and first.stdout.readline() == "compiled\n"
+    assert programs(cache) == [], "what runs has signed nothing yet"
+    [running] = compile_cache.compiled_folder(str(cache)).glob(f"{compile_cache.RUNNING}/.*[!k]")
+    own = sorted(running.iterdir())
+    assert own
+    compute(cache)
+    signed = programs(cache)
+    assert [compile_cache.plain_name(path) for path in signed] == [path.name for path in own]
+    assert sorted(running.iterdir()) == own, "the other process's programs are still there"
+    first.communicate()
+    assert running.exists(), "it was killed"
+    compute(cache)
+    assert not running.exists() and programs(cache) == signed
+    seen("the second process signed its own; what the killed one left is removed by the next")
+
+
+@pytest.mark.fault(
+    28, "a cache of compiled programs that others can write", "another folder is used, or none; one line"
+)
 def test_compile_cache_is_private(tmp_path, capsys, seen, monkeypatch):
-    (tmp_path / "compiled").mkdir(mode=0o777)
-    (tmp_path / "compiled").chmod(0o777)
-    folder = compile_cache.compiled_folder(str(tmp_path))
+    monkeypatch.setattr(Config, "cache_dir", str(tmp_path / "default"))
+    folder = compile_cache.compiled_folder(str(tmp_path / "own"))
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)] == [0o700, 0o700]
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(PermissionError, match="another user"):
-        compile_cache.compiled_folder(str(tmp_path))
-    monkeypatch.setattr(Config, "cache_dir", str(tmp_path))
-    compile_cache.start(str(tmp_path))
-    assert "compiled programs are not kept" in capsys.readouterr().err
-    seen("0777 became 0700; a folder of another user is not used, with one line")
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o777)
+    shared.chmod(0o777)
+    assert compile_cache.usable_folder(str(shared)) == compile_cache.compiled_folder(Config.cache_dir)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"{shared} can be written by others (mode 0777; chmod go-w)" in told
+    assert f"kept in {Config.cache_dir}" in told
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert compile_cache.usable_folder(Config.cache_dir) is None
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "belongs to another user" in told and "not kept" in told
+    seen("0777: the default folder is used; a folder of another user: none; each with one line")
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_folder_that_others_can_write_anywhere_above_is_not_private(tmp_path, mode, depth):
+    folder = tmp_path / "a" / "b" / "c"
+    assert private.private_folder(folder) == folder
+    above = (folder, *folder.parents)[depth]
+    os.chown(above, -1, 54321)  # not a group of this user alone
+    above.chmod(mode)
+    with pytest.raises(private.UntrustedError, match="can be written by others"):
+        private.private_folder(folder)
+    above.chmod(mode | stat.S_ISVTX)
+    if depth:  # in a sticky folder others cannot exchange what is ours
+        private.private_folder(folder)
+    else:
+        with pytest.raises(private.UntrustedError, match="can be written by others"):
+            private.private_folder(folder)
+
+
+def test_a_symbolic_link_is_followed_with_all_that_is_above_it(tmp_path):
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "link").symlink_to("shared/second")
+    (tmp_path / "shared" / "second").symlink_to(tmp_path / "real")
+    private.private_folder(tmp_path / "link" / "c")
+    assert (tmp_path / "real" / "c").is_dir()
+    (tmp_path / "shared").chmod(0o777)  # whoever can write there can lead the second link elsewhere
+    with pytest.raises(private.UntrustedError, match="shared"):
+        private.private_folder(tmp_path / "link" / "c")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder to another user")
+def test_a_folder_of_another_user_is_not_private(tmp_path):
+    folder = tmp_path / "a" / "b"
+    private.private_folder(folder)
+    for place in (folder, folder.parent):
+        os.chown(place, 12345, -1)
+        with pytest.raises(private.UntrustedError, match="belongs to another user"):
+            private.private_folder(folder)
+        os.chown(place, 0, -1)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_a_key_that_others_can_read_is_not_used(tmp_path, mode):
+    folder = private.private_folder(tmp_path / "a")
+    key = private.signing_key(folder)
+    assert len(key) == private.KEY_BYTES and private.signing_key(folder) == key
+    assert stat.S_IMODE((folder / private.KEY_FILE).stat().st_mode) == 0o600
+    (folder / private.KEY_FILE).chmod(mode)
+    with pytest.raises(private.UntrustedError, match=f"has mode {mode:04o}"):
+        private.signing_key(folder)
+
+
+def test_a_short_key_is_not_used(tmp_path):
+    folder = private.private_folder(tmp_path / "a")
+    private.signing_key(folder)
+    (folder / private.KEY_FILE).write_bytes(b"")
+    with pytest.raises(private.UntrustedError, match="has 0 bytes, must have 32; delete it"):
+        private.signing_key(folder)
+
+
+def test_another_key_makes_another_checksum_and_so_does_another_name(tmp_path):
+    folders = [private.private_folder(tmp_path / name) for name in "ab"]
+    keys = [private.signing_key(folder) for folder in folders]
+    assert len({private.checksum(key, name, b"content") for key in keys for name in "xy"}) == 4
+
+
+PLANT = """
+#include <stdio.h>
+__attribute__((constructor)) static void planted() { fclose(fopen("%s", "w")); }
+"""
+
+
+@pytest.mark.fault(28, "a library planted where another user can write, or without our key", "never loaded")
+@pytest.mark.parametrize("place", ["shared cache", "jax's cache", "private folder, not signed", "signed as another"])
+def test_a_planted_library_is_not_loaded(tmp_path, place, seen):
+    need()
+    marker, cache = tmp_path / "executed", tmp_path / "cache"
+    (tmp_path / "plant.cc").write_text(PLANT % marker)
+    planted = tmp_path / "plant.so"
+    subprocess.run([str(compiler.find()), "-shared", "-fPIC", str(tmp_path / "plant.cc"), "-o", planted], check=True)
+    run = [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(planted)!r})"]
+    subprocess.run(run, check=True)
+    assert marker.exists(), "the planted library works"
+    marker.unlink()
+
+    folder = compile_cache.compiled_folder(str(cache))
+    assert build._folder is not None
+    ours = build._built(build._folder, build.WITHOUT_TILES)
+    environment = {}
+    if place == "shared cache":
+        cache.chmod(0o777)
+    if place == "jax's cache":
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+        folder = tmp_path
+    key = private.signing_key(folder if place != "jax's cache" else build._folder)
+    name = private.plain_name(ours)
+    right = private.signed_name(key, name, b"other content")
+    shutil.copy(planted, folder / {"private folder, not signed": name}.get(place, right))
+    program = (
+        "import sys; from pathlib import Path; import os\n"
+        "from gptjax.machine import compile_cache; from gptjax.machine.native import build, compiler\n"
+        "compiler._compile = lambda command, result: Path(result).write_bytes(b'')\n"  # whatever is not found is made
+        "compile_cache.start(sys.argv[1]); print(build.state())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(cache)],
+        env={**os.environ, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert "could not be compiled" in done.stdout, done.stderr  # the empty library that was made instead
+    assert not marker.exists()
+    seen(f"{place}: not executed")
 
 
 def test_each_kind_of_processor_has_a_cache_of_its_own(tmp_path, monkeypatch):
@@ -223,3 +390,13 @@ def test_each_kind_of_processor_has_a_cache_of_its_own(tmp_path, monkeypatch):
     assert mine == compile_cache.compiled_folder(str(tmp_path))
     monkeypatch.setattr(processor.platform, "processor", lambda: "another")
     assert compile_cache.compiled_folder(str(tmp_path)) != mine
+
+
+def test_an_address_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cache_dir", "run_dir"):
+        with pytest.raises(UserError, match=f"{name}='gs://bucket/x' is an address"):
+            Config(**{"run_dir": "run", name: "gs://bucket/x"})
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/x")
+    compute(tmp_path / "cache")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]

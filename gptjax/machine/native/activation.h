@@ -1,4 +1,4 @@
-// GELU in its tanh form, and its slope, as the quotients of polynomials of ops/elementwise.py.
+// GELU in its tanh approximation, and its derivative, as the rational functions of ops/elementwise.py.
 #pragma once
 
 #include <immintrin.h>
@@ -19,7 +19,7 @@ inline __m512 Polynomial(const float (&coefficients)[N], __m512 x) {
   return total;
 }
 
-// 1 / x by one step of Newton's method, at a fifth of a division's time; x is positive here.
+// 1 / x for a positive x, by one step of Newton's method, in a fifth of a division's time.
 inline __m512 Reciprocal(__m512 x) {
   __m512 guess = _mm512_rcp14_ps(x);
   return _mm512_mul_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(2.0f)));

@@ -1,8 +1,7 @@
-// Causal attention in blocks of queries whose weights stay in the cache, forward and backward (arXiv:2205.14135).
+// Causal attention by blocks of queries whose weights stay in the cache, forward and backward (arXiv:2205.14135).
 //
-// B batch, T position, G key heads, R query heads of each, C head_dim; H = G R. Queries, keys and values lie in one array
-// [B, T, G, R + 2, C] of bfloat16 or float32. T and C are multiples of 32. Sums and softmax are float32.
-
+// B batch, T position, G key heads, R query heads of each, C head_dim; H = G R. Queries, keys and values are one array
+// [B, T, G, R + 2, C] of bfloat16 or float32. T and C are multiples of 32. Accumulation and softmax are float32.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +21,7 @@ struct AttentionOptions {
   int64_t window;
 };
 
-constexpr int64_t kQueries = 128;  // of a block of the backward pass
+constexpr int64_t kQueries = 128;  // of a block in the backward pass
 constexpr float kMasked = -1e30f;
 
 struct Shape {
@@ -36,22 +35,24 @@ struct Shape {
   int64_t outputs() const { return B * T * H() * C; }
   int64_t row() const { return G * E * C; }  // from a position to the next
   bool in_blocks() const { return T % kSide == 0 && C % kSide == 0; }
-  bool fits(const Segments& segments) const { return E > 2 && HasOrLacks(B * T, segments); }
+  bool fits(const Segments& segments) const { return E > 2 && T > 0 && C > 0 && HasOrLacks(B * T, segments); }
 };
 
-// Which keys a query sees.
-struct Sight {
-  const int32_t* segments;  // of this row of the batch, or none
-  int64_t window;           // 0: all keys before
+// The attention mask.
+struct Mask {
+  const int32_t* segments;  // of this sequence, or null
+  int64_t window;           // 0: all earlier keys
 
-  int64_t First(int64_t query) const {  // the first block that a block of queries sees
+  // The first block of keys to which a block of queries attends.
+  int64_t First(int64_t query) const {
     return window ? std::max<int64_t>(0, query - window + 1) / kSide * kSide : 0;
   }
-  // Whether a block of queries sees all of a block of keys.
+  // Whether every query of a block attends to every key of a block.
   bool All(int64_t query, int64_t key) const {
     return !segments && key < query && (!window || query + kSide - 1 - key < window);
   }
-  __mmask16 Keep(int64_t query, int64_t key) const {  // of 16 keys
+  // To which of 16 keys a query attends.
+  __mmask16 Keep(int64_t query, int64_t key) const {
     __m512i keys = _mm512_add_epi32(_mm512_set1_epi32(key), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
                                                                               13, 14, 15));
     __mmask16 keep = _mm512_cmple_epi32_mask(keys, _mm512_set1_epi32(query));
@@ -62,7 +63,7 @@ struct Sight {
   }
 };
 
-// Packs [T, C], whose rows are `width` apart, as a right operand: its rows summed over, or its columns.
+// Packs [T, C], whose rows are `width` apart, as a right operand that is contracted over its rows, or over its columns.
 template <int P, typename S>
 void PackRows(const S* x, int64_t width, int64_t T, int64_t C, bf16* to) {
   for (int64_t c = 0; c < C; c += kSide)
@@ -85,20 +86,20 @@ void AttentionAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segment
     TileScope tiles;
     int64_t b = task / s.G, g = task % s.G;
     const S* head = Data<S>(qkv) + b * T * s.row() + g * s.E * C;
-    Sight sight{segments.element_count() ? segments.typed_data() + b * T : nullptr, window};
+    Mask mask{segments.element_count() ? segments.typed_data() + b * T : nullptr, window};
     bf16* keys = Scratch<struct KeyColumns, bf16>(T * C * P);
     bf16* values = Scratch<struct ValueRows, bf16>(T * C * P);
     float* scores = Scratch<struct Scores, float>(kSide * T);
     bf16* weights = Scratch<struct Weights, bf16>(kSide * T * P);
-    bf16* room = Scratch<struct Queries, bf16>(kSide * C * P);
+    bf16* workspace = Scratch<struct Queries, bf16>(kSide * C * P);
     PackColumns<P>(head + R * C, s.row(), T, C, keys);
     PackRows<P>(head + (R + 1) * C, s.row(), T, C, values);
     alignas(64) float block[kBlock];
     for (int64_t r = 0; r < R; ++r) {
       int64_t h = g * R + r;
       for (int64_t query = 0; query < T; query += kSide) {
-        int64_t first = sight.First(query), last = query + kSide, width = last - first;
-        Left q = RowsAsLeft(head + query * s.row() + r * C, s.row(), C, room);
+        int64_t first = mask.First(query), last = query + kSide, width = last - first;
+        Left q = RowsAsLeft(head + query * s.row() + r * C, s.row(), C, workspace);
         for (int64_t key = first; key < last; key += kSide)
           Multiply<P>(q, keys + key * C * P, C / kDepth, scores + key - first, width, false);
         float inverse[kSide];
@@ -106,12 +107,12 @@ void AttentionAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const Segment
           float* row = scores + i * width;
           __m512 largest = _mm512_set1_ps(kMasked);
           for (int64_t key = first; key < last; key += kSide) {
-            bool all = sight.All(query, key);
+            bool all = mask.All(query, key);
             for (int64_t half = 0; half < kSide; half += 16) {
               float* at = row + key - first + half;
               __m512 x = Load(at);
               if (!all) {
-                x = _mm512_mask_blend_ps(sight.Keep(query + i, key + half), _mm512_set1_ps(kMasked), x);
+                x = _mm512_mask_blend_ps(mask.Keep(query + i, key + half), _mm512_set1_ps(kMasked), x);
                 Store(at, x);
               }
               largest = _mm512_max_ps(largest, x);
@@ -155,7 +156,7 @@ inline ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, Segments s
   return ffi::Error::Success();
 }
 
-// The sums over channels of outputs times their gradients, for 32 queries.
+// For each of 32 queries, the sum over channels of the output times its gradient.
 template <typename S>
 void RowSums(const S* y, const S* dy, int64_t width, int64_t C, float* sums) {
   for (int64_t i = 0; i < kSide; ++i) {
@@ -184,18 +185,18 @@ void AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const
     int64_t b = task / s.G, g = task % s.G;
     const S* head = Data<S>(qkv) + b * T * s.row() + g * s.E * C;
     S* dhead = dqkv + b * T * s.row() + g * s.E * C;
-    Sight sight{segments.element_count() ? segments.typed_data() + b * T : nullptr, window};
+    Mask mask{segments.element_count() ? segments.typed_data() + b * T : nullptr, window};
     bf16* key_columns = Scratch<struct KeyColumns, bf16>(T * C * P);
     bf16* value_columns = Scratch<struct ValueColumns, bf16>(T * C * P);
     bf16* key_rows = Scratch<struct KeyRows, bf16>(T * C * P);
-    // blocks of 32 queries and 32 keys, as left operands of products over keys
+    // blocks of 32 queries and 32 keys, as left operands that are contracted over keys
     bf16* weights = Scratch<struct Weights, bf16>(kQueries * T * P);
     bf16* dscores = Scratch<struct ScoreGradients, bf16>(kQueries * T * P);
     float* dkeys = Scratch<struct KeyGradients, float>(T * C);
     float* dvalues = Scratch<struct ValueGradients, float>(T * C);
     bf16* query_rows = Scratch<struct QueryRows, bf16>(kQueries * C * P);
     bf16* dy_rows = Scratch<struct OutputRows, bf16>(kQueries * C * P);
-    bf16* room = Scratch<struct Queries, bf16>(2 * kSide * C * P);
+    bf16* workspace = Scratch<struct Queries, bf16>(2 * kSide * C * P);
     bf16* turned = Scratch<struct Turned, bf16>(kSide * kQueries * P);
     float* dqueries = Scratch<struct QueryGradients, float>(kQueries * C);
     PackColumns<P>(head + R * C, s.row(), T, C, key_columns);
@@ -208,7 +209,7 @@ void AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const
       int64_t h = g * R + r, wide = H * C;
       for (int64_t begin = 0; begin < T; begin += kQueries) {
         int64_t end = std::min(T, begin + kQueries), count = end - begin;
-        int64_t first = sight.First(begin), keys = (end - first) / kSide;  // blocks of keys
+        int64_t first = mask.First(begin), keys = (end - first) / kSide;  // blocks of keys
         const S* q = head + begin * s.row() + r * C;
         const S* out = y + ((b * T + begin) * H + h) * C;
         const S* dout = dy + ((b * T + begin) * H + h) * C;
@@ -217,23 +218,23 @@ void AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const
           float sums[kSide];
           RowSums(out + top * wide, dout + top * wide, wide, C, sums);
           const float* logs = log_sums + (b * H + h) * T + query;
-          Left q_left = RowsAsLeft(q + top * s.row(), s.row(), C, room);
-          Left dy_left = RowsAsLeft(dout + top * wide, wide, C, room + kSide * C * P);
+          Left q_left = RowsAsLeft(q + top * s.row(), s.row(), C, workspace);
+          Left dy_left = RowsAsLeft(dout + top * wide, wide, C, workspace + kSide * C * P);
           for (int64_t key = first; key < end; key += kSide) {
             int64_t at = (top / kSide * keys + (key - first) / kSide) * P * kBlock;
-            if (key > query || key < sight.First(query)) {
+            if (key > query || key < mask.First(query)) {
               std::fill(weights + at, weights + at + P * kBlock, bf16{0});
               std::fill(dscores + at, dscores + at + P * kBlock, bf16{0});
               continue;
             }
             Multiply<P>(q_left, key_columns + key * C * P, C / kDepth, block, kSide, false);
             Multiply<P>(dy_left, value_columns + key * C * P, C / kDepth, dblock, kSide, false);
-            bool all = sight.All(query, key);
+            bool all = mask.All(query, key);
             for (int64_t i = 0; i < kSide; ++i) {
               for (int64_t half = 0; half < kSide; half += 16) {
                 __m512 x = Load(block + i * kSide + half);
                 x = Exp(_mm512_fmsub_ps(x, _mm512_set1_ps(scale), _mm512_set1_ps(logs[i])));
-                if (!all) x = _mm512_maskz_mov_ps(sight.Keep(query + i, key + half), x);
+                if (!all) x = _mm512_maskz_mov_ps(mask.Keep(query + i, key + half), x);
                 __m512 dx = _mm512_sub_ps(Load(dblock + i * kSide + half), _mm512_set1_ps(sums[i]));
                 StoreLeft<P>(weights + at, i, half, x);
                 StoreLeft<P>(dscores + at, i, half, _mm512_mul_ps(x, dx));
@@ -249,7 +250,7 @@ void AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const
         PackRows<P>(q, s.row(), count, C, query_rows);
         PackRows<P>(dout, wide, count, C, dy_rows);
         for (int64_t key = 0; key < keys; ++key) {
-          // queries before the block of keys do not see it
+          // queries before the block of keys do not attend to it
           int64_t skipped = std::max<int64_t>(0, first + key * kSide - begin) / kSide, steps = count / kSide - skipped;
           for (auto [from, right, to] : {std::tuple{dscores, query_rows, dkeys}, {weights, dy_rows, dvalues}}) {
             for (int64_t step = 0; step < steps; ++step)

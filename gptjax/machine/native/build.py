@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import os
 import subprocess
 import sys
 import threading
@@ -10,11 +9,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.machine.native import compiler
+from gptjax.machine.native import check, compiler
 from gptjax.machine.native.compiler import SWITCH
 from gptjax.machine.processor import processor_flags
 
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"}
+TILES = {"amx_tile", "amx_bf16", "amx_int8"}
+WITHOUT_TILES = "-DGPTJAX_WITHOUT_TILES"
+NO_TILES, USES_TILES = 0, 1
+"""What `gptjax_prepare` returns."""
 SOURCE = Path(__file__).with_name("kernels.cc")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 TARGETS = (
@@ -23,10 +26,17 @@ TARGETS = (
     *("lay_out", "few_rows", "cached_attention"),
 )
 _one_at_a_time = threading.Lock()
+_folder: Path | None = None
+
+
+def keep_in(folder: Path) -> None:
+    """Names the private folder of the library, before it is first asked for. The first call counts."""
+    global _folder
+    _folder = _folder or folder
 
 
 def begin() -> None:
-    """Makes the library beside other work, where it will be needed; who asks for it waits for the end of that."""
+    """Compiles the library beside other work, where it will be needed. `ready` waits for the end of that."""
     import jax
 
     if jax.default_backend() == "cpu":
@@ -34,20 +44,31 @@ def begin() -> None:
 
 
 def ready() -> bool:
-    """Whether kernels can be called by name; makes the library and loads it when it is first asked."""
+    """Whether kernels can be called by name; compiles the library and loads it when it is first asked."""
     return not _loaded().problem
 
 
 def has_tiles() -> bool:
-    """Whether kernels use AMX, by which they are faster than XLA's products in float32 too."""
+    """Whether kernels use AMX, by which they are faster than XLA's matmuls in float32 too."""
     return _loaded().tiles
 
 
 def state() -> str:
-    """Says whether there are kernels, and if not, why."""
+    """Says which kernels there are, and if none, why."""
     if _loaded().problem:
         return f"none: {_loaded().problem}"
     return "AMX, for bfloat16 and float32" if has_tiles() else "AVX-512, for bfloat16"
+
+
+def missing() -> str:
+    """What this machine lacks, or its user does not want, so that there can be no kernels; empty: nothing."""
+    if compiler.level() == "0":
+        return f"{SWITCH}=0"
+    if sys.platform != "linux" or not processor_flags() >= NEEDED:
+        return "they need Linux and a processor with AVX-512 and bfloat16"
+    if not compiler.find():
+        return "no C++ compiler was found (c++, g++, clang++, or what CXX names); with one, it is faster"
+    return ""
 
 
 class _Library(NamedTuple):
@@ -65,31 +86,38 @@ def _loaded() -> _Library:
 def _load() -> _Library:
     import jax
 
-    folder = jax.config.values["jax_compilation_cache_dir"]
-    if os.environ.get(SWITCH) == "0":
-        return _Library(f"{SWITCH}=0")
-    if sys.platform != "linux" or not processor_flags() >= NEEDED:
-        return _Library("they need Linux and a processor with AVX-512 and bfloat16")
-    if not folder:
-        return _Library("there is no folder for compiled programs")
-    program = compiler.find()
-    if not program:
-        return _Library("no C++ compiler was found (c++, g++, clang++, or what CXX names); with one, it is faster")
+    problem = missing()
+    if problem or _folder is None:
+        return _Library(problem or "there is no private folder for compiled programs")
     try:
-        library = ctypes.CDLL(str(_built(program, Path(folder))))
+        library, tiles = _prepared_library(_folder)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         return _Library(f"they could not be compiled: {next((line for line in said if 'error' in line), said[0])}")
-    prepared = library.gptjax_prepare()
-    if not prepared:
-        return _Library("the system does not give this process the processor's tiles")
+    wrong = check.wrong_kernel(library, float32=tiles)
+    if wrong:
+        problem = f"they compute wrong numbers here ({wrong}), so XLA computes all"
+        print(f"gptjax: kernels are turned off: {problem}", file=sys.stderr)
+        return _Library(problem)
     for name in TARGETS:
         jax.ffi.register_ffi_target(f"gptjax_{name}", jax.ffi.pycapsule(library[f"gptjax_{name}"]), platform="cpu")
-    return _Library("", tiles=prepared == 2)
+    return _Library("", tiles)
 
 
-def _built(program: str, folder: Path) -> Path:
+def _prepared_library(folder: Path) -> "tuple[ctypes.CDLL, bool]":
+    """The library and whether it uses AMX: where the processor has it and the system gives it to this process."""
+    if processor_flags() >= TILES and compiler.level() == "auto":
+        library = ctypes.CDLL(str(_built(folder)))
+        if library.gptjax_prepare() == USES_TILES:
+            return library, True
+    library = ctypes.CDLL(str(_built(folder, WITHOUT_TILES)))
+    return library, library.gptjax_prepare() == USES_TILES
+
+
+def _built(folder: Path, *options: str) -> Path:
     import jax
 
-    options = (f"-I{jax.ffi.include_dir()}",)
-    return compiler.library(program, SOURCE, HEADERS, options, metadata.version("jaxlib"), folder)
+    program = compiler.find()
+    assert program is not None
+    include = f"-I{jax.ffi.include_dir()}"
+    return compiler.library(program, SOURCE, HEADERS, (include, *options), metadata.version("jaxlib"), folder)

@@ -1,7 +1,7 @@
-// Attention of one new position of each sequence to a cache of keys and values, at the pace at which memory gives these.
+// Attention of one new position of each sequence to a cache of keys and values. Its time is that of reading the cache.
 //
-// B sequence, G key heads, R query heads of each, S slot, C head_dim, a multiple of 16. Only slots between the first and
-// the last one that a sequence sees are read.
+// B sequence, G key heads, R query heads of each, S slot, C head_dim, a multiple of 16. Of each sequence only the slots
+// from the first visible one to the last visible one are read.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace gptjax {
 
-// Scores of slots; `query` is scaled. Returns the largest one.
+// Computes the scores of slots for a scaled query; returns the largest score.
 template <typename T>
 float Scores(const float* query, const T* keys, const bool* visible, int64_t slots, int64_t C, float* scores) {
   float largest = kMasked;
@@ -24,7 +24,7 @@ float Scores(const float* query, const T* keys, const bool* visible, int64_t slo
   return largest;
 }
 
-// 16 * N channels of the sum of values times their weights.
+// The weighted sum of values, 16 * N channels of it, times `factor`.
 template <int N, typename T>
 void WeightedSum(const float* weights, const T* values, int64_t slots, int64_t C, float factor, float* y) {
   __m512 sums[N];
@@ -35,7 +35,7 @@ void WeightedSum(const float* weights, const T* values, int64_t slots, int64_t C
   for (int i = 0; i < N; ++i) Store(y + 16 * i, _mm512_mul_ps(sums[i], _mm512_set1_ps(factor)));
 }
 
-// Asks for memory that is read soon: the processor foresees only what follows in a stream, and these are short.
+// Prefetches memory that is read soon: the hardware prefetcher follows only long streams, and these are short.
 template <typename T>
 inline void Prefetch(const T* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) _mm_prefetch((const char*)(from + i), _MM_HINT_T1);
@@ -77,12 +77,15 @@ void AttendToCache(ffi::ThreadPool& pool, const float* q, const T* k, const T* v
   });
 }
 
-// q [B, H, C]; k, v [B, G, S, C] of float32 or bfloat16; visible [B, S], at least one of each sequence; y like q.
+// q [B, H, C]; k, v [B, G, S, C] of float32 or bfloat16; visible [B, S], at least one slot of each sequence; y like q.
 inline ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                           ffi::BufferR2<ffi::PRED> visible, ffi::Result<ffi::BufferR3<ffi::F32>> y) {
+                                  ffi::BufferR2<ffi::PRED> visible, ffi::Result<ffi::BufferR3<ffi::F32>> y) {
   auto d = k.dimensions();
+  if (d.size() != 4 || !k.element_count()) return DoNotFit();
   int64_t B = d[0], G = d[1], S = d[2], C = d[3], R = q.dimensions()[1] / G;
-  if (!Have(B * G * R * C, q, *y) || !Have(B * G * S * C, k, v) || !Have(B * S, visible) || !Alike(k, v)) return DoNotFit();
+  if (q.dimensions()[0] != B || q.dimensions()[2] != C || !Have(B * G * R * C, q, *y) || !Have(B * G * S * C, k, v) ||
+      !Have(B * S, visible) || !Alike(k, v))
+    return DoNotFit();
   if (C % 16) return ffi::Error::InvalidArgument("cached attention needs heads of a multiple of 16");
   auto run = [&](auto* keys, auto* values) {
     AttendToCache(pool, q.typed_data(), keys, values, visible.typed_data(), B, G, R, S, C, y->typed_data());

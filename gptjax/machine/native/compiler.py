@@ -1,18 +1,41 @@
-"""Libraries in C++, compiled where they run, for the processor they run on, and kept with the compiled programs."""
+"""Libraries in C++, compiled for the processor at hand and kept, signed, in the private folder of compiled programs."""
 
+import atexit
+import contextlib
+import fcntl
+import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gptjax.files import publish, temporary_name
-from gptjax.machine.compile_cache import is_sound, sign
+from gptjax.errors import UserError, did_you_mean
+from gptjax.files import temporary_name
+from gptjax.machine import processor
+from gptjax.machine.private import is_sound, publish_signed, signed_versions, signing_key
 
 SWITCH = "GPTJAX_NATIVE"
-"""Where this is 0 nothing is compiled."""
+LEVELS = ("auto", "avx512", "0")
+"""Values of the switch: the best kernels that the processor has, those for AVX-512, or no library at all."""
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+MOST_SECONDS = 300
+"""How long the compiler may take, and a process waits for another one that compiles the same."""
+
+
+def level() -> str:
+    """What `GPTJAX_NATIVE` says.
+
+    Raises:
+        UserError: It is none of `LEVELS`.
+    """
+    value = os.environ.get(SWITCH, LEVELS[0])
+    if value not in LEVELS:
+        raise UserError(f"{SWITCH}={value!r} must be one of {', '.join(LEVELS)}.{did_you_mean(value, LEVELS)}")
+    return value
 
 
 def find() -> str | None:
@@ -23,23 +46,83 @@ def find() -> str | None:
 def library(
     compiler: str, source: Path, headers: Sequence[Path], options: Sequence[str], made_with: str, folder: Path
 ) -> Path:
-    """The library of a source, in `folder`; it is made if it is not there for this compiler, or is damaged.
+    """The library of a source in a private folder; it is compiled if it is not there for this compiler, or is damaged.
+
+    Its name says for which processor and with which compiler it was compiled.
 
     Args:
         made_with: What else it depends on.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: It cannot be written, or another user could have written what is there.
         SubprocessError: The compiler failed.
     """
+    key = signing_key(folder)
     texts = [path.read_bytes() for path in (source, *headers)]
-    texts += [text.encode() for text in (*OPTIONS, *options, compiler, made_with)]
-    path = folder / f"{source.stem}-{hashlib.sha256(bytes(1).join(texts)).hexdigest()[:16]}.so"
-    if not is_sound(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(path)
-        command = [compiler, *OPTIONS, str(source), *options, "-o", str(temporary)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        publish(temporary, path)
-        sign(path)
-    return path
+    texts += [text.encode() for text in (*OPTIONS, *options, compiler, _version(compiler), made_with)]
+    made_from = hashlib.sha256(bytes(1).join(texts)).hexdigest()[:16]
+    name = f"{source.stem}-{processor.identity()}-{_short_name(compiler)}-{made_from}.so"
+    if found := _sound_version(key, folder, name):
+        return found
+    with _alone(folder / f"{name}.lock"):
+        if found := _sound_version(key, folder, name):
+            return found
+        for damaged in signed_versions(folder, name):
+            damaged.unlink()
+        temporary = temporary_name(folder / name)
+        _compile([compiler, *OPTIONS, str(source), *options, "-o", str(temporary)], temporary)
+        return publish_signed(key, temporary, name)
+
+
+def _sound_version(key: bytes, folder: Path, name: str) -> Path | None:
+    return next((path for path in signed_versions(folder, name) if is_sound(key, path)), None)
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=MOST_SECONDS)
+    return done.stdout.partition("\n")[0]
+
+
+def _short_name(compiler: str) -> str:
+    """The compiler and its version, as they may stand in a file's name."""
+    number = re.search(r"\d+(\.\d+)+", _version(compiler))
+    return re.sub(r"[^\w+.]", "_", f"{Path(compiler).name}_{number[0] if number else ''}")
+
+
+def _compile(command: Sequence[str], result: Path) -> None:
+    """Runs the compiler; if this process ends meanwhile, the compiler does too, and leaves nothing behind."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+
+        def stop() -> None:
+            process.kill()
+            process.wait()
+            result.unlink(missing_ok=True)
+
+        atexit.register(stop)
+        try:
+            said, _ = process.communicate(timeout=MOST_SECONDS)
+        except subprocess.TimeoutExpired:
+            stop()
+            raise
+        finally:
+            atexit.unregister(stop)
+    if process.returncode:
+        result.unlink(missing_ok=True)
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Waits until no other process is inside, for a while: two that compile the same do no harm."""
+    deadline = time.monotonic() + MOST_SECONDS
+    with open(os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield

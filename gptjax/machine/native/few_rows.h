@@ -1,9 +1,10 @@
-// Products of a few rows with weights that were laid out for them, at the pace at which memory gives the weights.
+// Matmuls of a few rows with weights that were packed beforehand. Their time is that of reading the weights.
 //
-// N rows, K summed, F outputs. Weights are bfloat16 or int8 and lie in panels of 32 outputs, as in tiles.h: a panel is a
-// number of steps of 2 kB, which hold 16 words of 32 bits for each output; a word holds the two or four numbers that are
-// summed at once. Rows are rounded to bfloat16 for the former. For the latter each row is held in two of int8, in steps
-// and in fractions of a step, so that only weights are rounded to 8 bits.
+// N rows, K contracted, F outputs. Weights are bfloat16 or int8, packed in panels of 32 outputs as in tiles.h: a panel
+// is a number of steps of 2 kB, each of 16 words of 32 bits for every output; a word holds the two or four numbers that
+// one instruction contracts. With bfloat16 weights, rows are rounded to bfloat16. With int8 weights each row is
+// represented by two rows of int8, one in quantization steps and one in fractions of a step, so that only weights are
+// rounded to 8 bits.
 #pragma once
 
 #include <algorithm>
@@ -16,47 +17,47 @@
 namespace gptjax {
 
 constexpr int64_t kHalf = kSide / 2, kStepBytes = 2048;
-constexpr int64_t kStepsAhead = 4;  // that are asked of memory
+constexpr int64_t kStepsAhead = 4;  // that are prefetched
 constexpr float kInt8Max = 127.0f, kLowSteps = 254.0f;  // those of ops/projection.py
-constexpr int64_t kRowsLaidOutAtOnce = 64;
+constexpr int64_t kRowsPackedAtOnce = 64;
 
 template <typename T>
-constexpr int64_t kHeldIn = std::is_same_v<T, int8_t> ? 2 : 1;
+constexpr int64_t kHeldIn = std::is_same_v<T, int8_t> ? 2 : 1;  // packed rows that represent a row
 template <typename T>
-constexpr int64_t kSummed = 64 / sizeof(T);  // in a step
+constexpr int64_t kSummed = 64 / sizeof(T);  // contracted in a step
 template <typename T>
 constexpr int64_t kRows = kSide / kHeldIn<T>;  // of a block
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
-#if defined(__AMX_BF16__)
+#if defined(GPTJAX_TILES)
 
 template <typename T>
 inline void MultiplyUpper(const T* left, const T* right) {
-  // Tiles are read every other line, which the processor does not foresee: 13 GB/s without this, 36 with it.
+  // Tiles read every other line, which the hardware does not prefetch: 13 GB/s without this, 36 with it.
   for (int64_t line = 0; line < kStepBytes; line += 64)
     _mm_prefetch((const char*)right + kStepsAhead * kStepBytes + line, _MM_HINT_T0);
-  _tile_loadd(4, left, 64);
-  _tile_loadd(6, right, 128);
-  _tile_loadd(7, (const char*)right + 64, 128);
+  LoadTile<4>(left, 64);
+  LoadTile<6>(right, 128);
+  LoadTile<7>((const char*)right + 64, 128);
   if constexpr (kHeldIn<T> == 2) {
-    _tile_dpbssd(0, 4, 6);
-    _tile_dpbssd(1, 4, 7);
+    MultiplyTilesOfInt8<0, 4, 6>();
+    MultiplyTilesOfInt8<1, 4, 7>();
   } else {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+    MultiplyTilesOfBf16<0, 4, 6>();
+    MultiplyTilesOfBf16<1, 4, 7>();
   }
 }
 
 template <typename T>
 inline void MultiplyLower(const T* left) {
-  _tile_loadd(5, left, 64);
+  LoadTile<5>(left, 64);
   if constexpr (kHeldIn<T> == 2) {
-    _tile_dpbssd(2, 5, 6);
-    _tile_dpbssd(3, 5, 7);
+    MultiplyTilesOfInt8<2, 5, 6>();
+    MultiplyTilesOfInt8<3, 5, 7>();
   } else {
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    MultiplyTilesOfBf16<2, 5, 6>();
+    MultiplyTilesOfBf16<3, 5, 7>();
   }
 }
 
@@ -64,22 +65,22 @@ inline void MultiplyLower(const T* left) {
 template <typename T>
 inline void MultiplyPanel(const T* left, int64_t rows, const T* right, int64_t steps, Sum<T>* sums) {
   constexpr int64_t kStep = kStepBytes / sizeof(T), kHalfStep = kStep / 2;
-  _tile_zero(0);
-  _tile_zero(1);
+  ZeroTile<0>();
+  ZeroTile<1>();
   if (rows > kHalf) {
-    _tile_zero(2);
-    _tile_zero(3);
+    ZeroTile<2>();
+    ZeroTile<3>();
     for (int64_t i = 0; i < steps; ++i, left += kStep, right += kStep) {
       MultiplyUpper(left, right);
       MultiplyLower(left + kHalfStep);
     }
-    _tile_stored(2, sums + kHalf * kSide, kSide * 4);
-    _tile_stored(3, sums + kHalf * kSide + kHalf, kSide * 4);
+    StoreTile<2>(sums + kHalf * kSide, kSide * 4);
+    StoreTile<3>(sums + kHalf * kSide + kHalf, kSide * 4);
   } else {
     for (int64_t i = 0; i < steps; ++i, left += kStep, right += kStep) MultiplyUpper(left, right);
   }
-  _tile_stored(0, sums, kSide * 4);
-  _tile_stored(1, sums + kHalf, kSide * 4);
+  StoreTile<0>(sums, kSide * 4);
+  StoreTile<1>(sums + kHalf, kSide * 4);
 }
 
 #else
@@ -87,7 +88,7 @@ inline void MultiplyPanel(const T* left, int64_t rows, const T* right, int64_t s
 template <typename T, int Rows>
 inline void MultiplyRows(const T* left, const T* right, int64_t steps, Sum<T>* sums) {
   constexpr bool kBytes = kHeldIn<T> == 2;
-  const __m512i offset = _mm512_set1_epi8(-128);  // the instruction wants one operand without sign
+  const __m512i offset = _mm512_set1_epi8(-128);  // the instruction takes one operand without sign
   __m512i total[Rows][2], offsets[2] = {};
   for (int i = 0; i < Rows; ++i) total[i][0] = total[i][1] = _mm512_setzero_si512();
   auto add = [](__m512i sum, __m512i a, __m512i b) {
@@ -135,14 +136,14 @@ inline void PutRow(bf16* to, const float* x) {
   Store(to + kHalf, Load(x + kHalf));
 }
 
-// Rounds a row to bfloat16 and puts it into a block, whose steps hold 32 rows.
-inline void LayOutRow(const float* x, int64_t K, bf16* to, int64_t, float*) {
+// Rounds a row to bfloat16 and packs it into a block, whose steps hold 32 rows.
+inline void PackRow(const float* x, int64_t K, bf16* to, int64_t, float*) {
   for (int64_t k = 0; k < K; k += kSummed<bf16>, to += kSide * kSummed<bf16>)
     PutRow(to, x + k);
 }
 
-// The same in two of int8, of which the second one lies `rows` rows behind the first. `step` is that of the first one.
-inline void LayOutRow(const float* x, int64_t K, int8_t* to, int64_t rows, float* step) {
+// Packs a row as two rows of int8; the second one is `rows` rows behind the first. `step` is the step of the first one.
+inline void PackRow(const float* x, int64_t K, int8_t* to, int64_t rows, float* step) {
   __m512i largest = _mm512_setzero_si512();  // bits of numbers above zero are in their order, with NaN at the top
   for (int64_t k = 0; k < K; k += 16)
     largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + k), _mm512_set1_epi32(0x7fffffff)));
@@ -168,9 +169,9 @@ ffi::Error FewRowsOf(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t K
   const int64_t steps = K / kSummed<T>, panels = (F + kSide - 1) / kSide, panel_size = K * kSide;
   auto block_of = [&](int64_t row) { return left + row / kRows<T> * panel_size; };
   auto rows_of = [&](int64_t row) { return std::min(N - row / kRows<T> * kRows<T>, kRows<T>); };
-  Parallel(pool, (N + kRowsLaidOutAtOnce - 1) / kRowsLaidOutAtOnce, [&](int64_t task) {
-    for (int64_t row = task * kRowsLaidOutAtOnce; row < std::min(N, (task + 1) * kRowsLaidOutAtOnce); ++row)
-      LayOutRow(x + row * K, K, block_of(row) + row % kRows<T> * kSummed<T>, rows_of(row), row_steps + row);
+  Parallel(pool, (N + kRowsPackedAtOnce - 1) / kRowsPackedAtOnce, [&](int64_t task) {
+    for (int64_t row = task * kRowsPackedAtOnce; row < std::min(N, (task + 1) * kRowsPackedAtOnce); ++row)
+      PackRow(x + row * K, K, block_of(row) + row % kRows<T> * kSummed<T>, rows_of(row), row_steps + row);
   });
   const int64_t at_once = std::max<int64_t>(1, panels / (8 * Threads(pool)));
   const int64_t row_tasks = (N + kRowsAtOnce - 1) / kRowsAtOnce, panel_tasks = (panels + at_once - 1) / at_once;
@@ -207,14 +208,14 @@ ffi::Error FewRowsOf(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t K
   return ffi::Error::Success();
 }
 
-// y [N, F] = x [N, K] w, times `scale` where weights are int8. `left` is room for x in blocks of 32 rows.
+// y [N, F] = x [N, K] w, times `scale` if weights are int8. `left` is the workspace for x, in blocks of 32 rows.
 inline ffi::Error FewRows(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer w, Vector scale,
-                   ffi::Result<ffi::BufferR2<ffi::F32>> y, ffi::Result<ffi::AnyBuffer> left,
-                   ffi::Result<Vector> row_steps) {
+                          ffi::Result<ffi::BufferR2<ffi::F32>> y, ffi::Result<ffi::AnyBuffer> left,
+                          ffi::Result<Vector> row_steps) {
   int64_t N = x.dimensions()[0], K = x.dimensions()[1], F = y->dimensions()[1];
   bool bytes = w.element_type() == ffi::S8;
-  if (K % (bytes ? 64 : 32) || w.element_count() != static_cast<size_t>((F + kSide - 1) / kSide * kSide * K))
-    return ffi::Error::InvalidArgument("weights were not laid out for these rows");
+  if (!K || K % (bytes ? 64 : 32) || w.element_count() != static_cast<size_t>((F + kSide - 1) / kSide * kSide * K))
+    return ffi::Error::InvalidArgument("weights were not packed for these rows");
   const int64_t rows = bytes ? kRows<int8_t> : kRows<bf16>, left_size = (N + rows - 1) / rows * kSide * K;
   if (!bytes && !IsBf16(w)) return DoNotFit();
   if (!Have(N * F, *y) || !Have(left_size, *left) || left->element_type() != w.element_type()) return DoNotFit();
@@ -227,10 +228,11 @@ inline ffi::Error FewRows(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::
   return bytes ? run(Data<int8_t>(w)) : run(Data<bf16>(w));
 }
 
-// Lays out weights [F, K] of bfloat16 or int8; F is a multiple of 32, a row one of 64 bytes.
+// Packs weights [F, K] of bfloat16 or int8; F is a multiple of 32, a row of 64 bytes.
 inline ffi::Error LayOut(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> laid_out) {
+  if (w.dimensions().size() != 2 || !w.element_count()) return DoNotFit();
   int64_t F = w.dimensions()[0], width = w.size_bytes() / F / sizeof(bf16);
-  if (F % kSide || width % kDepth) return ffi::Error::InvalidArgument("weights are laid out 32 by 32");
+  if (F % kSide || width % kDepth) return NotInBlocks();
   if (laid_out->size_bytes() != w.size_bytes()) return DoNotFit();
   PackWeight<1>(pool, Data<bf16>(w), true, width, F, Data<bf16>(laid_out));
   return ffi::Error::Success();

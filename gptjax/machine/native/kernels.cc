@@ -1,10 +1,11 @@
-// What gptjax/native/build.py makes into a library: kernels that XLA calls by name, see gptjax/ops/kernels.py.
+// The library that gptjax/machine/native/build.py compiles: kernels that XLA calls by name, see gptjax/ops/kernels.py.
 
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "attention.h"
 #include "cached_attention.h"
+#include "direct.h"
 #include "few_rows.h"
 #include "linear.h"
 #include "loss.h"
@@ -23,30 +24,32 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(gptjax::LossOptions, StructMember<int64_t>
 
 namespace gptjax {
 
-// Asks the system for the tiles of this process. Returns 2 where kernels use them, 1 where they need none, 0 where they
-// are not given.
+// Asks the system for the tiles of this process. Returns 1 if kernels use them, 0 if they use none or must not be used
+// because the system does not give them.
 extern "C" int gptjax_prepare() {
-#if defined(__AMX_BF16__)
+#if defined(GPTJAX_TILES) && !defined(GPTJAX_TILES_HEADER)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, arch/x86/include/asm/fpu/types.h of Linux
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 2 : 0;
-#else
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#elif defined(GPTJAX_TILES)
   return 1;
+#else
+  return 0;
 #endif
 }
 
 // A kernel's parameters are the arguments, the options and the results of its call, in this order.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_linear, Linear);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_weight_gradient, WeightGradient);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp, Mlp);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp_gradient, MlpGradient);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm, LayerNorm);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm_gradient, LayerNormGradient);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention, Attention);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention_gradient, AttentionGradient);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy, CrossEntropy);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy_gradient, CrossEntropyGradient);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_lay_out, LayOut);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_few_rows, FewRows);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cached_attention, CachedAttention);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_linear, Guarded<Linear>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_weight_gradient, Guarded<WeightGradient>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp, Guarded<Mlp>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_mlp_gradient, Guarded<MlpGradient>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm, Guarded<LayerNorm>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_layer_norm_gradient, Guarded<LayerNormGradient>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention, Guarded<Attention>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention_gradient, Guarded<AttentionGradient>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy, Guarded<CrossEntropy>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy_gradient, Guarded<CrossEntropyGradient>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_lay_out, Guarded<LayOut>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_few_rows, Guarded<FewRows>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cached_attention, Guarded<CachedAttention>::Call);
 
 }  // namespace gptjax

@@ -1,7 +1,7 @@
-// Linear layers: products with weights, and the gradients of weights.
+// Linear layers: matmuls with weights, and the gradients of weights.
 //
-// N rows, K summed, F outputs; all are multiples of 32. Activations are bfloat16 or float32 (`T`), weights may be
-// float32 in both cases, sums are float32.
+// N rows, K contracted, F outputs; all are multiples of 32. Activations are bfloat16 or float32 (`T`), weights may be
+// float32 in both cases, accumulation is float32.
 #pragma once
 
 #include <algorithm>
@@ -15,16 +15,16 @@ namespace gptjax {
 using Vector = ffi::BufferR1<ffi::F32>;
 using Packed = ffi::BufferR1<ffi::BF16>;
 
-constexpr int64_t kRowsAtOnce = 256;  // of the left operand, which stay in the second cache
+constexpr int64_t kRowsAtOnce = 256;  // of the left operand, which stay in the L2 cache
 
-// Where a kernel packs its operands: a buffer of XLA's, given away piece by piece.
-class Room {
+// The buffer of XLA's into which a kernel packs its operands, handed out part by part.
+class Workspace {
  public:
-  explicit Room(ffi::Result<Packed>& packed)
+  explicit Workspace(ffi::Result<Packed>& packed)
       : at_(reinterpret_cast<bf16*>(packed->typed_data())), left_(packed->element_count()) {}
 
   int64_t left() const { return left_; }
-  bool enough() const { return left_ >= 0; }  // to be asked before what `Take` returned is used
+  bool enough() const { return left_ >= 0; }  // must be checked before memory that `Take` returned is used
   bf16* Take(int64_t count) {
     left_ -= count;
     return std::exchange(at_, at_ + count);
@@ -60,14 +60,19 @@ bool Readable(const ffi::AnyBuffer& x, const Weights&... weights) {
 
 inline ffi::Error NotInBlocks() { return ffi::Error::InvalidArgument("sizes must be multiples of 32"); }
 inline ffi::Error DoNotFit() { return ffi::Error::InvalidArgument("buffers do not fit one another"); }
-inline ffi::Error TooLittleRoom() { return ffi::Error::InvalidArgument("too little room for packed operands"); }
+inline ffi::Error TooSmallWorkspace() { return ffi::Error::InvalidArgument("the workspace is too small"); }
 
-// Whether each of the buffers has so many elements.
+// Whether each of the buffers has rows of at least one element.
+template <typename... Buffers>
+bool HaveRows(const Buffers&... buffers) {
+  return ((buffers.dimensions().size() && buffers.dimensions().back() > 0) && ...);
+}
+// Whether each of the buffers has `count` elements.
 template <typename... Buffers>
 bool Have(int64_t count, const Buffers&... buffers) {
   return ((buffers.element_count() == static_cast<size_t>(count)) && ...);
 }
-// The same, or none.
+// Whether the buffer has `count` elements, or none.
 template <typename Buffer>
 bool HasOrLacks(int64_t count, const Buffer& buffer) {
   return buffer.element_count() == 0 || Have(count, buffer);
@@ -95,7 +100,7 @@ void PackWeight(ffi::ThreadPool& pool, const ffi::AnyBuffer& w, bool columns, in
 
 using Stream = ffi::Buffer<ffi::F32>;
 
-// What a product is added to, if anything.
+// An array that is added to a result, if there is one.
 struct Onto {
   const float* at;
   explicit Onto(const Stream& onto) : at(onto.element_count() ? onto.typed_data() : nullptr) {}
@@ -110,20 +115,24 @@ struct Bias {
 
 template <typename T, typename Out>
 ffi::Error LinearAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, Bias bias, Onto onto,
-                    bool columns, Out* y, int64_t N, int64_t K, int64_t F, Room room_for_all) {
+                    bool columns, Out* y, int64_t N, int64_t K, int64_t F, Workspace all) {
   constexpr int P = kPlanes<T>;
-  bf16* packed = room_for_all.Take(K * F * P);
-  if (!room_for_all.enough()) return TooLittleRoom();
+  bf16* packed = all.Take(K * F * P);
+  if (!all.enough()) return TooSmallWorkspace();
   PackWeight<P>(pool, w, columns, K, F, packed);
-  Parallel(pool, (N + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t task) {
+  const int64_t rows = RowsOfTask(pool, N, kRowsAtOnce, kSide), row_tasks = Ceil(N, rows);
+  const int64_t column_tasks = Cuts(pool, row_tasks, F / kSide), columns_of_task = Ceil(F / kSide, column_tasks) * kSide;
+  Parallel(pool, row_tasks * column_tasks, [&](int64_t task) {
+    const int64_t begin = task / column_tasks * rows, count = std::min(N - begin, rows);
+    const int64_t first = task % column_tasks * columns_of_task, last = std::min(F, first + columns_of_task);
+    if (first >= last) return;
     TileScope tiles;
     alignas(64) float block[kBlock];
-    int64_t begin = task * kRowsAtOnce, count = std::min(N - begin, kRowsAtOnce);
     Left left[kRowsAtOnce / kSide];
-    bf16* room = P == 1 ? nullptr : Scratch<struct LinearRows, bf16>(kRowsAtOnce * K * P);
+    bf16* workspace = P == 1 ? nullptr : Scratch<struct LinearRows, bf16>(kRowsAtOnce * K * P);
     for (int64_t row = 0; row < count; row += kSide)
-      left[row / kSide] = RowsAsLeft(Data<T>(x) + (begin + row) * K, K, K, room + row * K * P);
-    for (int64_t column = 0; column < F; column += kSide) {
+      left[row / kSide] = RowsAsLeft(Data<T>(x) + (begin + row) * K, K, K, workspace + row * K * P);
+    for (int64_t column = first; column < last; column += kSide) {
       __m512 b[2] = {bias(column), bias(column + 16)};
       for (int64_t row = 0; row < count; row += kSide) {
         Multiply<P>(left[row / kSide], packed + column * K * P, K / kDepth, block, kSide, false);
@@ -144,28 +153,32 @@ struct LinearOptions {
 
 inline ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Vector bias, Stream onto,
                          LinearOptions options, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Packed> packed) {
+  if (!HaveRows(x, *y)) return DoNotFit();
   int64_t K = x.dimensions().back(), N = x.element_count() / K, F = y->dimensions().back();
   if (N % kSide || K % kDepth || F % kSide) return NotInBlocks();
   if (!Have(K * F, w) || !Have(N * F, *y) || !HasOrLacks(F, bias) || !HasOrLacks(N * F, onto) || !Readable(x, w) ||
       !Readable(x, *y))
     return DoNotFit();
   auto run = [&](auto as, auto* to) {
-    return LinearAs<decltype(as)>(pool, x, w, Bias(bias), Onto(onto), options.columns, to, N, K, F, Room(packed));
+    return LinearAs<decltype(as)>(pool, x, w, Bias(bias), Onto(onto), options.columns, to, N, K, F, Workspace(packed));
   };
   if (IsFloat32(x)) return run(float{}, Data<float>(y));
   return IsFloat32(*y) ? run(bf16{}, Data<float>(y)) : run(bf16{}, Data<bf16>(y));
 }
 
-// result [K, F] (+)= left^T right, where `count` rows of both are packed: panels of 32 columns, steps of 32 rows.
+// result [K, F] (+)= left^T right. `count` rows of both are packed: panels of 32 columns, steps of 32 rows.
 template <int P>
-void AddProducts(ffi::ThreadPool& pool, const bf16* left, const bf16* right, int64_t count, int64_t K, int64_t F,
-                 float* result, bool add) {
-  constexpr int64_t kRows = 128, kColumns = 256;
-  int64_t column_tasks = (F + kColumns - 1) / kColumns, row_tasks = (K + kRows - 1) / kRows;
-  Parallel(pool, row_tasks * column_tasks, [&](int64_t task) {
+void AddOuterProducts(ffi::ThreadPool& pool, const bf16* left, const bf16* right, int64_t count, int64_t K, int64_t F,
+                      float* result, bool add) {
+  constexpr int64_t kRows = 128, kColumns = 256;  // of a task, where there are enough for all threads
+  const int64_t tasks = Ceil(K, kRows) * Ceil(F, kColumns);
+  const int64_t rows = std::max(kSide, kRows / Cuts(pool, tasks, kRows / kSide) / kSide * kSide);
+  const int64_t columns = kColumns / Cuts(pool, Ceil(K, rows) * Ceil(F, kColumns), kColumns / kSide) / kSide * kSide;
+  const int64_t width = std::max(kSide, columns), column_tasks = Ceil(F, width);
+  Parallel(pool, Ceil(K, rows) * column_tasks, [&](int64_t task) {
     TileScope tiles;
-    int64_t top = task / column_tasks * kRows, bottom = std::min(K, top + kRows);
-    int64_t first = task % column_tasks * kColumns, last = std::min(F, first + kColumns);
+    int64_t top = task / column_tasks * rows, bottom = std::min(K, top + rows);
+    int64_t first = task % column_tasks * width, last = std::min(F, first + width);
     for (int64_t column = first; column < last; column += kSide)
       for (int64_t row = top; row < bottom; row += kSide)
         Multiply<P>(InBlocks<P>(left + row * count * P), right + column * count * P, count / kDepth,
@@ -173,7 +186,7 @@ void AddProducts(ffi::ThreadPool& pool, const bf16* left, const bf16* right, int
   });
 }
 
-// Packs `count` rows of 32 columns of x as a panel of a left operand whose sum runs over rows.
+// Packs `count` rows of 32 columns of x as a panel of a left operand that is contracted over rows.
 template <int P, typename S>
 void PackLeftPanel(const S* x, int64_t width, int64_t count, bf16* to) {
   for (int64_t n = 0; n < count; n += kDepth, to += P * kBlock) PackLeftFromColumns<P>(x + n * width, width, to);
@@ -181,11 +194,11 @@ void PackLeftPanel(const S* x, int64_t width, int64_t count, bf16* to) {
 
 template <typename T>
 ffi::Error WeightGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy, float* dw,
-                            float* sums, int64_t N, int64_t K, int64_t F, Room room) {
+                            float* sums, int64_t N, int64_t K, int64_t F, Workspace workspace) {
   constexpr int P = kPlanes<T>;
-  int64_t at_once = room.left() / ((K + F) * P) / kDepth * kDepth;
-  if (!at_once) return TooLittleRoom();
-  bf16 *left = room.Take(K * at_once * P), *right = room.Take(F * at_once * P);
+  int64_t at_once = workspace.left() / ((K + F) * P) / kDepth * kDepth;
+  if (!at_once) return TooSmallWorkspace();
+  bf16 *left = workspace.Take(K * at_once * P), *right = workspace.Take(F * at_once * P);
   std::fill(sums, sums + F, 0.0f);
   for (int64_t begin = 0; begin < N; begin += at_once) {
     int64_t count = std::min(at_once, N - begin), lefts = K / kSide, rights = F / kSide;
@@ -205,20 +218,21 @@ ffi::Error WeightGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, cons
       for (int64_t at = column; at < column + kSide; at += 16)
         Store(sums + at, _mm512_add_ps(Load(sums + at), total[(at - column) / 16]));
     });
-    AddProducts<P>(pool, left, right, count, K, F, dw, begin > 0);
+    AddOuterProducts<P>(pool, left, right, count, K, F, dw, begin > 0);
   }
   return ffi::Error::Success();
 }
 
-// dw [K, F] = x^T dy, and the sums of dy's columns. The size of `packed` says how many rows are packed at a time.
+// dw [K, F] = x^T dy, and the sums of dy's columns. The size of `packed` determines how many rows are packed at a time.
 inline ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy,
                                  ffi::Result<ffi::Buffer<ffi::F32>> dw, ffi::Result<Vector> sums,
                                  ffi::Result<Packed> packed) {
+  if (!HaveRows(x, dy)) return DoNotFit();
   int64_t K = x.dimensions().back(), F = dy.dimensions().back(), N = x.element_count() / K;
   if (N % kDepth || K % kSide || F % kSide) return NotInBlocks();
   if (!Have(N * F, dy) || !Have(K * F, *dw) || !Have(F, *sums) || !Alike(x, dy)) return DoNotFit();
   auto run = IsFloat32(x) ? WeightGradientAs<float> : WeightGradientAs<bf16>;
-  return run(pool, x, dy, dw->typed_data(), sums->typed_data(), N, K, F, Room(packed));
+  return run(pool, x, dy, dw->typed_data(), sums->typed_data(), N, K, F, Workspace(packed));
 }
 
 }  // namespace gptjax

@@ -1,7 +1,7 @@
-// Cross-entropy over a vocabulary, from hidden states: logits exist for some columns at a time, in a cache, and are
-// computed twice, first for their sums and then for the gradients.
+// Cross-entropy over a vocabulary, from hidden states. Logits exist for some columns at a time, in a cache, and are
+// computed twice: first for the log-normalizers, then for the gradients.
 //
-// N rows, D width, V vocabulary; N and D are multiples of 32. A target that is -1 does not count.
+// N rows, D width, V vocabulary; N and D are multiples of 32. A target of -1 does not count.
 #pragma once
 
 #include <algorithm>
@@ -13,16 +13,16 @@
 namespace gptjax {
 
 constexpr int64_t kColumnsAtOnce = 1024;  // of the vocabulary
-constexpr int64_t kLossRows = 64;         // that a thread takes at a time
+constexpr int64_t kLossRows = 64;         // of a task at most
 constexpr float kNoLogit = -1e30f;
 
 struct LossOptions {
-  int64_t vocab_size;  // columns that are real
+  int64_t vocab_size;  // the columns behind are padding
   float smoothing, z_loss;
 };
 
 // Packs columns [first, first + count) of the vocabulary, with zeros behind the last row: as right operands that give
-// logits and, where `back` is, that take their gradients.
+// logits and, into `back` if there is one, as right operands that take the gradients of logits.
 template <int P, typename S>
 void PackColumnsOfVocabulary(ffi::ThreadPool& pool, const S* w, int64_t V, int64_t D, int64_t first, int64_t count,
                              bf16* to, bf16* back) {
@@ -54,22 +54,23 @@ void Logits(Left x, const bf16* columns, int64_t D, int64_t first, int64_t count
 template <typename T, typename S>
 ffi::Error CrossEntropyAs(ffi::ThreadPool& pool, const T* x, const S* w, const int32_t* targets, int64_t N, int64_t D,
                           int64_t V, LossOptions options, float* log_z, float* at_target, float* total, float* dx,
-                          float* dw, Room room) {
+                          float* dw, Workspace workspace) {
   constexpr int P = kPlanes<T>;
-  bf16* columns = room.Take(kColumnsAtOnce * D * P);
-  bf16* back = dx ? room.Take(kColumnsAtOnce * D * P) : nullptr;
-  bf16* x_right = dx ? room.Take(N * D * P) : nullptr;
-  bf16* dlogits = dx ? room.Take(N * kColumnsAtOnce * P) : nullptr;  // blocks of 32 rows, then of 32 columns
-  if (!room.enough()) return TooLittleRoom();
+  bf16* columns = workspace.Take(kColumnsAtOnce * D * P);
+  bf16* back = dx ? workspace.Take(kColumnsAtOnce * D * P) : nullptr;
+  bf16* x_right = dx ? workspace.Take(N * D * P) : nullptr;
+  bf16* dlogits = dx ? workspace.Take(N * kColumnsAtOnce * P) : nullptr;  // blocks of 32 rows, then of 32 columns
+  if (!workspace.enough()) return TooSmallWorkspace();
   auto over_rows = [&](int64_t first, auto&& visit) {  // visit(row, logits, count): 32 rows
     int64_t count = std::min<int64_t>(kColumnsAtOnce, (V - first + kSide - 1) / kSide * kSide);
     PackColumnsOfVocabulary<P>(pool, w, V, D, first, count, columns, back);
-    Parallel(pool, (N + kLossRows - 1) / kLossRows, [&](int64_t task) {
+    const int64_t rows = RowsOfTask(pool, N, kLossRows, kSide);
+    Parallel(pool, Ceil(N, rows), [&](int64_t task) {
       TileScope tiles;
       float* logits = Scratch<struct LogitsOfRows, float>(kSide * kColumnsAtOnce);
-      bf16* room = Scratch<struct LossRows, bf16>(kSide * D * P);
-      for (int64_t row = task * kLossRows; row < std::min(N, (task + 1) * kLossRows); row += kSide) {
-        Logits<P>(RowsAsLeft(x + row * D, D, D, room), columns, D, first, count, options.vocab_size, logits);
+      bf16* packed = Scratch<struct LossRows, bf16>(kSide * D * P);
+      for (int64_t row = task * rows; row < std::min(N, (task + 1) * rows); row += kSide) {
+        Logits<P>(RowsAsLeft(x + row * D, D, D, packed), columns, D, first, count, options.vocab_size, logits);
         visit(row, logits, count);
       }
     });
@@ -125,18 +126,21 @@ ffi::Error CrossEntropyAs(ffi::ThreadPool& pool, const T* x, const S* w, const i
       for (int64_t d = 0; d < D; d += kSide)
         Multiply<P>(InBlocks<P>(out), back + d * count * P, count / kDepth, dx + row * D + d, D, true);
     });
-    constexpr int64_t kColumns = 128;
-    Parallel(pool, (count + kColumns - 1) / kColumns, [&](int64_t task) {
+    constexpr int64_t kColumns = 128;  // of a task at most
+    const int64_t width = RowsOfTask(pool, count, kColumns, kSide), column_tasks = Ceil(count, width);
+    const int64_t cuts = std::min<int64_t>(Ceil(Threads(pool), column_tasks), D / kSide);
+    const int64_t depth = Ceil(D / kSide, cuts) * kSide;
+    Parallel(pool, column_tasks * cuts, [&](int64_t task) {
       TileScope tiles;
       alignas(64) float block[kBlock];
-      int64_t begin = task * kColumns, end = std::min(count, begin + kColumns);
+      int64_t begin = task / cuts * width, end = std::min(count, begin + width);
       bf16* turned = Scratch<struct TurnedLogits, bf16>(kColumns * N * P);
       for (int64_t column = begin; column < end; column += kSide)
         for (int64_t n = 0; n < N; n += kDepth)
           for (int p = 0; p < P; ++p)
             PackLeftFromColumns<1>(dlogits + ((n * count + column * kSide) * P) + p * kBlock, kDepth,
                                    turned + ((column - begin) * N + n * kSide) * P + p * kBlock);
-      for (int64_t d = 0; d < D; d += kSide)
+      for (int64_t d = task % cuts * depth; d < std::min(D, (task % cuts + 1) * depth); d += kSide)
         for (int64_t column = begin; column < end; column += kSide) {
           Multiply<P>(InBlocks<P>(turned + (column - begin) * N * P), x_right + d * N * P, N / kDepth, block, kSide,
                       false);
@@ -154,14 +158,15 @@ struct LossParts {
 
 inline ffi::Error CrossEntropyOf(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
                                  const ffi::BufferR1<ffi::S32>& targets, LossOptions options, LossParts parts,
-                                 float* dx, float* dw, Room room) {
+                                 float* dx, float* dw, Workspace workspace) {
+  if (!HaveRows(x, w)) return DoNotFit();
   int64_t D = x.dimensions().back(), N = x.element_count() / D, V = w.dimensions().front();
   if (N % kSide || D % kSide) return NotInBlocks();
   if (!Have(V * D, w) || !Have(N, targets, *parts.log_z, *parts.at_target, *parts.total) || !Readable(x, w))
     return DoNotFit();
   auto run = [&](auto* x, auto* w) {
     return CrossEntropyAs(pool, x, w, targets.typed_data(), N, D, V, options, parts.log_z->typed_data(),
-                          parts.at_target->typed_data(), parts.total->typed_data(), dx, dw, room);
+                          parts.at_target->typed_data(), parts.total->typed_data(), dx, dw, workspace);
   };
   if (IsFloat32(x)) return run(Data<float>(x), Data<float>(w));
   return IsFloat32(w) ? run(Data<bf16>(x), Data<float>(w)) : run(Data<bf16>(x), Data<bf16>(w));
@@ -172,7 +177,7 @@ inline ffi::Error CrossEntropy(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
                                ffi::Result<Vector> at_target, ffi::Result<Vector> total,
                                ffi::Result<Packed> packed) {
   return CrossEntropyOf(pool, x, w, targets, options, {log_z, at_target, total}, nullptr,
-                        nullptr, Room(packed));
+                        nullptr, Workspace(packed));
 }
 
 inline ffi::Error CrossEntropyGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
@@ -182,7 +187,7 @@ inline ffi::Error CrossEntropyGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, f
                                        ffi::Result<ffi::Buffer<ffi::F32>> dw, ffi::Result<Packed> packed) {
   if (!Have(x.element_count(), *dx) || !Have(w.element_count(), *dw)) return DoNotFit();
   return CrossEntropyOf(pool, x, w, targets, options, {log_z, at_target, total},
-                        dx->typed_data(), dw->typed_data(), Room(packed));
+                        dx->typed_data(), dw->typed_data(), Workspace(packed));
 }
 
 }  // namespace gptjax

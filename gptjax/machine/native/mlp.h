@@ -1,7 +1,7 @@
-// Two linear layers with a GELU between, some rows at a time, so that what lies between them never leaves the caches:
-// the backward pass makes it again.
+// An MLP: two linear layers with a GELU between, some rows at a time, so that the hidden layer never leaves the caches.
+// The backward pass recomputes it.
 //
-// N rows, D width of the residual stream, F width between; all are multiples of 32. Both weights are [D, F].
+// N rows, D width of the residual stream, F width of the hidden layer; all are multiples of 32. Both weights are [D, F].
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace gptjax {
 
-// Rounds as the activations are stored between two layers.
+// Rounds to the dtype of the activations.
 template <typename T>
 inline __m512 Rounded(__m512 x) {
   if constexpr (std::is_same_v<T, float>) return x;
@@ -22,26 +22,28 @@ inline __m512 Rounded(__m512 x) {
 
 template <typename T>
 ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w_in, Bias b_in,
-                 const ffi::AnyBuffer& w_out, Bias b_out, Onto onto, float* y, int64_t N, int64_t D, int64_t F, Room room_for_all) {
+                 const ffi::AnyBuffer& w_out, Bias b_out, Onto onto, float* y, int64_t N, int64_t D, int64_t F,
+                 Workspace all) {
   constexpr int P = kPlanes<T>;
-  constexpr int64_t kRows = P == 1 ? 256 : 128;
-  bf16 *in = room_for_all.Take(D * F * P), *out = room_for_all.Take(D * F * P);
-  if (!room_for_all.enough()) return TooLittleRoom();
+  constexpr int64_t kRows = P == 1 ? 256 : 128;  // of a task at most
+  bf16 *in = all.Take(D * F * P), *out = all.Take(D * F * P);
+  if (!all.enough()) return TooSmallWorkspace();
   PackWeight<P>(pool, w_in, false, D, F, in);
   PackWeight<P>(pool, w_out, true, F, D, out);
-  Parallel(pool, (N + kRows - 1) / kRows, [&](int64_t task) {
+  const int64_t rows = RowsOfTask(pool, N, kRows, kSide);
+  Parallel(pool, Ceil(N, rows), [&](int64_t task) {
     TileScope tiles;
     alignas(64) float block[kBlock];
-    int64_t begin = task * kRows, count = std::min(N - begin, kRows);
-    bf16* room = P == 1 ? nullptr : Scratch<struct MlpRows, bf16>(kRows * D * P);
-    bf16* between = Scratch<struct MlpBetween, bf16>(kRows * F * P);
+    int64_t begin = task * rows, count = std::min(N - begin, rows);
+    bf16* workspace = P == 1 ? nullptr : Scratch<struct MlpRows, bf16>(kRows * D * P);
+    bf16* hidden = Scratch<struct MlpHidden, bf16>(kRows * F * P);
     Left left[kRows / kSide];
     for (int64_t row = 0; row < count; row += kSide)
-      left[row / kSide] = RowsAsLeft(Data<T>(x) + (begin + row) * D, D, D, room + row * D * P);
+      left[row / kSide] = RowsAsLeft(Data<T>(x) + (begin + row) * D, D, D, workspace + row * D * P);
     for (int64_t f = 0; f < F; f += kSide) {
       for (int64_t row = 0; row < count; row += kSide) {
         Multiply<P>(left[row / kSide], in + f * D * P, D / kDepth, block, kSide, false);
-        bf16* to = between + (row * F + f * kSide) * P;
+        bf16* to = hidden + (row * F + f * kSide) * P;
         for (int64_t half = 0; half < kSide; half += 16) {
           __m512 bias = b_in(f + half);
           for (int64_t i = 0; i < kSide; ++i)
@@ -51,7 +53,7 @@ ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyB
     }
     for (int64_t d = 0; d < D; d += kSide) {
       for (int64_t row = 0; row < count; row += kSide) {
-        Multiply<P>(InBlocks<P>(between + row * F * P), out + d * F * P, F / kDepth, block, kSide, false);
+        Multiply<P>(InBlocks<P>(hidden + row * F * P), out + d * F * P, F / kDepth, block, kSide, false);
         for (int64_t half = 0; half < kSide; half += 16) {
           __m512 bias = b_out(d + half);
           for (int64_t i = 0; i < kSide; ++i) {
@@ -67,50 +69,52 @@ ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyB
 
 inline ffi::Error Mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w_in, Vector b_in, ffi::AnyBuffer w_out,
                       Vector b_out, Stream onto, ffi::Result<Stream> y, ffi::Result<Packed> packed) {
+  if (!HaveRows(x, w_in)) return DoNotFit();
   int64_t D = x.dimensions().back(), N = x.element_count() / D, F = w_in.dimensions().back();
   if (N % kSide || D % kSide || F % kSide) return NotInBlocks();
   if (!Have(D * F, w_in, w_out) || !Have(N * D, *y) || !HasOrLacks(F, b_in) || !HasOrLacks(D, b_out) ||
       !HasOrLacks(N * D, onto) || !Readable(x, w_in, w_out))
     return DoNotFit();
   auto run = IsFloat32(x) ? MlpAs<float> : MlpAs<bf16>;
-  return run(pool, x, w_in, Bias(b_in), w_out, Bias(b_out), Onto(onto), y->typed_data(), N, D, F, Room(packed));
+  return run(pool, x, w_in, Bias(b_in), w_out, Bias(b_out), Onto(onto), y->typed_data(), N, D, F, Workspace(packed));
 }
 
-// Packed are three layouts of weights, then, for as many rows at a time as there is room for, x and dy as left operands
-// and what lies between, with its gradient, as right ones.
+// The workspace holds three layouts of weights, then, for as many rows at a time as fit, x and dy as left operands and
+// the hidden layer, with its gradient, as right operands.
 template <typename T>
 ffi::Error MlpGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w_in, Bias b_in,
                          const ffi::AnyBuffer& w_out, const ffi::AnyBuffer& dy, T* dx, float* dw_in, float* db_in,
-                         float* dw_out, int64_t N, int64_t D, int64_t F, Room room_for_all) {
+                         float* dw_out, int64_t N, int64_t D, int64_t F, Workspace all) {
   constexpr int P = kPlanes<T>;
-  constexpr int64_t kRows = 128;
-  bf16 *in = room_for_all.Take(D * F * P), *out = room_for_all.Take(D * F * P), *back = room_for_all.Take(D * F * P);
-  const int64_t at_once = room_for_all.left() / (2 * (D + F) * P) / kRows * kRows;
-  if (at_once <= 0) return TooLittleRoom();
-  bf16 *x_left = room_for_all.Take(at_once * D * P), *dy_left = room_for_all.Take(at_once * D * P);
-  bf16 *a_right = room_for_all.Take(at_once * F * P), *dh_right = room_for_all.Take(at_once * F * P);
+  constexpr int64_t kRows = 128;  // of a task at most
+  bf16 *in = all.Take(D * F * P), *out = all.Take(D * F * P), *back = all.Take(D * F * P);
+  const int64_t at_once = all.left() / (2 * (D + F) * P) / kRows * kRows;
+  if (at_once <= 0) return TooSmallWorkspace();
+  bf16 *x_left = all.Take(at_once * D * P), *dy_left = all.Take(at_once * D * P);
+  bf16 *a_right = all.Take(at_once * F * P), *dh_right = all.Take(at_once * F * P);
   PackWeight<P>(pool, w_in, false, D, F, in);
   PackWeight<P>(pool, w_out, false, D, F, out);
   PackWeight<P>(pool, w_in, true, F, D, back);
   std::fill(db_in, db_in + F, 0.0f);
-  std::vector<float> sums(at_once / kRows * F);
+  std::vector<float> sums(at_once / kSide * F);  // of 32 rows each, so that tasks of any size give the same bits
   for (int64_t first = 0; first < N; first += at_once) {
-    int64_t total = std::min(at_once, N - first), tasks = (total + kRows - 1) / kRows;
-    Parallel(pool, tasks, [&](int64_t task) {
+    const int64_t total = std::min(at_once, N - first), rows = RowsOfTask(pool, total, kRows, kSide);
+    Parallel(pool, Ceil(total, rows), [&](int64_t task) {
       TileScope tiles;
       alignas(64) float block[kBlock], dblock[kBlock];
-      int64_t begin = task * kRows, count = std::min(total - begin, kRows);
-      bf16* room = P == 1 ? nullptr : Scratch<struct GradientRows, bf16>(2 * kRows * D * P);
-      bf16* dh_left = Scratch<struct GradientBetween, bf16>(kRows * F * P);
+      int64_t begin = task * rows, count = std::min(total - begin, rows);
+      bf16* workspace = P == 1 ? nullptr : Scratch<struct GradientRows, bf16>(2 * kRows * D * P);
+      bf16* dh_left = Scratch<struct GradientHidden, bf16>(kRows * F * P);
       Left x_rows[kRows / kSide], dy_rows[kRows / kSide];
       const T *x_at = Data<T>(x) + (first + begin) * D, *dy_at = Data<T>(dy) + (first + begin) * D;
       for (int64_t row = 0; row < count; row += kSide) {
-        x_rows[row / kSide] = RowsAsLeft(x_at + row * D, D, D, room + row * D * P);
-        dy_rows[row / kSide] = RowsAsLeft(dy_at + row * D, D, D, room + (kRows + row) * D * P);
+        x_rows[row / kSide] = RowsAsLeft(x_at + row * D, D, D, workspace + row * D * P);
+        dy_rows[row / kSide] = RowsAsLeft(dy_at + row * D, D, D, workspace + (kRows + row) * D * P);
       }
       for (int64_t f = 0; f < F; f += kSide) {
-        __m512 bias[2] = {b_in(f), b_in(f + 16)}, sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        __m512 bias[2] = {b_in(f), b_in(f + 16)};
         for (int64_t row = 0; row < count; row += kSide) {
+          __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
           Multiply<P>(x_rows[row / kSide], in + f * D * P, D / kDepth, block, kSide, false);
           Multiply<P>(dy_rows[row / kSide], out + f * D * P, D / kDepth, dblock, kSide, false);
           bf16* to = dh_left + (row * F + f * kSide) * P;
@@ -128,8 +132,8 @@ ffi::Error MlpGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const f
           int64_t at = (f * total + (begin + row) * kSide) * P;
           PackRight<P>(block, kSide, a_right + at);
           PackRight<P>(dblock, kSide, dh_right + at);
+          for (int half = 0; half < 2; ++half) Store(&sums[(begin + row) / kSide * F + f + 16 * half], sum[half]);
         }
-        for (int half = 0; half < 2; ++half) Store(&sums[task * F + f + 16 * half], sum[half]);
       }
       for (int64_t d = 0; d < D; d += kSide)
         for (int64_t row = 0; row < count; row += kSide) {
@@ -139,16 +143,16 @@ ffi::Error MlpGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const f
             for (int64_t half = 0; half < kSide; half += 16) Store(to + i * D + half, Load(block + i * kSide + half));
         }
     });
-    for (int64_t task = 0; task < tasks; ++task)
-      for (int64_t f = 0; f < F; f += 16) Store(db_in + f, _mm512_add_ps(Load(db_in + f), Load(&sums[task * F + f])));
+    for (int64_t block = 0; block < total / kSide; ++block)
+      for (int64_t f = 0; f < F; f += 16) Store(db_in + f, _mm512_add_ps(Load(db_in + f), Load(&sums[block * F + f])));
     Parallel(pool, 2 * D / kSide, [&](int64_t panel) {
       bool of_x = panel < D / kSide;
       int64_t column = (of_x ? panel : panel - D / kSide) * kSide;
       PackLeftPanel<P>(Data<T>(of_x ? x : dy) + first * D + column, D, total,
                        (of_x ? x_left : dy_left) + column * total * P);
     });
-    AddProducts<P>(pool, x_left, dh_right, total, D, F, dw_in, first > 0);
-    AddProducts<P>(pool, dy_left, a_right, total, D, F, dw_out, first > 0);
+    AddOuterProducts<P>(pool, x_left, dh_right, total, D, F, dw_in, first > 0);
+    AddOuterProducts<P>(pool, dy_left, a_right, total, D, F, dw_out, first > 0);
   }
   return ffi::Error::Success();
 }
@@ -157,6 +161,7 @@ inline ffi::Error MlpGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
                               ffi::AnyBuffer w_out, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> dx,
                               ffi::Result<ffi::Buffer<ffi::F32>> dw_in, ffi::Result<Vector> db_in,
                               ffi::Result<ffi::Buffer<ffi::F32>> dw_out, ffi::Result<Packed> packed) {
+  if (!HaveRows(x, w_in)) return DoNotFit();
   int64_t D = x.dimensions().back(), N = x.element_count() / D, F = w_in.dimensions().back();
   if (N % kSide || D % kSide || F % kSide) return NotInBlocks();
   if (!Have(D * F, w_in, w_out, *dw_in, *dw_out) || !Have(N * D, dy, *dx) || !Have(F, *db_in) ||
@@ -164,7 +169,7 @@ inline ffi::Error MlpGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
     return DoNotFit();
   auto run = [&](auto* to) {
     return MlpGradientAs(pool, x, w_in, Bias(b_in), w_out, dy, to, dw_in->typed_data(), db_in->typed_data(),
-                         dw_out->typed_data(), N, D, F, Room(packed));
+                         dw_out->typed_data(), N, D, F, Workspace(packed));
   };
   return IsFloat32(x) ? run(Data<float>(dx)) : run(Data<bf16>(dx));
 }

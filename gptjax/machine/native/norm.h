@@ -1,6 +1,6 @@
 // Layer norm of the float32 residual stream (arXiv:1607.06450), forward and backward, each in one pass over memory.
 //
-// N rows of D numbers, a multiple of 32.
+// N rows of width D, a multiple of 32.
 #pragma once
 
 #include <algorithm>
@@ -11,14 +11,14 @@
 
 namespace gptjax {
 
-constexpr int64_t kNormRows = 64;  // that a thread takes at a time
+constexpr int64_t kNormRows = 64;  // of a task, whatever the number of threads: gradients are summed for each task
 
 struct NormOptions {
   float epsilon;
 };
 
 struct Statistics {
-  __m512 mean, inverse;  // one over the deviation
+  __m512 mean, inverse;  // of the standard deviation
 };
 
 inline Statistics StatisticsOf(const float* x, int64_t D, float epsilon) {
@@ -41,13 +41,15 @@ void LayerNormAs(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t D, co
     for (int64_t row = task * kNormRows; row < std::min(N, (task + 1) * kNormRows); ++row) {
       const float* from = x + row * D;
       Statistics s = StatisticsOf(from, D, epsilon);
-      for (int64_t d = 0; d < D; d += 16) Store(y + row * D + d, _mm512_fmadd_ps(Normed(from + d, s), Load(scale + d), bias(d)));
+      for (int64_t d = 0; d < D; d += 16)
+        Store(y + row * D + d, _mm512_fmadd_ps(Normed(from + d, s), Load(scale + d), bias(d)));
     }
   });
 }
 
 inline ffi::Error LayerNorm(ffi::ThreadPool pool, Stream x, Vector scale, Vector bias, NormOptions options,
                             ffi::Result<ffi::AnyBuffer> y) {
+  if (!HaveRows(x)) return DoNotFit();
   int64_t D = x.dimensions().back(), N = x.element_count() / D;
   if (D % kSide) return NotInBlocks();
   if (!Have(D, scale) || !HasOrLacks(D, bias) || !Have(N * D, *y) || !Alike(*y)) return DoNotFit();
@@ -58,10 +60,10 @@ inline ffi::Error LayerNorm(ffi::ThreadPool pool, Stream x, Vector scale, Vector
   return ffi::Error::Success();
 }
 
-// dx is `beside`, the gradient of x from elsewhere, and what comes through the norm.
+// dx is the gradient that comes through the norm plus `residual`, the gradient of x from the residual stream.
 template <typename T>
 void LayerNormGradientAs(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t D, const float* scale, const T* dy,
-                         const float* beside, float epsilon, float* dx, float* dscale, float* dbias) {
+                         const float* residual, float epsilon, float* dx, float* dscale, float* dbias) {
   int64_t tasks = (N + kNormRows - 1) / kNormRows;
   std::vector<float> sums(tasks * 2 * D);  // for each task those of the scale, then those of the bias
   Parallel(pool, tasks, [&](int64_t task) {
@@ -83,7 +85,7 @@ void LayerNormGradientAs(ffi::ThreadPool& pool, const float* x, int64_t N, int64
       for (int64_t d = 0; d < D; d += 16) {
         __m512 scaled = _mm512_mul_ps(Load(gradient + d), Load(scale + d));
         __m512 rest = _mm512_fnmadd_ps(Normed(from + d, s), along, _mm512_sub_ps(scaled, level));
-        Store(dx + row * D + d, _mm512_fmadd_ps(rest, s.inverse, Load(beside + row * D + d)));
+        Store(dx + row * D + d, _mm512_fmadd_ps(rest, s.inverse, Load(residual + row * D + d)));
       }
     }
   });
@@ -97,14 +99,15 @@ void LayerNormGradientAs(ffi::ThreadPool& pool, const float* x, int64_t N, int64
     }
 }
 
-inline ffi::Error LayerNormGradient(ffi::ThreadPool pool, Stream x, Vector scale, ffi::AnyBuffer dy, Stream beside,
+inline ffi::Error LayerNormGradient(ffi::ThreadPool pool, Stream x, Vector scale, ffi::AnyBuffer dy, Stream residual,
                                     NormOptions options, ffi::Result<Stream> dx, ffi::Result<Vector> dscale,
                                     ffi::Result<Vector> dbias) {
+  if (!HaveRows(x)) return DoNotFit();
   int64_t D = x.dimensions().back(), N = x.element_count() / D;
   if (D % kSide) return NotInBlocks();
-  if (!Have(D, scale, *dscale, *dbias) || !Have(N * D, dy, beside, *dx) || !Alike(dy)) return DoNotFit();
+  if (!Have(D, scale, *dscale, *dbias) || !Have(N * D, dy, residual, *dx) || !Alike(dy)) return DoNotFit();
   auto run = [&](auto* gradient) {
-    LayerNormGradientAs(pool, x.typed_data(), N, D, scale.typed_data(), gradient, beside.typed_data(), options.epsilon,
+    LayerNormGradientAs(pool, x.typed_data(), N, D, scale.typed_data(), gradient, residual.typed_data(), options.epsilon,
                         dx->typed_data(), dscale->typed_data(), dbias->typed_data());
   };
   if (IsFloat32(dy))

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -15,46 +16,90 @@ namespace gptjax {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kPatience = 10000;  // looks before a waiting thread makes room for others
+constexpr int64_t kSpins = 10000;      // of a waiting thread before it yields its processor
+constexpr int64_t kTasksPerThread = 4; // so that no thread waits long for the last one
 
 inline int64_t Threads(const ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 
-// Calls `work(i)` once for each i in [0, count). The calling thread takes part and waits for nobody who has not begun,
-// so that it does not matter whether the pool's other threads are busy, or wait here themselves.
+inline int64_t Ceil(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Into how many tasks each of `tasks` should be cut, of at most `pieces`, so that every thread gets a few. A kernel may
+// cut only what computes each number of its result in the same way, so that no bit depends on the number of threads.
+inline int64_t Cuts(const ffi::ThreadPool& pool, int64_t tasks, int64_t pieces) {
+  return std::clamp<int64_t>(Ceil(kTasksPerThread * Threads(pool), std::max<int64_t>(1, tasks)), 1, pieces);
+}
+
+// Rows of a task: `most`, or fewer (a multiple of `unit`), so that every thread gets a task where there are enough rows.
+inline int64_t RowsOfTask(const ffi::ThreadPool& pool, int64_t rows, int64_t most, int64_t unit) {
+  return std::clamp<int64_t>(Ceil(Ceil(rows, 2 * Threads(pool)), unit) * unit, unit, most);
+}
+
+// Calls `work(i)` once for each i in [0, count). The calling thread takes part and waits only for threads that have
+// begun, so that it does not matter whether the pool's other threads are busy, or wait here themselves. If a call
+// throws, which is for want of memory, all others still end before this throws.
 template <typename Work>
 void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
   struct Shared {
     std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> failed{false};
   };
   auto shared = std::make_shared<Shared>();
-  auto* function = &work;  // read only by those who found a number below `count`, for whom the caller waits
-  auto take = [shared, function, count] {
+  auto* function = &work;  // read only by threads that found a number below `count`, for which the caller waits
+  auto take = [shared, function, count]() noexcept {
     for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
-      (*function)(i);
+      try {
+        (*function)(i);
+      } catch (...) {
+        shared->failed.store(true, std::memory_order_relaxed);
+      }
       shared->done.fetch_add(1, std::memory_order_release);
     }
   };
   int64_t helpers = std::min(Threads(pool), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) {
-    auto copy = take;
-    pool.Schedule(std::move(copy));
+  try {
+    for (int64_t i = 0; i < helpers; ++i) {
+      auto copy = take;
+      pool.Schedule(std::move(copy));
+    }
+  } catch (const std::bad_alloc&) {  // fewer threads do the work then
   }
   take();
-  for (int64_t looks = 0; shared->done.load(std::memory_order_acquire) < count; ++looks) {
-    if (looks < kPatience)
+  for (int64_t spins = 0; shared->done.load(std::memory_order_acquire) < count; ++spins) {
+    if (spins < kSpins)
       __builtin_ia32_pause();
     else
-      std::this_thread::yield();  // who computes the last parts may wait for this processor
+      std::this_thread::yield();  // the thread that computes the last task may wait for this processor
   }
+  if (shared->failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
-// Room for `count` elements that belongs to this thread; each `Name` has its own, which is kept and may grow.
+// Memory for `count` elements that belongs to this thread. Each `Name` has its own, which is reused by later calls; it
+// grows, and is replaced by a smaller one where a call needs far less.
 template <typename Name, typename T>
 T* Scratch(int64_t count) {
-  constexpr int64_t kLine = 64;
+  constexpr size_t kLine = 64 / sizeof(T), kSmall = (size_t{1} << 20) / sizeof(T), kFarLess = 8;
   thread_local std::vector<T> buffer;
-  if (buffer.size() < static_cast<size_t>(count + kLine)) buffer.resize(count + kLine);
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + kLine - 1) & ~uintptr_t{kLine - 1});
+  const size_t needed = static_cast<size_t>(count) + kLine;
+  if (buffer.size() > kSmall && needed < buffer.size() / kFarLess) std::vector<T>().swap(buffer);
+  if (buffer.size() < needed) {
+    buffer.clear();  // so that nothing is copied
+    buffer.resize(needed);
+  }
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t{63});
 }
+
+// `kernel` without exceptions, which XLA's own code does not know.
+template <auto kernel>
+struct Guarded;
+template <typename... Args, ffi::Error (*kernel)(Args...)>
+struct Guarded<kernel> {
+  static ffi::Error Call(Args... args) {
+    try {
+      return kernel(std::move(args)...);
+    } catch (const std::bad_alloc&) {
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "not enough memory for a kernel");
+    }
+  }
+};
 
 }  // namespace gptjax

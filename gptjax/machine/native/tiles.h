@@ -1,12 +1,13 @@
-// Products of small matrices, summed in float32: by AMX (Intel's tiles) or by AVX-512's products of bfloat16 pairs.
+// Matrix multiplication of small blocks, accumulated in float32: by AMX (Intel's tiles) or by the AVX-512 instruction
+// for pairs of bfloat16.
 //
-// Operands are planes of bfloat16: one for a bfloat16 matrix, three for a float32 one, which is the sum of its planes.
-// Of the nine products of planes the six largest are added up; the others are below float32's own rounding
+// Operands are planes of bfloat16: one plane for a bfloat16 matrix; three for a float32 matrix, which is the sum of its
+// planes. Of the nine products of two planes the six largest are added up; the others are below float32's own rounding
 // (arXiv:1904.06376, section 3).
 //
-// The left operand lies in rows, or packed in blocks of 32 x 32. The right one is packed in panels of 32 columns; in
-// each, two rows that follow one another lie interleaved, element by element, so that a pair is one word of 32 bits, as
-// both instruction sets want it.
+// The left operand lies in rows, or packed in blocks of 32 x 32. The right operand is packed in panels of 32 columns. In
+// a panel two consecutive rows are interleaved element by element, so that a pair is one word of 32 bits, as both
+// instruction sets expect.
 #pragma once
 
 #include <immintrin.h>
@@ -15,18 +16,27 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(GPTJAX_TILES_HEADER)  // a test's, which computes without AMX what its instructions would
+#include GPTJAX_TILES_HEADER
+#define GPTJAX_TILES 1
+#elif !defined(GPTJAX_WITHOUT_TILES) && ((defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)) || \
+                                         (defined(__AMXTILE__) && defined(__AMXBF16__) && defined(__AMXINT8__)))
+#include "tile_instructions.h"
+#define GPTJAX_TILES 1
+#endif
+
 namespace gptjax {
 
 using bf16 = uint16_t;
 
-constexpr int64_t kSide = 32;              // rows and columns of a block of results
-constexpr int64_t kDepth = 32;             // summed in one step
-constexpr int64_t kBlock = kSide * kDepth; // elements of a plane of a packed block
+constexpr int64_t kSide = 32;               // rows and columns of a block of results
+constexpr int64_t kDepth = 32;              // contracted in one step
+constexpr int64_t kBlock = kSide * kDepth;  // elements of a plane of a packed block
 
 template <typename T>
 constexpr int kPlanes = std::is_same_v<T, float> ? 3 : 1;
 
-// Pairs of planes, left and right, that are multiplied: the smallest products first.
+// The pairs of planes, left and right, that are multiplied: the smallest products first.
 template <int P>
 constexpr int kProducts = P == 3 ? 6 : 1;
 constexpr int kLeftPlane[] = {0, 0, 1, 1, 2, 0}, kRightPlane[] = {2, 1, 1, 0, 0, 0};
@@ -39,79 +49,78 @@ constexpr int RightPlane(int i) {
   return P == 3 ? kRightPlane[i] : 0;
 }
 
-// Where a left operand's 32 rows begin, and how far it is to the next row and to what is summed in the next step.
+// 32 rows of a left operand.
 struct Left {
-  const bf16* at;
-  int64_t row;
-  int64_t step;
+  const bf16* at;  // its first element
+  int64_t row;     // elements from one row to the next
+  int64_t step;    // elements from one step of the contraction to the next
 };
 
 inline Left InRows(const bf16* at, int64_t width) { return {at, width, kDepth}; }
-// Packed: for each step its planes of 32 rows of 32.
+// Packed: for each step the planes of a block of 32 x 32.
 template <int P>
 inline Left InBlocks(const bf16* at) {
   return {at, kDepth, P * kBlock};
 }
 
-#if defined(__AMX_BF16__)
+#if defined(GPTJAX_TILES)
 
-// Sets this thread's tiles up for `Multiply`, and lets go of them at the end.
+// Configures this thread's tiles for `Multiply`, and releases them at the end.
 class TileScope {
  public:
   TileScope() {
-    alignas(64) struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
+    TileConfig config = {};
+    config.palette = 1;
     for (int i = 0; i < 8; ++i) {
-      config.bytes[i] = 64;
+      config.bytes_per_row[i] = 64;
       config.rows[i] = 16;
     }
-    _tile_loadconfig(&config);
+    ConfigureTiles(config);
   }
-  ~TileScope() { _tile_release(); }
+  ~TileScope() { ReleaseTiles(); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
 };
 
-// c [32, 32] (+)= left [32, 32 steps] right [32 steps, 32], rows of c being `width` apart.
+// c [32, 32] (+)= left [32, 32 steps] right [32 steps, 32]. The rows of c are `width` elements apart.
 template <int P>
 inline void Multiply(Left left, const bf16* right, int64_t steps, float* c, int64_t width, bool add) {
   if (add) {
-    _tile_loadd(0, c, width * 4);
-    _tile_loadd(1, c + 16, width * 4);
-    _tile_loadd(2, c + 16 * width, width * 4);
-    _tile_loadd(3, c + 16 * width + 16, width * 4);
+    LoadTile<0>(c, width * 4);
+    LoadTile<1>(c + 16, width * 4);
+    LoadTile<2>(c + 16 * width, width * 4);
+    LoadTile<3>(c + 16 * width + 16, width * 4);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    ZeroTile<0>();
+    ZeroTile<1>();
+    ZeroTile<2>();
+    ZeroTile<3>();
   }
   const bf16 *first = left.at, *second = first + 16 * left.row;
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 6
     for (int i = 0; i < kProducts<P>; ++i) {
       if (i == 0 || RightPlane<P>(i) != RightPlane<P>(i - 1)) {
-        _tile_loadd(6, right + RightPlane<P>(i) * kBlock, 128);
-        _tile_loadd(7, right + RightPlane<P>(i) * kBlock + 32, 128);
+        LoadTile<6>(right + RightPlane<P>(i) * kBlock, 128);
+        LoadTile<7>(right + RightPlane<P>(i) * kBlock + 32, 128);
       }
       if (i == 0 || LeftPlane<P>(i) != LeftPlane<P>(i - 1)) {
-        _tile_loadd(4, first + LeftPlane<P>(i) * kBlock, left.row * 2);
-        _tile_loadd(5, second + LeftPlane<P>(i) * kBlock, left.row * 2);
+        LoadTile<4>(first + LeftPlane<P>(i) * kBlock, left.row * 2);
+        LoadTile<5>(second + LeftPlane<P>(i) * kBlock, left.row * 2);
       }
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      MultiplyTilesOfBf16<0, 4, 6>();
+      MultiplyTilesOfBf16<1, 4, 7>();
+      MultiplyTilesOfBf16<2, 5, 6>();
+      MultiplyTilesOfBf16<3, 5, 7>();
     }
     first += left.step;
     second += left.step;
     right += P * kBlock;
   }
-  _tile_stored(0, c, width * 4);
-  _tile_stored(1, c + 16, width * 4);
-  _tile_stored(2, c + 16 * width, width * 4);
-  _tile_stored(3, c + 16 * width + 16, width * 4);
+  StoreTile<0>(c, width * 4);
+  StoreTile<1>(c + 16, width * 4);
+  StoreTile<2>(c + 16 * width, width * 4);
+  StoreTile<3>(c + 16 * width + 16, width * 4);
 }
 
 #else
@@ -188,12 +197,12 @@ inline Planes<P> LoadPlanes(const bf16* x) {
   return {{_mm256_loadu_si256((const __m256i*)x)}};
 }
 
-// Two rows of 16 numbers as 16 pairs.
+// Interleaves two rows of 16 numbers into 16 pairs.
 inline __m512i Pairs(__m256i upper, __m256i lower) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(upper), Float32Bits(lower));
 }
 
-// Turns 16 x 16 words of 32 bits around.
+// Transposes 16 x 16 words of 32 bits.
 inline void Transpose(__m512i r[16]) {
   __m512i t[16];
   for (int i = 0; i < 8; ++i) {
@@ -220,7 +229,7 @@ inline void Transpose(__m512i r[16]) {
   }
 }
 
-// Packs 32 rows and 32 columns of a right operand that lies in rows.
+// Packs 32 rows and 32 columns of a right operand that is stored in rows.
 template <int P, typename S>
 inline void PackRight(const S* from, int64_t width, bf16* to) {
   for (int pair = 0; pair < 16; ++pair, from += 2 * width, to += 64) {
@@ -232,7 +241,7 @@ inline void PackRight(const S* from, int64_t width, bf16* to) {
   }
 }
 
-// The same for one that lies in columns: 32 columns of 32 numbers each.
+// The same for a right operand that is stored in columns: 32 columns of 32 numbers each.
 template <int P, typename S>
 inline void PackRightFromColumns(const S* from, int64_t width, bf16* to) {
   for (int half = 0; half < 2; ++half) {
@@ -261,7 +270,7 @@ inline void PackLeft(const S* from, int64_t width, bf16* to) {
     }
 }
 
-// The same for one that lies in columns: `from` has 32 rows, which become columns.
+// The same for a left operand that is stored in columns: `from` has 32 rows, which become columns.
 template <int P, typename S>
 inline void PackLeftFromColumns(const S* from, int64_t width, bf16* to) {
   for (int half = 0; half < 32; half += 16) {
@@ -285,11 +294,11 @@ inline void StoreLeft(bf16* block, int64_t i, int64_t half, __m512 x) {
   for (int p = 0; p < P; ++p) _mm256_storeu_si256((__m256i*)(block + p * kBlock + i * kDepth + half), planes.plane[p]);
 }
 
-// 32 rows of `depth` numbers as a left operand: where they lie, or packed into `room`.
+// 32 rows of `depth` numbers as a left operand: bfloat16 is read in place, float32 is packed into `workspace`.
 inline Left RowsAsLeft(const bf16* from, int64_t width, int64_t, bf16*) { return InRows(from, width); }
-inline Left RowsAsLeft(const float* from, int64_t width, int64_t depth, bf16* room) {
-  for (int64_t k = 0; k < depth; k += kDepth) PackLeft<3>(from + k, width, room + k / kDepth * 3 * kBlock);
-  return InBlocks<3>(room);
+inline Left RowsAsLeft(const float* from, int64_t width, int64_t depth, bf16* workspace) {
+  for (int64_t k = 0; k < depth; k += kDepth) PackLeft<3>(from + k, width, workspace + k / kDepth * 3 * kBlock);
+  return InBlocks<3>(workspace);
 }
 
 }  // namespace gptjax
