@@ -26,7 +26,7 @@ def main() -> None:
     found = {side: [] for side in sides}
     for _ in range(ROUNDS):
         for side in sides:
-            environment = {**os.environ, TUNABLES: HUGE_PAGES, SWITCH: str(int(side == "kernels"))}
+            environment = {**os.environ, TUNABLES: HUGE_PAGES, SWITCH: "auto" if side == "kernels" else "0"}
             call = subprocess.run(
                 [sys.executable, __file__, side], env=environment, capture_output=True, text=True, check=True
             )

@@ -116,7 +116,7 @@ class Case(NamedTuple):
     arguments: tuple[np.ndarray, ...]
     results: tuple[Spec, ...]
     """With the workspace, if there is one, at the end."""
-    options: dict[str, np.generic]
+    options: Mapping[str, np.generic]
     expected: tuple[np.ndarray, ...]
     """Of the first results."""
     precision: np.dtype | float
