@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.machine.native import check, compiler
+from gptjax.machine.native import compiler
 from gptjax.machine.native.compiler import SWITCH
 from gptjax.machine.processor import processor_flags
 
@@ -85,6 +85,8 @@ def _loaded() -> _Library:
 @functools.cache
 def _load() -> _Library:
     import jax
+
+    from gptjax.machine.native import check
 
     problem = missing()
     if problem or _folder is None:
