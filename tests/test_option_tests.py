@@ -101,6 +101,10 @@ ELSEWHERE = {
         *("finetune.layer_decay", "finetune.head_learning_rate"),
     ),
     "test_properties_training::test_wsd_decays_over_its_share_of_the_steps": ("optim.wsd_decay_fraction",),
+    "test_optimizers::test_every_option_of_an_optimizer_changes_its_result": (
+        *("optim.muon_learning_rate", "optim.muon_beta", "optim.embedding_rate", "optim.head_rate"),
+        "optim.factored_decay",
+    ),
     "test_step::test_step_does_not_depend_on_the_mesh": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
     "test_parallel::test_what_cannot_be_cut_is_refused": ("mesh.context", "mesh.stage"),
     "cluster/test_agreement::test_wrong_options_are_named": (

@@ -90,8 +90,9 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its learning rate."""
 
-    name: Literal["adamw", "lion"] = "adamw"
-    """adamw (arXiv:1711.05101) or lion (arXiv:2302.06675)."""
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    """adamw (arXiv:1711.05101), lion (arXiv:2302.06675), adafactor (arXiv:1804.04235), or muon: orthogonalised momentum
+    for the matrices of blocks, adam for the rest (kellerjordan.github.io/posts/muon)."""
     learning_rate: float = 6e-4
     """Peak, reached after warmup_steps."""
     min_learning_rate: float = 6e-5
@@ -116,7 +117,17 @@ class OptimConfig:
     beta2: float = 0.95
     """Decay of the running mean of squared gradients; lion: decay of the running mean of gradients."""
     eps: float = 1e-8
-    """Added to the denominator of adamw."""
+    """Added to the denominator of adam."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the matrices that muon trains; learning_rate is that of all else."""
+    muon_beta: float = 0.95
+    """Decay of muon's momentum."""
+    factored_decay: float = 0.8
+    """adafactor: exponent of the decay of its second moments."""
+    embedding_rate: float = 1.0
+    """Factor of the learning rate of token embeddings."""
+    head_rate: float = 1.0
+    """Factor of the learning rate of an output projection that is not tied."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
 
@@ -131,7 +142,8 @@ class OptimConfig:
             "eps",
             "grad_clip",
         )
-        fraction("optim", self, "beta1", "beta2")
+        positive("optim", self, "muon_learning_rate", "embedding_rate", "head_rate")
+        fraction("optim", self, "beta1", "beta2", "muon_beta", "factored_decay")
         if not 0 < self.wsd_decay_fraction <= 1:
             raise UserError(f"optim.wsd_decay_fraction={self.wsd_decay_fraction} must lie in (0, 1]")
         if self.schedule != "constant" and self.min_learning_rate > self.learning_rate:
@@ -146,7 +158,14 @@ class OptimConfig:
             if not EXTENSION.fullmatch(change):
                 raise UserError(f"optim.extended: {change!r} must be like 'continue at 1000 of 1000'")
         no_effect("optim", self, "min_learning_rate", self.schedule != "constant", "a schedule that decays")
-        no_effect("optim", self, "eps", self.name == "adamw", "optim.name=adamw")
+        no_effect("optim", self, "eps", self.name in ("adamw", "muon"), "optim.name=adamw or muon")
+        for name in ("muon_learning_rate", "muon_beta"):
+            no_effect("optim", self, name, self.name == "muon", "optim.name=muon")
+        no_effect("optim", self, "factored_decay", self.name == "adafactor", "optim.name=adafactor")
+        for name in ("beta1", "beta2"):
+            no_effect("optim", self, name, self.name != "adafactor", "moments that decay by a constant")
+        if self.name == "muon" and not self.learning_rate:
+            raise UserError("optim.learning_rate=0 with optim.name=muon: the rate of embeddings must be above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

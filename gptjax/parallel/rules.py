@@ -14,6 +14,7 @@ VOCABULARY = (PartitionSpec("tensor", ("fsdp", "stage")), PartitionSpec(None, ("
 # First match wins; of several specs the first that divides. Paths end in the parameter's name, for parameters, Adam's
 # moments and averages alike; leaves of blocks and adapters have a leading layer axis.
 RULES = (
+    (r"(^|/)(v_row|v_col|v)/", PartitionSpec()),  # factored second moments: vectors
     (r"(^|/)adapters/", PartitionSpec("stage")),  # small: otherwise every device holds them whole
     (r"(^|/)(prompt|heads)/", PartitionSpec()),
     (r"embed/tokens$", *VOCABULARY),

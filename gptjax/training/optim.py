@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.config.run import OptimConfig
+from gptjax.training.muon import scale_by_muon
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -36,12 +37,62 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Callable[[jax.Array], 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Returns clipping, moments and decoupled decay; the caller multiplies its updates by minus the learning rate."""
-    moments = {
-        "adamw": lambda: optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        "lion": lambda: optax.scale_by_lion(config.beta1, config.beta2),
-    }
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-    return optax.chain(clip, moments[config.name](), optax.add_decayed_weights(config.weight_decay, mask=decayed))
+    moments = OPTIMIZERS[config.name](config)
+    return optax.chain(clip, moments, optax.add_decayed_weights(config.weight_decay, mask=decayed))
+
+
+def _adam(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+
+
+def _lion(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.scale_by_lion(config.beta1, config.beta2)
+
+
+def _adafactor(config: OptimConfig) -> optax.GradientTransformation:
+    """Second moments of matrices as a product of two vectors; no first moments (arXiv:1804.04235, sections 3 and 6)."""
+    factored = optax.scale_by_factored_rms(decay_rate=config.factored_decay, min_dim_size_to_factor=32)
+    return optax.chain(factored, optax.clip_by_block_rms(1.0))
+
+
+def _muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Muon for the matrices of blocks, Adam for all else."""
+
+    def labels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if in_block_matrix(path) else "adam", params)
+
+    return optax.partition({"muon": scale_by_muon(config.muon_beta), "adam": _adam(config)}, labels)
+
+
+OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
+    "adamw": _adam,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}
+"""By `optim.name`: what turns gradients into updates, before decay and learning rate."""
+
+
+def in_block_matrix(path: tuple) -> bool:
+    """Whether a path of the parameters leads to a matrix of a block."""
+    return any(getattr(key, "key", None) == "blocks" for key in path) and path[-1].key.startswith("w_")
+
+
+def rate_factors(config: OptimConfig, params: dict) -> dict | None:
+    """Factor of the learning rate of each parameter, by its group; None: all are 1."""
+    matrices = config.muon_learning_rate / config.learning_rate if config.name == "muon" else 1.0
+    if matrices == config.embedding_rate == config.head_rate == 1.0:
+        return None
+
+    def one(path, _leaf):
+        if in_block_matrix(path):
+            return jnp.float32(matrices)
+        if path[0].key == "embed" and path[-1].key == "tokens":
+            return jnp.float32(config.embedding_rate)
+        return jnp.float32(config.head_rate if path[0].key == "head" else 1.0)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def decayed(params: dict) -> dict:

@@ -21,7 +21,7 @@ from gptjax.parallel.pipeline import Pieces, pipelined_gradient
 from gptjax.parallel.place import get
 from gptjax.tasks.registry import make_loss, make_states_loss
 from gptjax.tasks.trainable import forward_params, init_split, join, rates
-from gptjax.training.optim import make_optimizer, make_schedule
+from gptjax.training.optim import make_optimizer, make_schedule, rate_factors
 from gptjax.training.precision import LossScale, compute_dtype, init_loss_scale, next_loss_scale
 from gptjax.training.watch import ACCEPTED, HALTED, NOT_FINITE, Watch, init_watch, judge, next_watch
 
@@ -120,13 +120,13 @@ def make_train_step(config: Config) -> Callable[[TrainState, Any], tuple[TrainSt
         accepted = verdict == ACCEPTED
         learning_rate = schedule(state.step - state.skipped)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        factors = rates(config, state.params)
-        if factors is not None:
-            updates = jax.tree.map(jnp.multiply, updates, factors)
+        for factors in (rates(config, state.params), rate_factors(config.optim, state.params)):
+            if factors is not None:
+                updates = jax.tree.map(jnp.multiply, updates, factors)
         params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
         params, opt_state = _where(accepted, (params, opt_state), (state.params, state.opt_state))
         # Moments wait for the parameters that are made of them; unordered, XLA would copy all moments before.
-        opt_state = optax.tree.map_params(optimizer, schedule_each_after, opt_state, params)
+        opt_state = optax.tree.map_params(optimizer, _after_params, opt_state, params, is_leaf=_is_masked)
         ema = state.ema
         if ema is not None:
             decay = config.train.ema
@@ -194,3 +194,13 @@ def _summed(gradient, batch):
 
 def _where(condition, new, old):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _is_masked(leaf: Any) -> bool:
+    """Whether an optimizer that trains only some parameters leaves this one out."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _after_params(moment: Any, param: jax.Array) -> Any:
+    """A moment of the shape of its parameter, scheduled after it; others, as factored moments, stay as they are."""
+    return schedule_each_after(moment, param) if getattr(moment, "shape", None) == param.shape else moment
