@@ -13,6 +13,7 @@ import numpy as np
 from gptjax.batches.permutation import draw_keys, permute
 from gptjax.batches.rows import ALL, Rows, take_rows
 from gptjax.config.task import TaskConfig
+from gptjax.errors import UserError
 from gptjax.text.labelled import Text
 from gptjax.text.tokenizer import Tokenizer
 
@@ -40,8 +41,8 @@ class TextSet:
     tokens: Sequence[np.ndarray]
     targets: np.ndarray
     """As in `TextBatch`, for all texts."""
-    cut: int
-    """Texts that were longer than `max_tokens` and lost their end."""
+    cut: np.ndarray
+    """bool: texts that were longer than `max_tokens` and lost their end."""
     max_tokens: int
 
     def batch(self, numbers: np.ndarray, tokens: Sequence[np.ndarray], weights: np.ndarray) -> TextBatch:
@@ -75,10 +76,18 @@ def encode_texts(
         labels: Names, in the order of the head's outputs.
         multi_label: Whether a text has any number of labels.
         max_tokens: Longer texts keep their beginning.
+
+    Raises:
+        UserError: There is no room for a token of a text.
     """
     number = {label: n for n, label in enumerate(labels)}
     ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    room = max(1, max_tokens - 2 * len(ends))
+    room = max_tokens - 2 * len(ends)
+    if room < 1:
+        raise UserError(
+            f"task.max_tokens={max_tokens} must be at least {2 * len(ends) + 1}: a text's tokens stand between two"
+            " end-of-text tokens"
+        )
     encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch([example.text for example in examples])]
     tokens = [np.concatenate([ends, ids[:room], ends]).astype(np.int32) for ids in encoded]
     if multi_label:
@@ -87,7 +96,7 @@ def encode_texts(
             row[[number[label] for label in example.labels]] = 1
     else:
         targets = np.array([number[e.labels[0]] if e.labels else -1 for e in examples], np.int32)
-    return TextSet(tokens, targets, sum(len(ids) > room for ids in encoded), max_tokens)
+    return TextSet(tokens, targets, np.array([len(ids) > room for ids in encoded], bool), max_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

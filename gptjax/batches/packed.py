@@ -1,4 +1,4 @@
-"""Short sequences with targets of their own, several of them in a window: word tags and chats.
+"""Short sequences with targets at some positions, packed into windows: word tags and chats.
 
 Shape suffixes: B windows, T position.
 """
@@ -13,34 +13,50 @@ import numpy as np
 from gptjax.batches.permutation import draw_keys, permute
 from gptjax.batches.pretraining import Batch
 from gptjax.batches.rows import ALL, Rows
-from gptjax.text.labelled import Chat, Words
+from gptjax.errors import UserError
+from gptjax.text.chats import Chat
+from gptjax.text.labelled import Words
 from gptjax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """Inputs of one sequence and what is asked at each; -1: nothing."""
+class TargetSequence:
+    """Inputs of one sequence and the target at each position; -1: none."""
 
     inputs: np.ndarray
     targets: np.ndarray
 
 
 class EncodedWords(NamedTuple):
-    """Sentences for tagging, as sequences in their order; a long sentence is several."""
+    """Sentences for tagging, as sequences in their order; a long sentence is several sequences."""
 
-    sequences: list[Asked]
-    asked: list[np.ndarray]
-    """Of each sequence, the positions at which its words' labels stand."""
+    sequences: list[TargetSequence]
+    positions: list[np.ndarray]
+    """Of each sequence, the positions that predict its words' labels."""
     lengths: tuple[int, ...]
     """Words of each sentence."""
+    cut: tuple[bool, ...]
+    """Whether a sentence has a word of which only the beginning is read."""
     max_tokens: int
+
+
+class EncodedChats(NamedTuple):
+    """Chats as sequences."""
+
+    sequences: list[TargetSequence]
+    cut: int
+    """Chats that lost their end because they are longer than `max_tokens`."""
+    left_out: int
+    """Chats that were left out because the part that fits has no target."""
+    target_bytes: int
+    """UTF-8 bytes of the text that is a target."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedSequences:
     """Sequences packed once into windows of `max_tokens`, each a segment; epochs differ in the windows' order."""
 
-    sequences: Sequence[Asked]
+    sequences: Sequence[TargetSequence]
     max_tokens: int
     seed: int
 
@@ -94,7 +110,7 @@ class PackedSequences:
             yield chosen, self.pack(chosen)
 
     def pack(self, windows: Sequence[Sequence[int]]) -> Batch:
-        """Puts sequences, by number, into windows; what is left over is a segment without targets."""
+        """Puts sequences, by number, into windows; padding is a segment of its own without targets."""
         B, T = len(windows), self.max_tokens
         inputs, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
         targets, segments = np.full((B, T), -1, np.int32), np.zeros((B, T), np.int32)
@@ -113,56 +129,77 @@ class PackedSequences:
 def encode_words(
     examples: Sequence[Words], tokenizer: Tokenizer, labels: Sequence[str], max_tokens: int, lookahead: int
 ) -> EncodedWords:
-    """Encodes sentences for tagging: a word's label is asked `lookahead` tokens after the last one of the word.
+    """Encodes sentences for tagging: a word's label is predicted `lookahead` tokens after the last one of the word.
 
-    Each sentence begins with end-of-text, and ends with `lookahead` more of them, for words that have nothing behind
-    them. A sentence that does not fit in `max_tokens` becomes several sequences; of a word that does not, the beginning
-    is read.
+    Each sentence begins with end-of-text, and ends with `lookahead` more of them, for the last words. A sentence that
+    does not fit in `max_tokens` becomes several sequences; of a word that does not fit, the beginning is read.
+
+    Raises:
+        UserError: There is no room for a token of a word.
     """
+    room = max_tokens - lookahead - 1
+    if room < 1:
+        raise UserError(
+            f"task.lookahead={lookahead} must be at most task.max_tokens - 2 = {max_tokens - 2}: a window holds"
+            " end-of-text, a word's tokens, and those that are read past it"
+        )
     number = {label: n for n, label in enumerate(labels)}
     filler = 0 if tokenizer.end_of_text is None else tokenizer.end_of_text
-    encode = functools.cache(lambda text: tokenizer.encode(text)[: max_tokens - lookahead - 1])
-    sequences, places = [], []
+    encode = functools.cache(tokenizer.encode)
+    sequences, places, cut = [], [], []
     for example in examples:
-        pieces = [encode(word if i == 0 else f" {word}") for i, word in enumerate(example.words)]
+        whole = [encode(word if i == 0 else f" {word}") for i, word in enumerate(example.words)]
+        cut.append(any(len(piece) > room for piece in whole))
+        pieces = [piece[:room] for piece in whole]
         tags = [number[tag] for tag in example.tags] or [-1] * len(pieces)
         first = 0
         while first < len(pieces):
             lengths = np.cumsum([len(piece) for piece in pieces[first:]])
-            last = first + max(1, int(np.searchsorted(lengths, max_tokens - lookahead - 1, side="right")))
+            last = first + max(1, int(np.searchsorted(lengths, room, side="right")))
             ids = [np.array([filler], np.int32), *pieces[first:last], np.full(lookahead, filler, np.int32)]
             inputs = np.concatenate(ids).astype(np.int32)
-            asked = lengths[: last - first] + lookahead
+            positions = lengths[: last - first] + lookahead
             targets = np.full(len(inputs), -1, np.int32)
-            targets[asked] = tags[first:last]
-            sequences.append(Asked(inputs, targets))
-            places.append(asked)
+            targets[positions] = tags[first:last]
+            sequences.append(TargetSequence(inputs, targets))
+            places.append(positions)
             first = last
-    return EncodedWords(sequences, places, tuple(len(example.words) for example in examples), max_tokens)
+    return EncodedWords(sequences, places, tuple(len(example.words) for example in examples), tuple(cut), max_tokens)
 
 
-def encode_chats(examples: Sequence[Chat], tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Asked], int, int]:
-    """Encodes chats: the loss is on the tokens of what is to be learned, and on the end-of-text after it.
+def encode_chats(examples: Sequence[Chat], tokenizer: Tokenizer, max_tokens: int) -> EncodedChats:
+    """Encodes each chat as one text between two end-of-text tokens, where the tokenizer has one.
 
-    Returns:
-        Sequences; how many lost their end because they are longer than `max_tokens`; how many were left out because
-        nothing to learn was left.
+    Targets are the tokens with a character of the assistant's messages, and the end-of-text after the last message if
+    that is the assistant's. So a token that holds characters of a response and of what stands before or after
+    it is a target too.
     """
     ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    sequences, cut, left_out = [], 0, 0
+    sequences, cut, left_out, target_bytes = [], 0, 0, 0
     for example in examples:
-        ids, learned = [np.array(ends, np.int32)], [np.zeros(len(ends), bool)]
-        for text, learn in example.pieces:
-            ids.append(tokenizer.encode(text))
-            learned.append(np.full(len(ids[-1]), learn))
-        ids.append(np.array(ends, np.int32))
-        learned.append(np.full(len(ends), example.pieces[-1][1]))
-        tokens, asked = np.concatenate(ids).astype(np.int32), np.concatenate(learned)
+        ids = tokenizer.encode(example.text)
+        tokens = np.concatenate([ends, ids, ends]).astype(np.int32)
+        is_target = np.concatenate(
+            [np.zeros(len(ends), bool), _overlaps(example, tokenizer, ids), np.full(len(ends), example.ends_in_target)]
+        )
         cut += len(tokens) - 1 > max_tokens
         inputs = tokens[:-1][:max_tokens]
-        targets = np.where(asked, tokens, -1)[1:][:max_tokens].astype(np.int32)
+        targets = np.where(is_target, tokens, -1)[1:][:max_tokens].astype(np.int32)
         if (targets >= 0).any():
-            sequences.append(Asked(inputs, targets))
+            sequences.append(TargetSequence(inputs, targets))
+            of_text = targets[(targets >= 0) & ~np.isin(targets, ends)]
+            target_bytes += int(tokenizer.byte_lengths[of_text].sum())
         else:
             left_out += 1
-    return sequences, cut, left_out
+    return EncodedChats(sequences, cut, left_out, target_bytes)
+
+
+def _overlaps(chat: Chat, tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """Which tokens of a chat's text have a character of its target spans."""
+    stops = np.cumsum(tokenizer.byte_lengths[ids])
+    starts = stops - tokenizer.byte_lengths[ids]
+    found = np.zeros(len(ids), bool)
+    for first, end in chat.targets:
+        first_byte, end_byte = (len(chat.text[:place].encode()) for place in (first, end))
+        found |= (starts < end_byte) & (stops > first_byte)
+    return found

@@ -53,12 +53,16 @@ class DataConfig:
     """Read hf_dataset as a stream instead of downloading it whole."""
     text_field: str = "text"
     """Field (JSONL), column (CSV, parquet) or feature (datasets) that holds the text."""
+    encoding: Literal["utf-8", "utf-16", "latin-1", "cp1252"] = "utf-8"
+    """Encoding of the files of path; parquet is always UTF-8."""
+    quoting: Literal["format", "double", "none"] = "format"
+    """Double quotes around fields of CSV and TSV. format: CSV has them, TSV has not; none: they are plain text."""
     max_documents: int = 0
     """Stop reading after this many documents; 0: all."""
     validation_fraction: float = 0.1
     """Share of the text that is used for validation: documents, chosen by hash; of a single document, its end."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
-    """Bytes that are no UTF-8: stop, put U+FFFD, or leave the document out (counted)."""
+    """Bytes that are not valid in the encoding: stop, put U+FFFD, or leave the document or row out (counted)."""
     unicode: Literal["keep", "NFC"] = "keep"
     """Unicode normalisation."""
     newlines: Literal["keep", "unix"] = "keep"
@@ -81,6 +85,8 @@ class DataConfig:
         not_negative("data", self, "max_documents", "min_characters")
         usable_paths("data", self, "path")
         no_effect("data", self, "streaming", bool(self.hf_dataset), "data.hf_dataset")
+        for name in ("encoding", "quoting"):
+            no_effect("data", self, name, bool(self.path), "data.path")
         if self.source:
             for name in ("text_field", "invalid_utf8"):
                 no_effect("data", self, name, False, "text of your own")
@@ -365,8 +371,7 @@ class Config:
         new = labelled or self.model.adapter.kind != "none"
         if rows:
             no_effect("train", self.train, "eval_windows", False, "task.kind=pretrain")
-            text_only = ("source", "invalid_utf8", "unicode", "newlines", "min_characters", "drop_duplicates")
-            for name in (*text_only, "attend_across_documents"):
+            for name in ("source", "min_characters", "drop_duplicates", "attend_across_documents"):
                 no_effect("data", self.data, name, False, "task.kind=pretrain")
         if not self._has_score(self.train.best_by):
             no_effect("train", self.train, "best_by", False, "a task that has such a score")

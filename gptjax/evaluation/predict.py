@@ -72,8 +72,8 @@ def predict_words(
         for row, numbers in zip(probabilities, windows, strict=True):
             start = 0
             for number in numbers:
-                asked, sequence = words.asked[number], words.sequences[number]
-                found[number], targets[number] = row[start + asked], sequence.targets[asked]
+                positions, sequence = words.positions[number], words.sequences[number]
+                found[number], targets[number] = row[start + positions], sequence.targets[positions]
                 start += len(sequence.inputs)
     predictions = Predictions(np.concatenate(found), np.concatenate(targets), labels, words.lengths)
     return predictions, float(sums[0] / max(1.0, sums[1]))

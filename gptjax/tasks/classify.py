@@ -1,6 +1,7 @@
 """Learns the label of a text, or several labels."""
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -15,8 +16,9 @@ from gptjax.evaluation.predict import Predict, make_predict, predict_texts
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import label_batch_loss, state_logits
 from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_arrays, longest
-from gptjax.text.labelled import Text, label
-from gptjax.text.rows import Row, field, text_of
+from gptjax.text.formats import Row, missing_field
+from gptjax.text.labelled import Text, is_missing, label_name
+from gptjax.text.rows import text_field
 from gptjax.text.tokenizer import Tokenizer
 
 
@@ -34,12 +36,13 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
     def evaluate(params: dict, sharding: jax.sharding.Sharding) -> LabelScores:
         return score(*predict_texts(predict, params, validation, task.labels, config.train.micro_batch, sharding))
 
-    cut = train.cut + validation.cut
+    cut = int(train.cut.sum() + validation.cut.sum())
     note = (
         f"{len(examples.train):,} texts, {len(examples.validation):,} to validate on,"
         f" {cut:,} cut at {longest(config)} tokens"
     )
-    return Task(windows, windows.mean_tokens, hash_arrays([*train.tokens, train.targets]), evaluate, (note,))
+    hashed = hash_arrays([*train.tokens, train.targets])
+    return Task(windows, windows.mean_tokens, hashed, evaluate, (note, *examples.notes))
 
 
 def label_states_loss(config: Config, name: str) -> StatesLoss:
@@ -73,17 +76,22 @@ def compiled_predict(model: ModelConfig, task: TaskConfig, name: str, compute: C
     return jax.jit(make_predict(model, task, name, compute))
 
 
-def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool) -> Text:
+def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool, counts: Counter[str]) -> Text | None:
     """See `text.labelled.ParseRow`."""
-    text = text_of(row, data.text_field)
+    text = text_field(row, data.text_field)
     if not labelled:
         return Text(text, (), row.where)
-    value = field(row, task.label_field, "task.label_field")
-    several = isinstance(value, (list, tuple))
-    labels = tuple(label(item, row, task.label_field) for item in (value if several else [value]))
+    if task.label_field not in row.values:
+        raise missing_field(row.where, task.label_field, "task.label_field", row.values)
+    value = row.values[task.label_field]
+    listed = isinstance(value, (list, tuple))
+    if not listed and is_missing(value, task.labels):
+        counts["missing_label"] += 1
+        return None
+    labels = tuple(label_name(item, row, task.label_field) for item in (value if listed else [value]))
     if len(set(labels)) < len(labels):
         raise UserError(f"{row.where}: field {task.label_field!r} names a label twice")
-    return Text(text, labels, row.where)
+    return Text(text, labels, row.where, listed)
 
 
 KIND = Kind(build, label_states_loss, parse_row, lambda example: example.text, predict)

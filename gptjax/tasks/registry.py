@@ -1,6 +1,7 @@
 """The kinds of tasks, and what a run makes of them."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from gptjax.report.progress import say
 from gptjax.tasks import classify, instruct, pretrain, tag
 from gptjax.tasks.multi import combine, combined_loss, parts_of
 from gptjax.tasks.task import Compile, Kind, LossFunction, Source, StatesLoss, Task
-from gptjax.text import labelled
+from gptjax.text import labelled as labelled_rows
+from gptjax.text.formats import Row
 from gptjax.text.labelled import Examples
 from gptjax.text.prepare import prepare
-from gptjax.text.rows import Row
 from gptjax.text.tokenizer import Tokenizer, make_tokenizer
 
 TASKS: dict[str, Kind] = {
@@ -55,24 +56,20 @@ def read_examples(task: TaskConfig, data: DataConfig) -> Examples:
     """Reads a task's rows and holds some out, see `text.labelled.read_examples`."""
     parse_row = TASKS[task.kind].parse_row
     assert parse_row is not None
-    return labelled.read_examples(parse_row, task, data)
+    return labelled_rows.read_examples(parse_row, task, data)
 
 
-def parse(rows: Iterable[Row], task: TaskConfig, data: DataConfig, labelled: bool = True) -> Iterator[Any]:
-    """Turns rows into the task's examples.
-
-    Args:
-        rows: As read.
-        task: Names the fields.
-        data: Names the text field.
-        labelled: Whether a row must have its label; if not, none is read.
-
-    Raises:
-        UserError: A field is missing, empty or of another type.
-    """
+def parse(
+    rows: Iterable[Row],
+    task: TaskConfig,
+    data: DataConfig,
+    labelled: bool = True,
+    counts: Counter[str] | None = None,
+) -> Iterator[Any]:
+    """Turns rows into the task's examples, see `text.labelled.parse_rows`."""
     parse_row = TASKS[task.kind].parse_row
     assert parse_row is not None
-    return (parse_row(row, task, data, labelled) for row in rows)
+    return labelled_rows.parse_rows(parse_row, rows, task, data, labelled, counts)
 
 
 def with_labels(config: Config, examples: dict[str, Examples]) -> Config:

@@ -1,5 +1,6 @@
 """Learns a label for each word of a sentence."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -13,8 +14,8 @@ from gptjax.evaluation.predict import make_predict, predict_words
 from gptjax.model.gpt import Compute
 from gptjax.tasks.classify import compiled_predict, label_states_loss
 from gptjax.tasks.task import Compile, Kind, Source, Task, hash_sequences, longest
-from gptjax.text.labelled import Words, strings
-from gptjax.text.rows import Row
+from gptjax.text.formats import Row
+from gptjax.text.labelled import Words, is_missing, label_name, string_list
 from gptjax.text.tokenizer import Tokenizer
 
 
@@ -31,7 +32,10 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
         return score(*predict_words(predict, params, validation, task.labels, config.train.micro_batch, sharding))
 
     note = f"{len(examples.train):,} sentences, {len(examples.validation):,} to validate on"
-    return Task(windows, windows.mean_tokens, hash_sequences(train.sequences), evaluate, (note,))
+    if cut := sum(train.cut) + sum(validation.cut):
+        note += f", {cut:,} with a word of which only the beginning is read (task.max_tokens={longest(config)})"
+    hashed = hash_sequences(train.sequences)
+    return Task(windows, windows.mean_tokens, hashed, evaluate, (note, *examples.notes))
 
 
 def predict(
@@ -51,17 +55,20 @@ def predict(
     return predict_words(compiled, params, words, task.labels, batch_size, sharding)
 
 
-def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool) -> Words:
+def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool, counts: Counter[str]) -> Words | None:
     """See `text.labelled.ParseRow`."""
-    words = strings(row, task.tokens_field, "task.tokens_field")
-    if not words or not all(word.strip() for word in words):
-        raise UserError(f"{row.where}: field {task.tokens_field!r} has no word, or an empty one")
+    words = string_list(row, task.tokens_field, "task.tokens_field")
+    if not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise UserError(f"{row.where}: field {task.tokens_field!r} has no word, or one that is empty or no text")
     if not labelled:
         return Words(words, (), row.where)
-    tags = strings(row, task.tags_field, "task.tags_field")
+    tags = string_list(row, task.tags_field, "task.tags_field")
     if len(tags) != len(words):
         raise UserError(f"{row.where}: {len(words)} words in {task.tokens_field!r}, {len(tags)} in {task.tags_field!r}")
-    return Words(words, tags, row.where)
+    if any(is_missing(tag, task.labels) for tag in tags):
+        counts["missing_label"] += 1
+        return None
+    return Words(words, tuple(label_name(tag, row, task.tags_field) for tag in tags), row.where)
 
 
 KIND = Kind(build, label_states_loss, parse_row, lambda example: " ".join(example.words), predict)

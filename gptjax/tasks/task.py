@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from gptjax.batches.multi import Windows
-from gptjax.batches.packed import Asked
+from gptjax.batches.packed import TargetSequence
 from gptjax.config.run import Config
 from gptjax.evaluation.labels import LabelScores, MultiScores, Predictions
 from gptjax.evaluation.loss import Evaluation
@@ -68,8 +68,8 @@ def longest(config: Config) -> int:
     return config.task.max_tokens or config.model.block_size
 
 
-def hash_sequences(sequences: Sequence[Asked]) -> str:
-    """Identity of what is asked of a model."""
+def hash_sequences(sequences: Sequence[TargetSequence]) -> str:
+    """Identity of sequences and their targets."""
     return hash_arrays(array for sequence in sequences for array in (sequence.inputs, sequence.targets))
 
 

@@ -1,38 +1,45 @@
-"""One file → documents: plain text, JSONL, CSV, parquet and CoNLL, each also compressed with gzip or zstandard.
+"""One file → its rows, or its documents: plain text, JSONL, CSV, TSV, parquet and CoNLL, each also compressed.
 
-Everything is read as a stream, except that a plain text file is one document and is held whole.
+Pretraining reads documents and the other tasks read rows, both through the readers of this module. Rows are read as a
+stream; a plain text file is one document and is held whole.
 """
 
-import contextlib
 import csv
-import gzip
 import io
 import json
-import os
-import re
 import shutil
 import sys
 import tempfile
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gptjax.config.run import DataConfig
 from gptjax.errors import UserError, did_you_mean
+from gptjax.text.conll import Sentence, conll_sentences, sentence_documents, sentence_row
+from gptjax.text.streams import COMPRESSIONS, named_errors, one_line_of, open_binary
+from gptjax.text.unicode import InvalidText, find_surrogate, has_surrogate, replace_invalid
 
-ENDINGS = (".txt", ".md", ".py", ".jsonl", ".csv", ".parquet", ".conll")
-COMPRESSIONS = (".gz", ".zst")
-CONLL_SENTENCES = 32  # that make a document: the format does not say where one ends
+TEXT_ENDINGS = (".txt", ".md", ".py")
+ROW_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet", ".conll", ".conllu")
+ENDINGS = TEXT_ENDINGS + ROW_ENDINGS
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+Columns = Sequence[str] | None
+"""The fields of a row that are read and checked; None: all."""
 
 
 class Document(NamedTuple):
     """One text and where it stands ("corpus/a.jsonl:17" or "a.txt"), for error messages."""
 
     text: str
+    where: str
+
+
+class Row(NamedTuple):
+    """The named values of one row and where it stands ("a.jsonl:17")."""
+
+    values: dict[str, Any]
     where: str
 
 
@@ -44,54 +51,51 @@ def ending(path: Path) -> str:
     return Path(name).suffix
 
 
-def refuse_links_out(root: Path, paths: Iterable[Path]) -> None:
-    """Refuses links that lead out of the folder that was given: an unpacked archive may hold one to anywhere.
-
-    Raises:
-        UserError: The message names the first such link.
-    """
-    for path in paths:
-        if path.is_symlink():
-            try:
-                target = Path(os.path.realpath(path))
-            except OSError as error:
-                raise UserError(f"{path}: a link that cannot be read: {error.strerror}") from None
-            if not target.is_relative_to(root):
-                raise UserError(
-                    f"{path}: a link that leads out of its folder, to {target};"
-                    " to read it, name it in data.path itself or by a pattern"
-                )
-
-
 def read_file(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
     """Yields the documents of one file in their order.
 
     Args:
         path: A file whose ending is one of `ENDINGS`, with or without one of `COMPRESSIONS`.
-        data: Names the text field and what to do with bytes that are no UTF-8.
+        data: The encoding, the field that holds the text, and what to do with bytes that are not valid.
         counts: Gets "invalid_utf8_skipped" and "invalid_utf8_replaced".
 
     Raises:
         UserError: The file cannot be read, is truncated or malformed, or a row has no text.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".conll": _read_conll}
-    reader = readers.get(ending(path), _read_text)
-    with named_errors(path), open_binary(path) as file:
-        yield from reader(file, str(path), data, counts)
+    if ending(path) in TEXT_ENDINGS:
+        with named_errors(path), open_binary(path, data.encoding) as file:
+            text = decode_utf8(file.read(), str(path), data, counts)
+        if text is not None:
+            yield Document(text.removeprefix("\ufeff"), str(path))
+    elif ending(path) in CONLL_ENDINGS:
+        yield from (Document(text, where) for text, where in sentence_documents(_sentences(path, data, counts)))
+    else:
+        for row in read_file_rows(path, data, counts, (data.text_field,)):
+            yield Document(text_value(row.values[data.text_field], row.where, data.text_field), row.where)
 
 
-def open_binary(path: Path) -> io.BufferedReader:
-    """Opens a file for reading, decompressing by its ending; the caller closes it."""
-    compression = path.suffix.lower()
-    file = open(path, "rb")  # noqa: SIM115
-    if compression not in COMPRESSIONS:
-        return file
-    if path.stat().st_size == 0:
-        file.close()
-        raise EOFError
-    if compression == ".gz":
-        return io.BufferedReader(_OwningGzip(file), buffer_size=2**20)
-    return io.BufferedReader(_ZstdStream(file), buffer_size=2**20)
+def read_file_rows(path: Path, data: DataConfig, counts: Counter[str], columns: Columns = None) -> Iterator[Row]:
+    """Yields the rows of one file in their order.
+
+    A sentence of CoNLL is a row with the fields "tokens" and "tags", see `conll.sentence_row`.
+
+    Args:
+        path: A file whose ending is one of `ROW_ENDINGS`, with or without one of `COMPRESSIONS`.
+        data: The encoding, the quoting, and what to do with bytes that are not valid.
+        counts: As for `read_file`.
+        columns: The fields that every row must have; the others may be left out of it.
+
+    Raises:
+        UserError: The file cannot be read, is truncated or malformed, or has two fields of one name.
+    """
+    if ending(path) in CONLL_ENDINGS:
+        yield from (Row(sentence_row(sentence), sentence.where) for sentence in _sentences(path, data, counts))
+        return
+    reader: Reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(ending(path), _table)
+    encoding = "utf-8" if ending(path) == ".parquet" else data.encoding
+    policy = InvalidText(data, counts)
+    with named_errors(path), open_binary(path, encoding) as file:
+        yield from reader(file, str(path), data, policy, columns)
 
 
 def decode_utf8(raw: bytes, where: str, data: DataConfig, counts: Counter[str]) -> str | None:
@@ -102,121 +106,171 @@ def decode_utf8(raw: bytes, where: str, data: DataConfig, counts: Counter[str]) 
     """
     try:
         return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if data.invalid_utf8 == "error":
-            utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
-            raise UserError(
-                f"{where}: byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8"
-                f"{' (the file looks like UTF-16)' if utf16 else ''}; convert it to UTF-8,"
-                " or set data.invalid_utf8 to replace or skip"
-            ) from None
-        return _by_policy(raw.decode("utf-8", "replace"), data, counts)
+    except UnicodeDecodeError:
+        return InvalidText(data, counts).text(raw.decode("utf-8", "surrogateescape"), where)
 
 
-def check_text(value: object, where: str, data: DataConfig, counts: Counter[str]) -> str | None:
-    """Returns a row's text if it is a string of Unicode characters; None: leave the document out.
+def text_value(value: object, where: str, field: str) -> str:
+    """Returns a field's value if it is a string.
 
     Raises:
-        UserError: Not a string, or half of a surrogate pair under policy "error".
+        UserError: It is null or something else.
     """
     if not isinstance(value, str):
         found = "null" if value is None else f"a {type(value).__name__}"
-        raise UserError(f"{where}: field {data.text_field!r} is {found}, must be a string")
-    if value.isascii() or not (lone := _SURROGATE.search(value)):
-        return value
-    if data.invalid_utf8 == "error":
-        raise UserError(
-            f"{where}: U+{ord(lone.group()):04X} at character {lone.start()} is half of a surrogate pair and has"
-            " no UTF-8; mend the row, or set data.invalid_utf8 to replace or skip"
-        )
-    return _by_policy(_SURROGATE.sub("\ufffd", value), data, counts)
+        raise UserError(f"{where}: field {field!r} is {found}, must be a string")
+    return value
 
 
-def missing_field(where: str, field: str, fields: Iterable[str]) -> UserError:
-    """The error for a row or table without the text field."""
+def missing_field(where: str, field: str, option: str, fields: Iterable[str]) -> UserError:
+    """The error for a row or table without a field; `option` is the option that gives the field's name."""
     fields = [str(name) for name in fields]
-    near = did_you_mean(field, fields) or f" It has: {', '.join(map(repr, fields)) or 'no field'}."
-    return UserError(f"{where}: no field {field!r}; set data.text_field to the one that holds the text.{near}")
+    near = did_you_mean(field, fields)
+    return UserError(
+        f"{where}: no field {field!r} ({option}); it has {', '.join(map(repr, fields)) or 'no field'}.{near}"
+    )
 
 
-def _by_policy(replaced: str, data: DataConfig, counts: Counter[str]) -> str | None:
-    if data.invalid_utf8 == "skip":
-        counts["invalid_utf8_skipped"] += 1
-        return None
-    counts["invalid_utf8_replaced"] += 1
-    return replaced
-
-
-def json_object(line: str, where: str, whole: bool) -> dict:
-    """The object on a line of JSONL; `whole`: the line ends in a newline.
+def without_surrogates(values: dict[str, Any], where: str, policy: InvalidText, columns: Columns = None) -> dict | None:
+    """Returns a row's values with the policy applied to halves of surrogate pairs; None: leave the row out.
 
     Raises:
-        UserError: It is not valid JSON, or something else than an object.
+        UserError: There is one, under policy "error".
     """
+    for field in values if columns is None else columns:
+        if (found := find_surrogate([field, values[field]])) is not None:
+            return replace_invalid(values) if policy.accepts_surrogate(*found, where) else None
+    return values
+
+
+CONLL_ENDINGS = (".conll", ".conllu")
+Reader = Callable[[io.BufferedReader, str, DataConfig, InvalidText, Columns], Iterator[Row]]
+
+
+class _DuplicateKey(Exception):
+    """A JSON object names a key twice."""
+
+
+def _sentences(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Sentence]:
+    with named_errors(path), open_binary(path, data.encoding) as file:
+        yield from conll_sentences(_lines(file), str(path), InvalidText(data, counts), ending(path) == ".conllu")
+
+
+def _lines(file: io.BufferedReader) -> Iterator[str]:
+    """Lines that end in LF, CR LF or a lone CR, without a byte order mark.
+
+    Bytes that are no UTF-8 become lone surrogates ("surrogateescape") until it is known which row they belong to.
+    """
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     try:
-        values = json.loads(line)
+        yield from lines
+    finally:
+        lines.detach()  # else its destructor closes the file a second time
+
+
+def _jsonl(
+    file: io.BufferedReader, name: str, data: DataConfig, policy: InvalidText, columns: Columns
+) -> Iterator[Row]:
+    for number, raw in enumerate(_lines(file), 1):
+        where = f"{name}:{number}"
+        line = policy.text(raw, where) if has_surrogate(raw) else raw
+        if line is None or not line.strip():
+            continue
+        values = _json_object(line, where)
+        for field in columns or ():
+            if field not in values:
+                raise missing_field(where, field, "data.text_field", values)
+        if "\\u" in line:  # an escape can spell half of a surrogate pair
+            values = without_surrogates(values, where, policy, columns)
+        if values is not None:
+            yield Row(values, where)
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line, object_pairs_hook=_unique_keys)
+    except _DuplicateKey as error:
+        raise UserError(f"{where}: key {error} is there twice; leave one of the two out") from None
     except (ValueError, RecursionError) as error:
-        cut = "" if whole else " (the last line has no newline: is the file truncated?)"
+        cut = "" if line.endswith(("\n", "\r")) else " (the last line has no newline: is the file truncated?)"
         raise UserError(f"{where}: not valid JSON: {error}{cut}") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: a {type(values).__name__}, must be an object")
     return values
 
 
-def _read_text(file: io.BufferedReader, where: str, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
-    text = decode_utf8(file.read(), where, data, counts)
-    if text is not None:
-        yield Document(text.removeprefix("\ufeff"), where)
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise _DuplicateKey(repr(_first_duplicate([key for key, _ in pairs])))
+    return values
 
 
-def _read_jsonl(file: io.BufferedReader, name: str, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
-    for number, raw in enumerate(file, 1):
-        where = f"{name}:{number}"
-        line = decode_utf8(raw, where, data, counts)
-        if line is None:
-            continue
-        line = line.removeprefix("\ufeff") if number == 1 else line
-        if not line.strip():
-            continue
-        row = json_object(line, where, whole=raw.endswith(b"\n"))
-        if data.text_field not in row:
-            raise missing_field(where, data.text_field, row)
-        text = check_text(row[data.text_field], where, data, counts)
-        if text is not None:
-            yield Document(text, where)
+def _first_duplicate(names: Sequence[str]) -> str | None:
+    return next((name for place, name in enumerate(names) if name in names[:place]), None)
 
 
-def _read_csv(file: io.BufferedReader, name: str, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
-    # surrogateescape keeps bytes that are no UTF-8 until the row is known that the policy applies to.
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _check_columns(names: Sequence[str], where: str, columns: Columns) -> None:
+    """Refuses a table with two columns of one name, or without one that is needed."""
+    if (twice := _first_duplicate(names)) is not None:
+        places = " and ".join(str(place) for place, name in enumerate(names, 1) if name == twice)
+        raise UserError(f"{where}: column {twice!r} is there twice (columns {places}); rename one of the two")
+    for column in columns or ():
+        if column not in names:
+            raise missing_field(where, column, "data.text_field", names)
+
+
+def _table(
+    file: io.BufferedReader, name: str, data: DataConfig, policy: InvalidText, columns: Columns
+) -> Iterator[Row]:
+    tabs = ending(Path(name)) == ".tsv"
+    quoted = data.quoting == "double" or (data.quoting == "format" and not tabs)
     csv.field_size_limit(sys.maxsize)
-    rows = csv.reader(lines, strict=True)
+    rows = csv.reader(
+        _lines(file),
+        strict=True,
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+    )
+    first, header = 1, None
     try:
-        header = next(rows, [])
-        if data.text_field not in header:
-            raise missing_field(f"{name}:1", data.text_field, header)
-        column = header.index(data.text_field)
-        for row in rows:
-            where = f"{name}:{rows.line_num}"
-            if not row:
+        for cells in rows:
+            where = f"{name}:{first}"
+            first = rows.line_num + 1
+            blank = len(cells) == 1 and not cells[0].strip() and (header is None or len(header) > 1)
+            if blank or not cells:
                 continue
-            if len(row) != len(header):
-                raise UserError(
-                    f"{where}: {len(row)} fields, must be {len(header)} as in the header;"
-                    " a field with commas or newlines needs quotes"
-                )
-            text = row[column]
-            if not text.isascii() and _SURROGATE.search(text):
-                text = decode_utf8(text.encode("utf-8", "surrogateescape"), where, data, counts)
-            if text is not None:
-                yield Document(text, where)
+            if header is None:
+                header = [cell or f"column_{place}" for place, cell in enumerate(cells, 1)]
+                _check_columns(header, where, columns)
+                continue
+            if len(cells) != len(header):
+                needs = "a field with commas or newlines needs quotes" if quoted else "a field must hold no delimiter"
+                raise UserError(f"{where}: {len(cells)} fields, must be {len(header)} as in the header; {needs}")
+            values = dict(zip(header, cells, strict=True))
+            if columns is not None:
+                values = {column: values[column] for column in columns}
+            if not all(map(str.isascii, values.values())):
+                values = _valid_cells(values, where, policy)
+            if values is not None:
+                yield Row(values, where)
     except csv.Error as error:
-        raise UserError(f"{name}:{rows.line_num}: not valid CSV: {error} (is the file truncated?)") from None
-    finally:
-        lines.detach()  # else its destructor closes the file a second time
+        raise UserError(
+            f"{name}:{first}: not valid CSV: {error} (a quote that is never closed, or a truncated file;"
+            " data.quoting=none takes quotes as they are)"
+        ) from None
+    if header is None and columns:
+        raise missing_field(f"{name}:1", columns[0], "data.text_field", ())
 
 
-def _read_parquet(file: io.BufferedReader, name: str, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
+def _valid_cells(values: dict[str, Any], where: str, policy: InvalidText) -> dict[str, Any] | None:
+    valid = {name: policy.text(cell, where) if has_surrogate(cell) else cell for name, cell in values.items()}
+    return None if None in valid.values() else valid
+
+
+def _parquet(
+    file: io.BufferedReader, name: str, _data: DataConfig, policy: InvalidText, columns: Columns
+) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -228,147 +282,83 @@ def _read_parquet(file: io.BufferedReader, name: str, data: DataConfig, counts: 
         try:
             table = pyarrow.parquet.ParquetFile(unpacked if compressed else file)
             schema = table.schema_arrow
-            if data.text_field not in schema.names:
-                raise missing_field(name, data.text_field, schema.names)
-            kind = schema.field(data.text_field).type
-            if pyarrow.types.is_dictionary(kind):
-                kind = kind.value_type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(f"{name}: column {data.text_field!r} has type {kind}, must be string")
+            _check_columns(schema.names, name, columns)
+            for column in columns or ():
+                kind = schema.field(column).type
+                if not _is_text(kind.value_type if pyarrow.types.is_dictionary(kind) else kind):
+                    raise UserError(f"{name}: column {column!r} has type {kind}, must be string")
             number = 0
-            for batch in table.iter_batches(batch_size=256, columns=[data.text_field]):
-                # As bytes, because arrow does not check that its strings are UTF-8.
-                strings = batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary())
-                for raw in strings.to_pylist():
+            for batch in table.iter_batches(batch_size=256, columns=None if columns is None else list(columns)):
+                cells = {field: _cells(batch.column(field)) for field in batch.schema.names}
+                for values in (dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)):
                     number += 1
                     where = f"{name}:{number}"
-                    text = _decode_cell(raw, where, data, counts)
-                    if text is not None:
-                        yield Document(text, where)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{name}: not a valid parquet file: {_one_line(error)}") from None
+                    if any(find_surrogate(value) for value in values.values()):
+                        values = _valid_values(values, where, policy)
+                    if values is not None:
+                        yield Row(values, where)
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f"{name}: not a valid parquet file: {one_line_of(error)}") from None
 
 
-def _read_conll(file: io.BufferedReader, name: str, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
-    """Words without their tags: a sentence is a line, its words apart by one space."""
-    sentences: list[str] = []
-    where = f"{name}:1"
-    for first, words in conll_sentences(file, name, data, counts):
-        where = where if sentences else f"{name}:{first}"
-        sentences.append(" ".join(word for word, *_ in words))
-        if len(sentences) == CONLL_SENTENCES:
-            yield Document("\n".join(sentences) + "\n", where)
-            sentences = []
-    if sentences:
-        yield Document("\n".join(sentences) + "\n", where)
+def _is_text(kind: Any) -> bool:
+    import pyarrow
+
+    types = pyarrow.types
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
-def conll_sentences(
-    file: io.BufferedReader, name: str, data: DataConfig, counts: Counter[str]
-) -> Iterator[tuple[int, list[list[str]]]]:
-    """Yields sentences: the number of the first line, and a list of columns for each word.
+def _cells(column: Any) -> list[Any]:
+    """The values of an Arrow column. Arrow does not check that its strings are UTF-8, so they come as bytes."""
+    import pyarrow
 
-    Sentences stand apart by blank lines, columns by tabs (or, in a line without a tab, by spaces).
-
-    Raises:
-        UserError: A line has another number of columns than the first.
-    """
-    rows: list[list[str]] = []
-    first, columns = 1, 0
-    for number, raw in enumerate(file, 1):
-        line = decode_utf8(raw, f"{name}:{number}", data, counts)
-        if line is None:
-            continue
-        line = (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
-        if not line.strip():
-            if rows:
-                yield first, rows
-            rows = []
-            continue
-        cells = line.split("\t") if "\t" in line else line.split()
-        columns = columns or len(cells)
-        if len(cells) != columns:
-            raise UserError(f"{name}:{number}: {len(cells)} columns, must be {columns} as in the first line")
-        first = first if rows else number
-        rows.append(cells)
-    if rows:
-        yield first, rows
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if _has_text(column.type):
+        column, decode = column.cast(_with_binary(column.type)), _decoder(column.type)
+        return [decode(value) for value in column.to_pylist()]
+    return column.to_pylist()
 
 
-def _decode_cell(raw: bytes | None, where: str, data: DataConfig, counts: Counter[str]) -> str | None:
-    if raw is None:
-        return check_text(raw, where, data, counts)
-    return decode_utf8(raw, where, data, counts)
+def _has_text(kind: Any) -> bool:
+    return _is_text(kind) or any(_has_text(kind.field(n).type) for n in range(kind.num_fields))
 
 
-@contextlib.contextmanager
-def named_errors(path: Path) -> Iterator[None]:
-    """Turns what reading raises into one line that names the file."""
-    import zstandard
+def _with_binary(kind: Any) -> Any:
+    """An Arrow type with bytes in place of strings, in lists and structs too."""
+    import pyarrow
 
-    try:
-        yield
-    except EOFError:
-        raise UserError(f"{path}: ends too early: the compressed file is truncated") from None
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{path}: not a valid {path.suffix} file: {_one_line(error)}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or _one_line(error)}") from None
-
-
-class _OwningGzip(gzip.GzipFile):
-    """A gzip reader that closes the file below it, and that has no `raw` file to seek in."""
-
-    def __init__(self, file: io.BufferedReader):
-        super().__init__(fileobj=file, mode="rb")
-        self._below = file
-
-    def close(self) -> None:
-        super().close()
-        self._below.close()
+    if _is_text(kind):
+        return pyarrow.large_binary()
+    if pyarrow.types.is_struct(kind):
+        fields = [kind.field(n) for n in range(kind.num_fields)]
+        return pyarrow.struct([field.with_type(_with_binary(field.type)) for field in fields])
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_with_binary(kind.value_type)))
+    if pyarrow.types.is_large_list(kind):
+        return pyarrow.large_list(kind.value_field.with_type(_with_binary(kind.value_type)))
+    return kind
 
 
-class _ZstdStream(io.RawIOBase):
-    """Decompresses frame after frame.
+def _decoder(kind: Any) -> Callable[[Any], Any]:
+    """Returns the function that decodes the values of a column of type `_with_binary(kind)`."""
+    import pyarrow
 
-    zstandard's own stream reader takes a truncated file for a complete one; this one raises EOFError.
-    """
-
-    def __init__(self, file: io.BufferedReader):
-        self._below = file
-        self._frame = None
-        self._compressed = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer, /) -> int:
-        import zstandard
-
-        while not self._ready:
-            self._compressed = self._compressed or self._below.read(2**16)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError
-                return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            self._ready = memoryview(self._frame.decompress(self._compressed))
-            self._compressed = b""
-            if self._frame.eof:
-                self._compressed = self._frame.unused_data
-                self._frame = None
-        target = memoryview(buffer)
-        size = min(len(target), len(self._ready))
-        target[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._below.close()
-        super().close()
+    if _is_text(kind):
+        return lambda value: None if value is None else value.decode("utf-8", "surrogateescape")
+    if pyarrow.types.is_struct(kind):
+        inner = {kind.field(n).name: _decoder(kind.field(n).type) for n in range(kind.num_fields)}
+        return lambda value: value and {name: decode(value[name]) for name, decode in inner.items()}
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        item = _decoder(kind.value_type)
+        return lambda value: value and [item(element) for element in value]
+    return lambda value: value
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _valid_values(values: dict[str, Any], where: str, policy: InvalidText) -> dict[str, Any] | None:
+    for field, value in values.items():
+        if (found := find_surrogate(value)) is not None:
+            if policy.text(found[0], f"{where}: column {field!r}" if len(values) > 1 else where) is None:
+                return None
+            return replace_invalid(values)
+    return values

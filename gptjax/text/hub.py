@@ -9,7 +9,9 @@ from typing import Any
 
 from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
-from gptjax.text.formats import Document, check_text, missing_field, refuse_links_out
+from gptjax.text.formats import Document, missing_field, text_value, without_surrogates
+from gptjax.text.paths import refuse_links_out
+from gptjax.text.unicode import InvalidText
 
 _SPEC = re.compile(r"(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>.+))?")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -55,7 +57,7 @@ def read_dataset(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
     dataset = _load(data)
     columns = dataset.column_names
     if columns is not None and data.text_field not in columns:
-        raise missing_field(f"data.hf_dataset={data.hf_dataset!r}", data.text_field, columns)
+        raise missing_field(f"data.hf_dataset={data.hf_dataset!r}", data.text_field, "data.text_field", columns)
     if columns is not None:
         dataset = dataset.select_columns([data.text_field])
     batches, number = iter(dataset.iter(batch_size=256)), 0
@@ -67,13 +69,13 @@ def read_dataset(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
         if batch is None:
             return
         if data.text_field not in batch:
-            raise missing_field(f"data.hf_dataset={data.hf_dataset!r}", data.text_field, batch)
+            raise missing_field(f"data.hf_dataset={data.hf_dataset!r}", data.text_field, "data.text_field", batch)
         for value in batch[data.text_field]:
             number += 1
             where = f"{data.hf_dataset}:{number}"
-            text = check_text(value, where, data, counts)
-            if text is not None:
-                yield Document(text, where)
+            row = without_surrogates({data.text_field: value}, where, InvalidText(data, counts))
+            if row is not None:
+                yield Document(text_value(row[data.text_field], where, data.text_field), where)
 
 
 def dataset_rows(data: DataConfig) -> Iterator[tuple[dict[str, Any], dict[str, list[str]]]]:

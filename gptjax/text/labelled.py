@@ -1,8 +1,9 @@
-"""Rows → examples that name what is to be learned, checked; and which of them are held out."""
+"""Rows → the examples of a task, checked; and which of them are held out for validation."""
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import xxhash
@@ -10,7 +11,10 @@ import xxhash
 from gptjax.config.run import DataConfig
 from gptjax.config.task import LABELLED, TaskConfig
 from gptjax.errors import UserError, did_you_mean
-from gptjax.text.rows import Row, field, limited, read_dataset_rows, read_rows
+from gptjax.text.chats import Chat
+from gptjax.text.counts import counted
+from gptjax.text.formats import Row
+from gptjax.text.rows import MISSING_NUMBERS, field_value, limited, normalised, read_dataset_rows, read_rows
 
 
 class Text(NamedTuple):
@@ -19,6 +23,8 @@ class Text(NamedTuple):
     text: str
     labels: tuple[str, ...]
     where: str
+    listed: bool = False
+    """Whether the labels were given as a list."""
 
 
 class Words(NamedTuple):
@@ -29,27 +35,23 @@ class Words(NamedTuple):
     where: str
 
 
-class Chat(NamedTuple):
-    """A chat of `instruct`, cut into pieces of text and whether each is to be learned."""
-
-    pieces: tuple[tuple[str, bool], ...]
-    where: str
-
-
 Example = Text | Words | Chat
 
 
 class Examples(NamedTuple):
-    """What a run learns from and is measured on."""
+    """Training and validation examples of a run."""
 
     train: list
     validation: list
     labels: tuple[str, ...]
     multi_label: bool
+    notes: tuple[str, ...] = ()
+    """What was left out or changed while reading, one line each."""
 
 
-ParseRow = Callable[[Row, TaskConfig, DataConfig, bool], Any]
-"""Makes an example of a row; the last argument tells whether it must have its label; if not, none is read."""
+ParseRow = Callable[[Row, TaskConfig, DataConfig, bool, Counter[str]], Any]
+"""Makes an example of a row, or None where the row is left out, which it counts. The fourth argument tells whether the
+row must have its label; if not, none is read."""
 
 
 def read_examples(parse_row: ParseRow, task: TaskConfig, data: DataConfig) -> Examples:
@@ -61,27 +63,61 @@ def read_examples(parse_row: ParseRow, task: TaskConfig, data: DataConfig) -> Ex
     """
     if not (data.path or data.hf_dataset):
         raise UserError("no rows: set one of data.path and data.hf_dataset")
-    rows = read_dataset_rows(data) if data.hf_dataset else read_rows(data.path, "data.path")
-    examples = [parse_row(row, task, data, True) for row in limited(rows, data)]
+    counts: Counter[str] = Counter()
+    examples = list(parse_rows(parse_row, limited(read_data_rows(data, counts), data), task, data, counts=counts))
     if task.validation_path:
-        rows = read_rows(task.validation_path, "task.validation_path")
-        train, validation = examples, [parse_row(row, task, data, True) for row in rows]
+        rows = read_rows(task.validation_path, "task.validation_path", data, counts)
+        train, validation = examples, list(parse_rows(parse_row, rows, task, data, counts=counts))
     else:
-        held_out = [_hash(example) < data.validation_fraction * 2**64 for example in examples]
+        held_out = [hash_text(example) < data.validation_fraction * 2**64 for example in examples]
         train = [example for example, held in zip(examples, held_out, strict=True) if not held]
         validation = [example for example, held in zip(examples, held_out, strict=True) if held]
+    notes = tuple(counted(counts))
     if not train or not validation:
         raise UserError(
             f"data: {len(train)} rows to train on and {len(validation)} to validate on; give more rows,"
-            " or task.validation_path, or another data.validation_fraction"
+            f" or task.validation_path, or another data.validation_fraction{_in_brackets(notes)}"
         )
     if task.kind not in LABELLED:
-        return Examples(train, validation, (), False)
-    labels = _label_names(task, train)
+        return Examples(train, validation, (), False, notes)
+    labels = _label_names(task, train, notes)
     for example in validation:
         check_labels(example, labels)
-    several = task.multi_label or any(isinstance(e, Text) and len(e.labels) != 1 for e in (*train, *validation))
-    return Examples(train, validation, labels, several)
+    listed = any(isinstance(example, Text) and example.listed for example in (*train, *validation))
+    return Examples(train, validation, labels, task.multi_label or listed, notes)
+
+
+def read_data_rows(data: DataConfig, counts: Counter[str]) -> Iterator[Row]:
+    """The rows of `data.hf_dataset` or `data.path`."""
+    return read_dataset_rows(data, counts) if data.hf_dataset else read_rows(data.path, "data.path", data, counts)
+
+
+def parse_rows(
+    parse_row: ParseRow,
+    rows: Iterable[Row],
+    task: TaskConfig,
+    data: DataConfig,
+    labelled: bool = True,
+    counts: Counter[str] | None = None,
+) -> Iterator[Any]:
+    """Turns rows into examples.
+
+    Args:
+        parse_row: Makes an example of a row.
+        rows: As read.
+        task: Names the fields.
+        data: Names the text field, and how text is normalised.
+        labelled: Whether a row must have its label; if not, none is read.
+        counts: Gets what was left out.
+
+    Raises:
+        UserError: A field is missing, empty or of another type.
+    """
+    counts = Counter() if counts is None else counts
+    for row in rows:
+        example = parse_row(normalised(row, data), task, data, labelled, counts)
+        if example is not None:
+            yield example
 
 
 def example_labels(example: Text | Words) -> tuple[str, ...]:
@@ -99,16 +135,22 @@ def check_labels(example: Text | Words, labels: Sequence[str]) -> None:
         if label not in labels:
             near = did_you_mean(label, labels)
             raise UserError(
-                f"{example.where}: label {label!r} is unseen in training, which knows {_few(labels)}.{near}"
+                f"{example.where}: label {label!r} is unseen in training, which knows {_enumerated(labels)}.{near}"
             )
 
 
-def _label_names(task: TaskConfig, train: Sequence[Text | Words]) -> tuple[str, ...]:
+def hash_text(example: Example) -> int:
+    """What decides on which side of the split an example is: equal texts are on the same, whatever their labels."""
+    return xxhash.xxh3_64_intdigest(json.dumps(example[0]).encode())
+
+
+def _label_names(task: TaskConfig, train: Sequence[Text | Words], notes: Sequence[str]) -> tuple[str, ...]:
     counts = Counter(label for example in train for label in example_labels(example))
     if not task.labels:
         if len(counts) < 2:
             raise UserError(
-                f"data: the training rows have {len(counts)} label(s): {_few(list(counts))}; two are needed"
+                f"data: the training rows have {len(counts)} label(s): {_enumerated(list(counts))}; two are"
+                f" needed{_in_brackets(notes)}"
             )
         return tuple(sorted(counts))
     for label in task.labels:
@@ -119,19 +161,19 @@ def _label_names(task: TaskConfig, train: Sequence[Text | Words]) -> tuple[str, 
     return task.labels
 
 
-def strings(row: Row, name: str, option: str) -> tuple[str, ...]:
+def string_list(row: Row, name: str, option: str) -> tuple[Any, ...]:
     """The values of a field that is a list of labels or words.
 
     Raises:
-        UserError: The row has no such field, or it is no list of these.
+        UserError: The row has no such field, or it is no list.
     """
-    values = field(row, name, option)
+    values = field_value(row, name, option)
     if not isinstance(values, (list, tuple)):
         raise UserError(f"{row.where}: field {name!r} is a {type(values).__name__}, must be a list")
-    return tuple(label(value, row, name) for value in values)
+    return tuple(values)
 
 
-def label(value: object, row: Row, name: str) -> str:
+def label_name(value: object, row: Row, name: str) -> str:
     """A label as text; numbers and truth values as JSON writes them.
 
     Raises:
@@ -139,15 +181,33 @@ def label(value: object, row: Row, name: str) -> str:
     """
     if isinstance(value, str) and value:
         return value
+    if isinstance(value, float) and value.is_integer():  # as parquet has whole numbers beside nulls
+        return json.dumps(int(value))
     if isinstance(value, (bool, int)):
         return json.dumps(value)
     raise UserError(f"{row.where}: field {name!r} holds {value!r}; must be text, a whole number, or true or false")
 
 
-def _hash(example: Example) -> int:
-    return xxhash.xxh3_64_intdigest(json.dumps(example[0]).encode())
+def is_missing(value: object, classes: Sequence[str]) -> bool:
+    """Whether a value stands for a label that is not known, as public datasets give it: null, NaN, empty, -1 or -100.
+
+    Args:
+        value: The label as it was read.
+        classes: Names of labels that the user gave; a number among them is a class.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    if isinstance(value, str) and not value.strip():
+        return True
+    numbers = [str(number) for number in MISSING_NUMBERS]
+    name = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return name in numbers and name not in classes
 
 
-def _few(labels: Sequence[str]) -> str:
+def _in_brackets(notes: Sequence[str]) -> str:
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _enumerated(labels: Sequence[str]) -> str:
     shown = ", ".join(map(repr, labels[:8]))
     return shown if len(labels) <= 8 else f"{shown} and {len(labels) - 8} more"

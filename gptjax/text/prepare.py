@@ -21,6 +21,7 @@ from gptjax.config.run import DataConfig, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.files import publish
 from gptjax.text.clean import clean
+from gptjax.text.counts import counted
 from gptjax.text.shard_writer import SHARD_TOKENS, CorpusChanged, ShardWriter, write_manifest
 from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, Verify, open_dataset
 from gptjax.text.sources import Document, read_documents, source_fingerprint
@@ -29,6 +30,8 @@ from gptjax.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, sav
 TOKENIZER = "tokenizer.json"
 # Options that do not change which tokens are stored where.
 _NOT_STORED = ("path", "source", "hf_dataset", "streaming", "attend_across_documents", "verify")
+# Options that came later: at these values they are not part of the folder's name, so that older folders still fit.
+_ADDED_OPTIONS = {"encoding": "utf-8", "quoting": "format"}
 _RANKED_DOCUMENTS = 64
 _BATCH_CHARACTERS = 2**22
 _REPORT_SECONDS = 5.0
@@ -99,7 +102,8 @@ def find_folder(
         UserError: No text is there.
     """
     source = source_fingerprint(data)
-    options = {k: v for k, v in dataclasses.asdict(data).items() if k not in _NOT_STORED}
+    stored = {k: v for k, v in dataclasses.asdict(data).items() if k not in _NOT_STORED}
+    options = {k: v for k, v in stored.items() if k not in _ADDED_OPTIONS or v != _ADDED_OPTIONS[k]}
     made_with = tokenizer_override.fingerprint if tokenizer_override else dataclasses.asdict(tokenizer)
     identity = json.dumps([FORMAT_VERSION, source, made_with, options], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -126,22 +130,12 @@ def describe(prepared: Prepared) -> str:
     n_bytes = train.n_bytes + validation.n_bytes
     n_tokens = train.n_tokens + validation.n_tokens
     counts = prepared.dataset.manifest.get("counts", {})
-    left_out = [f"{count:,} {_COUNTED[name]}" for name, count in counts.items() if name in _COUNTED]
+    left_out = counted(counts)
     return (
         f"{prepared.folder.name}: {counts.get('read', 0):,} documents, {n_bytes / 1e6:,.1f} MB, {n_tokens:,} tokens"
         f" ({train.n_tokens:,} train, {validation.n_tokens:,} validation;"
         f" {prepared.tokenizer.vocab_size:,} ids)" + (f"; {', '.join(left_out)}" if left_out else "")
     )
-
-
-_COUNTED = {
-    "unknown_files": "files of other kinds passed over",
-    "invalid_utf8_skipped": "left out: not UTF-8",
-    "invalid_utf8_replaced": "with bytes replaced that are not UTF-8",
-    "empty": "left out: empty",
-    "short": "left out: too short",
-    "duplicate": "left out: duplicates",
-}
 
 
 def choose_split(texts: Iterable[str], fraction: float) -> Split:
@@ -222,7 +216,7 @@ def _split_of(data: DataConfig) -> Split:
     documents = _cleaned(data, counts)
     first = next(documents, None)
     if first is None:
-        left_out = [f"{count:,} {_COUNTED[name]}" for name, count in counts.items() if name in _COUNTED]
+        left_out = counted(counts)
         raise UserError(
             f"{_short_name(data)}: no text: {counts['read']:,} documents were read"
             + (f" ({', '.join(left_out)})" if left_out else "")

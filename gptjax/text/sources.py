@@ -1,21 +1,21 @@
 """Where text comes from: files, the Python standard library, Hugging Face datasets → documents, as a stream."""
 
-import glob
 import itertools
 import json
 import os
 import platform
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
 from gptjax.config.run import DataConfig
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError
 from gptjax.text import hub
-from gptjax.text.formats import COMPRESSIONS, ENDINGS, Document, ending, read_file, refuse_links_out
+from gptjax.text.formats import ENDINGS, Document, read_file
+from gptjax.text.paths import find_files
 
 _NOT_STDLIB = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
@@ -38,45 +38,6 @@ def read_documents(data: DataConfig, counts: Counter[str]) -> Iterator[Document]
     for document in itertools.islice(documents, data.max_documents or None):
         counts["read"] += 1
         yield document
-
-
-def find_files(paths: Sequence[str], counts: Counter[str]) -> list[Path]:
-    """Resolves files, folders (with what is below them) and globs to a sorted list, each file once.
-
-    Hidden files and folders inside folders are passed over. Files inside folders and from globs that have
-    another ending than those in `ENDINGS` are counted as "unknown_files"; a file that is named must have one.
-
-    Raises:
-        UserError: A path does not exist, is of no known kind, or no file is found.
-    """
-    found: dict[tuple[int, int], Path] = {}
-    for given in paths:
-        path = Path(given).expanduser()
-        if os.path.exists(path):
-            named, matches = True, [path]
-        else:
-            named, matches = False, [Path(match) for match in glob.glob(str(path), recursive=True)]
-            if not matches:
-                near = did_you_mean(path.name, _names_in(path.parent))
-                raise UserError(f"data.path: {given}: no such file or folder, and no match as a pattern.{near}")
-        for match in matches:
-            for file in _files_below(match) if match.is_dir() else [match]:
-                if ending(file) in ENDINGS and file.is_file():
-                    stat = file.stat()
-                    found.setdefault((stat.st_dev, stat.st_ino), file)
-                elif named and file == path:
-                    raise UserError(
-                        f"data.path: {given}: ending {file.suffix!r} is not one of {' '.join(ENDINGS)},"
-                        f" each also {' or '.join(COMPRESSIONS)}.{did_you_mean(ending(file), ENDINGS)}"
-                    )
-                else:
-                    counts["unknown_files"] += 1
-    if not found:
-        raise UserError(
-            f"data.path: {', '.join(paths)}: no file ends in one of {' '.join(ENDINGS)}"
-            f" ({counts['unknown_files']} other files are there)"
-        )
-    return sorted(found.values(), key=lambda path: path.parts)
 
 
 def source_fingerprint(data: DataConfig) -> str:
@@ -114,29 +75,7 @@ def _readers(data: DataConfig, counts: Counter[str]) -> Iterator[Iterator[Docume
 def _given_files(data: DataConfig, counts: Counter[str]) -> list[Path]:
     if not data.path:
         raise UserError("no text: set one of data.path, data.source and data.hf_dataset")
-    return find_files(data.path, counts)
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    seen, root = set(), Path(os.path.realpath(folder))
-    for parent, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
-        identity = os.path.realpath(parent)
-        if identity in seen:  # a link to a folder above: it would never end
-            folders.clear()
-            continue
-        seen.add(identity)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = [Path(parent, name) for name in names if not name.startswith(".")]
-        refuse_links_out(root, (*files, *(Path(parent, name) for name in folders)))
-        yield from files
-
-
-def _cannot_list(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
-
-
-def _names_in(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(find_files(data.path, "data.path", ENDINGS, counts), key=lambda path: path.parts)
 
 
 def _stdlib() -> Path:

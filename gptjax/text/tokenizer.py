@@ -67,6 +67,11 @@ class Tokenizer(abc.ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """int32 `[vocab_size]`: bytes that each id decodes to; those of a text add up to its UTF-8."""
+        return np.array([len(self.decode_bytes([i])) for i in range(self.vocab_size)], np.int32)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the saved form, 64 hexadecimal digits: equal for equal tokenizers alone."""
         return hashlib.sha256(tokenizer_to_json(self).encode()).hexdigest()

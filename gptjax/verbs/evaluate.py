@@ -1,6 +1,7 @@
 """A trained run, measured on text or labels of one's choice."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from gptjax.tasks.instruct import measure_chats
 from gptjax.tasks.multi import parts_of
 from gptjax.tasks.pretrain import bytes_per_token
 from gptjax.tasks.registry import TASKS, parse, read_examples
-from gptjax.text.labelled import check_labels
+from gptjax.text.counts import counted
+from gptjax.text.labelled import check_labels, read_data_rows
 from gptjax.text.prepare import prepare
-from gptjax.text.rows import limited, read_dataset_rows, read_rows
+from gptjax.text.rows import limited
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.step import compute_options
 
@@ -113,10 +115,12 @@ def predict_labels(run: LoadedRun, name: str, examples: list, batch_size: int) -
 def _examples(config: Config, options: EvaluateConfig) -> list:
     if not _given(options):
         return read_examples(config.task, config.data).validation
-    data = options.data
-    rows = read_dataset_rows(data) if data.hf_dataset else read_rows(data.path, "data.path")
+    data, counts = options.data, Counter()
     named = dataclasses.replace(data, text_field=config.data.text_field)
-    examples = list(parse(limited(rows, data), config.task, named))
+    rows = limited(read_data_rows(data, counts), data)
+    examples = list(parse(rows, config.task, named, counts=counts))
+    for line in counted(counts):
+        notify(line)
     for example in examples:
         if config.task.kind in LABELLED:
             check_labels(example, config.task.labels)

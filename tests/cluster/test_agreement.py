@@ -11,7 +11,7 @@ import pytest
 
 from gptjax.batches.labelled import TextBatches, encode_texts
 from gptjax.batches.multi import MultiBatches
-from gptjax.batches.packed import Asked, PackedSequences
+from gptjax.batches.packed import PackedSequences, TargetSequence
 from gptjax.batches.rows import take_rows
 from gptjax.cli import main
 from gptjax.config import cluster as cluster_options
@@ -94,7 +94,7 @@ def text_batches() -> TextBatches:
 def sequences() -> PackedSequences:
     lengths = [3, 5, 2, 7, 1, 6, 4]
     arrays = [np.arange(length, dtype=np.int32) for length in lengths]
-    return PackedSequences([Asked(array, array) for array in arrays], 8, seed=0)
+    return PackedSequences([TargetSequence(array, array) for array in arrays], 8, seed=0)
 
 
 @pytest.mark.parametrize(

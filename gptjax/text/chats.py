@@ -1,0 +1,133 @@
+"""Chats: rows in the common layouts → messages → text with the spans that are targets, and prompts for sampling.
+
+Training and sampling write messages by the same functions, so that the text before a response has the same characters,
+and after `batches.packed.encode_chats` the same ids, in both.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gptjax.config.task import TaskConfig
+from gptjax.errors import UserError
+from gptjax.text.formats import Row, missing_field
+
+ASSISTANT, USER = "assistant", "user"
+SHAREGPT_FIELD = "conversations"
+ALPACA_FIELDS = ("instruction", "input", "output")
+_ROLES = {"human": USER} | dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), ASSISTANT)
+
+
+class Message(NamedTuple):
+    """One turn."""
+
+    role: str
+    content: str
+
+
+class Chat(NamedTuple):
+    """A chat of `instruct` as text."""
+
+    text: str
+    targets: tuple[tuple[int, int], ...]
+    """Spans of characters `[start, end)` that are targets: what the assistant says, up to the next message."""
+    where: str
+
+    @property
+    def ends_in_target(self) -> bool:
+        """Whether the last message is the assistant's, so that the end of the chat is a target too."""
+        return bool(self.targets) and self.targets[-1][1] == len(self.text)
+
+
+def render_chat(messages: Sequence[Message], template: str, where: str) -> Chat:
+    """Writes messages by `task.template`.
+
+    Spaces at the end of what the template puts before a response belong to the target: tokenizers join a space to the
+    word after it, so a prompt that ended in one would have other ids than in training.
+    """
+    before, after = template.split("{content}")
+    text, targets = "", []
+    for message in messages:
+        header = before.replace("{role}", message.role)
+        start = len(text) + len(header.rstrip(" "))
+        text += header + message.content + after.replace("{role}", message.role)
+        if message.role == ASSISTANT:
+            targets.append((start, len(text)))
+    return Chat(text, tuple(targets), where)
+
+
+def render_prompt(messages: Sequence[Message], template: str) -> str:
+    """The text of `render_chat` up to where the assistant's answer to `messages` begins."""
+    before = template.split("{content}")[0].replace("{role}", ASSISTANT)
+    return render_chat(messages, template, "").text + before.rstrip(" ")
+
+
+def parse_chat(row: Row, task: TaskConfig, counts: Counter[str]) -> Chat | None:
+    """Makes a chat of a row in one of the layouts of `read_messages`; None: no turn of the assistant has text.
+
+    Args:
+        row: As it was read.
+        task: Names the fields, and the template.
+        counts: Gets "turns_without_text" (skipped) and "chats_without_target".
+
+    Raises:
+        UserError: The row has none of the layouts, a turn is malformed, or there is no turn of the assistant.
+    """
+    turns = _read_turns(row, task)
+    if not any(role == ASSISTANT for role, _ in turns):
+        raise UserError(f"{row.where}: no message of role {ASSISTANT}, so there is nothing to learn")
+    messages = [Message(role, content) for role, content in turns if content is not None]
+    counts["turns_without_text"] += len(turns) - len(messages)
+    if not any(message.role == ASSISTANT for message in messages):
+        counts["chats_without_target"] += 1
+        return None
+    return render_chat(messages, task.template, row.where)
+
+
+def _read_turns(row: Row, task: TaskConfig) -> list[tuple[str, str | None]]:
+    """Returns `(role, content)` of each turn; the content is None where a turn has no text, as one that calls a tool.
+
+    The layouts, of which the first that the row has is taken; a field that is null or an empty list counts as absent:
+    `task.messages_field` (role and content), "conversations" (ShareGPT: from and value), `task.prompt_field` and
+    `task.response_field`, and "instruction", "input" and "output" (Alpaca).
+    """
+    values = row.values
+    for name in (task.messages_field, SHAREGPT_FIELD):
+        if values.get(name):
+            return _turns_of(values[name], name, row)
+    prompt, response = task.prompt_field, task.response_field
+    if prompt in values or response in values:
+        for name, option in ((prompt, "task.prompt_field"), (response, "task.response_field")):
+            if name not in values:
+                raise missing_field(row.where, name, option, values)
+        return [(USER, _content(values[prompt], prompt, row)), (ASSISTANT, _content(values[response], response, row))]
+    instruction, given, output = ALPACA_FIELDS
+    if instruction in values and output in values:
+        parts = [_content(values.get(name), name, row) for name in (instruction, given)]
+        question = "\n\n".join(part for part in parts if part is not None)
+        return [(USER, question or None), (ASSISTANT, _content(values[output], output, row))]
+    if task.messages_field in values:
+        raise UserError(f"{row.where}: field {task.messages_field!r} has no message, and there is no {prompt!r}")
+    raise missing_field(row.where, task.messages_field, "task.messages_field", values)
+
+
+def _turns_of(messages: Any, name: str, row: Row) -> list[tuple[str, str | None]]:
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"{row.where}: field {name!r} must be a list of {{role, content}} or {{from, value}}")
+    turns = []
+    for message in messages:
+        role = message.get("role") or message.get("from")
+        if not isinstance(role, str):
+            raise UserError(f"{row.where}: a message of {name!r} has no role; it has {', '.join(map(repr, message))}")
+        content = message["content"] if "content" in message else message.get("value")
+        turns.append((_ROLES.get(role, role), _content(content, name, row)))
+    return turns
+
+
+def _content(content: Any, name: str, row: Row) -> str | None:
+    """A turn's text; None where it has none. A list of parts, as of the OpenAI API, is joined."""
+    if isinstance(content, (list, tuple)) and all(isinstance(part, dict) for part in content):
+        content = "".join(part["text"] for part in content if isinstance(part.get("text"), str))
+    if content is not None and not isinstance(content, str):
+        raise UserError(f"{row.where}: a message of {name!r} is a {type(content).__name__}, must be a string")
+    return content if content and content.strip() else None

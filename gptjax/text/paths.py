@@ -1,0 +1,104 @@
+"""Files, folders and patterns → files."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from gptjax.errors import UserError, did_you_mean
+from gptjax.text.formats import ending
+from gptjax.text.streams import COMPRESSIONS
+
+
+def find_files(paths: Sequence[str], option: str, endings: Sequence[str], counts: Counter[str]) -> list[Path]:
+    """Resolves files, folders (with what is below them) and globs, each file once.
+
+    Hidden files and folders inside folders are passed over. Files inside folders and from globs that have
+    another ending than those in `endings` are counted as "unknown_files"; a file that is named must have one.
+
+    Args:
+        paths: As the user gave them.
+        option: Where they come from ("data.path"), for error messages.
+        endings: Those that can be read.
+        counts: Gets "unknown_files".
+
+    Returns:
+        Files in the order of `paths`; those of one folder or pattern are sorted.
+
+    Raises:
+        UserError: A path does not exist, is of no known kind, or no file is found.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    for given in paths:
+        path = Path(given).expanduser()
+        for file in sorted(_files_of(given, path, option), key=lambda file: file.parts):
+            if ending(file) in endings and file.is_file():
+                stat = file.stat()
+                found.setdefault((stat.st_dev, stat.st_ino), file)
+            elif file == path:
+                raise UserError(
+                    f"{option}: {given}: ending {file.suffix!r} is not one of {' '.join(endings)},"
+                    f" each also {' or '.join(COMPRESSIONS)}.{did_you_mean(ending(file), endings)}"
+                )
+            else:
+                counts["unknown_files"] += 1
+    if not found:
+        raise UserError(
+            f"{option}: {', '.join(paths)}: no file ends in one of {' '.join(endings)}"
+            f" ({counts['unknown_files']} other files are there)"
+        )
+    return list(found.values())
+
+
+def refuse_links_out(root: Path, paths: Iterable[Path]) -> None:
+    """Refuses links that lead out of the folder that was given: an unpacked archive may hold one to anywhere.
+
+    Raises:
+        UserError: The message names the first such link.
+    """
+    for path in paths:
+        if path.is_symlink():
+            try:
+                target = Path(os.path.realpath(path))
+            except OSError as error:
+                raise UserError(f"{path}: a link that cannot be read: {error.strerror}") from None
+            if not target.is_relative_to(root):
+                raise UserError(
+                    f"{path}: a link that leads out of its folder, to {target};"
+                    " to read it, name it in data.path itself or by a pattern"
+                )
+
+
+def _files_of(given: str, path: Path, option: str) -> Iterator[Path]:
+    if os.path.exists(path):
+        matches = [path]
+    else:
+        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        if not matches:
+            near = did_you_mean(path.name, _names_in(path.parent))
+            raise UserError(f"{option}: {given}: no such file or folder, and no match as a pattern.{near}")
+    for match in matches:
+        yield from _files_below(match) if match.is_dir() else [match]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    seen, root = set(), Path(os.path.realpath(folder))
+    for parent, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
+        identity = os.path.realpath(parent)
+        if identity in seen:  # a link to a folder above: it would never end
+            folders.clear()
+            continue
+        seen.add(identity)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = [Path(parent, name) for name in names if not name.startswith(".")]
+        refuse_links_out(root, (*files, *(Path(parent, name) for name in folders)))
+        yield from files
+
+
+def _cannot_list(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
