@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptjax import __version__
-from gptjax.config.reader import flag_types, from_dict, load_config, read_flags
+from gptjax.config.reader import flag_types, from_dict, is_flag, load_config, read_flags
 from gptjax.config.rules import usable_path
 from gptjax.config.run import Config
 from gptjax.config.start import Start, start_config
@@ -220,7 +220,7 @@ def _split_flags(cls: type, args: Sequence[str]) -> tuple[list[str], list[str]]:
     others: list[str] = []
     current = others
     for word in args:
-        if word.startswith("--"):
+        if is_flag(word):
             current = own if word[2:].partition("=")[0] in flag_types(cls) else others
         current.append(word)
     return own, others

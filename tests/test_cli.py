@@ -92,7 +92,7 @@ def test_a_corpus_that_cannot_be_trained_on_is_named(tmp_path, capsys, monkeypat
 
 
 def test_an_empty_prompt_is_refused(run_dir, capsys, monkeypatch):
-    assert "a prompt of nothing" in fails(capsys, "sample", "--run_dir", run_dir, "--prompt", "")
+    assert "prompt 1 is empty" in fails(capsys, "sample", "--run_dir", run_dir, "--prompt", "")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert "the prompt is empty" in fails(capsys, "sample", "--run_dir", run_dir)
 

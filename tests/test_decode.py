@@ -17,7 +17,7 @@ from gptjax.generation.sample import sample_texts
 from gptjax.generation.weights import decoding_weights
 from gptjax.model.gpt import hidden_states, logits
 from gptjax.ops.projection import project
-from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer
+from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer, bpe_tokenizer_from_ranks
 from tests.tiny import extend, init_params
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=37)
@@ -344,7 +344,7 @@ def test_end_of_text_in_a_prompt_is_plain_text_unless_allowed(monkeypatch):
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ("", {}, "prompt 1 is a prompt of nothing"),
+        ("", {}, "prompt 1 is empty"),
         ("né", {}, "'é'"),
         ("<|endoftext|>", {"allow_special": True}, "has no such token"),
     ],
@@ -353,3 +353,23 @@ def test_a_prompt_that_cannot_be_encoded_is_refused(prompt, options, message):
     tokenizer = CharTokenizer("<>adefnotx|", has_end_of_text=False)
     with pytest.raises(UserError, match=message):
         sample_texts(BYTES, {}, tokenizer, [prompt], SampleConfig(**options))
+
+
+def test_ids_that_only_the_model_has_are_never_chosen():
+    params = make_params(BYTES)
+    params["embed"]["tokens"] = params["embed"]["tokens"].at[256].mul(100.0)  # likely, where it may be chosen
+    tokenizer = bpe_tokenizer_from_ranks({bytes([i]): i for i in range(256)}, ".", {})
+    assert tokenizer.vocab_size == 256 < BYTES.vocab_size
+    options = SampleConfig(max_new_tokens=30)
+    [[ids]] = generate(BYTES, params, [tokenizer.encode("a")], options)
+    assert (ids == 256).any(), "the test needs a model that chooses the id"
+    [[text]] = sample_texts(BYTES, params, tokenizer, ["a"], options)
+    assert text
+
+
+def test_a_prompt_at_the_start_of_a_document_begins_with_end_of_text(monkeypatch):
+    seen = []
+    monkeypatch.setattr("gptjax.generation.sample.stream", lambda *args, **kwargs: seen.extend(args[2]) or iter(()))
+    sample_texts(BYTES, {}, ByteTokenizer(), ["ab"], SampleConfig(), at_start=True)
+    sample_texts(BYTES, {}, ByteTokenizer(), ["ab"], SampleConfig())
+    assert [ids.tolist() for ids in seen] == [[256, 97, 98], [97, 98]]

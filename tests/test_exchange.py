@@ -16,6 +16,7 @@ from gptjax.config.run import TokenizerConfig
 from gptjax.config.verbs import ExportConfig, SampleConfig
 from gptjax.errors import UserError
 from gptjax.exchange.gpt2 import export_gpt2, import_gpt2
+from gptjax.exchange.mixed_texts import mixed_texts
 from gptjax.exchange.runs import export_run, import_run
 from gptjax.generation.decode import generate
 from gptjax.text.tokenizer import (
@@ -24,6 +25,8 @@ from gptjax.text.tokenizer import (
     CharTokenizer,
     bpe_tokenizer_from_ranks,
     make_tokenizer,
+    tokenizer_from_json,
+    tokenizer_to_json,
 )
 from gptjax.text.train_bpe import PATTERN, train_ranks
 from tests.test_model_parity import make_params, our_logits
@@ -306,6 +309,153 @@ def test_gpt2s_own_tokenizer_comes_back_as_the_published_one(form, tmp_path):
     imported = import_gpt2(hf_dir, pytest.fail).tokenizer
     assert imported.kind == "tiktoken"
     assert imported.fingerprint == tokenizer.fingerprint
+
+
+# As tiktoken writes it for cl100k_base: "{1,3}+" is possessive there, and another pattern in the tokenizers library.
+CL100K_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+    r"|\s+(?!\S)|\s"
+)
+
+
+def test_an_exported_tokenizer_cuts_digits_as_tiktoken_does(tmp_path):
+    from tokenizers import Tokenizer
+
+    ranks = train_ranks([WORDS + "1 12 123 1234 12345 123456 " * 20], 330, lambda message: None)
+    tokenizer = bpe_tokenizer_from_ranks(ranks, CL100K_PATTERN, {END_OF_TEXT: len(ranks)})
+    hf_dir = export(tmp_path, dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size), tokenizer)
+    theirs = Tokenizer.from_file(str(hf_dir / "tokenizer.json"))
+    for text in [*TEXTS, "1234567 12 x12345y", "1234 " * 9, *mixed_texts([])]:
+        assert theirs.encode(text).ids == tokenizer.encode(text).tolist(), text
+    assert len(tokenizer.encode("123123")) == 2 == len(theirs.encode("123123").ids)
+    imported = import_gpt2(hf_dir, pytest.fail).tokenizer
+    assert imported is not None and imported.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(r"\p{N}{1,3}+|x", r"(?>\p{N}{1,3})|x"), (r"[a-z\]]{2}+", r"(?>[a-z\]]{2})"), (r"a{3,}+ \s++", r"(?>a{3,}) \s++")],
+)
+def test_a_counted_possessive_is_an_atomic_group_in_the_library(ours, theirs):
+    from gptjax.exchange.hf_tokenizer import _from_library, _to_library
+
+    assert _to_library(ours) == theirs and _from_library(theirs) == ours
+    assert _from_library(ours) != ours, "in the library it is a group that repeats"
+
+
+def with_end(name: str):
+    ranks = train_ranks([WORDS], 300, lambda message: None)
+    special = {token: len(ranks) + n for n, token in enumerate(("<s>", "<pad>", "</s>"))}
+    return bpe_tokenizer_from_ranks(ranks, PATTERN, special, name)
+
+
+def export_with_end(tmp_path, name="</s>"):
+    tokenizer = with_end(name)
+    return export(tmp_path, dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size), tokenizer), tokenizer
+
+
+def change_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_an_end_token_of_another_name_comes_back(tmp_path):
+    hf_dir, tokenizer = export_with_end(tmp_path)
+    assert json.loads((hf_dir / "config.json").read_text())["eos_token_id"] == tokenizer.end_of_text
+    assert json.loads((hf_dir / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    imported = import_gpt2(hf_dir, pytest.fail).tokenizer
+    assert imported is not None and imported.end_of_text == tokenizer.end_of_text is not None
+    assert imported.fingerprint == tokenizer.fingerprint
+    assert tokenizer_from_json(tokenizer_to_json(imported), "again").end_of_text == tokenizer.end_of_text
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "settings", "end", "told"),
+    [
+        (None, 2, None, "</s>", ""),
+        (0, 2, "</s>", "<s>", ""),
+        ([2, 1], None, None, "</s>", "of its end tokens only '</s>' is kept"),
+        (None, None, "</s>", "</s>", ""),
+        (None, 50256, {"content": "</s>"}, "</s>", ""),
+        (None, None, None, None, "has no end token"),
+    ],
+)
+def test_the_end_token_is_that_of_the_models_own_config(tmp_path, generation, config, settings, end, told):
+    hf_dir, tokenizer = export_with_end(tmp_path)
+    first = tokenizer.special["<s>"]
+    shifted = [[i + first for i in given] if isinstance(given, list) else given for given in (generation, config)]
+    shifted = [given + first if type(given) is int and given < 10 else given for given in shifted]
+    change_json(hf_dir / "generation_config.json", eos_token_id=shifted[0])
+    change_json(hf_dir / "config.json", eos_token_id=shifted[1])
+    change_json(hf_dir / "tokenizer_config.json", eos_token=settings, bos_token=None)
+    lines = []
+    imported = import_gpt2(hf_dir, lines.append).tokenizer
+    assert imported is not None
+    assert imported.end_of_text == (None if end is None else tokenizer.special[end])
+    assert (told in lines[0]) if told else not lines
+
+
+def test_an_own_start_token_is_told(tmp_path):
+    hf_dir, _ = export_with_end(tmp_path)
+    change_json(hf_dir / "tokenizer_config.json", bos_token={"content": "<s>"})
+    lines = []
+    import_gpt2(hf_dir, lines.append)
+    assert len(lines) == 1 and "documents begin with '</s>' here, not with its own '<s>'" in lines[0]
+
+
+def test_added_tokens_beside_a_vocabulary_are_kept(tmp_path):
+    from gptjax.exchange.hf_tokenizer import GPT2_PATTERN
+
+    tokenizer = make_bpe(GPT2_PATTERN)
+    size = tokenizer.vocab_size
+    hf_dir = export(tmp_path, dataclasses.replace(MODEL, vocab_size=size + 2), tokenizer)
+    (hf_dir / "tokenizer.json").unlink()
+    (hf_dir / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
+    change_json(hf_dir / "tokenizer_config.json", added_tokens_decoder={str(size + 1): {"content": "<sep>"}})
+    imported = import_gpt2(hf_dir, pytest.fail).tokenizer
+    assert imported is not None and imported.decode([size, size + 1]) == "<pad><sep>"
+    assert imported.end_of_text == tokenizer.end_of_text
+
+
+def test_what_is_not_kept_of_a_tokenizer_is_told(tmp_path):
+    from tokenizers import AddedToken, Tokenizer, processors
+
+    hf_dir, tokenizer = export_with_end(tmp_path)
+    change_config(hf_dir, vocab_size=tokenizer.vocab_size + 1)
+    change_tensors(
+        hf_dir, lambda t: t | {"transformer.wte.weight": np.pad(t["transformer.wte.weight"], ((0, 1), (0, 0)))}
+    )
+    library = Tokenizer.from_file(str(hf_dir / "tokenizer.json"))
+    library.add_tokens([AddedToken("catdog", special=False, normalized=False)])
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.special["<s>"])]
+    )
+    library.enable_truncation(4)
+    library.save(str(hf_dir / "tokenizer.json"))
+    lines = []
+    imported = import_gpt2(hf_dir, lines.append).tokenizer
+    assert imported is not None and imported.decode([tokenizer.vocab_size]) == "catdog"
+    assert "its added tokens 'catdog' are ids without text here" in lines[0]
+    assert "its tokenizer adds ['<s>', 'a'] around a text 'a'" in lines[1] and len(lines) == 2
+
+
+def test_a_tokenizer_that_the_library_reads_otherwise_is_left_out(tmp_path):
+    tokenizer = make_bpe()
+    hf_dir = export(tmp_path, dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size), tokenizer)
+    content = json.loads((hf_dir / "tokenizer.json").read_text())
+    split = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    split["Regex"] = split["Regex"].replace("\\p{N}{1,3}", "\\p{N}{1,3}(?!$)")  # "$" is the end of a line there
+    (hf_dir / "tokenizer.json").write_text(json.dumps(content))
+    lines = []
+    assert import_gpt2(hf_dir, lines.append).tokenizer is None
+    assert "tiktoken would encode some text to other ids, such as" in lines[0]
+
+
+def test_mixed_texts_are_always_the_same_and_of_many_kinds():
+    texts = mixed_texts(["ab"])
+    assert texts == mixed_texts(["ab"]) and len(texts) == 3000 and len(set(texts)) > 2500
+    joined = "".join(texts)
+    for part in ("don't", "12345", "日本語", "🙂", "\r\n", "   ", "\0", "ab", "٣"):
+        assert joined.count(part) > 20, part
 
 
 # --- run directories --------------------------------------------------------------------------------------------

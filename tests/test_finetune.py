@@ -325,11 +325,18 @@ def test_instructions_are_learned_and_measured(folder, capsys):
         trainer.train(make_config(folder, "lora-long", "-chat.jsonl", task=task))
     config = make_config(folder, "lora-chat", "-chat.jsonl", task=task | {"template": "{role}{content}"})
     assert trainer.train(config) == 0
-    assert "left out because nothing to learn was left" in capsys.readouterr().out
+    assert "left out because no response begins before that" in capsys.readouterr().out
     best = min(row["val_loss"] for row in read_metrics(Path(config.run_dir)) if "val_loss" in row)
     assert main(["evaluate", "--run_dir", config.run_dir]) == 0
     assert capsys.readouterr().out.startswith(f"loss {best:.4f}")
-    assert main(["sample", "--run_dir", config.run_dir, "--prompt", "a", "--max_new_tokens", "3"]) == 0
+    options = ["--run_dir", config.run_dir, "--max_new_tokens", "3", "--temperature", "0"]
+    assert main(["sample", *options, "--prompt", "--- a"]) == 0
+    written = capsys.readouterr().out
+    assert written.startswith("user--- aassistant")
+    assert main(["sample", *options, "--prompt", "<|endoftext|>user--- aassistant", "--raw", "--allow_special"]) == 0
+    assert capsys.readouterr().out == f"<|endoftext|>{written}", "the template and the start token are those of training"
+    assert main(["sample", "--run_dir", str(folder / "base"), "--prompt", "a", "--raw"]) == 2
+    assert "raw=True has no effect" in capsys.readouterr().err
 
 
 def test_texts_with_several_labels(folder, tmp_path, capsys):
@@ -367,7 +374,7 @@ def test_from_scratch_the_task_has_a_tokenizer_of_its_own(folder):
         ({"finetune": {"top_k": 3}}, "finetune.top_k=3 has no effect without finetune.train=top"),
         ({"finetune": {"train": "paths"}}, "finetune.paths is empty"),
         ({"finetune": {"train": "paths", "paths": ("(",)}}, "finetune.paths: '\\(' is no regular expression"),
-        ({"data": {"newlines": "unix"}}, "data.newlines='unix' has no effect without task.kind=pretrain"),
+        ({"data": {"min_characters": 9}}, "data.min_characters=9 has no effect without task.kind=pretrain"),
         ({"task": {"lookahead": 1}}, "task.lookahead=1 has no effect without task.kind=tag"),
         ({"task": {"template": "{role}"}}, "template"),
         ({"train": {"z_loss": 0.1}}, "train.z_loss=0.1 has no effect"),

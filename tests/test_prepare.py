@@ -83,6 +83,8 @@ OTHER_OPTIONS = {
     "text_field": "body",
     "max_documents": 200,
     "validation_fraction": 0.2,
+    "encoding": "latin-1",
+    "quoting": "none",
     "invalid_utf8": "skip",
     "unicode": "NFC",
     "newlines": "unix",
@@ -102,6 +104,12 @@ def test_every_option_that_changes_tokens_makes_another_folder(corpus, tmp_path)
     assert len({prepared.folder for prepared in made}) == len(made)
     os.utime(corpus.path[0], ns=(1, 1))
     assert prepare(corpus, BYTES, tmp_path, report=quiet).folder not in {prepared.folder for prepared in made}
+
+
+def test_options_that_came_later_leave_older_folders_usable(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "source_fingerprint", lambda _: "0" * 32)
+    folder, _ = module.find_folder(DataConfig(path=("a.txt",)), BYTES, tmp_path)
+    assert folder.name == "a.txt-36a355a6fb324be2"  # as the version before data.encoding named it
 
 
 def test_another_runs_tokenizer_is_used_instead(corpus, tmp_path):

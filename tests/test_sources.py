@@ -10,8 +10,10 @@ import zstandard
 
 from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
+from gptjax.text.formats import ENDINGS
 from gptjax.text.hub import parse_spec
-from gptjax.text.sources import find_files, read_documents, source_fingerprint
+from gptjax.text.paths import find_files
+from gptjax.text.sources import read_documents, source_fingerprint
 
 TEXTS = ["plain", "line\r\nbreaks\nkept\rhere", 'quotes " and, commas', "emoji 🙂 中文 e\u0301", "NUL \0 inside", " "]
 
@@ -84,7 +86,8 @@ def test_folder_is_read_sorted_once_without_hidden_files_and_counts_the_others(t
         (tmp_path / name).write_text(name)
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     counts = Counter()
-    found = find_files([str(tmp_path), str(tmp_path / "b.txt"), str(tmp_path / "*.txt")], counts)
+    given = [str(tmp_path), str(tmp_path / "b.txt"), str(tmp_path / "*.txt")]
+    found = find_files(given, "data.path", ENDINGS, counts)
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/y.md", "a/z.txt", "b.txt"]
     assert counts["unknown_files"] == 2
 
@@ -242,4 +245,4 @@ def test_dataset_spec_that_could_mean_another_place_is_refused(spec):
 def test_relative_paths_are_found_from_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a")
     monkeypatch.chdir(tmp_path)
-    assert find_files(["a.txt"], Counter()) == [Path("a.txt")]
+    assert find_files(["a.txt"], "data.path", ENDINGS, Counter()) == [Path("a.txt")]

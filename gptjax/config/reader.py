@@ -17,6 +17,7 @@ from gptjax.config.synonyms import meant_option, suggest_option
 from gptjax.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+_FLAG = re.compile(r"--[A-Za-z]")
 LARGEST_FLOAT = 3e38
 """Devices calculate in float32."""
 
@@ -107,7 +108,7 @@ def read_flags(cls: type, args: Sequence[str]) -> dict:
     rest = list(args)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
+        if not is_flag(word):
             raise UserError(f"command line: unexpected {word!r}; options are --section.key VALUE")
         name, has_value, value = word[2:].partition("=")
         if name not in flags:
@@ -119,14 +120,20 @@ def read_flags(cls: type, args: Sequence[str]) -> dict:
             values = ["true"]
         elif not has_value:
             many = _is_list(flags[name])
-            while rest and not rest[0].startswith("--") and (many or not values):
+            while rest and not is_flag(rest[0]) and (many or not values):
                 values.append(rest.pop(0))
         if not values:
-            raise UserError(f"command line: --{name} needs a value")
+            hint = f"; one that begins with -- is given as --{name}={rest[0]}" if rest else ""
+            raise UserError(f"command line: --{name} needs a value{hint}")
         if _is_list(flags[name]):
             lists[name] = lists.get(name, []) + values
         _set(nested, name, lists[name] if _is_list(flags[name]) else _from_text(flags[name], values[0]))
     return nested
+
+
+def is_flag(word: str) -> bool:
+    """Whether a word of the command line is an option; "--- a" and "-- b" are values."""
+    return _FLAG.match(word) is not None
 
 
 @functools.cache

@@ -43,6 +43,8 @@ class SampleConfig(CheckpointConfig):
     """One or several texts to continue; standard input where neither this nor prompt_file is given."""
     prompt_file: str = ""
     """File whose whole text is the prompt."""
+    raw: bool = False
+    """Give the prompt as it is to a run with task.kind=instruct, instead of as the user's message in its template."""
     num_samples: int = 1
     """Continuations of each prompt."""
     max_new_tokens: int = 256
@@ -60,7 +62,7 @@ class SampleConfig(CheckpointConfig):
     quantize: Literal["none", "int8"] = "none"
     """int8: weights are rounded to 8 bits with a scale for each output; faster for one sequence on a CPU."""
     allow_special: bool = False
-    """Read <|endoftext|> in a prompt as the special token instead of plain text."""
+    """Read the tokenizer's end token, such as <|endoftext|>, in a prompt as that token instead of plain text."""
     ignore_end_of_text: bool = False
     """Continue after end-of-text."""
 
@@ -119,6 +121,20 @@ class EvaluateConfig(CheckpointConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictDataConfig:
+    """How the file of predict is read; the other options of data are those of the run."""
+
+    text_field: str = ""
+    """Field that holds the text; empty: the one of the run."""
+    encoding: Literal["utf-8", "utf-16", "latin-1", "cp1252"] = "utf-8"
+    """Encoding of the file; parquet is always UTF-8."""
+    quoting: Literal["format", "double", "none"] = "format"
+    """Double quotes around fields of CSV and TSV. format: CSV has them, TSV has not; none: they are plain text."""
+    invalid_utf8: Literal["error", "replace", "skip"] = "error"
+    """Bytes that are not valid in the encoding: stop, put U+FFFD, or leave the row out (counted)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictConfig(CheckpointConfig):
     """Labels texts with a model that was trained for it; the result is JSONL."""
 
@@ -129,11 +145,12 @@ class PredictConfig(CheckpointConfig):
     text: tuple[str, ...] = ()
     """One or several texts; for a run that tags, words separated by spaces."""
     file: str = ""
-    """File of rows with the fields of the run's training data: .jsonl .csv .tsv .parquet .conll."""
+    """File of rows with the fields of the run's training data: .jsonl .csv .tsv .parquet .conll .conllu."""
     out: str = ""
     """JSONL file to write, complete or not at all; empty: standard output."""
     batch_size: int = 16
     """Texts in a batch."""
+    data: PredictDataConfig = dataclasses.field(default_factory=PredictDataConfig)
 
     def __post_init__(self):
         super().__post_init__()
@@ -141,6 +158,8 @@ class PredictConfig(CheckpointConfig):
             raise UserError("run_dir is missing; name the folder of a trained run")
         if bool(self.text) == bool(self.file):
             raise UserError("give either --text TEXT or --file FILE")
+        for field in dataclasses.fields(PredictDataConfig):
+            no_effect("data", self.data, field.name, bool(self.file), "file")
         usable_paths("", self, "run_dir", "file", "out")
         positive("", self, "batch_size")
         no_effect("", self, "out", bool(self.file), "file")

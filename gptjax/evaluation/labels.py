@@ -25,6 +25,8 @@ class Predictions:
     labels: tuple[str, ...]
     sentences: tuple[int, ...] = ()
     """Words in each sentence, where examples are words."""
+    cut: tuple[bool, ...] = ()
+    """Of each text or sentence, whether it has more tokens than the model reads."""
 
     @property
     def chosen(self) -> np.ndarray:

@@ -50,7 +50,8 @@ def predict_texts(
         found, loss = jax.device_get(predict(params, put(batch, sharding)))
         probabilities_EN[numbers[numbers >= 0]] = found[numbers >= 0]
         sums += loss
-    return Predictions(probabilities_EN, texts.targets, labels), float(sums[0] / max(1.0, sums[1]))
+    predictions = Predictions(probabilities_EN, texts.targets, labels, cut=tuple(texts.cut.tolist()))
+    return predictions, float(sums[0] / max(1.0, sums[1]))
 
 
 def predict_words(
@@ -75,5 +76,5 @@ def predict_words(
                 positions, sequence = words.positions[number], words.sequences[number]
                 found[number], targets[number] = row[start + positions], sequence.targets[positions]
                 start += len(sequence.inputs)
-    predictions = Predictions(np.concatenate(found), np.concatenate(targets), labels, words.lengths)
+    predictions = Predictions(np.concatenate(found), np.concatenate(targets), labels, words.lengths, words.cut)
     return predictions, float(sums[0] / max(1.0, sums[1]))

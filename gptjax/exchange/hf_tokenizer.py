@@ -6,11 +6,14 @@ token for its place in that list. So an encoding can be converted where the ids 
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from gptjax.errors import UserError
 from gptjax.exchange.hf_files import read_json, write_json
+from gptjax.exchange.mixed_texts import mixed_texts
 from gptjax.text.tokenizer import (
     END_OF_TEXT,
     BytePairTokenizer,
@@ -24,6 +27,11 @@ from gptjax.text.train_bpe import byte_of_character
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # Of tiktoken's gpt2: an import of it is the same tokenizer, so data prepared with either fits.
 GPT2_FINGERPRINT = "592fc644bd6e35ef7aed2208176abe31b3da11abac1159c05bbc6e4e7c1da936"
+# What a counted repetition applies to: a class, an escape, a group without groups in it, or a character.
+_ATOM = r"(\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|\((?:\\.|[^()\\])*\)|[^\\\[\]()|])"
+_POSSESSIVE = re.compile(_ATOM + r"(\{\d+(?:,\d*)?\})\+")
+_ATOMIC = re.compile(r"\(\?>" + _ATOM + r"(\{\d+(?:,\d*)?\})\)")
+_SHOWN = 5  # names in a message
 
 
 class _NotConvertible(Exception):
@@ -41,29 +49,50 @@ class _BytePairs:
 def import_tokenizer(hf_dir: Path, vocab_size: int, notify: Callable[[str], None]) -> Tokenizer | None:
     """Reads tokenizer.json, or vocab.json and merges.txt; None (and a line to `notify`) where that is not exact.
 
+    The result is compared with the tokenizers library's own reading of these files, on a few thousand mixed texts. The
+    end token is that of the model's own config.
+
     Args:
         hf_dir: The model folder.
         vocab_size: The model's; ids that the tokenizer does not have become reserved tokens.
-        notify: Told why the folder's tokenizer is left out.
+        notify: Gets one line for each: why the folder's tokenizer is left out, and what of it is not kept.
 
     Raises:
         UserError: A file is damaged.
     """
     try:
-        pairs = _read(hf_dir)
+        pairs, theirs = _read(hf_dir)
         _check_order(pairs)
-        tokenizer = _from_pairs(pairs, vocab_size)
-        _check_same_ids(pairs, tokenizer)
+        end_token = _find_end_token(hf_dir, pairs, notify)
+        tokenizer = _from_pairs(pairs, vocab_size, end_token)
+        if example := _first_difference(tokenizer, theirs, pairs):
+            raise _NotConvertible(f"tiktoken would encode some text to other ids, such as {example!r}")
     except _NotConvertible as reason:
         notify(f"{hf_dir}: imported without a tokenizer: {reason}")
         return None
+    _report_added(hf_dir, theirs, notify)
     return tokenizer
+
+
+def configured_end_ids(hf_dir: Path) -> list[int]:
+    """The ids of end tokens in generation_config.json, or else in config.json; those that a text ends with.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(hf_dir / name).get("eos_token_id") if (hf_dir / name).is_file() else None
+        found = found if isinstance(found, list) else [found]
+        if ids := [i for i in found if type(i) is int]:
+            return ids
+    return []
 
 
 def export_tokenizer(tokenizer: Tokenizer, block_size: int, to: Path, notify: Callable[[str], None]) -> None:
     """Writes tokenizer.json and tokenizer_config.json, and for GPT-2's way of cutting text vocab.json and merges.txt.
 
-    A tokenizer that is no byte-pair encoding is left out, which `notify` is told.
+    `notify` gets a line where the tokenizer is left out because it is no byte-pair encoding, or where the tokenizers
+    library reads the files as one that encodes some text to other ids.
     """
     match tokenizer:
         case BytePairTokenizer(ranks=ranks, pattern=pattern, special=special):
@@ -74,8 +103,9 @@ def export_tokenizer(tokenizer: Tokenizer, block_size: int, to: Path, notify: Ca
         case _:
             notify(f"{to}: exported without a tokenizer: kind {tokenizer.kind} has no form that transformers reads")
             return
-    _hf_tokenizer(pairs).save(str(to / "tokenizer.json"))
-    end = END_OF_TEXT if END_OF_TEXT in pairs.special else None
+    theirs = _hf_tokenizer(pairs)
+    theirs.save(str(to / "tokenizer.json"))
+    end = tokenizer.end_token if tokenizer.end_token in pairs.special else None
     is_gpt2 = pairs.pattern == GPT2_PATTERN
     config = {"tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast"}
     ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
@@ -86,27 +116,136 @@ def export_tokenizer(tokenizer: Tokenizer, block_size: int, to: Path, notify: Ca
         write_json(to / "vocab.json", _named(pairs))
         lines = [" ".join(pair) for pair in _named_merges(pairs)]
         (to / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]) + "\n", encoding="utf-8")
+    if example := _first_difference(tokenizer, theirs, pairs):
+        notify(f"{to}: transformers encodes some text to other ids than this run, such as {example!r}")
 
 
-def _read(hf_dir: Path) -> _BytePairs:
+def _read(hf_dir: Path) -> tuple[_BytePairs, Any]:
+    """Reads the files: as byte pairs, and as the tokenizers library does."""
+    from tokenizers import Tokenizer as Library
+
     if (hf_dir / "tokenizer.json").is_file():
         content = read_json(hf_dir / "tokenizer.json")
         try:
-            return _from_json(content)
+            pairs = _from_json(content, _extra_added(hf_dir))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise UserError(
                 f"{hf_dir / 'tokenizer.json'}: no valid tokenizer: {type(error).__name__}: {error}"
             ) from None
+        try:
+            theirs = Library.from_file(str(hf_dir / "tokenizer.json"))
+        except Exception as error:  # the library raises plain exceptions
+            raise UserError(f"{hf_dir / 'tokenizer.json'}: no valid tokenizer: {error}") from None
+        theirs.no_truncation()
+        theirs.no_padding()
+        return pairs, theirs
     if (hf_dir / "vocab.json").is_file() and (hf_dir / "merges.txt").is_file():
         lines = (hf_dir / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         if any(len(pair) != 2 for pair in merges):
             raise UserError(f"{hf_dir / 'merges.txt'}: every line must be two tokens")
-        return _pairs(read_json(hf_dir / "vocab.json"), merges, GPT2_PATTERN, {}, False)
+        vocab = read_json(hf_dir / "vocab.json")
+        pairs = _pairs(vocab, merges, GPT2_PATTERN, _extra_added(hf_dir), False)
+        return pairs, _slow_tokenizer(vocab, merges)
     raise _NotConvertible("the folder has neither tokenizer.json nor vocab.json and merges.txt")
 
 
-def _from_json(content: dict) -> _BytePairs:
+def _slow_tokenizer(vocab: dict[str, int], merges: list[tuple]) -> Any:
+    """The tokenizers library's reading of vocab.json and merges.txt."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    try:
+        library = Library(models.BPE(vocab=vocab, merges=merges))
+    except Exception as error:  # the library raises plain exceptions
+        raise UserError(f"vocab.json and merges.txt do not fit together: {error}") from None
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return library
+
+
+def _extra_added(hf_dir: Path) -> dict[str, int]:
+    """Tokens that were added to a vocabulary, by the files beside it: added_tokens.json and tokenizer_config.json."""
+    added: dict[str, int] = {}
+    if (hf_dir / "added_tokens.json").is_file():
+        added |= read_json(hf_dir / "added_tokens.json")
+    if (hf_dir / "tokenizer_config.json").is_file():
+        decoder = read_json(hf_dir / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        added |= {_content(token): int(i) for i, token in decoder.items() if i.isdecimal()}
+    return {name: i for name, i in added.items() if isinstance(i, int)}
+
+
+def _content(token: Any) -> str:
+    """The text of a token as these files name it: a string, or an object with its "content"."""
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
+
+
+def _find_end_token(hf_dir: Path, pairs: _BytePairs, notify: Callable[[str], None]) -> str:
+    """The name of the end token: by the model's config, by the tokenizer's, or the usual one; else none is special."""
+    name_of = {i: name for name, i in pairs.special.items()}
+    ids = configured_end_ids(hf_dir)
+    names = [name_of[i] for i in ids if i in name_of]
+    tokenizer_config = hf_dir / "tokenizer_config.json"
+    settings = read_json(tokenizer_config) if tokenizer_config.is_file() else {}
+    candidates = [*names, _content(settings.get("eos_token")), END_OF_TEXT]
+    end = next((name for name in candidates if name in pairs.special), None)
+    if end is None:
+        notify(f"{hf_dir}: has no end token: documents have no start here, and sampling ends at max_new_tokens alone")
+        return END_OF_TEXT
+    if others := [i for i in ids if i != pairs.special[end] and (i in name_of or i in pairs.ids.values())]:
+        notify(f"{hf_dir}: of its end tokens only {end!r} is kept; sampling does not stop at ids {others}")
+    begin = _content(settings.get("bos_token"))
+    if begin in pairs.special and begin != end:
+        notify(f"{hf_dir}: documents begin with {end!r} here, not with its own {begin!r}")
+    return end
+
+
+def _report_added(hf_dir: Path, theirs: Any, notify: Callable[[str], None]) -> None:
+    """Says what the library does with text and this program does not."""
+    words = [token.content for token in theirs.get_added_tokens_decoder().values() if not token.special]
+    if words:
+        shown = ", ".join(map(repr, words[:_SHOWN])) + (f" and {len(words) - _SHOWN} more" if words[_SHOWN:] else "")
+        notify(
+            f"{hf_dir}: its added tokens {shown} are ids without text here: text that holds them is cut as other text"
+        )
+    if theirs.encode("a").ids != theirs.encode("a", add_special_tokens=False).ids:
+        notify(f"{hf_dir}: its tokenizer adds {theirs.encode('a').tokens} around a text 'a', which is not done here")
+
+
+def _first_difference(tokenizer: Tokenizer, theirs: Any, pairs: _BytePairs) -> str | None:
+    """The shortest of many texts that the two encode to other ids; texts that hold an added token are left out."""
+    tokens = [token.decode() for token in sorted(pairs.ids, key=pairs.ids.__getitem__) if _is_utf8(token)]
+    texts = [*mixed_texts(tokens), "".join(tokens), "\n".join(tokens), " and ".join(tokens)]
+    added = {token.content for token in theirs.get_added_tokens_decoder().values()}
+    if added:
+        names = re.compile("|".join(map(re.escape, added)))
+        texts = [text for text in texts if not names.search(text)]
+    found = zip(texts, theirs.encode_batch(texts, add_special_tokens=False), tokenizer.encode_batch(texts), strict=True)
+    different = [text for text, their_ids, ids in found if their_ids.ids != ids.tolist()]
+    return min(different, key=len)[:60] if different else None
+
+
+def _is_utf8(token: bytes) -> bool:
+    try:
+        token.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _to_library(pattern: str) -> str:
+    """A pattern of tiktoken's in the words of Oniguruma, which the tokenizers library uses.
+
+    `X{1,3}+` is possessive there, and means `(?:X{1,3})+` here.
+    """
+    return _POSSESSIVE.sub(r"(?>\1\2)", pattern)
+
+
+def _from_library(pattern: str) -> str:
+    """Undoes `_to_library`."""
+    return _ATOMIC.sub(r"\1\2+", _POSSESSIVE.sub(r"(?:\1\2)+", pattern))
+
+
+def _from_json(content: dict, extra: dict[str, int]) -> _BytePairs:
     model = content["model"]
     if model.get("type") != "BPE":
         raise _NotConvertible(f"its model is {model.get('type')}, not byte-level BPE")
@@ -116,7 +255,7 @@ def _from_json(content: dict) -> _BytePairs:
     if content.get("normalizer"):
         raise _NotConvertible("it changes the text before encoding it (normalizer)")
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    added = extra | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     return _pairs(model["vocab"], merges, _pattern(content["pre_tokenizer"]), added, bool(model.get("ignore_merges")))
 
 
@@ -134,7 +273,7 @@ def _pattern(pre_tokenizer: dict) -> str:
         raise _NotConvertible("it cuts text in several steps")
     if splits[0]["behavior"] != "Isolated" or splits[0].get("invert") or "Regex" not in splits[0]["pattern"]:
         raise _NotConvertible("it does not cut text by one regular expression")
-    return splits[0]["pattern"]["Regex"]
+    return _from_library(splits[0]["pattern"]["Regex"])
 
 
 def _pairs(
@@ -170,32 +309,18 @@ def _check_order(pairs: _BytePairs) -> None:
         last = new
 
 
-def _from_pairs(pairs: _BytePairs, vocab_size: int) -> Tokenizer:
+def _from_pairs(pairs: _BytePairs, vocab_size: int, end_token: str) -> Tokenizer:
     size = 1 + max([*pairs.ids.values(), *pairs.special.values()])
     if size > vocab_size:
         raise _NotConvertible(f"it has {size:,} tokens, the model {vocab_size:,}")
-    gpt2 = BytePairTokenizer("tiktoken", "gpt2", pairs.pattern, pairs.ids, pairs.special)
+    gpt2 = BytePairTokenizer("tiktoken", "gpt2", pairs.pattern, pairs.ids, pairs.special, end_token)
     if size == vocab_size == len(pairs.ids) + len(pairs.special) and gpt2.fingerprint == GPT2_FINGERPRINT:
         return gpt2
     reserved = {f"<|reserved_{i}|>": i for i in range(size, vocab_size)}
     try:
-        return bpe_tokenizer_from_ranks(pairs.ids, pairs.pattern, pairs.special | reserved)
+        return bpe_tokenizer_from_ranks(pairs.ids, pairs.pattern, pairs.special | reserved, end_token)
     except UserError as error:
         raise _NotConvertible(str(error)) from None
-
-
-def _check_same_ids(pairs: _BytePairs, tokenizer: Tokenizer) -> None:
-    """Encodes all tokens in a row both ways: the order of merges is necessary, but not sufficient."""
-    texts = []
-    for token in sorted(pairs.ids, key=pairs.ids.__getitem__):
-        try:
-            texts.append(token.decode())
-        except UnicodeDecodeError:
-            continue
-    theirs = _hf_tokenizer(pairs)
-    for text in ("".join(texts), "\n".join(texts), " and ".join(texts)):
-        if END_OF_TEXT not in text and theirs.encode(text).ids != tokenizer.encode(text).tolist():
-            raise _NotConvertible("tiktoken would encode some text to other ids")
 
 
 def _hf_tokenizer(pairs: _BytePairs):
@@ -208,7 +333,7 @@ def _hf_tokenizer(pairs: _BytePairs):
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(pairs.pattern), "isolated"),
+                pre_tokenizers.Split(Regex(_to_library(pairs.pattern)), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

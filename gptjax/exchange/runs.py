@@ -10,6 +10,7 @@ from gptjax.config.verbs import ExportConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.exchange.gpt2 import Imported, export_gpt2, import_gpt2
 from gptjax.exchange.hf_files import read_config
+from gptjax.exchange.hf_tokenizer import configured_end_ids
 from gptjax.model.adapters import merge_lora
 from gptjax.text.tokenizer import Tokenizer, make_tokenizer
 
@@ -55,6 +56,12 @@ def import_run(
             raise UserError(
                 f"tokenizer {tokenizer_name} has {tokenizer.vocab_size:,} tokens, the model in {hf_dir} knows"
                 f" {imported.model.vocab_size:,}"
+            )
+        ends = configured_end_ids(hf_dir)
+        if ends and tokenizer.end_of_text not in ends:
+            notify(
+                f"{hf_dir}: its config names {ends} as end tokens, tokenizer {tokenizer_name} has"
+                f" {tokenizer.end_of_text}; sampling stops at the latter"
             )
     elif tokenizer is not None:
         described = _description(tokenizer)

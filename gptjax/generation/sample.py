@@ -1,5 +1,6 @@
-"""Texts that continue texts: what the command line and the trainer ask for."""
+"""Continuations of prompts as text, for the command line and the trainer."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.decode import BUFFER, stream
 from gptjax.generation.stream import make_text_stream
-from gptjax.text.tokenizer import END_OF_TEXT, Tokenizer
+from gptjax.text.tokenizer import Tokenizer
 
 STREAM_LENGTH = 8  # tokens between two pieces of text
 
@@ -21,6 +22,7 @@ def sample_texts(
     prompts: Sequence[str],
     options: SampleConfig,
     *,
+    at_start: bool = False,
     on_text: Callable[[int, int, str], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[list[str]]:
@@ -30,16 +32,21 @@ def sample_texts(
         config: Shape of the model.
         params: As `init_params` returns them.
         tokenizer: The one that the model was trained with.
-        prompts: Texts, none empty; `<|endoftext|>` in them is plain text unless `options.allow_special`.
+        prompts: Texts, none empty; the tokenizer's end token in them is plain text unless `options.allow_special`.
         options: How many, how long, how chosen, in which precision; `prompt` and `run_dir` are not read here.
+        at_start: Whether each prompt begins a document, so that end-of-text stands before it as in training.
         on_text: Called with prompt number, sample number (both from 0) and the next piece of text, always whole
             characters, as they come; the pieces join to what is returned.
-        notify: Told in one line what the user should know: a prompt that is cut, a context that slides.
+        notify: Gets one line about a prompt that is cut or a context that slides.
 
     Raises:
         UserError: A prompt is empty or cannot be encoded, or `options.top_k` passes the vocabulary.
     """
     ids = [_encode(tokenizer, text, options.allow_special, number) for number, text in enumerate(prompts, 1)]
+    if at_start and tokenizer.end_of_text is not None:
+        ids = [np.concatenate([[tokenizer.end_of_text], tokens]) for tokens in ids]
+    if tokenizer.vocab_size < config.vocab_size:  # ids that only the model has are never chosen: they have no text
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     feeds = [make_text_stream() for _ in range(len(prompts) * options.num_samples)]
     texts = [""] * len(feeds)
 
@@ -67,10 +74,11 @@ def sample_texts(
 
 def _encode(tokenizer: Tokenizer, text: str, allow_special: bool, number: int) -> np.ndarray:
     if not text:
-        raise UserError(f"prompt {number} is a prompt of nothing; give at least one character")
-    if not allow_special or END_OF_TEXT not in text:
+        raise UserError(f"prompt {number} is empty; give at least one character")
+    end = tokenizer.end_token
+    if not allow_special or end not in text:
         return tokenizer.encode(text)
     if tokenizer.end_of_text is None:
-        raise UserError(f"prompt {number} holds {END_OF_TEXT}, but this model's tokenizer has no such token")
-    first, *others = (tokenizer.encode(part) for part in text.split(END_OF_TEXT))
+        raise UserError(f"prompt {number} holds {end}, but this model's tokenizer has no such token")
+    first, *others = (tokenizer.encode(part) for part in text.split(end))
     return np.concatenate([first, *(np.concatenate([[tokenizer.end_of_text], part]) for part in others)])

@@ -11,6 +11,7 @@ from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.loss import Evaluation, make_eval_step, measure
 from gptjax.model.gpt import Compute
+from gptjax.tasks.multi import parts_of
 from gptjax.tasks.pretrain import next_token_loss
 from gptjax.tasks.task import Compile, Kind, Source, Task, hash_sequences, longest
 from gptjax.text.chats import Chat, parse_chat
@@ -55,6 +56,18 @@ def measure_chats(
     n_targets = sum(int((sequence.targets >= 0).sum()) for sequence in found.sequences)
     eval_step = compiled(make_eval_step(config.model, compute))
     return lambda params, sharding: measure(eval_step, params, batches, sharding, found.target_bytes / n_targets)
+
+
+def chat_template(config: Config) -> str | None:
+    """The template of a run's chats, for sampling; None: it learned none.
+
+    Raises:
+        UserError: It learned chats of several templates.
+    """
+    templates = {part.task.template for part in parts_of(config).values() if part.task.kind == "instruct"}
+    if len(templates) > 1:
+        raise UserError("the run learned chats of several templates; write the prompt in one of them and give --raw")
+    return templates.pop() if templates else None
 
 
 def parse_row(row: Row, task: TaskConfig, _data: DataConfig, _labelled: bool, counts: Counter[str]) -> Chat | None:

@@ -4,6 +4,7 @@ Training and sampling write messages by the same functions, so that the text bef
 and after `batches.packed.encode_chats` the same ids, in both.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ ASSISTANT, USER = "assistant", "user"
 SHAREGPT_FIELD = "conversations"
 ALPACA_FIELDS = ("instruction", "input", "output")
 _ROLES = {"human": USER} | dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), ASSISTANT)
+
+_JOINED = re.compile(r"(?: +| *(?:[^\w\s]|_)+)$")
 
 
 class Message(NamedTuple):
@@ -30,7 +33,8 @@ class Chat(NamedTuple):
 
     text: str
     targets: tuple[tuple[int, int], ...]
-    """Spans of characters `[start, end)` that are targets: what the assistant says, up to the next message."""
+    """Spans of characters `[start, end)` that are targets: what the assistant says, up to the next message, and
+    what joins it to the text before, see `_before_join`."""
     where: str
 
     @property
@@ -40,16 +44,12 @@ class Chat(NamedTuple):
 
 
 def render_chat(messages: Sequence[Message], template: str, where: str) -> Chat:
-    """Writes messages by `task.template`.
-
-    Spaces at the end of what the template puts before a response belong to the target: tokenizers join a space to the
-    word after it, so a prompt that ended in one would have other ids than in training.
-    """
+    """Writes messages by `task.template`."""
     before, after = template.split("{content}")
     text, targets = "", []
     for message in messages:
         header = before.replace("{role}", message.role)
-        start = len(text) + len(header.rstrip(" "))
+        start = len(text) + len(_before_join(header))
         text += header + message.content + after.replace("{role}", message.role)
         if message.role == ASSISTANT:
             targets.append((start, len(text)))
@@ -58,8 +58,17 @@ def render_chat(messages: Sequence[Message], template: str, where: str) -> Chat:
 
 def render_prompt(messages: Sequence[Message], template: str) -> str:
     """The text of `render_chat` up to where the assistant's answer to `messages` begins."""
-    before = template.split("{content}")[0].replace("{role}", ASSISTANT)
-    return render_chat(messages, template, "").text + before.rstrip(" ")
+    header = template.split("{content}")[0].replace("{role}", ASSISTANT)
+    return render_chat(messages, template, "").text + _before_join(header)
+
+
+def _before_join(header: str) -> str:
+    """What stands before a response, without the spaces or punctuation at its end.
+
+    Tokenizers join these to the word that follows (" It", ">It"), so a prompt that ended in them would have other ids
+    than the same text in training. So they belong to the target, and sampling leaves them to the model.
+    """
+    return _JOINED.sub("", header)
 
 
 def parse_chat(row: Row, task: TaskConfig, counts: Counter[str]) -> Chat | None:

@@ -4,6 +4,8 @@ Pretraining reads documents and the other tasks read rows, both through the read
 stream; a plain text file is one document and is held whole.
 """
 
+import codecs
+import contextlib
 import csv
 import io
 import json
@@ -19,7 +21,7 @@ from gptjax.config.run import DataConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.text.conll import Sentence, conll_sentences, sentence_documents, sentence_row
 from gptjax.text.streams import COMPRESSIONS, named_errors, one_line_of, open_binary
-from gptjax.text.unicode import InvalidText, find_surrogate, has_surrogate, replace_invalid
+from gptjax.text.unicode import UTF16_HINT, InvalidText, find_surrogate, has_surrogate, replace_invalid
 
 TEXT_ENDINGS = (".txt", ".md", ".py")
 ROW_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet", ".conll", ".conllu")
@@ -152,38 +154,45 @@ class _DuplicateKey(Exception):
 
 
 def _sentences(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Sentence]:
-    with named_errors(path), open_binary(path, data.encoding) as file:
-        yield from conll_sentences(_lines(file), str(path), InvalidText(data, counts), ending(path) == ".conllu")
+    with named_errors(path), open_binary(path, data.encoding) as file, _lines(file, str(path)) as lines:
+        yield from conll_sentences(lines, str(path), InvalidText(data, counts), ending(path) == ".conllu")
 
 
-def _lines(file: io.BufferedReader) -> Iterator[str]:
-    """Lines that end in LF, CR LF or a lone CR, without a byte order mark.
+@contextlib.contextmanager
+def _lines(file: io.BufferedReader, name: str) -> Iterator[Iterable[str]]:
+    """Yields the lines of a file, which end in LF, CR LF or a lone CR, without a byte order mark.
 
     Bytes that are no UTF-8 become lone surrogates ("surrogateescape") until it is known which row they belong to.
+
+    Raises:
+        UserError: The file begins as UTF-16 does, so that no line could be told from the next.
     """
+    if (mark := file.peek(2)[:2]) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"{name}:1: byte 0x{mark[0]:02x} at offset 0 is not UTF-8 {UTF16_HINT}")
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     try:
-        yield from lines
+        yield lines
     finally:
         lines.detach()  # else its destructor closes the file a second time
 
 
 def _jsonl(
-    file: io.BufferedReader, name: str, data: DataConfig, policy: InvalidText, columns: Columns
+    file: io.BufferedReader, name: str, _data: DataConfig, policy: InvalidText, columns: Columns
 ) -> Iterator[Row]:
-    for number, raw in enumerate(_lines(file), 1):
-        where = f"{name}:{number}"
-        line = policy.text(raw, where) if has_surrogate(raw) else raw
-        if line is None or not line.strip():
-            continue
-        values = _json_object(line, where)
-        for field in columns or ():
-            if field not in values:
-                raise missing_field(where, field, "data.text_field", values)
-        if "\\u" in line:  # an escape can spell half of a surrogate pair
-            values = without_surrogates(values, where, policy, columns)
-        if values is not None:
-            yield Row(values, where)
+    with _lines(file, name) as lines:
+        for number, raw in enumerate(lines, 1):
+            where = f"{name}:{number}"
+            line = policy.text(raw, where) if has_surrogate(raw) else raw
+            if line is None or not line.strip():
+                continue
+            values = _json_object(line, where)
+            for field in columns or ():
+                if field not in values:
+                    raise missing_field(where, field, "data.text_field", values)
+            if "\\u" in line:  # an escape can spell half of a surrogate pair
+                values = without_surrogates(values, where, policy, columns)
+            if values is not None:
+                yield Row(values, where)
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
@@ -223,44 +232,53 @@ def _check_columns(names: Sequence[str], where: str, columns: Columns) -> None:
 def _table(
     file: io.BufferedReader, name: str, data: DataConfig, policy: InvalidText, columns: Columns
 ) -> Iterator[Row]:
+    header = None
+    for where, cells in _table_cells(file, name, data):
+        blank = len(cells) == 1 and not cells[0].strip() and (header is None or len(header) > 1)
+        if blank or not cells:
+            continue
+        if header is None:
+            header = [cell or f"column_{place}" for place, cell in enumerate(cells, 1)]
+            _check_columns(header, where, columns)
+            continue
+        if len(cells) != len(header):
+            raise UserError(
+                f"{where}: {len(cells)} fields, must be {len(header)} as in the header; a field with commas or"
+                " newlines needs quotes (data.quoting)"
+            )
+        values = dict(zip(header, cells, strict=True))
+        if columns is not None:
+            values = {column: values[column] for column in columns}
+        if not all(map(str.isascii, values.values())):
+            values = _valid_cells(values, where, policy)
+        if values is not None:
+            yield Row(values, where)
+    if header is None and columns:
+        raise missing_field(f"{name}:1", columns[0], "data.text_field", ())
+
+
+def _table_cells(file: io.BufferedReader, name: str, data: DataConfig) -> Iterator[tuple[str, list[str]]]:
+    """Yields where each row of CSV or TSV begins, and its cells; none for a blank line."""
     tabs = ending(Path(name)) == ".tsv"
     quoted = data.quoting == "double" or (data.quoting == "format" and not tabs)
     csv.field_size_limit(sys.maxsize)
-    rows = csv.reader(
-        _lines(file),
-        strict=True,
-        delimiter="\t" if tabs else ",",
-        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-    )
-    first, header = 1, None
-    try:
-        for cells in rows:
-            where = f"{name}:{first}"
-            first = rows.line_num + 1
-            blank = len(cells) == 1 and not cells[0].strip() and (header is None or len(header) > 1)
-            if blank or not cells:
-                continue
-            if header is None:
-                header = [cell or f"column_{place}" for place, cell in enumerate(cells, 1)]
-                _check_columns(header, where, columns)
-                continue
-            if len(cells) != len(header):
-                needs = "a field with commas or newlines needs quotes" if quoted else "a field must hold no delimiter"
-                raise UserError(f"{where}: {len(cells)} fields, must be {len(header)} as in the header; {needs}")
-            values = dict(zip(header, cells, strict=True))
-            if columns is not None:
-                values = {column: values[column] for column in columns}
-            if not all(map(str.isascii, values.values())):
-                values = _valid_cells(values, where, policy)
-            if values is not None:
-                yield Row(values, where)
-    except csv.Error as error:
-        raise UserError(
-            f"{name}:{first}: not valid CSV: {error} (a quote that is never closed, or a truncated file;"
-            " data.quoting=none takes quotes as they are)"
-        ) from None
-    if header is None and columns:
-        raise missing_field(f"{name}:1", columns[0], "data.text_field", ())
+    with _lines(file, name) as lines:
+        rows = csv.reader(
+            lines,
+            strict=True,
+            delimiter="\t" if tabs else ",",
+            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        )
+        first = 1
+        try:
+            for cells in rows:
+                yield f"{name}:{first}", cells
+                first = rows.line_num + 1
+        except csv.Error as error:
+            raise UserError(
+                f"{name}:{first}: not valid CSV: {error} (a quote that is never closed, or a truncated file;"
+                " data.quoting=none takes quotes as they are)"
+            ) from None
 
 
 def _valid_cells(values: dict[str, Any], where: str, policy: InvalidText) -> dict[str, Any] | None:

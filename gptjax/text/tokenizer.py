@@ -27,6 +27,8 @@ class Tokenizer(abc.ABC):
     """Turns text into ids in `[0, vocab_size)` and back; what is encoded decodes to the same bytes."""
 
     kind: str
+    end_token = END_OF_TEXT
+    """Name of the token with id `end_of_text`."""
 
     @property
     @abc.abstractmethod
@@ -36,7 +38,7 @@ class Tokenizer(abc.ABC):
     @property
     @abc.abstractmethod
     def end_of_text(self) -> int | None:
-        """Id of <|endoftext|>, which starts every document; None: the tokenizer has none."""
+        """Id of the token that starts every document and ends the last; None: the tokenizer has none."""
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -164,6 +166,8 @@ class BytePairTokenizer(Tokenizer):
     pattern: str
     ranks: dict[bytes, int]
     special: dict[str, int]
+    end_token: str = END_OF_TEXT
+    """One of `special`; where it is none of them, the tokenizer has no end-of-text."""
 
     @property
     def vocab_size(self) -> int:
@@ -171,7 +175,7 @@ class BytePairTokenizer(Tokenizer):
 
     @property
     def end_of_text(self) -> int | None:
-        return self.special.get(END_OF_TEXT)
+        return self.special.get(self.end_token)
 
     def encode(self, text: str) -> np.ndarray:
         return np.concatenate([np.empty(0, np.int32), *self._encode_pieces(list(split_text(text)))])
@@ -197,7 +201,7 @@ class BytePairTokenizer(Tokenizer):
             "pattern": self.pattern,
             "tokens": tokens,
             "special_tokens": dict(sorted(self.special.items(), key=lambda item: item[1])),
-        }
+        } | ({} if self.end_token == END_OF_TEXT else {"end_token": self.end_token})
 
     @functools.cached_property
     def _encoding(self):
@@ -242,18 +246,21 @@ def make_tokenizer(
     return _byte_pair("bpe", "", ranks, PATTERN, {END_OF_TEXT: len(ranks)})
 
 
-def bpe_tokenizer_from_ranks(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> Tokenizer:
+def bpe_tokenizer_from_ranks(
+    ranks: dict[bytes, int], pattern: str, special: dict[str, int], end_token: str = END_OF_TEXT
+) -> Tokenizer:
     """Builds a BPE tokenizer from another program's files.
 
     Args:
         ranks: Id of each token's bytes, in the order in which they merge. All 256 single bytes are among them.
         pattern: Regular expression that cuts text before bytes are merged.
-        special: Ids of tokens that no text encodes to; <|endoftext|> starts a document.
+        special: Ids of tokens that no text encodes to.
+        end_token: The one of them that starts a document; where it is none of them, the tokenizer has no such token.
 
     Raises:
         UserError: An id is given twice, a single byte is missing, or the pattern is not valid.
     """
-    return _byte_pair("bpe", "", ranks, pattern, special)
+    return _byte_pair("bpe", "", ranks, pattern, special, end_token)
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> str:
@@ -327,7 +334,7 @@ def _published(name: str) -> BytePairTokenizer:
 
 
 def _byte_pair(
-    kind: str, name: str, ranks: dict[bytes, int], pattern: str, special: dict[str, int]
+    kind: str, name: str, ranks: dict[bytes, int], pattern: str, special: dict[str, int], end_token: str = END_OF_TEXT
 ) -> BytePairTokenizer:
     ids = sorted([*ranks.values(), *special.values()])
     size = ids[-1] + 1 if ids else 0
@@ -338,7 +345,7 @@ def _byte_pair(
     # cl100k_base and o200k_base leave ids unused. A model can still predict them, so they get a name.
     unused = set(range(size)).difference(ids)
     special = special | {f"<|reserved_{i}|>": i for i in sorted(unused)}
-    tokenizer = BytePairTokenizer(kind, name, pattern, ranks, special)
+    tokenizer = BytePairTokenizer(kind, name, pattern, ranks, special, end_token)
     try:
         _ = tokenizer._encoding
     except ValueError as error:
@@ -365,7 +372,10 @@ def _from_dict(content: dict) -> Tokenizer:
                 raise ValueError("a token is given twice")
             if any(type(i) is not int for i in special.values()):
                 raise ValueError("ids of special tokens must be whole numbers")
-            return _byte_pair(kind, content["name"], ranks, content["pattern"], special)
+            end_token = content.get("end_token", END_OF_TEXT)
+            if end_token != END_OF_TEXT and end_token not in special:
+                raise ValueError(f"end_token {end_token!r} is none of special_tokens")
+            return _byte_pair(kind, content["name"], ranks, content["pattern"], special, end_token)
         case kind:
             raise ValueError(f"kind is {kind!r}, must be bytes, chars, tiktoken or bpe")
 

@@ -12,6 +12,7 @@ from typing import Any
 from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 
+UTF16_HINT = "(the file looks like UTF-16: set data.encoding=utf-16)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -53,8 +54,8 @@ class InvalidText:
             return f"the character at offset {place} is not valid {self.data.encoding} (data.encoding)"
         what = f"byte 0x{raw[place]:02x} at offset {place} is not "
         if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return f"{what}UTF-8 (the file looks like UTF-16: data.encoding=utf-16)"
-        return f"{what}UTF-8 (data.encoding names another encoding: latin-1, cp1252)"
+            return f"{what}UTF-8 {UTF16_HINT}"
+        return f"{what}UTF-8 (data.encoding can name another encoding, such as latin-1)"
 
 
 def has_surrogate(text: str) -> bool:

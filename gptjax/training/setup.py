@@ -23,7 +23,7 @@ from gptjax.checkpoints.run_dir import (
 from gptjax.config.cluster import ClusterConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.reader import differing_fields, load_config, to_flat
-from gptjax.config.run import Config
+from gptjax.config.run import Config, TrainConfig
 from gptjax.errors import UserError
 from gptjax.machine.native.build import begin as begin_kernels
 from gptjax.parallel import cluster
@@ -159,8 +159,25 @@ def _resolve(config: Config, source: Source, base: LoadedRun | None) -> Config:
         raise UserError(f"finetune.top_k={config.finetune.top_k} must be at most model.n_layer={config.model.n_layer}")
     config = with_labels(config, source.examples)
     if config.train.sample_tokens and not config.heads:
-        source.tokenizer.encode(config.train.sample_prompt)  # a prompt that cannot be encoded fails now, not later
+        train = dataclasses.replace(config.train, sample_prompt=_sample_prompt(config, source.tokenizer))
+        config = dataclasses.replace(config, train=train)
     return config
+
+
+def _sample_prompt(config: Config, tokenizer: Tokenizer) -> str:
+    """`train.sample_prompt`; in place of the default, where the tokenizer has no newline, its first character.
+
+    Raises:
+        UserError: The tokenizer cannot encode the prompt that was given: now, not at the first evaluation.
+    """
+    prompt = config.train.sample_prompt
+    try:
+        tokenizer.encode(prompt)
+    except UserError as error:
+        if prompt == TrainConfig.sample_prompt:
+            return tokenizer.decode([0])
+        raise UserError(f"train.sample_prompt={prompt!r}: {error}") from None
+    return prompt
 
 
 def _base_shape(config: Config, base: LoadedRun) -> ModelConfig:

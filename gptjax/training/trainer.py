@@ -19,6 +19,8 @@ from gptjax.parallel.pipeline import bubble
 from gptjax.parallel.place import get, put_rows, rows_of_process
 from gptjax.report import cost
 from gptjax.report.progress import say, say_no_more
+from gptjax.tasks.instruct import chat_template
+from gptjax.text.chats import USER, Message, render_prompt
 from gptjax.training import selftest
 from gptjax.training.divergence import write_dump
 from gptjax.training.guard import EXIT_DIVERGED, Signals, exit_status, locked_by_first
@@ -187,13 +189,16 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
             return
     params = jax.device_put(params, jax.local_devices()[0])
     try:
-        [[text]] = sample_texts(config.model, params, parts.tokenizer, [config.train.sample_prompt], options)
+        template, prompt = chat_template(config), config.train.sample_prompt
+        if template is not None:
+            prompt = render_prompt([Message(USER, prompt)], template)
+        [[text]] = sample_texts(config.model, params, parts.tokenizer, [prompt], options, at_start=template is not None)
     except Exception as error:  # of whatever kind: training must not end because a sample cannot be made
         log.progress.line(f"    no sample: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         return
     log.progress.line(f"    {text!r}")
     with open(parts.run_dir / SAMPLES_FILE, "a", encoding="utf-8") as file:
-        file.write(f"--- step {step}\n{config.train.sample_prompt}{text}\n")
+        file.write(f"--- step {step}\n{prompt}{text}\n")
 
 
 def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:

@@ -1,17 +1,21 @@
-"""Labels for texts of one's own, as many as there are."""
+"""`gptjax predict`: labels for texts, as a stream of JSON objects."""
 
+import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
 from gptjax.checkpoints.run_dir import LoadedRun, load_run
-from gptjax.config.task import LABELLED
+from gptjax.config.run import DataConfig
+from gptjax.config.task import LABELLED, TaskConfig
 from gptjax.config.verbs import PredictConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import Predictions
@@ -19,10 +23,16 @@ from gptjax.files import publish, temporary_name
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.tasks.registry import parse
-from gptjax.text.rows import Row, read_rows
+from gptjax.tasks.task import longest
+from gptjax.text.counts import counted
+from gptjax.text.formats import Row
+from gptjax.text.rows import read_rows
 from gptjax.verbs.evaluate import one_task, predict_labels
 
-CHUNK = 1024  # rows in memory at a time
+CHUNK = 1024
+"""Rows in memory at a time."""
+OUTPUTS = ("predicted", "probabilities", "cut")
+"""Fields that are added to each row; a field of the input with one of these names becomes "input.NAME"."""
 
 
 def run_predict(options: PredictConfig) -> int:
@@ -37,73 +47,141 @@ def run_predict(options: PredictConfig) -> int:
 def predict_run(options: PredictConfig, notify: Callable[[str], None] = print) -> int:
     """Writes each row with what the run predicts for it, in the order of the input; returns how many.
 
-    `notify` is told of damaged checkpoints in one line.
+    `notify` gets one line for each of: damaged checkpoints, rows left out, texts that were cut, fields that got
+    another name.
 
     Raises:
-        UserError: The run names no labels, or a row is wrong.
+        UserError: The run predicts no labels, or a row is wrong.
     """
     run = load_run(Path(options.run_dir).expanduser(), options.checkpoint, options.strict, notify, options.base)
     run, name = one_task(run, options.part, options.run_dir)
-    task, data = run.config.task, run.config.data
+    task = run.config.task
     if task.kind not in LABELLED:
         raise UserError(f"{options.run_dir}: has task.kind={task.kind} and names no labels; use gptjax sample")
-    if options.file:
-        rows = read_rows([options.file], "file")
-    elif task.kind == "tag":
-        rows = (Row({task.tokens_field: text.split()}, f"text {n}") for n, text in enumerate(options.text, 1))
-    else:
-        rows = (Row({data.text_field: text}, f"text {n}") for n, text in enumerate(options.text, 1))
-    if not options.out:
-        return _write(run, name, rows, options.batch_size, sys.stdout)
-    out = Path(options.out).expanduser()
-    temporary = temporary_name(out)
+    data = _data_config(run.config.data, options, task)
+    counts: Counter[str] = Counter()
+    rows = read_rows([options.file], "file", data, counts) if options.file else _given_rows(options.text, task, data)
+    found = predicted_rows(run, name, rows, data, options.batch_size, counts)
+    count = _write_file(found, Path(options.out).expanduser()) if options.out else _write(found, sys.stdout)
+    for line in _notes(counts, count, longest(run.config)):
+        notify(line)
+    return count
+
+
+def predicted_rows(
+    run: LoadedRun, name: str, rows: Iterator[Row], data: DataConfig, batch_size: int, counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Yields the values of each row together with what head `name` predicts for it.
+
+    Args:
+        run: As one that learned a single task.
+        name: Of the head.
+        rows: Without labels, or with labels that are not read.
+        data: Names the text field.
+        batch_size: Texts at a time.
+        counts: Gets "cut" and "renamed" (rows).
+
+    Raises:
+        UserError: A row is wrong.
+    """
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        examples = list(parse(chunk, run.config.task, data, labelled=False))
+        predictions, _ = predict_labels(run, name, examples, min(batch_size, len(chunk)))
+        values = _of_sentences(predictions) if run.config.task.kind == "tag" else _of_texts(predictions)
+        for row, predicted, cut in zip(chunk, values, predictions.cut, strict=True):
+            counts["cut"] += cut
+            yield _renamed(row, counts) | predicted | {"cut": cut}
+
+
+def _data_config(own: DataConfig, options: PredictConfig, task: TaskConfig) -> DataConfig:
+    """How rows are read and normalised: as in training, but for what the options say of the file."""
+    given = options.data
+    if given.text_field and task.kind == "tag":
+        raise UserError("data.text_field has no effect on a run with task.kind=tag; it reads task.tokens_field")
+    file = {"path": (options.file or "unused",), "source": "", "hf_dataset": "", "streaming": False}
+    reading = {"encoding": given.encoding, "quoting": given.quoting, "invalid_utf8": given.invalid_utf8}
+    return dataclasses.replace(own, **file, **reading, text_field=given.text_field or own.text_field)
+
+
+def _given_rows(texts: Iterable[str], task: TaskConfig, data: DataConfig) -> Iterator[Row]:
+    for number, text in enumerate(texts, 1):
+        values = {task.tokens_field: text.split()} if task.kind == "tag" else {data.text_field: text}
+        yield Row(values, f"text {number}")
+
+
+def _renamed(row: Row, counts: Counter[str]) -> dict[str, Any]:
+    """The row's values, under names that the outputs do not have."""
+    clash = [name for name in OUTPUTS if name in row.values]
+    if not clash:
+        return row.values
+    if taken := next((name for name in clash if f"input.{name}" in row.values), None):
+        raise UserError(
+            f"{row.where}: has both {taken!r} and 'input.{taken}'; rename one, the output has {taken!r} too"
+        )
+    counts["renamed"] += 1
+    return {f"input.{name}" if name in clash else name: value for name, value in row.values.items()}
+
+
+def _notes(counts: Counter[str], count: int, max_tokens: int) -> list[str]:
+    notes = counted(counts)
+    if counts["cut"]:
+        notes.append(f'{counts["cut"]:,} of {count:,} rows were cut at {max_tokens} tokens; they have "cut": true')
+    if counts["renamed"]:
+        names = ", ".join(OUTPUTS)
+        notes.append(
+            f'{counts["renamed"]:,} rows have a field named {names}; in the output it is named "input." and so'
+        )
+    return notes
+
+
+def _write_file(rows: Iterable[dict[str, Any]], path: Path) -> int:
+    """Writes a file that is complete or not there."""
+    temporary = temporary_name(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            count = _write(run, name, rows, options.batch_size, file)
+            count = _write(rows, file)
             file.flush()
             os.fsync(file.fileno())
-        publish(temporary, out)
+        publish(temporary, path)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return count
 
 
-def _write(run: LoadedRun, name: str, rows: Iterator[Row], batch_size: int, file: TextIO) -> int:
+def _write(rows: Iterable[dict[str, Any]], file: TextIO) -> int:
     count = 0
-    while chunk := list(itertools.islice(rows, CHUNK)):
-        for row, predicted in zip(chunk, _predicted(run, name, chunk, batch_size), strict=True):
-            file.write(json.dumps(row.values | predicted, ensure_ascii=False, default=str) + "\n")
-        file.flush()
-        count += len(chunk)
+    for count, row in enumerate(rows, 1):
+        file.write(json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
+        if count % CHUNK == 0:
+            file.flush()
+    file.flush()
     return count
 
 
-def _predicted(run: LoadedRun, name: str, rows: list[Row], batch_size: int) -> Iterator[dict]:
-    task = run.config.task
-    examples = list(parse(rows, task, run.config.data, labelled=False))
-    predictions, _ = predict_labels(run, name, examples, min(batch_size, len(rows)))
-    if task.kind == "classify":
-        return _of_texts(predictions)
-    ends = np.cumsum(predictions.sentences)
-    return (_of_words(predictions, slice(end - n, end)) for end, n in zip(ends, predictions.sentences, strict=True))
+def _without_nan(value: Any) -> Any:
+    """Nested plain values with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return {key: _without_nan(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _of_texts(predictions: Predictions) -> Iterator[dict]:
+def _of_texts(predictions: Predictions) -> Iterator[dict[str, Any]]:
     labels = predictions.labels
     for probabilities, chosen in zip(predictions.probabilities_EN, predictions.chosen, strict=True):
         several = predictions.targets.ndim == 2
         name = [label for label, has in zip(labels, chosen, strict=True) if has] if several else labels[chosen]
-        yield {"predicted": name, "probabilities": _rounded(dict(zip(labels, probabilities.tolist(), strict=True)))}
+        rounded = {label: round(p, 6) for label, p in zip(labels, probabilities.tolist(), strict=True)}
+        yield {"predicted": name, "probabilities": rounded}
 
 
-def _of_words(predictions: Predictions, here: slice) -> dict:
+def _of_sentences(predictions: Predictions) -> Iterator[dict[str, Any]]:
     """A tag for each word and its probability; those of all other tags would be many times the text."""
-    chosen = predictions.chosen[here].tolist()
-    best = predictions.probabilities_EN[here].max(axis=-1).tolist()
-    return {"predicted": [predictions.labels[n] for n in chosen], "probabilities": [round(p, 6) for p in best]}
-
-
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in values.items()}
+    chosen, best = predictions.chosen.tolist(), predictions.probabilities_EN.max(axis=-1).tolist()
+    for end, length in zip(np.cumsum(predictions.sentences).tolist(), predictions.sentences, strict=True):
+        here = slice(end - length, end)
+        names = [predictions.labels[n] for n in chosen[here]]
+        yield {"predicted": names, "probabilities": [round(p, 6) for p in best[here]]}

@@ -9,6 +9,9 @@ from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
+from gptjax.tasks.instruct import chat_template
+from gptjax.text.chats import USER, Message, render_prompt
+from gptjax.text.unicode import has_surrogate
 
 
 def run_sample(config: SampleConfig, prompts: list[str]) -> int:
@@ -17,6 +20,11 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
     run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, notify, config.base)
     if run.tokenizer is None:
         raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
+    template = None if config.raw else chat_template(run.config)
+    if config.raw and chat_template(run.config) is None:
+        raise UserError(f"raw=True has no effect: {config.run_dir} has task.kind={run.config.task.kind}, no template")
+    if template is not None:
+        prompts = [render_prompt([Message(USER, prompt)], template) for prompt in prompts]
     one = len(prompts) * config.num_samples == 1
     if one:
         _write(prompts[0])
@@ -26,6 +34,7 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
         run.tokenizer,
         prompts,
         config,
+        at_start=template is not None,
         on_text=(lambda _prompt, _sample, piece: _write(piece)) if one else None,
         notify=notify,
     )
@@ -39,7 +48,7 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
 
 
 def read_prompts(config: SampleConfig) -> list[str]:
-    """The texts to continue: from the flags, a file, or standard input.
+    """The prompts: from the flags, a file, or standard input, byte for byte but for a byte order mark.
 
     Raises:
         UserError: There is none, or it is not UTF-8.
@@ -48,14 +57,12 @@ def read_prompts(config: SampleConfig) -> list[str]:
         raise UserError("command line: --run_dir is missing; name the folder of a trained run")
     if config.prompt:
         for number, prompt in enumerate(config.prompt, 1):
-            if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            if has_surrogate(prompt):
                 raise UserError(f"prompt {number} is not UTF-8; write it to a file in UTF-8 and give --prompt_file")
         return list(config.prompt)
     try:
-        if config.prompt_file:
-            text = Path(config.prompt_file).expanduser().read_text(encoding="utf-8")
-        else:
-            text = sys.stdin.buffer.read().decode("utf-8")
+        path = Path(config.prompt_file).expanduser()
+        text = (path.read_bytes() if config.prompt_file else sys.stdin.buffer.read()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{config.prompt_file or 'standard input'}: the prompt cannot be read: {error}") from None
     if not text:

@@ -113,7 +113,7 @@ OPTIONS = {
     ("--num_samples", "0"): "num_samples=0 must be at least 1",
     ("--num_samples", str(2**30)): "at most 65536",
     ("--seed", "-1"): "seed=-1 must lie in",
-    ("--prompt", ""): "prompt 2 is a prompt of nothing",
+    ("--prompt", ""): "prompt 2 is empty",
     ("--prompt", "\ud800"): "prompt 2 is not UTF-8",
 }
 
