@@ -333,8 +333,11 @@ def test_instructions_are_learned_and_measured(folder, capsys):
     assert main(["sample", *options, "--prompt", "--- a"]) == 0
     written = capsys.readouterr().out
     assert written.startswith("user--- aassistant")
-    assert main(["sample", *options, "--prompt", "<|endoftext|>user--- aassistant", "--raw", "--allow_special"]) == 0
-    assert capsys.readouterr().out == f"<|endoftext|>{written}", "the template and the start token are those of training"
+    as_it_is = ["sample", *options, "--raw", "--allow_special"]
+    assert main([*as_it_is, "--prompt", "<|endoftext|>user--- aassistant"]) == 0
+    assert capsys.readouterr().out == f"<|endoftext|>{written}", (
+        "the template and the start token are those of training"
+    )
     assert main(["sample", "--run_dir", str(folder / "base"), "--prompt", "a", "--raw"]) == 2
     assert "raw=True has no effect" in capsys.readouterr().err
 

@@ -81,7 +81,9 @@ ELSEWHERE = {
     "test_adapters::test_padding_never_leaks": ("task.pooling",),
     "test_rows::test_labels_are_those_of_the_training_rows": ("task.labels",),
     "test_rows::test_lists_of_labels_make_the_task_multi_label": ("task.multi_label",),
-    "test_rows::test_chats_and_prompts_are_one_form": ("task.template",),
+    "test_chats::test_a_prompt_has_the_ids_that_it_has_in_training": ("task.template",),
+    "test_rows::test_an_encoding_can_be_named": ("data.encoding",),
+    "test_rows::test_tabs_have_no_quotes_unless_they_are_asked_for": ("data.quoting",),
     "test_rows::test_fields_have_the_names_that_the_config_gives": (
         *("task.label_field", "task.tokens_field", "task.tags_field", "task.prompt_field", "task.response_field"),
         "task.messages_field",

@@ -10,20 +10,18 @@ import numpy as np
 import pytest
 
 from gptjax.batches.labelled import POOL, TextBatch, TextBatches, encode_texts
-from gptjax.batches.packed import Asked, PackedSequences, encode_words
+from gptjax.batches.packed import PackedSequences, TargetSequence, encode_words
 from gptjax.batches.pretraining import PackedWindows, evaluation_batches
-from gptjax.config.run import Config, DataConfig, TokenizerConfig
+from gptjax.config.run import DataConfig, TokenizerConfig
 from gptjax.config.task import TaskConfig
 from gptjax.evaluation.labels import Predictions, confusion, expected_calibration_error, score, table
 from gptjax.evaluation.loss import make_eval_step, measure
 from gptjax.evaluation.predict import predict_texts, predict_words
 from gptjax.model.gpt import Compute
 from gptjax.tasks import pretrain
-from gptjax.tasks.registry import TASKS
 from gptjax.tasks.task import Source
 from gptjax.text.labelled import Text, Words
 from gptjax.text.prepare import prepare
-from gptjax.text.rows import Row
 from gptjax.text.shards import Dataset, TokenSplit
 from gptjax.text.tokenizer import make_tokenizer
 from tests.tiny import CONFIG, MODEL, init_params, replace
@@ -112,7 +110,7 @@ def test_labels_and_their_loss_are_the_same_for_every_batch_size():
     tagged = encode_words(words, BYTES, ("a", "b"), 24, 0)
     sizes = {
         predict_texts: np.array([len(ids) for ids in encoded.tokens]),
-        predict_words: np.concatenate(tagged.asked),
+        predict_words: np.concatenate(tagged.positions),
     }
     for predict_all, examples in ((predict_texts, encoded), (predict_words, tagged)):
         for batch_size in (1, 5, 64):
@@ -162,20 +160,8 @@ def test_documents_see_each_other_where_the_config_says_so(across):
         assert bool(np.all(batch.positions == np.arange(16)[None])) == across
 
 
-def chats(*turns: tuple[tuple[str, str], ...], **task):
-    """Chats of `(role, content)` as a run reads them, and the config of that run."""
-    config = Config(
-        model=replace(CONFIG, model={"vocab_size": 257, "block_size": 200}).model,
-        tokenizer=TokenizerConfig(kind="bytes"),
-        task=TaskConfig(kind="instruct", **task),
-    )
-    kind = TASKS["instruct"]
-    rows = [Row({"messages": [{"role": r, "content": c} for r, c in chat]}, f"a:{n}") for n, chat in enumerate(turns)]
-    return config, [kind.parse_row(row, config.task, config.data, True) for row in rows]
-
-
 def test_an_epoch_of_packed_sequences_takes_each_once_in_an_order_of_its_own():
-    sequences = [Asked(np.full(5, n, np.int32), np.full(5, n, np.int32)) for n in range(1, 41)]
+    sequences = [TargetSequence(np.full(5, n, np.int32), np.full(5, n, np.int32)) for n in range(1, 41)]
     packed = PackedSequences(sequences, 10, seed=2)
     n = len(packed.windows)
     epochs = [packed.batch(epoch, n).inputs[:, 0].tolist() for epoch in range(3)]
