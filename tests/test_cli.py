@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from gptjax.cli import VERBS, main
-from gptjax.config.reader import to_yaml
+from gptjax.config.reader import read_flags, to_yaml
+from gptjax.config.verbs import SampleConfig
 from gptjax.training import trainer
+from gptjax.verbs.sample import read_prompts
 from tests.tiny import run_config
 
 ROOT = Path(__file__).parents[1]
@@ -146,3 +148,22 @@ def test_train_py_and_sample_py_are_the_verbs(run_dir):
         2,
         "gptjax: usage: gptjax train [CONFIG.yaml | RUN_DIR] [--section.key VALUE ...]\n",
     )
+
+
+@pytest.mark.parametrize("prompts", [["--- a"], ["-- b", "- c"], ["--1"], ["---"]])
+def test_a_value_may_begin_with_dashes(prompts):
+    assert read_flags(SampleConfig, ["--prompt", *prompts, "--seed", "3"]) == {"prompt": prompts, "seed": 3}
+
+
+def test_a_value_that_looks_like_an_option_is_given_with_an_equals_sign(capsys):
+    assert read_flags(SampleConfig, ["--prompt=--seed"]) == {"prompt": ["--seed"]}
+    error = fails(capsys, "sample", "--run_dir", "x", "--prompt", "--words")
+    assert "--prompt needs a value; one that begins with -- is given as --prompt=--words" in error
+
+
+def test_a_prompt_is_read_byte_for_byte_but_for_a_byte_order_mark(tmp_path, monkeypatch):
+    content = b"\xef\xbb\xbfROMEO:\r\nHi\rthere \xef\xbb\xbf\n"
+    (tmp_path / "prompt.txt").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    for options in ({"prompt_file": str(tmp_path / "prompt.txt")}, {}):
+        assert read_prompts(SampleConfig(run_dir="x", **options)) == ["ROMEO:\r\nHi\rthere \ufeff\n"]

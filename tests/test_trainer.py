@@ -15,6 +15,7 @@ from gptjax.checkpoints.run_dir import load_run, write_description, write_run
 from gptjax.config.reader import load_config
 from gptjax.errors import UserError
 from gptjax.report.metrics import MetricsFile, read_metrics
+from gptjax.text.tokenizer import CharTokenizer
 from gptjax.training import precision, setup, trainer
 from gptjax.training.guard import locked
 from tests.faults.runs import SHARED_CACHE, process_config, wait_for_rows, write_config
@@ -212,3 +213,11 @@ def test_an_evaluation_that_fails_ends_the_run_after_it_has_saved(tmp_path, monk
     with pytest.raises(RuntimeError, match="evaluation failed"):
         trainer.train(config)
     assert load_run(Path(config.run_dir), "latest").step == 3
+
+
+def test_the_default_prompt_is_one_that_the_tokenizer_can_encode():
+    prompts = [setup._sample_prompt(CONFIG, CharTokenizer(text, has_end_of_text=False)) for text in (" abc", "\nabc")]
+    assert prompts == [" ", "\n"]
+    config = replace(CONFIG, train={"sample_prompt": "é"})
+    with pytest.raises(UserError, match=r"train.sample_prompt='é': character 'é' \(U\+00E9\)"):
+        setup._sample_prompt(config, CharTokenizer("abc", has_end_of_text=False))

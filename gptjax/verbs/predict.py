@@ -127,10 +127,8 @@ def _notes(counts: Counter[str], count: int, max_tokens: int) -> list[str]:
     if counts["cut"]:
         notes.append(f'{counts["cut"]:,} of {count:,} rows were cut at {max_tokens} tokens; they have "cut": true')
     if counts["renamed"]:
-        names = ", ".join(OUTPUTS)
-        notes.append(
-            f'{counts["renamed"]:,} rows have a field named {names}; in the output it is named "input." and so'
-        )
+        names = " or ".join(OUTPUTS)
+        notes.append(f'{counts["renamed"]:,} rows have a field named {names}; the output has it as "input.NAME"')
     return notes
 
 
