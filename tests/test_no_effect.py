@@ -73,10 +73,10 @@ def values_of(cls: type, field: str) -> list[Any]:
         return [
             built for name in names_of(kind) for value in values_of(kind, name) if (built := build(kind, {name: value}))
         ]
-    if field in TEXTS:
-        return [TEXTS[field]]
     if typing.get_origin(kind) is Literal:
         return [option for option in typing.get_args(kind) if option != default]
+    if field in TEXTS:
+        return [TEXTS[field]]
     if typing.get_origin(kind) is tuple:
         return [("x",)] if typing.get_args(kind)[0] is str else []
     if default is dataclasses.MISSING:
