@@ -80,7 +80,7 @@ class NumpyDecoder:
             r, s = self.get("blocks/mix", layer)
             x = r * x + s * first
         attention = lambda h: self.attention(h, positions, layer)  # noqa: E731
-        mlp = lambda h: self.mlp(h, layer)  # noqa: E731
+        mlp = lambda h: self.experts(h, layer) if c.n_expert else self.mlp(h, layer)  # noqa: E731
         if c.parallel != "none":
             h1 = self.norm(x, "blocks/norm_1", layer)
             h2 = h1 if c.parallel == "one_norm" else self.norm(x, "blocks/norm_2", layer)
@@ -108,6 +108,27 @@ class NumpyDecoder:
         up, activation = linear("w_in", "b_in")(h), ACTIVATIONS[self.c.activation]
         inner = activation(linear("w_gate", "b_gate")(h)) * up if self.c.gated else activation(up)
         return linear("w_out", "b_out", True)(inner)
+
+    def experts(self, h, layer):
+        """Token by token, expert by expert; without a limit of capacity."""
+        c, activation = self.c, ACTIVATIONS[self.c.activation]
+        logits = h @ self.get("blocks/experts/w_router", layer)
+        probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities /= probabilities.sum(-1, keepdims=True)
+        y = self.mlp(h, layer) if c.n_shared_expert else np.zeros_like(h)
+        for t, token in enumerate(h):
+            best = np.argsort(-probabilities[t])[: c.experts_per_token]
+            for e in best:
+                up = token @ self.get("blocks/experts/w_in", layer)[e]
+                gate = self.get("blocks/experts/w_gate", layer)
+                inner = activation(up) if gate is None else activation(token @ gate[e]) * up
+                y[t] += (
+                    probabilities[t, e]
+                    / probabilities[t, best].sum()
+                    * inner
+                    @ self.get("blocks/experts/w_out", layer)[e]
+                )
+        return y
 
     def attention(self, h, positions, layer):
         c, T = self.c, len(h)

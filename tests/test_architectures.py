@@ -43,6 +43,10 @@ VARIANTS = {
     "alibi": {"positions": "alibi", "activation": "tanh", "norm": "rms"},
     "t5": {"positions": "t5", "activation": "sigmoid", "attention_window": 9},
     "sinusoidal": {"positions": "sinusoidal", "gated": True},
+    "mixture of experts": {**LLAMA, "n_expert": 4, "expert_width": 12},
+    "experts, one shared, roomy": {
+        **{"bias": False, "n_expert": 3, "experts_per_token": 1, "n_shared_expert": 1, "expert_capacity": 3.0},
+    },
     "none": {"positions": "none", "qk_norm": "head"},
 }
 COMPUTE = Compute(unroll=1)
@@ -166,7 +170,7 @@ def test_options_that_do_not_apply_together_are_refused(change, message):
         dataclasses.replace(BASE, **change)
 
 
-@pytest.mark.parametrize("name", ["llama", "sandwich, soft caps, local and full", "alibi", "t5"])
+@pytest.mark.parametrize("name", ["sandwich, soft caps, local and full", "alibi", "t5", "mixture of experts"])
 def test_a_mesh_changes_nothing(name):
     from gptjax.config.run import MeshConfig
     from gptjax.parallel.mesh import make_mesh, traced_in

@@ -66,6 +66,11 @@ ELSEWHERE = {
         *("model.rope_fraction", "model.rope_scaling", "model.rope_factor", "model.attention_pattern"),
         *("model.attention_scale", "model.attention_softcap", "model.logit_softcap", "model.embedding_scale"),
         *("model.residual_scale", "model.logit_scale", "model.embedding_norm", "model.residual_mix"),
+        *("model.n_expert", "model.experts_per_token", "model.n_shared_expert", "model.expert_width"),
+    ),
+    "test_experts::test_an_expert_that_is_full_drops_later_tokens_and_counts_them": ("model.expert_capacity",),
+    "test_experts::test_the_weights_of_the_routers_losses_change_what_is_learned": (
+        *("model.balance_loss", "model.router_z_loss"),
     ),
     "test_architectures::test_llama3_scaling_reads_its_two_factors": (
         *("model.rope_low_frequency_factor", "model.rope_high_frequency_factor"),

@@ -101,6 +101,20 @@ class ModelConfig:
     """Norm of the embeddings before the first block."""
     residual_mix: bool = False
     """Blocks read r x + s x0 with learned r and s of each layer, x0 the embeddings (modded-nanogpt)."""
+    n_expert: int = 0
+    """Experts of a mixture in place of the MLP (arXiv:1701.06538); 0: one MLP."""
+    experts_per_token: int = 2
+    """Experts that each token is sent to."""
+    expert_width: int = 0
+    """Width inside of an expert; 0: mlp_width."""
+    n_shared_expert: int = 0
+    """Experts that every token passes beside those that the router chose (arXiv:2401.06066)."""
+    expert_capacity: float = 0.0
+    """Tokens that an expert takes, as a multiple of an even share; those beyond are dropped and counted. 0: all."""
+    balance_loss: float = 0.01
+    """Weight of the loss that spreads tokens evenly over experts (arXiv:2101.03961, section 2.2)."""
+    router_z_loss: float = 0.0
+    """Weight of the squared log-normalizer of the router's logits (arXiv:2202.08906, section 3.1)."""
     init: Literal["gpt2", "uniform"] = "gpt2"
     """gpt2: normal, deviation 0.02; uniform: within sqrt(3 / n_embd), and output projections start at zero."""
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
@@ -110,10 +124,13 @@ class ModelConfig:
         not_negative("model", self, "n_kv_head", "head_dim", "mlp_width", "vocab_size", "attention_window")
         not_negative("model", self, "attention_scale", "attention_softcap", "logit_softcap", "rope_original_length")
         not_negative("model", self, "rope_local_base", "rope_low_frequency_factor")
+        not_negative("model", self, "n_expert", "expert_width", "n_shared_expert", "expert_capacity")
+        not_negative("model", self, "balance_loss", "router_z_loss")
         positive("model", self, "rope_base", "rope_factor", "embedding_scale", "residual_scale", "logit_scale")
         fraction("model", self, "dropout")
         self._check_sizes()
         self._check_rope()
+        self._check_experts()
         no_effect("model", self, "qkv_bias", not self.bias, "model.bias=false")
         no_effect("model", self, "parallel", self.norm_position == "pre", "model.norm_position=pre")
         if self.attention_pattern:
@@ -134,6 +151,8 @@ class ModelConfig:
                 f" model.positions={self.positions} needs; use lora or bottleneck"
             )
         mlp = (3 if self.gated else 2) * self.n_embd * self.mlp_size
+        if self.n_expert:
+            mlp = (3 if self.gated else 2) * self.n_embd * self.expert_size * (self.n_expert + self.n_shared_expert)
         attention = 2 * self.n_embd * (self.n_head + self.kv_heads) * self.head_width
         parameters = self.n_layer * (mlp + attention) + (self.padded_vocab_size + self.block_size) * self.n_embd
         if parameters > MAX_PARAMETERS:
@@ -154,6 +173,24 @@ class ModelConfig:
             raise UserError(
                 f"model.attention_window={self.attention_window} has no effect at model.block_size={self.block_size};"
                 " give less, or 0 for all"
+            )
+
+    def _check_experts(self) -> None:
+        positive("model", self, "experts_per_token")
+        for name in ("experts_per_token", "expert_width", "n_shared_expert", "expert_capacity", "balance_loss"):
+            no_effect("model", self, name, bool(self.n_expert), "model.n_expert")
+        no_effect("model", self, "router_z_loss", bool(self.n_expert), "model.n_expert")
+        no_effect("model", self, "mlp_width", not self.n_expert or not self.expert_width, "model.expert_width=0")
+        if self.n_expert and self.experts_per_token > self.n_expert:
+            raise UserError(
+                f"model.experts_per_token={self.experts_per_token} must be at most model.n_expert={self.n_expert}"
+            )
+        if self.n_expert and self.bias:
+            raise UserError("model.n_expert needs model.bias=false: experts have no biases")
+        if self.n_expert and any(target.startswith("mlp/") for target in self.adapter.targets):
+            raise UserError(
+                f"model.adapter.targets={' '.join(self.adapter.targets)}: lora adapts the attention of a model with"
+                " experts, not its MLP; leave out mlp/w_in and mlp/w_out"
             )
 
     def _check_rope(self) -> None:
@@ -191,6 +228,11 @@ class ModelConfig:
         if self.mlp_width or not self.gated:
             return self.mlp_width or 4 * self.n_embd
         return -(-8 * self.n_embd // (3 * WIDTH_MULTIPLE)) * WIDTH_MULTIPLE
+
+    @property
+    def expert_size(self) -> int:
+        """Width inside of an expert, with the default resolved."""
+        return self.expert_width or self.mlp_size
 
     @property
     def has_dropout(self) -> bool:

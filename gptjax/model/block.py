@@ -14,6 +14,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.model.adapters import BlockAdapter, Bottleneck, Prefix
 from gptjax.model.attention import Attention
 from gptjax.model.cache import LayerCache
+from gptjax.model.experts import Experts, Extras
 from gptjax.model.inputs import BlockInputs
 from gptjax.model.norms import NORMS
 from gptjax.model.parameters import laid_out, linear, output_init, value, weight_init, zeros
@@ -29,8 +30,8 @@ class MLP(nnx.Module):
     Stored so, their narrow side is first, see `ops.matmul`.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, F = config.n_embd, config.mlp_size
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, width: int = 0):
+        D, F = config.n_embd, width or config.mlp_size
         self.w_in = nnx.Param(weight_init(config)(rngs.params(), (D, F)))
         self.w_out = nnx.Param(output_init(config)(rngs.params(), (D, F)))
         self.b_in = zeros(F) if config.bias else None
@@ -84,7 +85,9 @@ class Block(nnx.Module):
         self.norm_1 = norm(config) if place != "output" else None
         self.attn = Attention(config, rngs=rngs)
         self.norm_2 = norm(config) if place != "output" and config.parallel != "one_norm" else None
-        self.mlp = MLP(config, rngs=rngs)
+        shared = config.n_shared_expert * config.expert_size
+        self.mlp = None if config.n_expert and not shared else MLP(config, rngs=rngs, width=shared)
+        self.experts = Experts(config, rngs=rngs) if config.n_expert else None
         self.norm_out_1 = norm(config) if place in ("output", "sandwich") else None
         self.norm_out_2 = norm(config) if place in ("output", "sandwich") else None
         self.mix = nnx.Param(jnp.array([1.0, 0.0])) if config.residual_mix else None
@@ -101,8 +104,9 @@ class Block(nnx.Module):
         adapter: BlockAdapter | None = None,
         prefix: Prefix | None = None,
         embedded_BTD: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Applies the block to the float32 residual stream; returns it, and the longer cache where there is one.
+    ) -> tuple[jax.Array, LayerCache | None, Extras]:
+        """Applies the block to the float32 residual stream; returns it, the longer cache where there is one, and what
+        its layers add to the loss.
 
         Args:
             x_BTD: The residual stream.
@@ -119,7 +123,7 @@ class Block(nnx.Module):
         if self.mix is not None and embedded_BTD is not None:
             r, s = self.mix[...]
             x_BTD = r * x_BTD + s * embedded_BTD
-        new_cache = cache
+        new_cache, extras = cache, {}
 
         def attention(h_BTD: jax.Array, residual: jax.Array | None) -> jax.Array:
             nonlocal new_cache
@@ -127,6 +131,13 @@ class Block(nnx.Module):
             return y_BTD
 
         def mlp_layer(h_BTD: jax.Array, residual: jax.Array | None) -> jax.Array:
+            nonlocal extras
+            if self.experts is not None:
+                y_BTD, extras = self.experts(h_BTD)
+                residual = y_BTD if residual is None else residual + y_BTD
+                if self.mlp is None:
+                    return residual
+            assert self.mlp is not None  # a block has one, or experts
             return self.mlp(h_BTD, adapter, keys.mlp_low_rank, residual)
 
         after_1 = self._after(self.norm_out_1, adapter and adapter.attn, keys[1], keys.attention_bottleneck, dtype)
@@ -137,7 +148,7 @@ class Block(nnx.Module):
             x_BTD = self._add(x_BTD, h_BTD, attention, after_1)
             if self.norm_2 is not None:
                 stream_BTD, h_BTD = self._read(stream_BTD, self.norm_2, dtype)
-            return self._add(x_BTD, h_BTD, mlp_layer, after_2), new_cache
+            return self._add(x_BTD, h_BTD, mlp_layer, after_2), new_cache, extras
         for sublayer, norm, after in ((attention, self.norm_1, after_1), (mlp_layer, self.norm_2, after_2)):
             if self.config.norm_position == "post":
                 assert norm is not None
@@ -145,7 +156,7 @@ class Block(nnx.Module):
             else:
                 x_BTD, h_BTD = self._read(x_BTD, norm, dtype)
                 x_BTD = self._add(x_BTD, h_BTD, sublayer, after)
-        return x_BTD, new_cache
+        return x_BTD, new_cache, extras
 
     def _read(self, x_BTD, norm, dtype):
         """The residual stream, and what a sublayer reads of it."""

@@ -24,6 +24,7 @@ from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, Prefix, Prompt, merge_lora
 from gptjax.model.block import Block
 from gptjax.model.cache import Cache
+from gptjax.model.experts import Extras
 from gptjax.model.inputs import BlockInputs
 from gptjax.model.layer_scan import scan_layers
 from gptjax.model.norms import NORMS, Norm
@@ -118,8 +119,9 @@ class GPT(nnx.Module):
         key: jax.Array | None,
         first: jax.Array | int = 0,
         lower: tuple[Block, ...] = (),
-    ) -> jax.Array:
-        """Returns the residual stream after the blocks; the lowest has number `first` among those of the whole model.
+    ) -> tuple[jax.Array, Extras]:
+        """Returns the residual stream after the blocks, the lowest of which has number `first` among those of the whole
+        model, and what layers add to the loss, averaged over them.
 
         `lower` are stacks of blocks that come before `self.blocks`, in a model without adapters.
         """
@@ -128,18 +130,19 @@ class GPT(nnx.Module):
         def apply(kind, x_BTD, numbered_block):
             block, layer, adapter, prefix = numbered_block
             block_key = None if key is None else jax.random.fold_in(key, layer)
-            y_BTD, _ = block(x_BTD, dtype, inputs, kind, block_key, None, adapter, prefix, embedded_BTD)
-            return pin_batch(y_BTD)
+            y_BTD, _, extras = block(x_BTD, dtype, inputs, kind, block_key, None, adapter, prefix, embedded_BTD)
+            return pin_batch(y_BTD), extras
 
         if compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat], static_argnums=0)
-        prefix = self.prefix(dtype)
+        prefix, totals = self.prefix(dtype), []
         for blocks in (*lower, self.blocks):
             count = blocks.attn.w_qkv.shape[0]
             numbered = (blocks, first + jnp.arange(count), self.adapters, prefix)
-            x_BTD = scan_layers(apply, x_BTD, numbered, self._kinds(first, count), compute.unroll)
+            x_BTD, total = scan_layers(apply, x_BTD, numbered, self._kinds(first, count), compute.unroll)
             first += count
-        return x_BTD
+            totals.append(total)
+        return x_BTD, jax.tree.map(lambda *parts: sum(parts) / self.config.n_layer, *totals)
 
     def prefix(self, dtype: jax.typing.DTypeLike) -> Prefix | None:
         """Keys and values before every text, with a leading layer axis: learned, or those that the blocks make of a
@@ -152,7 +155,7 @@ class GPT(nnx.Module):
         for layer, kind in enumerate(self._kinds(0, self.config.n_layer)):
             block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], self.blocks)
             prefixes.append(block.prefix_of(x_1PD, dtype, inputs, kind))
-            x_1PD, _ = block(x_1PD, dtype, inputs, kind)
+            x_1PD, *_ = block(x_1PD, dtype, inputs, kind)
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *prefixes)
 
     def _kinds(self, first: jax.Array | int, count: int) -> tuple[str, ...]:
@@ -186,7 +189,7 @@ class Decoder(nnx.Module):
         layers, adapters = [], self.adapters or [None] * config.n_layer
         for number, (block, layer, adapter) in enumerate(zip(self.blocks, cache.layers, adapters, strict=True)):
             prefix = None if adapter is None else adapter.prefix(dtype)
-            x_BTD, layer = block(
+            x_BTD, layer, _ = block(
                 x_BTD, dtype, inputs, config.layer_kind(number), None, layer, adapter, prefix, embedded_BTD
             )
             layers.append(layer)
@@ -232,13 +235,26 @@ def hidden_states(
         compute: Precision and layout of the computation.
         key: Randomness for dropout; None: no dropout.
     """
-    x_BTD = embed_tokens(config, params, tokens_BT, positions_BT, key=key)
     inputs = BlockInputs(positions_BT, Mask(segments_BT, prefix_B))
+    return states_and_extras(config, params, tokens_BT, inputs, compute=compute, key=key)[0]
+
+
+def states_and_extras(
+    config: ModelConfig,
+    params: dict,
+    tokens_BT: jax.Array,
+    inputs: BlockInputs,
+    *,
+    compute: Compute = Compute(),
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Extras]:
+    """The same, and the named scalars of its layers: the means over layers of what each one adds to the loss."""
+    x_BTD, extras = embed_tokens(config, params, tokens_BT, inputs.positions_BT, key=key), {}
     if axis_size(STAGES) > 1:
         x_BTD = _through_stages(config, params, x_BTD, inputs, compute, key)
     else:
-        x_BTD = apply_blocks(config, params, x_BTD, inputs, compute=compute, key=key)
-    return final_norm(config, params, x_BTD, compute=compute)
+        x_BTD, extras = apply_blocks(config, params, x_BTD, inputs, compute=compute, key=key)
+    return final_norm(config, params, x_BTD, compute=compute), extras
 
 
 def embed_tokens(
@@ -257,8 +273,10 @@ def apply_blocks(
     compute: Compute = Compute(),
     key: jax.Array | None = None,
     first: jax.Array | int = 0,
-) -> jax.Array:
-    """The second piece: the residual stream after the blocks in `params`, the lowest of which has number `first`."""
+) -> tuple[jax.Array, Extras]:
+    """The second piece: the residual stream after the blocks in `params`, the lowest of which has number `first`, and
+    the named scalars of its layers.
+    """
     *stacks, _ = params["blocks"] if isinstance(params["blocks"], tuple) else (None,)
     lower = tuple(_merge(config, params | {"blocks": stack}).blocks for stack in stacks)
     return _merge(config, _top_stack(params)).through_blocks(compute, x_BTD, inputs, key, first, lower)
@@ -334,7 +352,7 @@ def _through_stages(config, params, x_BTD, inputs, compute, key):
 
     def stage(stacks, number, x_BTD, inputs):
         first = number * (config.n_layer // axis_size(STAGES))
-        return apply_blocks(config, rest | stacks, x_BTD, inputs, compute=compute, first=first)
+        return apply_blocks(config, rest | stacks, x_BTD, inputs, compute=compute, first=first)[0]
 
     return stream(stage, cut_layers(stacks), x_BTD, inputs)
 

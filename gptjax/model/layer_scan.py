@@ -4,31 +4,42 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def scan_layers(
-    apply: Callable[[str, jax.Array, Any], jax.Array], x: jax.Array, stacks: Any, kinds: tuple[str, ...], unroll: int
-) -> jax.Array:
+    apply: Callable[[str, jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    stacks: Any,
+    kinds: tuple[str, ...],
+    unroll: int,
+) -> tuple[jax.Array, Any]:
     """Applies layers one after another.
 
     Layers of one kind are one `lax.scan`. Where kinds follow a pattern, one iteration of the scan applies the layers of
     a whole period; layers beyond the last whole period follow it one by one.
 
     Args:
-        apply: A function of a kind, the residual stream and one layer's leaves.
+        apply: A function of a kind, the residual stream and one layer's leaves; returns the stream and a tree of
+            scalars.
         x: The residual stream.
         stacks: Leaves with a leading layer axis.
         kinds: The kind of each layer.
         unroll: Layers per iteration; 0: all.
+
+    Returns:
+        The residual stream, and the scalars summed over layers.
     """
     period = _period(kinds)
     whole = len(kinds) // period * period
 
     def group(x, layers):
+        found = []
         for place in range(period):
             one = layers if period == 1 else jax.tree.map(lambda leaf, place=place: leaf[place], layers)
-            x = apply(kinds[place], x, one)
-        return x, None
+            x, scalars = apply(kinds[place], x, one)
+            found.append(scalars)
+        return x, jax.tree.map(lambda *parts: sum(parts), *found)
 
     grouped = (
         stacks
@@ -36,10 +47,12 @@ def scan_layers(
         else jax.tree.map(lambda leaf: leaf[:whole].reshape(whole // period, period, *leaf.shape[1:]), stacks)
     )
     groups = whole // period
-    x, _ = jax.lax.scan(group, x, grouped, unroll=min(groups, -(-unroll // period)) if unroll else groups)
+    x, scalars = jax.lax.scan(group, x, grouped, unroll=min(groups, -(-unroll // period)) if unroll else groups)
+    total = jax.tree.map(lambda values: jnp.sum(values, axis=0), scalars)
     for layer in range(whole, len(kinds)):
-        x = apply(kinds[layer], x, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacks))
-    return x
+        x, scalars = apply(kinds[layer], x, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacks))
+        total = jax.tree.map(jnp.add, total, scalars)
+    return x, total
 
 
 def _period(kinds: tuple[str, ...]) -> int:

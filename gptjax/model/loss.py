@@ -61,6 +61,11 @@ def inputs_of(batch: TextBatch | Batch) -> BlockInputs:
     return BlockInputs(positions_of(batch), Mask(segments_of(batch)))
 
 
+def extra_weights(model: ModelConfig) -> dict[str, float]:
+    """Weights of the named scalars of a model's layers in the objective."""
+    return {"balance_loss": model.balance_loss, "router_z_loss": model.router_z_loss}
+
+
 def positions_of(batch: TextBatch | Batch) -> jax.Array:
     """Position of each token in its text."""
     # Rows of texts are filled up at their end, which causal attention never looks at.

@@ -53,6 +53,15 @@ class Loss:
     """Float32: negative log-likelihood alone, nats."""
     count: jax.Array
     """Float32: targets that count."""
+    extras: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    """Float32, by name: other parts of the objective, and what the metrics show; each times `count`."""
+
+
+def with_extras(loss: Loss, values: dict[str, jax.Array], weights: dict[str, float]) -> Loss:
+    """Adds named scalars to the objective, each times its weight (none: 0), and to what the metrics show."""
+    added = sum((weights.get(name, 0.0) * value for name, value in values.items()), jnp.float32(0.0))
+    extras = loss.extras | {name: value * loss.count for name, value in values.items()}
+    return dataclasses.replace(loss, objective=loss.objective + added * loss.count, extras=extras)
 
 
 def cross_entropy_reference(options: LossOptions, x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array) -> Loss:

@@ -56,6 +56,8 @@ def _check_stages(config: Config, stages: str, layers: int) -> None:
             f"{stages}: each stage has {layers} layers, which must be a multiple of the {len(pattern)} that"
             " model.attention_pattern names"
         )
+    if config.model.n_expert:
+        raise UserError(f"{stages} does not go with model.n_expert: stages do not pass on the router's losses")
     if config.model.residual_mix:
         raise UserError(f"{stages} does not go with model.residual_mix=true: later stages do not have the embeddings")
     if config.task.kind == "multi":

@@ -186,7 +186,7 @@ def _run_stage(pieces, step, stacks, frozen_stacks, s, x_BTD, m, inputs):
     params = pieces.join(step.rest, step.frozen_rest) | pieces.join(stacks, frozen_stacks)
     first = s * (pieces.model.n_layer // axis_size(STAGES))
     options = {"compute": pieces.compute, "key": _key(step, m), "first": first}
-    return apply_blocks(pieces.model, params, x_BTD, inputs, **options)
+    return apply_blocks(pieces.model, params, x_BTD, inputs, **options)[0]
 
 
 def _leave(pieces, step, rest, x_BTD, m):

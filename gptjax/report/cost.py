@@ -16,6 +16,9 @@ def flops_per_token(config: ModelConfig, params: Any) -> float:
     """
     leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
     multiplied = sum(leaf.size for path, leaf in leaves if path[-1].key.startswith("w_"))
+    if config.n_expert:  # a token passes some of them
+        idle = 1.0 - config.experts_per_token / config.n_expert
+        multiplied -= idle * sum(leaf.size for path, leaf in leaves if path[-1].key.startswith("w_") and leaf.ndim == 4)
     multiplied += config.n_embd * config.vocab_size
     kinds = [config.layer_kind(layer) for layer in range(config.n_layer)]
     keys = sum(config.attention_window if kind == "local" else config.block_size for kind in kinds)

@@ -25,7 +25,8 @@ def combined_loss(losses: dict[str, LossFunction]) -> LossFunction:
         found = {name: loss(params, batch.parts[name], key) for name, loss in losses.items()}
         objective = jnp.stack([found[name].objective * shares[name] for name in losses])
         nll = jnp.stack([found[name].nll * shares[name] for name in losses])
-        return Loss(jnp.sum(objective), jnp.sum(nll), jnp.sum(batch.counts))
+        extras = {f"{name}/{k}": x * shares[name] for name in losses for k, x in found[name].extras.items()}
+        return Loss(jnp.sum(objective), jnp.sum(nll), jnp.sum(batch.counts), extras)
 
     return summed
 

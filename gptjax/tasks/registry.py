@@ -6,11 +6,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import LABELLED, TaskConfig
 from gptjax.evaluation.labels import require_finetune
-from gptjax.model.gpt import Compute
-from gptjax.model.loss import batch_states
+from gptjax.model.gpt import Compute, states_and_extras
+from gptjax.model.loss import extra_weights, inputs_of
+from gptjax.ops.cross_entropy import Loss, with_extras
 from gptjax.report.progress import say
 from gptjax.tasks import classify, instruct, pretrain, tag
 from gptjax.tasks.multi import combine, combined_loss, parts_of
@@ -95,8 +98,14 @@ def make_loss(config: Config, compute: Compute) -> LossFunction:
 
 def make_part_loss(config: Config, name: str, compute: Compute) -> LossFunction:
     """Returns the loss of one task, whose head has that name."""
-    of_states = make_states_loss(config, name)
-    return lambda params, batch, key: of_states(params, batch_states(config.model, compute, params, batch, key), batch)
+    of_states, model = make_states_loss(config, name), config.model
+
+    def loss(params: dict, batch: Any, key: jax.Array | None) -> Loss:
+        x_BTD, extras = states_and_extras(model, params, batch.inputs, inputs_of(batch), compute=compute, key=key)
+        found = of_states(params, x_BTD, batch)
+        return with_extras(found, extras, extra_weights(model)) if extras else found
+
+    return loss
 
 
 def make_states_loss(config: Config, name: str) -> StatesLoss:
