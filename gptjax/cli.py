@@ -27,13 +27,21 @@ from gptjax.config.verbs import (
     VerifyResumeConfig,
 )
 from gptjax.errors import UserError, one_line
-from gptjax.machine import allocator
 from gptjax.machine.accelerator import has_accelerator
 
+Restart = Callable[[str, int], None]
+"""Starts the program again with faster memory settings: `allocator.restart`, or nothing."""
+NO_RESTART = "--no-restart"
 
-def train(args: Sequence[str]) -> int:
+
+def stay(_cache_dir: str, _processes: int) -> None:
+    """Leaves the memory settings of this process as they are."""
+
+
+def train(args: Sequence[str], restart: Restart = stay) -> int:
     """Trains, or resumes a run: gptjax train [CONFIG.yaml | RUN_DIR] [--section.key VALUE ...]."""
     start = _start(args, "train")
+    restart(start.config.cache_dir, max(1, start.config.cluster.num_processes))
     from gptjax.verbs.train import run_train
 
     return run_train(start)
@@ -47,9 +55,10 @@ def prepare(args: Sequence[str]) -> int:
     return run_prepare(start)
 
 
-def sample(args: Sequence[str]) -> int:
+def sample(args: Sequence[str], restart: Restart = stay) -> int:
     """Continues prompts: gptjax sample --run_dir DIR --prompt TEXT [--option VALUE ...]."""
     config = _flags(SampleConfig, args)
+    restart(Config.cache_dir, 1)
     from gptjax.verbs.sample import read_prompts, run_sample
 
     return run_sample(config, read_prompts(config))
@@ -118,7 +127,9 @@ def doctor(args: Sequence[str]) -> int:
     return run_doctor(config)
 
 
-VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
+RESTARTING = (train, sample)
+"""Verbs that compute on a CPU for long."""
+VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "prepare": (prepare, Config),
     "train": (train, Config),
     "sample": (sample, SampleConfig),
@@ -134,17 +145,21 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], type]] = {
 
 def run(*verb: str) -> None:
     """The program's entry: `gptjax VERB ...`, or `train.py ...` with the verb given."""
-    allocator.restart()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # samples hold characters that the terminal may not have
-    sys.exit(main([*verb, *sys.argv[1:]]))
+    sys.exit(main([*verb, *sys.argv[1:]], _restart))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb; a mistake of the user is one line on standard error and status 2."""
+def main(argv: Sequence[str] | None = None, restart: Restart = stay) -> int:
+    """Runs a verb; a mistake of the user is one line on standard error and status 2.
+
+    Args:
+        argv: The verb and its arguments.
+        restart: What verbs of `RESTARTING` call after they have read their arguments.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(args)
+        return _dispatch(args, restart)
     except BrokenPipeError:  # the reader of standard output went away, as `| head` does
         sys.stderr.close()
         return 0
@@ -159,7 +174,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _dispatch(args: list[str]) -> int:
+def _restart(cache_dir: str, processes: int) -> None:
+    from gptjax.machine import allocator
+
+    allocator.restart(cache_dir, processes)
+
+
+def _dispatch(args: list[str], restart: Restart) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print("gptjax VERB ...\n")
         for name, (verb, _) in VERBS.items():
@@ -175,13 +196,18 @@ def _dispatch(args: list[str]) -> int:
     if "-h" in args or "--help" in args:
         _print_help(args[0], verb, options)
         return 0
-    return verb(args[1:])
+    if verb not in RESTARTING:
+        return verb(args[1:])
+    words = [word for word in args[1:] if word != NO_RESTART]
+    return verb(words, restart if len(words) == len(args) - 1 else stay)
 
 
 def _print_help(name: str, verb: Callable, options: type) -> None:
     import tyro
 
     print(verb.__doc__)
+    if verb in RESTARTING:
+        print(f"{NO_RESTART}: on Linux, do not restart once with huge pages and a cache of large buffers.")
     with contextlib.suppress(SystemExit):  # how tyro ends after --help
         tyro.cli(
             options, prog=f"gptjax {name}", args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,)

@@ -1,56 +1,187 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from gptjax.cli import NO_RESTART, main
 from gptjax.machine import allocator
 from gptjax.machine.compile_cache import compiled_folder
 from gptjax.machine.native import compiler
 
+ROOT = Path(__file__).parents[1]
 REPORT = """
-import os
+import os, sys
 from gptjax.machine import allocator
-allocator.restart()
-print(allocator.uses_huge_pages(), allocator.keeps_pages(), os.getpid())
+allocator.restart(*sys.argv[1:])
+print(allocator.uses_huge_pages(), allocator.caches_buffers(), os.getpid())
+print(len([name for name in os.environ if name in (*OURS, allocator.RESTARTED)]))
 """
-OURS = (allocator.TUNABLES, allocator.KEPT_BYTES, allocator.PRELOAD)
+OURS = (allocator.TUNABLES, allocator.CACHE_BYTES, allocator.PRELOAD)
+REPORT = REPORT.replace("OURS", repr(OURS))
 
 
-def start(program: str, **environment: str) -> tuple[list[str], int]:
+def start(program: str, *args: str, **environment: str) -> tuple[list[str], int]:
     """What a program in a process of its own printed, in words, and the process's number."""
     clean = {name: value for name, value in os.environ.items() if name not in OURS}
+    clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", program], env=clean | environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, *args], env=clean | environment, stdout=subprocess.PIPE, text=True
     )
     output, _ = process.communicate()
     assert process.returncode == 0
     return output.split(), process.pid
 
 
-def can_keep() -> bool:
-    return allocator._glibc() is not None and compiler.find() is not None
+def can_cache() -> bool:
+    return allocator._glibc() is not None and compiler.find() is not None and compiler.level() != "0"
 
 
-def test_a_program_restarts_itself_once():
-    if not allocator._has_huge_pages():
+def has_huge_pages() -> bool:
+    return allocator._can_ask_for_huge_pages() or allocator._thp("always")
+
+
+def test_a_program_restarts_itself_once_and_leaves_its_environment_as_it_was():
+    if not allocator._can_ask_for_huge_pages():
         pytest.skip("this system gives no huge pages on request")
-    (huge, kept, process), number = start(REPORT)
-    assert (huge, kept) == ("True", str(can_keep()))
+    (huge, cached, process, left), number = start(REPORT)
+    assert (huge, cached) == ("True", str(can_cache()))
     assert process == str(number), "it is still the same process, as signals and supervisors need"
+    assert left == "0", "child processes inherit nothing"
 
 
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, ["False", "False"]),
-        ({"LD_PRELOAD": "libm.so.6"}, [str(allocator._has_huge_pages()), "False"]),
-        ({compiler.SWITCH: "0"}, [str(allocator._has_huge_pages()), "False"]),
-        ({"CXX": "no-such", "PATH": "/nowhere"}, [str(allocator._has_huge_pages()), "False"]),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, [str(allocator._thp("always")), "False"]),
+        ({"LD_PRELOAD": "libm.so.6"}, [str(allocator._thp("always")), "False"]),
+        ({compiler.SWITCH: "0"}, [str(has_huge_pages()), "False"]),
+        ({"CXX": "no-such", "PATH": "/nowhere"}, [str(has_huge_pages()), "False"]),
     ],
 )
 def test_settings_of_the_users_own_are_left_alone(setting, expected):
-    assert start(REPORT, **setting)[0][:2] == expected
+    words = start(REPORT, **setting)[0]
+    assert words[:2] == expected
+    assert words[3] == str(len(setting) if setting.keys() & set(OURS) else 0)
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        "import sys; sys.settrace(lambda *_: None)",
+        "import sys; sys.setprofile(lambda *_: None)",
+        "import sys; sys.monitoring.use_tool_id(0, 'x') if sys.version_info >= (3, 12) else sys.settrace(lambda *_: 0)",
+        "from pathlib import Path; import gptjax.machine.allocator as a; a.STATUS = Path('traced')",
+    ],
+)
+def test_a_process_that_is_watched_does_not_restart(watch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("traced").write_text("Name:\tpython\nTracerPid:\t4242\n")
+    words = start(f"{watch}\n{REPORT.replace('print(', 'sys.settrace(None); print(', 1)}")[0]
+    assert words[:2] == [str(allocator._thp("always")), "False"]
+    Path("traced").write_text("TracerPid:\t0\n")
+    if "traced" in watch and can_cache():
+        assert start(f"{watch}\n{REPORT}")[0][1] == "True"
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, ""),
+        ({"GLIBC_TUNABLES": ""}, "GLIBC_TUNABLES is set"),
+        ({"LD_PRELOAD": "x.so"}, "LD_PRELOAD is set"),
+        ({"accelerator": "yes"}, "a GPU or TPU is used"),
+    ],
+)
+def test_why_a_process_stays_as_it_is(environment, reason, monkeypatch):
+    if allocator._glibc() is None:
+        pytest.skip("needs Linux with glibc")
+    monkeypatch.setattr(allocator, "has_accelerator", lambda environment: "accelerator" in environment)
+    monkeypatch.setattr(allocator, "_is_watched", lambda: False)
+    assert allocator.reason_to_stay(environment) == reason
+    monkeypatch.setattr(allocator, "_is_watched", lambda: True)
+    assert allocator.reason_to_stay(environment) == (reason or "a debugger, tracer or profiler watches this process")
+
+
+def test_the_library_is_kept_in_cache_dir(tmp_path):
+    if not can_cache():
+        pytest.skip("it needs glibc and a C++ compiler")
+    settings = allocator._buffer_cache(str(tmp_path), 1)
+    assert Path(settings[allocator.PRELOAD]).parent == compiled_folder(str(tmp_path))
+    tmp_path.chmod(0o777)  # where another user could put a library
+    elsewhere = Path(allocator._buffer_cache(str(tmp_path), 1)[allocator.PRELOAD])
+    assert elsewhere.parent == compiled_folder(allocator.Config.cache_dir)
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes", "expected"),
+    [
+        ({}, 1, 1),
+        ({}, 3, 3),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, 1, 4),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 1, 2),
+    ],
+)
+def test_processes_on_one_machine_share_the_memory_of_the_cache(environment, processes, expected, monkeypatch):
+    if not can_cache():
+        pytest.skip("it needs glibc and a C++ compiler")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = allocator._buffer_cache(allocator.Config.cache_dir, processes)
+    assert int(settings[allocator.CACHE_BYTES]) == allocator.usable_memory() // (allocator.CACHE_SHARE * expected)
+
+
+@pytest.mark.parametrize(("setting", "huge"), [("[always] madvise never", True), ("always madvise [never]", False)])
+def test_huge_pages_that_the_kernel_gives_to_all_need_no_restart(tmp_path, monkeypatch, setting, huge):
+    (tmp_path / "thp").write_text(setting)
+    monkeypatch.setattr(allocator, "THP_SETTING", tmp_path / "thp")
+    assert allocator._huge_pages() == {} and allocator.uses_huge_pages() == huge
+    assert ("huge pages" in allocator.state()) == huge
+
+
+@pytest.fixture
+def restarts(monkeypatch, tmp_path):
+    """Runs a command whose verbs do nothing, and returns what they restart with."""
+    from gptjax.verbs import evaluate, sample, train
+
+    monkeypatch.setattr(train, "run_train", lambda *_: 0)
+    monkeypatch.setattr(evaluate, "run_evaluate", lambda *_: 0)
+    monkeypatch.setattr(sample, "run_sample", lambda *_: 0)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> tuple[int, list]:
+        calls = []
+        return main(list(args), lambda *settings: calls.append(settings)), calls
+
+    return run
+
+
+def test_only_train_and_sample_restart_after_their_arguments_are_read(restarts, capsys):
+    own = ("--cache_dir", "own")
+    assert restarts("train", "--data.path", "x", *own) == (0, [("own", 1)])
+    several = ("--cluster.num_processes", "4", "--cluster.process_id", "0", "--cluster.coordinator", "localhost:1234")
+    assert restarts("train", "--data.path", "x", *own, *several) == (0, [("own", 4)])
+    assert restarts("train", "--data.path", "x", *own, NO_RESTART) == (0, [])
+    assert restarts("sample", "--run_dir", "x", "--prompt", "a") == (0, [(allocator.Config.cache_dir, 1)])
+    assert restarts("sample", NO_RESTART, "--run_dir", "x", "--prompt", "a") == (0, [])
+    assert restarts("evaluate", "--run_dir", "x") == (0, [])
+    for wrong in (
+        ("train", "--data.pth", "x"),
+        ("sample", "--run_dr", "x"),
+        ("evaluate", "--run_dir", "x", NO_RESTART),
+    ):
+        assert restarts(*wrong) == (2, [])
+    assert restarts("train", "--help") == (0, [])
+    assert NO_RESTART in capsys.readouterr().out
+
+
+def test_help_compiles_nothing(tmp_path):
+    command = [sys.executable, "-m", "gptjax", "train", "--help"]
+    environment = {name: value for name, value in os.environ.items() if name not in OURS}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert not list(tmp_path.iterdir())
 
 
 LARGE = """
@@ -59,7 +190,7 @@ c = ctypes.CDLL(None)
 c.free.argtypes = [ctypes.c_void_p]
 c.realloc.argtypes, c.realloc.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_void_p
 c.malloc_usable_size.argtypes, c.malloc_usable_size.restype = [ctypes.c_void_p], ctypes.c_size_t
-c.gptjax_kept_bytes.restype = ctypes.c_size_t
+c.gptjax_cached_bytes.restype = ctypes.c_size_t
 MB = 1 << 20
 
 def take(size, alignment=64):
@@ -80,68 +211,68 @@ without = resident()
 """
 
 
-def keeping(program: str, kept_bytes: int = 2**40) -> list[str]:
-    """What a program printed whose allocator keeps so many bytes."""
-    if not can_keep():
+def caching(program: str, cache_bytes: int = 2**40) -> list[str]:
+    """What a program printed whose buffer cache may hold so many bytes."""
+    if not can_cache():
         pytest.skip("it needs glibc and a C++ compiler")
-    settings = allocator._kept_pages()
-    return start(LARGE + program, **settings | {allocator.KEPT_BYTES: str(kept_bytes)})[0]
+    settings = allocator._buffer_cache(allocator.Config.cache_dir, 1)
+    return start(LARGE + program, **settings | {allocator.CACHE_BYTES: str(cache_bytes)})[0]
 
 
-def test_a_large_buffer_is_kept_for_the_next_one_of_its_size():
-    words = keeping("""
+def test_a_large_buffer_is_cached_for_the_next_request_of_its_size():
+    words = caching("""
 at = take(64 * MB)
 ctypes.memset(at, 7, 64 * MB)
 c.free(at)
-print(c.gptjax_kept_bytes() // MB)
+print(c.gptjax_cached_bytes() // MB)
 again = take(63 * MB)
-print(again == at, ctypes.string_at(again, 1)[0], c.gptjax_kept_bytes())
+print(again == at, ctypes.string_at(again, 1)[0], c.gptjax_cached_bytes())
 both = take(63 * MB)
 print(both != again)
 """)
     assert words == ["64", "True", "7", "0", "True"]
 
 
-def test_what_is_kept_goes_when_another_size_is_asked_for():
-    words = keeping("""
+def test_a_request_of_another_size_frees_the_cache():
+    words = caching("""
 c.free(written(128 * MB))
-print(c.gptjax_kept_bytes() // MB, resident())
+print(c.gptjax_cached_bytes() // MB, resident())
 larger = written(640 * MB)
-print(c.gptjax_kept_bytes(), resident())
+print(c.gptjax_cached_bytes(), resident())
 c.free(larger)
 smaller = take(256 * MB)
-print(c.gptjax_kept_bytes(), resident())
+print(c.gptjax_cached_bytes(), resident())
 """)
     assert words == ["128", "2", "0", "10", "0", "0"]
 
 
-def test_what_is_given_back_after_another_size_was_asked_for_is_not_kept():
-    words = keeping("""
+def test_a_buffer_that_is_freed_after_a_request_of_another_size_is_not_cached():
+    words = caching("""
 at = written(128 * MB)
 other = written(192 * MB)
 c.free(at)
-print(c.gptjax_kept_bytes(), resident())
+print(c.gptjax_cached_bytes(), resident())
 c.free(other)
-print(c.gptjax_kept_bytes() // MB, resident())
+print(c.gptjax_cached_bytes() // MB, resident())
 """)
     assert words == ["0", "3", "192", "3"]
 
 
-def test_no_more_is_kept_than_is_allowed():
-    words = keeping(
+def test_no_more_is_cached_than_is_allowed():
+    words = caching(
         """
 one, two = written(128 * MB), written(128 * MB)
 c.free(one)
 c.free(two)
-print(c.gptjax_kept_bytes() // MB, resident())
+print(c.gptjax_cached_bytes() // MB, resident())
 """,
-        kept_bytes=200 << 20,
+        cache_bytes=200 << 20,
     )
     assert words == ["128", "2"]
 
 
-def test_the_next_buffer_is_the_last_one_that_is_given_back_a_moment_later():
-    words = keeping("""
+def test_a_request_waits_a_moment_for_a_buffer_that_is_about_to_be_freed():
+    words = caching("""
 import threading
 
 def is_waited_for():
@@ -154,26 +285,27 @@ print(any(is_waited_for() for _ in range(20)))  # on a busy machine the moment m
     assert words == ["True"]
 
 
-def test_what_nobody_asks_for_in_a_long_time_goes():
-    words = keeping("""
+def test_a_buffer_that_nobody_requests_for_long_is_freed():
+    words = caching("""
 both = written(128 * MB), written(128 * MB)
 for at in both:
     c.free(at)
 print(resident())
 for _ in range(70):
     c.free(take(128 * MB))
-print(resident(), c.gptjax_kept_bytes() // MB)
+print(resident(), c.gptjax_cached_bytes() // MB)
 """)
     assert words == ["4", "2", "128"]
 
 
 def test_the_rest_of_the_allocator_is_the_c_librarys():
-    words = keeping("""
+    words = caching("""
 large = take(64 * MB)
 ctypes.memset(large, 5, 64 * MB)
 print(large % 4096, c.malloc_usable_size(large) // MB, take(100, 4096) % 4096)
 moved = c.realloc(large, 100)
-print(ctypes.string_at(moved, 100) == bytes([5]) * 100, c.gptjax_kept_bytes() // MB, c.malloc_usable_size(moved) >= 100)
+print(ctypes.string_at(moved, 100) == bytes([5]) * 100, c.gptjax_cached_bytes() // MB)
+print(c.malloc_usable_size(moved) >= 100)
 print(ctypes.string_at(c.realloc(moved, 40 * MB), 100) == bytes([5]) * 100)
 to = ctypes.c_void_p()
 print(c.posix_memalign(ctypes.byref(to), ctypes.c_size_t(24), ctypes.c_size_t(64 * MB)))
@@ -188,7 +320,7 @@ for at in many:
 
 
 def test_threads_do_not_share_a_buffer():
-    words = keeping("""
+    words = caching("""
 import threading
 wrong = []
 
@@ -204,24 +336,23 @@ def work(number):
 threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 9)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-print(len(wrong), c.gptjax_kept_bytes() <= 8 * 40 * MB)
+print(len(wrong), c.gptjax_cached_bytes() <= 8 * 40 * MB)
 """)
     assert words == ["0", "True"]
 
 
 @pytest.mark.parametrize("name", ["with space", "with:colon"])
 def test_a_folder_that_cannot_be_named_is_left_out(name, tmp_path):
-    assert start(REPORT, HOME=str(tmp_path / name))[0][1] == "False"
-    assert start(REPORT, HOME=str(tmp_path / "plain"))[0][1] == str(can_keep())
+    assert start(REPORT, str(tmp_path / name))[0][1] == "False"
+    assert start(REPORT, str(tmp_path / "plain"))[0][1] == str(can_cache())
 
 
-def test_the_library_is_made_once(monkeypatch):
-    if not can_keep():
+def test_the_library_is_compiled_once(monkeypatch):
+    if not can_cache():
         pytest.skip("it needs glibc and a C++ compiler")
-    first = allocator._kept_pages()
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was compiled again"))
-    assert allocator._kept_pages() == first
-    assert first[allocator.PRELOAD].startswith(str(compiled_folder(allocator.Config.cache_dir)))
+    first = allocator._buffer_cache(allocator.Config.cache_dir, 1)
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("it was compiled again"))
+    assert allocator._buffer_cache(allocator.Config.cache_dir, 1) == first
 
 
 @pytest.mark.parametrize(

@@ -1,87 +1,120 @@
-"""The allocator of the process: pages of 2 MB, and large buffers that are kept from step to step.
+"""The memory settings of the process: huge pages, and a cache of large buffers.
 
-XLA allocates its temporary buffer anew in each step. With pages of 4 kB, faulting them in costs a CPU up to a quarter
-of the step; where the kernel clears large ones for each step, or the host of a virtual machine takes them away in
-between, it is up to a fifth (measured, docs/performance.md). Both are settings of a process's start.
+XLA allocates its temporary buffer anew in each step. With pages of 4 kB the page faults take up to a quarter of a CPU's
+step; if the kernel clears the pages of large buffers for each step, or the host of a virtual machine takes them away in
+between, that takes up to a fifth (docs/experiments/memory.md). Both settings are read when a process starts, so the
+programs that use a CPU for long restart themselves once.
 """
 
+import contextlib
 import ctypes
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from gptjax.config.run import Config
+from gptjax.machine.accelerator import has_accelerator
 from gptjax.machine.compile_cache import compiled_folder
 from gptjax.machine.native import compiler
+from gptjax.machine.private import UntrustedError
 from gptjax.machine.processor import lines_of
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 PRELOAD = "LD_PRELOAD"
-KEPT_BYTES = "GPTJAX_KEPT_BYTES"
-KEPT_SHARE = 4
-"""So large a part of the memory may be kept."""
-SOURCE = Path(compiler.__file__).with_name("pages.cc")
+CACHE_BYTES = "GPTJAX_BUFFER_CACHE_BYTES"
+RESTARTED = "GPTJAX_RESTARTED"
+"""Names the variables that the restart has set, separated by commas, for the process that follows."""
+CACHE_SHARE = 4
+"""The buffer cache may hold this part of the memory, shared among the processes of a run on this machine."""
+LOCAL_PROCESSES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+"""Variables of launchers that begin with the number of processes on this machine."""
+SOURCE = Path(compiler.__file__).with_name("buffer_cache.cc")
 THP_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+STATUS = Path("/proc/self/status")
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_asked_for_huge_pages = False
+_restarted = False
 
 
-def restart() -> None:
-    """Starts this program again with an allocator that asks for huge pages and keeps large buffers, once.
+def restart(cache_dir: str = Config.cache_dir, processes: int = 1) -> None:
+    """Starts this program again with faster memory settings, once; does nothing where `reason_to_stay` has a reason.
 
-    Whoever sets GLIBC_TUNABLES, to whatever, is left alone, and who loads an allocator by LD_PRELOAD keeps that one.
+    Args:
+        cache_dir: Where the library of the buffer cache is kept.
+        processes: How many processes of the run may be on this machine.
     """
-    if TUNABLES in os.environ or KEPT_BYTES in os.environ:
+    take_settings()
+    if reason_to_stay():
         return
-    settings = _huge_pages() | _kept_pages()
-    if settings:
-        os.environ |= settings
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    settings = _huge_pages() | _buffer_cache(cache_dir, processes)
+    if not settings:
+        return
+    environment = os.environ | settings | {RESTARTED: ",".join(settings)}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # then it goes on as it is
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def take_settings() -> None:
+    """Takes what a restart has put into the environment out of it, so that child processes do not inherit it."""
+    global _restarted, _asked_for_huge_pages
+    names = os.environ.pop(RESTARTED, "")
+    if names:
+        _restarted, _asked_for_huge_pages = True, TUNABLES in names.split(",")
+        for name in names.split(","):
+            os.environ.pop(name, None)
+
+
+def reason_to_stay(environment: Mapping[str, str] = os.environ) -> str:
+    """Why this process does not restart with other memory settings; empty: it may."""
+    if _restarted:
+        return "it did already"
+    if sys.platform != "linux" or _glibc() is None:
+        return "this is not Linux with glibc"
+    for name in (TUNABLES, PRELOAD):
+        if name in environment:
+            return f"{name} is set"
+    if has_accelerator(environment):
+        return "a GPU or TPU is used"
+    if _is_watched():
+        return "a debugger, tracer or profiler watches this process"
+    if sys.argv[:1] in ([], [""], ["-"]):
+        return "the program is read from standard input"
+    return ""
 
 
 def state() -> str:
-    """Says what this process's allocator does, and if it does not all that it could, why."""
-    if not uses_huge_pages():
-        pages = "4 kB pages: needs glibc 2.35 and a kernel that gives huge pages on request (madvise)"
-        if _has_huge_pages():
-            pages = f"4 kB pages: {TUNABLES}={os.environ.get(TUNABLES, '')}"
-    else:
-        pages = "asks for huge pages"
-    return f"{pages}; {'keeps' if keeps_pages() else 'does not keep'} large buffers"
+    """Describes the memory settings of this process."""
+    pages = "huge pages" if uses_huge_pages() else "pages of 4 kB"
+    return f"{pages}, {'a' if caches_buffers() else 'no'} cache of large buffers"
+
+
+def state_after_restart(cache_dir: str) -> str:
+    """Describes the memory settings that `train` and `sample` will have on this machine."""
+    if reason := reason_to_stay():
+        return f"{state()}; train and sample do not restart for more: {reason}"
+    pages = "huge pages" if _huge_pages() or uses_huge_pages() else "pages of 4 kB"
+    cache = "a" if _buffer_cache(cache_dir, 1) else "no"
+    return f"train and sample restart once and then have {pages}, {cache} cache of large buffers"
 
 
 def uses_huge_pages() -> bool:
-    """Whether this process's allocator asks for huge pages."""
-    return HUGE_PAGES in os.environ.get(TUNABLES, "") and _has_huge_pages()
+    """Whether large buffers of this process have huge pages."""
+    asked = _asked_for_huge_pages or HUGE_PAGES in os.environ.get(TUNABLES, "")
+    return _thp("always") or (asked and _can_ask_for_huge_pages())
 
 
-def keeps_pages() -> bool:
-    """Whether this process's allocator keeps large buffers for the next ones of their size."""
+def caches_buffers() -> bool:
+    """Whether this process caches large buffers for later requests of their size."""
     try:
-        return hasattr(ctypes.CDLL(None), "gptjax_kept_bytes")
-    except (OSError, TypeError):  # no such thing on this system
+        return hasattr(ctypes.CDLL(None), "gptjax_cached_bytes")
+    except (OSError, TypeError):  # not on this system
         return False
-
-
-def _huge_pages() -> dict[str, str]:
-    return {TUNABLES: HUGE_PAGES} if _has_huge_pages() else {}
-
-
-def _kept_pages() -> dict[str, str]:
-    """Settings that load `native/pages.cc` before the C library; none, where it cannot be."""
-    program = compiler.find()
-    if _glibc() is None or os.environ.get(PRELOAD) or os.environ.get(compiler.SWITCH) == "0" or not program:
-        return {}
-    try:
-        options = ("-ldl", "-Wl,--as-needed")
-        path = str(compiler.library(program, SOURCE, (), options, "", compiled_folder(Config.cache_dir)))
-        ctypes.CDLL(path)  # fails here rather than at each start, as where no file of the folder may be executed
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    if " " in path or ":" in path:  # both part names there
-        return {}
-    return {PRELOAD: path, KEPT_BYTES: str(usable_memory() // KEPT_SHARE)}
 
 
 def usable_memory() -> int:
@@ -96,10 +129,59 @@ def usable_memory() -> int:
     return min(sizes)
 
 
-def _has_huge_pages() -> bool:
-    """glibc knows the setting since 2.35, and the kernel gives huge pages to those who ask where it says madvise."""
+def _huge_pages() -> dict[str, str]:
+    """The setting that asks for huge pages, where that changes something."""
+    return {TUNABLES: HUGE_PAGES} if _can_ask_for_huge_pages() else {}
+
+
+def _can_ask_for_huge_pages() -> bool:
+    """glibc knows the setting since 2.35; the kernel gives huge pages on request if its own setting is madvise."""
     version = _glibc()
-    return version is not None and version >= (2, 35) and any("[madvise]" in line for line in lines_of(THP_SETTING))
+    return version is not None and version >= (2, 35) and _thp("madvise")
+
+
+def _thp(setting: str) -> bool:
+    return any(f"[{setting}]" in line for line in lines_of(THP_SETTING))
+
+
+def _buffer_cache(cache_dir: str, processes: int) -> dict[str, str]:
+    """Settings that load `native/buffer_cache.cc` before the C library; none, where that cannot be."""
+    program = compiler.find()
+    if compiler.level() == "0" or not program:
+        return {}
+    try:
+        options = ("-ldl", "-Wl,--as-needed")
+        path = str(compiler.library(program, SOURCE, (), options, "", _folder(cache_dir)))
+        ctypes.CDLL(path)  # fails here rather than at each start, as where no file of the folder may be executed
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    if " " in path or ":" in path:  # both separate names there
+        return {}
+    processes = max(processes, *_local_processes(os.environ))
+    return {PRELOAD: path, CACHE_BYTES: str(usable_memory() // (CACHE_SHARE * processes))}
+
+
+def _folder(cache_dir: str) -> Path:
+    try:
+        return compiled_folder(cache_dir)
+    except UntrustedError:
+        return compiled_folder(Config.cache_dir)
+
+
+def _local_processes(environment: Mapping[str, str]) -> list[int]:
+    """How many processes of this job launchers have started on this machine, as far as they say."""
+    numbers = [re.match(r"\d+", environment.get(name, "")) for name in LOCAL_PROCESSES]
+    return [1, *(int(number[0]) for number in numbers if number)]
+
+
+def _is_watched() -> bool:
+    """Whether a debugger, a tracer or a profiler watches this process, which would lose it or count its start twice."""
+    if sys.gettrace() is not None or sys.getprofile() is not None:
+        return True
+    tools = getattr(sys, "monitoring", None)  # Python 3.12
+    if tools is not None and any(tools.get_tool(number) for number in range(6)):
+        return True
+    return any(line.split()[0] == "TracerPid:" and line.split()[1] != "0" for line in lines_of(STATUS) if line.split())
 
 
 def _glibc() -> tuple[int, ...] | None:

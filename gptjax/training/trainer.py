@@ -208,7 +208,7 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     memory = step_program.memory_analysis()
     needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     pages = ", huge pages" if allocator.uses_huge_pages() else ""
-    pages += ", large buffers kept from step to step" if allocator.keeps_pages() else ""
+    pages += ", cache of large buffers" if allocator.caches_buffers() else ""
     epochs = config.train.num_steps * tokens / task.windows.tokens_per_epoch
     learning, frozen = (cost.parameter_count(params) for params in (state.params, state.frozen))
     count = cost.readable_count(learning + frozen)

@@ -60,7 +60,7 @@ def examine(options: DoctorConfig, print_line: Callable[[str], object] = print) 
 
     with contextlib.suppress(OSError):  # told with the cache
         build.keep_in(compile_cache.compiled_folder(options.cache_dir))
-    _describe_machine(say)
+    _describe_machine(say, options.cache_dir)
     _describe_cache(say, Path(options.cache_dir).expanduser())
     damaged = 0
     for check in checks:
@@ -148,7 +148,7 @@ def _prepared_folders(cache_dir: str) -> list[Path]:
     return sorted((Path(cache_dir).expanduser() / "data").glob(f"*/{MANIFEST}"))
 
 
-def _describe_machine(say: Say) -> None:
+def _describe_machine(say: Say, cache_dir: str) -> None:
     memory = allocator.usable_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     say("gptjax", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
@@ -157,7 +157,7 @@ def _describe_machine(say: Say) -> None:
     devices = jax.devices()
     say("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
     say("XLA_FLAGS", os.environ.get("XLA_FLAGS", "not set"))
-    say("allocator", allocator.state())
+    say("allocator", allocator.state_after_restart(cache_dir))
     if jax.default_backend() == "cpu":
         say("kernels", build.state())
 

@@ -1,12 +1,12 @@
-// Keeps the pages of large buffers from one step to the next: to be loaded before the C library (LD_PRELOAD).
+// A cache of large buffers: a library that is loaded before the C library (LD_PRELOAD).
 //
-// XLA asks `posix_memalign` for a step's temporary buffer and frees it at the step's end. The C library gives so large a
-// buffer back to the kernel, which clears its pages for the next step, or fetches them from the host of a virtual
-// machine again. Here it is kept for the next one that asks for as much. One that asks for another size lets go of all
-// that is kept or will be given back, and one that was not asked for in a long time goes too, so that a process does not
-// hold more than it uses at the same time.
+// XLA allocates a step's temporary buffer by `posix_memalign` and frees it at the end of the step. glibc returns such a
+// large buffer to the kernel, which clears its pages for the next step, or has to get them from the host of a virtual
+// machine again. Here a freed buffer is cached for the next request of its size. A request for a different size frees
+// every cached buffer, and a buffer that was not requested for a long time is freed too, so that a process does not hold
+// more memory than it uses at the same time.
 //
-// No locks: a slot belongs to whoever changed its state, so a process that forks in between finds nothing locked.
+// There are no locks: a slot belongs to the thread that changed its state, so a process that forks finds nothing locked.
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -16,6 +16,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -28,21 +29,23 @@ void* __libc_realloc(void*, size_t);
 
 namespace {
 
-constexpr size_t kLarge = size_t{32} << 20;  // glibc itself keeps what is smaller
+constexpr size_t kLarge = size_t{32} << 20;  // glibc itself caches smaller ones
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kSlots = 256;
-constexpr int kMostPassedOver = 64;     // times that another buffer of the size was taken
-constexpr int kLooks = 50;              // for one that is about to be given back
-constexpr timespec kPause{0, 100'000};  // between them
+constexpr int kMostPassedOver = 64;  // requests that other buffers served before a cached buffer is freed
+// A request waits up to 5 ms for a buffer of its size that is in use, since XLA frees a step's buffer a moment after the
+// step's results are there, while the next step begins already. Only a request that finds no cached buffer waits.
+constexpr int kLooks = 50;
+constexpr timespec kPause{0, 100'000};  // between two looks
 
-enum State { kEmpty, kChanging, kUsed, kKept };
+enum State { kEmpty, kChanging, kUsed, kCached };
 
 struct Slot {
   std::atomic<int> state{kEmpty};
   std::atomic<char*> at{nullptr};
-  size_t size = 0;
+  std::atomic<size_t> size{0};  // other threads may read an old value: they wait once more then, or once less
   int passed_over = 0;
-  int change = 0;  // how often the size had changed when it was taken
+  int change = 0;  // `changes` when the buffer was taken
 
   bool Change(State from, State to) {
     int expected = from;
@@ -53,12 +56,12 @@ struct Slot {
 };
 
 Slot slots[kSlots];
-std::atomic<size_t> kept{0};
-std::atomic<int> changes{0};  // of the size that is asked for
-size_t most_kept = 0;
+std::atomic<size_t> cached{0};
+std::atomic<int> changes{0};  // how often the requested size has changed
+size_t most_cached = 0;
 
 __attribute__((constructor)) void ReadLimit() {
-  if (const char* text = getenv("GPTJAX_KEPT_BYTES")) most_kept = strtoull(text, nullptr, 10);
+  if (const char* text = getenv("GPTJAX_BUFFER_CACHE_BYTES")) most_cached = strtoull(text, nullptr, 10);
 }
 
 char* MapHugePages(size_t size) {
@@ -72,31 +75,31 @@ char* MapHugePages(size_t size) {
   return begin + before;
 }
 
-void Unmap(Slot& slot) {  // one that is `kChanging`
+void Unmap(Slot& slot) {  // whose state is kChanging
   munmap(slot.at.exchange(nullptr), slot.size);
   slot.Set(kEmpty);
 }
 
 bool Fits(const Slot& slot, size_t size) { return slot.size >= size && slot.size <= size + size / 8; }
 
-// A kept buffer of the size, if there is one; the others wait for their turn, or have waited too long.
-void* TakeKept(size_t size) {
+// Takes a cached buffer of the size, if there is one; frees those that were passed over too often.
+void* TakeCached(size_t size) {
   Slot* found = nullptr;
   for (Slot& slot : slots) {
-    if (!slot.Change(kKept, kChanging)) continue;
+    if (!slot.Change(kCached, kChanging)) continue;
     if (!found && Fits(slot, size)) {
       found = &slot;
       continue;
     }
     if (!found || ++slot.passed_over <= kMostPassedOver) {
-      slot.Set(kKept);
+      slot.Set(kCached);
     } else {
-      kept -= slot.size;
+      cached -= slot.size;
       Unmap(slot);
     }
   }
   if (!found) return nullptr;
-  kept -= found->size;
+  cached -= found->size;
   found->passed_over = 0;
   found->change = changes;
   void* at = found->at;
@@ -104,7 +107,7 @@ void* TakeKept(size_t size) {
   return at;
 }
 
-bool SomeAreUsed(size_t size) {
+bool IsInUse(size_t size) {
   for (Slot& slot : slots)
     if (slot.state.load(std::memory_order_acquire) == kUsed && Fits(slot, size)) return true;
   return false;
@@ -112,18 +115,17 @@ bool SomeAreUsed(size_t size) {
 
 void* Take(size_t size) {
   size = (size + kHugePage - 1) / kHugePage * kHugePage;
-  if (void* at = TakeKept(size)) return at;
-  // XLA gives a step's buffer back a moment after the step's results, while the next step begins already.
-  for (int look = 0; look < kLooks && SomeAreUsed(size); ++look) {
+  if (void* at = TakeCached(size)) return at;
+  for (int look = 0; look < kLooks && IsInUse(size); ++look) {
     nanosleep(&kPause, nullptr);
-    if (void* at = TakeKept(size)) return at;
+    if (void* at = TakeCached(size)) return at;
   }
   for (Slot& slot : slots)
-    if (slot.Change(kKept, kChanging)) {
-      kept -= slot.size;
+    if (slot.Change(kCached, kChanging)) {
+      cached -= slot.size;
       Unmap(slot);
     }
-  if (!SomeAreUsed(size)) ++changes;
+  if (!IsInUse(size)) ++changes;
   for (Slot& slot : slots) {
     if (!slot.Change(kEmpty, kChanging)) continue;
     char* at = MapHugePages(size);
@@ -137,7 +139,7 @@ void* Take(size_t size) {
   return nullptr;
 }
 
-// The slot of a buffer that is in use, or none.
+// The slot of a buffer that is in use, or null.
 Slot* Find(void* at) {
   if (!at || reinterpret_cast<uintptr_t>(at) % kHugePage) return nullptr;
   for (Slot& slot : slots)
@@ -145,14 +147,14 @@ Slot* Find(void* at) {
   return nullptr;
 }
 
-void Give(Slot& slot) {
+void Return(Slot& slot) {
   const int error = errno;
   if (!slot.Change(kUsed, kChanging)) abort();  // freed twice
-  if (slot.change != changes || kept + slot.size > most_kept) {
+  if (slot.change != changes || cached + slot.size > most_cached) {
     Unmap(slot);
   } else {
-    kept += slot.size;
-    slot.Set(kKept);
+    cached += slot.size;
+    slot.Set(kCached);
   }
   errno = error;
 }
@@ -161,7 +163,7 @@ void Give(Slot& slot) {
 
 extern "C" {
 
-size_t gptjax_kept_bytes() { return kept; }
+size_t gptjax_cached_bytes() { return cached; }
 
 int posix_memalign(void** to, size_t alignment, size_t size) {
   const bool valid = alignment >= sizeof(void*) && (alignment & (alignment - 1)) == 0;
@@ -174,7 +176,7 @@ int posix_memalign(void** to, size_t alignment, size_t size) {
 }
 
 void free(void* at) {
-  if (Slot* slot = Find(at)) return Give(*slot);
+  if (Slot* slot = Find(at)) return Return(*slot);
   __libc_free(at);
 }
 
@@ -182,8 +184,8 @@ void* realloc(void* at, size_t size) {
   Slot* slot = Find(at);
   if (!slot) return __libc_realloc(at, size);
   void* to = size ? __libc_realloc(nullptr, size) : nullptr;
-  if (to) memcpy(to, at, size < slot->size ? size : slot->size);
-  if (to || !size) Give(*slot);
+  if (to) memcpy(to, at, std::min<size_t>(size, slot->size));
+  if (to || !size) Return(*slot);
   return to;
 }
 
