@@ -8,7 +8,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gptjax"
 ORDER = (
     *("errors", "files", "config", "machine", "text", "batches", "ops", "model", "parallel", "generation"),
-    *("evaluation", "report", "tasks", "checkpoints", "training", "planning", "exchange", "verbs", "cli", "__main__"),
+    *(
+        "evaluation",
+        "report",
+        "tasks",
+        "checkpoints",
+        "training",
+        "planning",
+        "exchange",
+        "verbs",
+        "api",
+        "cli",
+        "__main__",
+    ),
 )
 ONLY_IN = {
     "flax": ("gptjax/model/",),
