@@ -11,6 +11,7 @@ import pytest
 from gptjax.config.model import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import gpt
+from gptjax.model.attention import explain_attention
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import Compute, finish_logits, unembedding
 from gptjax.model.positions import POSITIONS, rope_frequencies
@@ -222,3 +223,17 @@ def test_rope_scaling_is_that_of_transformers():
         frequencies, magnitude = rope_frequencies(config, 10_000.0)
         np.testing.assert_allclose(frequencies, expected.numpy(), rtol=1e-6)
         assert magnitude == pytest.approx(factor)
+
+
+def test_the_choice_of_attention_is_explained(monkeypatch):
+    config = dataclasses.replace(BASE, block_size=100, n_embd=128)
+    assert explain_attention(config, 1, "bfloat16", True, False).startswith("blocked (not C++ kernel: ")
+    capped = dataclasses.replace(config, attention_softcap=5.0)
+    assert "logits are scaled, capped or biased" in explain_attention(capped, 1, "float32", True, False)
+    assert explain_attention(dataclasses.replace(config, positions="t5"), 1, "float32", True, False).startswith(
+        "plain ("
+    )
+    local = dataclasses.replace(config, attention_pattern=("local", "full"), attention_window=8)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    explained = explain_attention(local, 1, "bfloat16", True, False)
+    assert explained.startswith("plain (not splash: 100 positions are no multiple of 128; not blocked: ")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.config.model import ModelConfig
+from gptjax.machine.platform import target_platform
 from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, LowRank, Prefix, prefixed_attention, with_prefix
 from gptjax.model.cache import LayerCache
@@ -16,8 +17,8 @@ from gptjax.model.inputs import BlockInputs
 from gptjax.model.norms import NORMS, Norm
 from gptjax.model.parameters import linear, output_init, value, weight_init, zeros
 from gptjax.model.positions import POSITIONS
-from gptjax.ops.attention import cached_attention, self_attention, split_heads
-from gptjax.ops.attention_spec import AttentionSpec, Bias
+from gptjax.ops.attention import cached_attention, explain, self_attention, split_heads
+from gptjax.ops.attention_spec import AttentionSpec, Bias, Request
 
 
 def attention_spec(config: ModelConfig, kind: str) -> AttentionSpec:
@@ -28,6 +29,44 @@ def attention_spec(config: ModelConfig, kind: str) -> AttentionSpec:
         softcap=config.attention_softcap,
         dropout=config.dropout,
     )
+
+
+def explain_attention(config: ModelConfig, batch: int, dtype: jax.typing.DTypeLike, segments: bool, rate: bool) -> str:
+    """Names the implementation that trains each kind of layer, and why faster ones are passed over.
+
+    Args:
+        config: Shape of the model.
+        batch: Sequences in a micro-batch.
+        dtype: Of matmul operands.
+        segments: Whether documents share a window.
+        rate: Whether dropout is on.
+    """
+    B, T, C = batch, config.block_size, config.head_width
+    bias = POSITIONS[config.positions].bias
+    found = {}
+    for kind in sorted({config.layer_kind(layer) for layer in range(config.n_layer)}):
+        request = Request(
+            spec=attention_spec(config, kind),
+            batch=B,
+            queries=T,
+            keys=T,
+            n_head=config.n_head,
+            n_kv_head=config.kv_heads,
+            head_dim=C,
+            dtype=jnp.dtype(dtype).name,
+            platform=target_platform(),
+            packed=True,
+            segments=segments,
+            bias=POSITIONS[config.positions].layer_table is not None,
+            slopes=bias is not None and POSITIONS[config.positions].layer_table is None,
+            dropout=rate and config.dropout > 0,
+        )
+        found[kind] = explain(request)
+    if config.adapter.kind in ("prompt", "prefix"):
+        return f"plain (a {config.adapter.kind} adapter adds keys)"
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return "; ".join(f"{kind} layers {text}" for kind, text in found.items())
 
 
 class Attention(nnx.Module):

@@ -38,6 +38,9 @@ from gptjax.ops.triton_attention import TRITON
 IMPLEMENTATIONS = (RING, KERNEL, SPLASH, CUDNN, TRITON, BLOCKED, PLAIN)
 """The first one that supports a request computes it. The last one is the reference and supports everything."""
 
+ELSEWHERE = ("needs a ", "is for a ", "positions are not sharded")
+"""How reasons begin that only say that an implementation belongs to another platform or mesh."""
+
 
 def choose(request: Request) -> tuple[Implementation, dict[str, str]]:
     """The implementation for a request, and why each one before it in the table was passed over, by its name."""
@@ -48,6 +51,13 @@ def choose(request: Request) -> tuple[Implementation, dict[str, str]]:
             return implementation, reasons
         reasons[implementation.name] = reason
     raise AssertionError("the plain implementation supports every request")
+
+
+def explain(request: Request) -> str:
+    """The implementation for a request, with the reasons against faster ones that exist on this platform."""
+    implementation, reasons = choose(request)
+    here = [f"{name}: {reason}" for name, reason in reasons.items() if not reason.startswith(ELSEWHERE)]
+    return implementation.name + (f" (not {'; not '.join(here)})" if here else "")
 
 
 def self_attention(

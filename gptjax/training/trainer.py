@@ -13,8 +13,9 @@ from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
 from gptjax.machine import allocator, compile_cache
 from gptjax.machine.native.build import state as state_of_kernels
+from gptjax.model.attention import explain_attention
 from gptjax.parallel import cluster
-from gptjax.parallel.mesh import batch_sharding
+from gptjax.parallel.mesh import batch_sharding, traced_in
 from gptjax.parallel.pipeline import bubble
 from gptjax.parallel.place import get, put_rows, rows_of_process
 from gptjax.report import cost
@@ -227,5 +228,13 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
         say(f"examples    {note}")
     say(f"steps       {config.train.num_steps:,} = {epochs:.2f} epochs")
     say(f"memory      {cost.readable_bytes(needs)} per device for a training step{pages}")
+    say(f"attention   {_explain_attention(parts)}")
     if jax.default_backend() == "cpu":
         say(f"kernels     {state_of_kernels()}")
+
+
+def _explain_attention(parts: Parts) -> str:
+    config = parts.config
+    segments = config.task.kind != "classify" and not config.data.attend_across_documents
+    explained = traced_in(parts.mesh, explain_attention)
+    return explained(config.model, config.train.micro_batch, config.train.compute_dtype, segments, True)

@@ -18,12 +18,14 @@ from gptjax.checkpoints.checkpoint import FOLDER
 from gptjax.checkpoints.choice import entries
 from gptjax.checkpoints.manifest import DamagedError, verify
 from gptjax.checkpoints.run_dir import CONFIG_FILE, TOKENIZER_FILE
+from gptjax.config.model import ModelConfig
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config
 from gptjax.config.verbs import DoctorConfig
 from gptjax.errors import UserError
 from gptjax.machine import allocator, compile_cache
 from gptjax.machine.native import build
+from gptjax.model.attention import explain_attention
 from gptjax.report.cost import readable_bytes
 from gptjax.text.prepare import find_folder, open_folder
 from gptjax.text.shards import MANIFEST
@@ -160,6 +162,8 @@ def _describe_machine(say: Say, cache_dir: str) -> None:
     say("allocator", allocator.state_after_restart(cache_dir))
     if jax.default_backend() == "cpu":
         say("kernels", build.state())
+    for dtype in ("bfloat16", "float32"):
+        say("attention", f"{dtype}: {explain_attention(ModelConfig(), 1, dtype, True, False)}")
 
 
 def _describe_cache(say: Say, cache_dir: Path) -> None:
