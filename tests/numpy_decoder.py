@@ -144,9 +144,10 @@ class NumpyDecoder:
             q = self.norm(q.reshape(T, -1), "blocks/attn/norm_q", layer).reshape(q.shape)
             k = self.norm(k.reshape(T, -1), "blocks/attn/norm_k", layer).reshape(k.shape)
         kind = c.attention_pattern[layer % len(c.attention_pattern)] if c.attention_pattern else "local"
-        if c.positions == "rope":
-            base = c.rope_local_base if kind == "local" and c.rope_local_base else c.rope_base
-            q, k = self.rotate(q, positions, base), self.rotate(k, positions, base)
+        if c.positions == "rope" and kind != "full_nope":
+            own = kind == "local" and c.rope_local_base
+            base, factor = (c.rope_local_base, 1.0) if own else (c.rope_base, c.rope_factor)
+            q, k = self.rotate(q, positions, base, factor), self.rotate(k, positions, base, factor)
         y = np.zeros((T, H, C))
         for head in range(H):
             g, r = divmod(head, R)
@@ -168,14 +169,14 @@ class NumpyDecoder:
         bias = self.get("blocks/attn/b_out", layer)
         return out if bias is None else out + bias
 
-    def rotate(self, x, positions, base):
+    def rotate(self, x, positions, base, factor):
         """Channel i with channel i + half of those that rotate."""
         c, C = self.c, x.shape[-1]
         rotated = 2 * round(c.rope_fraction * C / 2)
         half = rotated // 2
         frequencies = base ** (-2 * np.arange(half) / rotated)
         if c.rope_scaling == "linear":
-            frequencies = frequencies / c.rope_factor
+            frequencies = frequencies / factor
         y = x.copy()
         for t, position in enumerate(positions):
             for i, frequency in enumerate(frequencies):

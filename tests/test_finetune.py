@@ -19,7 +19,7 @@ from gptjax.config.reader import load_config
 from gptjax.config.run import Config, DataConfig, PartConfig, TokenizerConfig
 from gptjax.config.task import AdapterConfig, FinetuneConfig, TaskConfig
 from gptjax.errors import UserError
-from gptjax.exchange.gpt2 import import_gpt2
+from gptjax.exchange.hf_model import import_model
 from gptjax.model.adapters import merge_lora
 from gptjax.model.gpt import Compute
 from gptjax.report.metrics import read_metrics
@@ -234,7 +234,7 @@ def test_export_merges_lora(folder, trained, tmp_path, capsys):
     assert "add --merge" in capsys.readouterr().err
     assert main(["export", run_dir, "--to", str(tmp_path / "hf"), "--merge"]) == 0
     assert "the head classify is left out" in capsys.readouterr().err
-    run, imported = load_run(Path(run_dir)), import_gpt2(tmp_path / "hf", lambda message: None)
+    run, imported = load_run(Path(run_dir)), import_model(tmp_path / "hf", lambda message: None)
     tokens = jnp.arange(12)[None]
     before = hidden_states(run.config.model, run.params, tokens, tokens)
     after = hidden_states(imported.model, imported.params, tokens, tokens)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptjax.config.model import ModelConfig
-from gptjax.exchange.gpt2 import export_gpt2, import_gpt2
+from gptjax.exchange.hf_model import export_model, import_model
 from gptjax.model.gpt import hidden_states, init_params, logits
 
 SHAPES = [
@@ -82,7 +82,7 @@ def test_logits_equal_a_gpt2_written_in_numpy(model, tmp_path):
     from safetensors.numpy import load_file
 
     params = make_params(model)
-    export_gpt2(model, params, None, tmp_path / "hf")
+    export_model(model, params, None, tmp_path / "hf")
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tokens_BT = np.random.default_rng(2).integers(0, model.vocab_size, (2, model.block_size))
     expected = np.stack([gpt2_in_numpy(tensors, model.n_head, tokens_T) for tokens_T in tokens_BT])
@@ -113,7 +113,7 @@ def test_logits_equal_those_of_transformers(shape, tmp_path):
             if tensor.ndim == 1:
                 tensor.add_(0.2 * torch.randn_like(tensor))
     hf.save_pretrained(tmp_path / "hf")
-    imported = import_gpt2(tmp_path / "hf")
+    imported = import_model(tmp_path / "hf")
     tokens_BT = np.random.default_rng(1).integers(0, vocab_size, (3, n_positions))
     with torch.no_grad():
         expected = hf(torch.from_numpy(tokens_BT)).logits.numpy()

@@ -68,7 +68,7 @@ class ModelConfig:
     rope_base: float = 10000.0
     """Base of rope's frequencies."""
     rope_local_base: float = 0.0
-    """Base in local layers of attention_pattern (Gemma 3); 0: rope_base."""
+    """Base in local layers of attention_pattern, which are then not scaled (Gemma 3); 0: rope_base."""
     rope_fraction: float = 1.0
     """Share of a head's channels that rope rotates."""
     rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
@@ -83,8 +83,9 @@ class ModelConfig:
     """llama3: pairs of channels that turn more often stay as they are."""
     attention_window: int = 0
     """Tokens that each token attends to, itself included (arXiv:2004.05150, section 3.1); 0: all before it."""
-    attention_pattern: tuple[Literal["full", "local"], ...] = ()
-    """Kinds of layers, repeated over the depth: local ones have attention_window, full ones none; empty: all alike."""
+    attention_pattern: tuple[Literal["full", "local", "full_nope"], ...] = ()
+    """Kinds of layers, repeated over the depth: local ones have attention_window, full ones none, and full_nope ones
+    do not rotate either (SmolLM 3); empty: all alike."""
     attention_scale: float = 0.0
     """Factor of the attention logits; 0: 1 / sqrt(head_dim)."""
     attention_softcap: float = 0.0
@@ -139,6 +140,11 @@ class ModelConfig:
                     f"model.attention_pattern={' '.join(self.attention_pattern)} and"
                     f" model.attention_window={self.attention_window}: local layers need a window, and a window local"
                     " layers"
+                )
+            if "full_nope" in self.attention_pattern and self.positions != "rope":
+                raise UserError(
+                    f"model.attention_pattern={' '.join(self.attention_pattern)}: full_nope layers are those without"
+                    " rotation; they need model.positions=rope"
                 )
             if self.n_layer < len(self.attention_pattern):
                 raise UserError(
@@ -245,7 +251,7 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def layer_kind(self, layer: int) -> str:
-        """The kind of a layer's attention: full or local."""
+        """The kind of a layer's attention: full, local or full_nope."""
         if not self.attention_pattern:
             return "local" if self.attention_window else "full"
         return self.attention_pattern[layer % len(self.attention_pattern)]

@@ -186,10 +186,15 @@ class ExportConfig(CheckpointConfig):
     """Folder to write."""
     merge: bool = False
     """Merge a lora adapter into the weights of its base."""
+    family: str = ""
+    """Family of models to write, as config.json names it in model_type; empty: the first that computes the same."""
+    max_shard_mb: int = 0
+    """Largest file of weights, in MiB; 0: one file."""
 
     def __post_init__(self):
         super().__post_init__()
         usable_paths("", self, "to")
+        not_negative("", self, "max_shard_mb")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The files of a Hugging Face model folder: JSON and safetensors."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -71,9 +71,34 @@ def open_tensors(hf_dir: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Cal
         yield shapes, lambda name: files[name].get_tensor(name)
 
 
-def write_tensors(hf_dir: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes model.safetensors; transformers wants to be told that the layout is PyTorch's."""
-    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, hf_dir / WEIGHTS, {"format": "pt"})
+def write_tensors(hf_dir: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 0) -> None:
+    """Writes model.safetensors, or parts of at most so many bytes with an index, one after another.
+
+    Only the tensors of one part are in memory; a tensor larger than `shard_bytes` is a part of its own.
+    """
+    parts: list[list[str]] = []
+    total, part, size = 0, dict[str, np.ndarray](), 0
+
+    def write_part():
+        # transformers wants to be told that the layout is PyTorch's.
+        save_file(part, hf_dir / f"part-{len(parts)}", {"format": "pt"})
+        parts.append(list(part))
+
+    for name, tensor in tensors:
+        if part and shard_bytes and size + tensor.nbytes > shard_bytes:
+            write_part()
+            part, size = {}, 0
+        part[name] = np.ascontiguousarray(tensor)
+        total, size = total + tensor.nbytes, size + tensor.nbytes
+    write_part()
+    if len(parts) == 1:
+        (hf_dir / "part-0").rename(hf_dir / WEIGHTS)
+        return
+    files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    for i, file in enumerate(files):
+        (hf_dir / f"part-{i}").rename(hf_dir / file)
+    weight_map = {name: file for names, file in zip(parts, files, strict=True) for name in names}
+    write_json(hf_dir / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def make_empty_folder(path: Path) -> None:

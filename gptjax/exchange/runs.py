@@ -2,28 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from gptjax.checkpoints.run_dir import load_run, write_run
 from gptjax.config.run import Config, TokenizerConfig
 from gptjax.config.verbs import ExportConfig
 from gptjax.errors import UserError, did_you_mean
-from gptjax.exchange.gpt2 import Imported, export_gpt2, import_gpt2
-from gptjax.exchange.hf_files import read_config
+from gptjax.exchange.families import FAMILIES
+from gptjax.exchange.hf_model import export_model, import_model
 from gptjax.exchange.hf_tokenizer import configured_end_ids
 from gptjax.model.adapters import merge_lora
 from gptjax.text.tokenizer import Tokenizer, make_tokenizer
-
-
-class Architecture(NamedTuple):
-    """How one kind of model is read and written."""
-
-    import_model: Callable[..., Imported]
-    export_model: Callable[..., None]
-
-
-# By the model_type of config.json: another architecture is a file beside gpt2.py and a line here.
-ARCHITECTURES = {"gpt2": Architecture(import_gpt2, export_gpt2)}
 
 
 def import_run(
@@ -41,13 +29,7 @@ def import_run(
         UserError: The model is of a kind that is not supported, its files are wrong, the encoding does not fit, or
             `run_dir` holds a run already.
     """
-    model_type = read_config(hf_dir).get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"{hf_dir}: model_type={model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}."
-            f"{did_you_mean(str(model_type), ARCHITECTURES)}"
-        )
-    imported = ARCHITECTURES[model_type].import_model(hf_dir, (lambda message: None) if tokenizer_name else notify)
+    imported = import_model(hf_dir, (lambda message: None) if tokenizer_name else notify)
     tokenizer, described = imported.tokenizer, TokenizerConfig()
     if tokenizer_name:
         described = TokenizerConfig(kind="tiktoken", name=tokenizer_name)
@@ -71,18 +53,22 @@ def import_run(
 
 
 def export_run(run_dir: Path, options: ExportConfig, notify: Callable[[str], None] = lambda message: None) -> None:
-    """Writes a run's model and tokenizer as a Hugging Face GPT-2 folder.
+    """Writes a run's model and tokenizer as a Hugging Face model folder.
 
     Args:
         run_dir: The run.
-        options: The folder to make (an empty one will do), the checkpoint, and whether to merge an adapter.
+        options: The folder to make (an empty one will do), the checkpoint, the family of models, and whether to merge
+            an adapter.
         notify: Told in one line what is left out (heads, a tokenizer that has no form that transformers reads), and of
             damaged checkpoints.
 
     Raises:
-        UserError: No run or no checkpoint there, the model is not a GPT-2, an adapter cannot be merged or is not asked
-            to be, or the folder holds files.
+        UserError: No run or no checkpoint there, no family computes the same, an adapter cannot be merged or is not
+            asked to be, or the folder holds files.
     """
+    if options.family and options.family not in FAMILIES:
+        suggestion = did_you_mean(options.family, FAMILIES)
+        raise UserError(f"family={options.family!r} must be one of {', '.join(FAMILIES)}.{suggestion}")
     run = load_run(run_dir, options.checkpoint, options.strict, notify, options.base)
     model, params = run.config.model, run.params
     kind = model.adapter.kind
@@ -97,7 +83,8 @@ def export_run(run_dir: Path, options: ExportConfig, notify: Callable[[str], Non
     if heads := params.get("heads"):
         notify(f"the head {', '.join(heads)} is left out: the folder holds the model under it")
         params = {name: part for name, part in params.items() if name != "heads"}
-    ARCHITECTURES["gpt2"].export_model(model, params, run.tokenizer, Path(options.to).expanduser(), notify)
+    to, shard_bytes = Path(options.to).expanduser(), options.max_shard_mb * 2**20
+    export_model(model, params, run.tokenizer, to, notify, options.family, shard_bytes)
 
 
 def _description(tokenizer: Tokenizer) -> TokenizerConfig:

@@ -132,16 +132,13 @@ class Attention(nnx.Module):
         qkv_BTGEC = linear(x_BTD, self.w_qkv, self.b_qkv, x_BTD.dtype).reshape(*x_BTD.shape[:-1], *self.shape_GEC)
         if low_rank is not None:
             qkv_BTGEC = qkv_BTGEC + low_rank(x_BTD, key, x_BTD.dtype)
-        rotate = POSITIONS[self.config.positions].rotate
+        rotate = None if kind == "full_nope" else POSITIONS[self.config.positions].rotate
         if self.norm_q is None and rotate is None:
             return qkv_BTGEC
         q_BTGRC, k_BTGC, v_BTG1C = jnp.split(qkv_BTGEC, (self.shape_GEC[1] - 2, self.shape_GEC[1] - 1), axis=3)
         q_BTGRC, k_BTGC = self._normed(q_BTGRC, self.norm_q), self._normed(k_BTGC, self.norm_k)
         if rotate is not None:
-            local = self.config.rope_local_base if kind == "local" else 0.0
-            base = local or self.config.rope_base
-            q_BTGRC = rotate(self.config, q_BTGRC, positions_BT, base)
-            k_BTGC = rotate(self.config, k_BTGC, positions_BT, base)
+            q_BTGRC, k_BTGC = (rotate(self.config, x, positions_BT, kind) for x in (q_BTGRC, k_BTGC))
         return jnp.concatenate([q_BTGRC, k_BTGC, v_BTG1C], axis=3)
 
     def _normed(self, heads: jax.Array, norm: Norm | None) -> jax.Array:

@@ -25,8 +25,8 @@ class PositionMethod(NamedTuple):
 
     add: Callable[[ModelConfig, jax.Array], jax.Array] | None = None
     """From positions `[B, T]` to what is added to the embeddings, float32 `[B, T, D]`."""
-    rotate: Callable[[ModelConfig, jax.Array, jax.Array, float], jax.Array] | None = None
-    """Rotates heads `[B, T, ..., C]` at positions `[B, T]` by a base of frequencies."""
+    rotate: Callable[[ModelConfig, jax.Array, jax.Array, str], jax.Array] | None = None
+    """Rotates heads `[B, T, ..., C]` at positions `[B, T]` in layers of a kind, see `ModelConfig.layer_kind`."""
     bias: Callable[[ModelConfig, jax.Array | None, int], Bias] | None = None
     """From a layer's table, where it has one, and the number of key positions."""
     embedding_table: bool = False
@@ -46,18 +46,19 @@ def sinusoidal(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
     return jnp.pad(waves_BTD, ((0, 0), (0, 0), (0, config.n_embd - 2 * half)))
 
 
-def rotate(config: ModelConfig, x: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+def rotate(config: ModelConfig, x: jax.Array, positions_BT: jax.Array, kind: str) -> jax.Array:
     """Rotates pairs of channels by angles that grow with the position (RoPE, arXiv:2104.09864, section 3.2).
 
     Channel i pairs with channel i + half, as in Llama; of partial rotation the first channels rotate.
 
     Args:
-        config: Share of channels, and how frequencies are scaled.
+        config: Bases, share of channels, and how frequencies are scaled.
         x: `[B, T, ..., C]`.
         positions_BT: Position of each token.
-        base: Of the frequencies.
+        kind: Of the layer; local layers with a base of their own are not scaled (arXiv:2503.19786, section 2).
     """
-    frequencies_F, magnitude = rope_frequencies(config, base)
+    local = config.rope_local_base if kind == "local" else 0.0
+    frequencies_F, magnitude = rope_frequencies(config, local or config.rope_base, scaled=not local)
     half = len(frequencies_F)
     angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies_F)[None, None]
     angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), half)
@@ -66,7 +67,7 @@ def rotate(config: ModelConfig, x: jax.Array, positions_BT: jax.Array, base: flo
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
-def rope_frequencies(config: ModelConfig, base: float) -> tuple[np.ndarray, float]:
+def rope_frequencies(config: ModelConfig, base: float, scaled: bool = True) -> tuple[np.ndarray, float]:
     """Radians per position of each pair of channels, and the factor of sines and cosines.
 
     Scaling for longer contexts: linear (arXiv:2306.15595), NTK-aware (the base grows), YaRN (arXiv:2309.00071,
@@ -74,18 +75,19 @@ def rope_frequencies(config: ModelConfig, base: float) -> tuple[np.ndarray, floa
     """
     C = 2 * round(config.rope_fraction * config.head_width / 2)
     factor, original = config.rope_factor, config.rope_original_length or config.block_size
-    if config.rope_scaling == "ntk":
+    scaling = config.rope_scaling if scaled else "none"
+    if scaling == "ntk":
         base = base * factor ** (C / max(1, C - 2))
     frequencies = base ** (-np.arange(0, C, 2, dtype=np.float64) / C)
     magnitude = 1.0
-    if config.rope_scaling == "linear":
+    if scaling == "linear":
         frequencies = frequencies / factor
-    elif config.rope_scaling == "llama3":
+    elif scaling == "llama3":
         low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
         turns = original * frequencies / (2 * np.pi)
         smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
         frequencies = (1 - smooth) * frequencies / factor + smooth * frequencies
-    elif config.rope_scaling == "yarn":
+    elif scaling == "yarn":
         magnitude = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
         def dim_of(turns: float) -> float:  # the channel pair that turns so often over the original length

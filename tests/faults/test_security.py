@@ -15,7 +15,7 @@ import pytest
 from gptjax.cli import main
 from gptjax.config.run import Config
 from gptjax.errors import UserError
-from gptjax.exchange.gpt2 import export_gpt2
+from gptjax.exchange.hf_model import export_model
 from gptjax.machine import compile_cache, private, processor
 from gptjax.machine.native import build, compiler
 from tests.faults.inputs import MODEL, accepted, make_run, params, write_config
@@ -127,7 +127,7 @@ def originals(tmp_path_factory):
     """A run, its prepared data, and a model folder of another program."""
     root = tmp_path_factory.mktemp("originals")
     make_run(root / "run")
-    export_gpt2(MODEL, params(), None, root / "hf", lambda _: None)
+    export_model(MODEL, params(), None, root / "hf", lambda _: None)
     return root
 
 
