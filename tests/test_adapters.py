@@ -87,6 +87,19 @@ def test_every_option_of_lora_changes_something(change):
     assert float(jnp.abs(before - after).max()) > 0.01
 
 
+def test_lora_adds_its_product_times_alpha_by_rank():
+    model, params = adapted("lora")
+    only = {name: jax.tree.map(lambda x, name=name: x * (name == "mlp_w_in"), part) for name, part in
+            params["adapters"].items()}  # fmt: skip
+    a_LDR, b_LRF = (np.asarray(only["mlp_w_in"][name], np.float64) for name in "ab")
+    base = init_params(MODEL, KEY)
+    mlp = base["blocks"]["mlp"] | {"w_in": base["blocks"]["mlp"]["w_in"] + (6.0 / 4) * (a_LDR @ b_LRF)}
+    expected = hidden_states(MODEL, base | {"blocks": base["blocks"] | {"mlp": mlp}}, TOKENS, POSITIONS)
+    found = hidden_states(model, params | {"adapters": only}, TOKENS, POSITIONS)
+    np.testing.assert_allclose(found, expected, atol=2e-5)  # float32 sums of about 64 terms, in another order
+    assert float(jnp.abs(found - hidden_states(MODEL, base, TOKENS, POSITIONS)).max()) > 0.05
+
+
 @pytest.mark.parametrize("targets", [*((target,) for target in LORA_TARGETS), LORA_TARGETS])
 def test_merged_and_unmerged_agree(targets):
     model, params = adapted("lora")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import jax
@@ -19,7 +20,10 @@ from gptjax.evaluation.loss import make_eval_step, measure
 from gptjax.evaluation.predict import predict_texts, predict_words
 from gptjax.model.gpt import Compute
 from gptjax.tasks import pretrain
+from gptjax.tasks.instruct import measure_chats
+from gptjax.tasks.registry import parse, read_examples
 from gptjax.tasks.task import Source
+from gptjax.text.formats import Row
 from gptjax.text.labelled import Text, Words
 from gptjax.text.prepare import prepare
 from gptjax.text.shards import Dataset, TokenSplit
@@ -158,6 +162,31 @@ def test_documents_see_each_other_where_the_config_says_so(across):
     assert [batch.segments is None for batch in (task.windows.batch(0, 4), *seen)] == [across] * (len(seen) + 1)
     for batch in (task.windows.batch(0, 4), seen[0]):
         assert bool(np.all(batch.positions == np.arange(16)[None])) == across
+
+
+def test_bits_per_byte_of_chats_is_over_what_the_assistant_says(tmp_path):
+    """Prompts cost nothing and count nothing, and neither does a last turn of the user."""
+    task = TaskConfig(kind="instruct", template="<{role}>{content}|")
+    config = dataclasses.replace(CONFIG, task=task, model=replace(CONFIG, model={"block_size": 300}).model)
+    found = []
+    for prompt in ("q", "a much longer question, é"):
+        turns = [("user", prompt), ("assistant", "yes é"), ("user", prompt), ("assistant", "no"), ("user", prompt)]
+        row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+        chats = list(parse([Row(row, "a:1")], task, DataConfig()))
+        found.append(measure_chats(config, BYTES, chats, Compute(), two_nats_a_target)({}, DEVICE))
+    size = len("yes é|no|".encode()) + 2 * len(">")  # the tokenizer may join ">" to the response, so it is a target
+    for evaluation in found:
+        assert evaluation.val_loss == pytest.approx(2)
+        assert evaluation.bits_per_byte * size * math.log(2) == pytest.approx(2 * size)  # a byte is a token
+
+
+def test_equal_sentences_are_on_one_side_whatever_their_tags(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"tokens": [f"w{n % 40}", "x"], "tags": ["ab"[n % 3 == 0], "ab"[n % 7 == 0]]} for n in range(200)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_examples(TaskConfig(kind="tag"), DataConfig(path=(str(path),), validation_fraction=0.3))
+    train, validation = ({example.words for example in side} for side in (found.train, found.validation))
+    assert not train & validation and len(train | validation) == 40 and len(validation) > 3
 
 
 def test_an_epoch_of_packed_sequences_takes_each_once_in_an_order_of_its_own():
