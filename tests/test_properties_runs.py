@@ -56,7 +56,7 @@ def test_every_new_best_is_saved_and_each_manifest_has_the_loss_of_its_own_step(
     config = run_config(tmp_path, train={"eval_every": 2, "save_every": 3})
     assert trainer.train(config) == 0
     assert {row["step"]: row["val_loss"] for row in rows(config) if "val_loss" in row} == {2: 5.0, 4: 5.0, 6: 7.0}
-    # A new best at step 2 (an equal loss is none), every third step, and the last; what was not measured at a step has no loss there.
+    # A new best at step 2 (an equal loss is none), every third step, the last; a step without evaluation has no loss.
     assert saved_losses(Path(config.run_dir)) == {2: 5.0, 3: None, 6: 7.0}
 
 
