@@ -255,8 +255,6 @@ def break_prefix(content):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (break_order, "does not follow the order of merges"),
-        (break_normalizer, "normalizer"),
         (break_model, "WordLevel, not byte-level BPE"),
         (break_prefix, "add_prefix_space"),
     ],
@@ -272,6 +270,46 @@ def test_a_tokenizer_without_an_exact_form_is_left_out_and_named(change, reason,
     assert len(told) == 1
     assert "imported without a tokenizer" in told[0]
     assert reason in told[0]
+
+
+def cut_digits(content):
+    steps = content["pre_tokenizer"]["pretokenizers"]
+    content["pre_tokenizer"]["pretokenizers"] = [{"type": "Digits", "individual_digits": True}, *steps]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (break_order, "does not follow the order of merges"),
+        (break_normalizer, "normalizer"),
+        (cut_digits, "several steps"),
+    ],
+)
+def test_bytes_that_tiktoken_cannot_merge_so_are_merged_by_the_library(change, reason, tmp_path):
+    from tokenizers import Tokenizer as Library
+
+    hf_dir = export(tmp_path, dataclasses.replace(MODEL, vocab_size=make_bpe().vocab_size + 2), make_bpe())
+    content = json.loads((hf_dir / "tokenizer.json").read_text())
+    change(content)
+    (hf_dir / "tokenizer.json").write_text(json.dumps(content))
+    told = []
+    tokenizer = import_model(hf_dir, told.append).tokenizer
+    assert tokenizer is not None
+    assert reason in told[0]
+    assert tokenizer.vocab_size == make_bpe().vocab_size + 2
+    assert tokenizer.end_of_text == make_bpe().end_of_text
+    again = tokenizer_from_json(tokenizer_to_json(tokenizer), "here")
+    assert again.fingerprint == tokenizer.fingerprint
+    model = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
+    export_model(model, make_params(model), again, tmp_path / "again", pytest.fail)
+    library = Library.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    for text in [*TEXTS, WORDS]:
+        ids = tokenizer.encode(text).tolist()
+        assert ids == again.encode(text).tolist() == library.encode(text).ids
+        assert tokenizer.decode(ids) == text
+        assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == text.encode(), "in pieces too"
+    assert tokenizer.decode(tokenizer.encode(END_OF_TEXT)) == END_OF_TEXT
+    assert len(tokenizer.encode(END_OF_TEXT)) > 1, "in a text it is plain text"
 
 
 def test_a_tokenizer_larger_than_the_model_is_left_out(tmp_path):
@@ -439,7 +477,7 @@ def test_what_is_not_kept_of_a_tokenizer_is_told(tmp_path):
     assert "its tokenizer adds ['<s>', 'a'] around a text 'a'" in lines[1] and len(lines) == 2
 
 
-def test_a_tokenizer_that_the_library_reads_otherwise_is_left_out(tmp_path):
+def test_a_tokenizer_that_the_library_reads_otherwise_is_run_by_the_library(tmp_path):
     tokenizer = make_bpe()
     hf_dir = export(tmp_path, dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size), tokenizer)
     content = json.loads((hf_dir / "tokenizer.json").read_text())
@@ -447,7 +485,8 @@ def test_a_tokenizer_that_the_library_reads_otherwise_is_left_out(tmp_path):
     split["Regex"] = split["Regex"].replace("\\p{N}{1,3}", "\\p{N}{1,3}(?!$)")  # "$" is the end of a line there
     (hf_dir / "tokenizer.json").write_text(json.dumps(content))
     lines = []
-    assert import_model(hf_dir, lines.append).tokenizer is None
+    imported = import_model(hf_dir, lines.append).tokenizer
+    assert imported is not None and imported.kind == "library"
     assert "tiktoken would encode some text to other ids, such as" in lines[0]
 
 

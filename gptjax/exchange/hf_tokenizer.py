@@ -18,6 +18,7 @@ from gptjax.text.tokenizer import (
     END_OF_TEXT,
     BytePairTokenizer,
     ByteTokenizer,
+    LibraryTokenizer,
     Tokenizer,
     bpe_tokenizer_from_ranks,
 )
@@ -68,10 +69,44 @@ def import_tokenizer(hf_dir: Path, vocab_size: int, notify: Callable[[str], None
         if example := _first_difference(tokenizer, theirs, pairs):
             raise _NotConvertible(f"tiktoken would encode some text to other ids, such as {example!r}")
     except _NotConvertible as reason:
-        notify(f"{hf_dir}: imported without a tokenizer: {reason}")
-        return None
+        return _through_library(hf_dir, vocab_size, str(reason), notify)
     _report_added(hf_dir, theirs, notify)
     return tokenizer
+
+
+def _through_library(
+    hf_dir: Path, vocab_size: int, reason: str, notify: Callable[[str], None]
+) -> LibraryTokenizer | None:
+    """The folder's tokenizer.json as the tokenizers library runs it, where it works on bytes; else None, told."""
+    from tokenizers import Tokenizer as Library
+
+    path = hf_dir / "tokenizer.json"
+    if not path.is_file():
+        notify(f"{hf_dir}: imported without a tokenizer: {reason}")
+        return None
+    content = read_json(path)
+    decoder = content.get("decoder") or {}
+    steps = decoder.get("decoders", [decoder])
+    if content["model"].get("type") != "BPE" or not any(step.get("type") == "ByteLevel" for step in steps):
+        notify(f"{hf_dir}: imported without a tokenizer: {reason}")
+        return None
+    try:
+        library = Library.from_file(str(path))
+    except Exception as error:  # the library raises plain exceptions
+        raise UserError(f"{path}: no valid tokenizer: {error}") from None
+    special = {token.content: i for i, token in library.get_added_tokens_decoder().items() if token.special}
+    size = 1 + max(library.get_vocab().values())
+    if size > vocab_size:
+        notify(f"{hf_dir}: imported without a tokenizer: it has {size:,} tokens, the model {vocab_size:,}")
+        return None
+    tokenizer = LibraryTokenizer(library.to_str(), vocab_size, END_OF_TEXT)
+    sample = "It's 12 o'clock.\n  Two  spaces\tand a tab "
+    if tokenizer.decode(tokenizer.encode(sample)) != sample:
+        notify(f"{hf_dir}: imported without a tokenizer: {reason}, and it changes the text")
+        return None
+    notify(f"{hf_dir}: its tokenizer is run by the tokenizers library, as it is no tiktoken encoding: {reason}")
+    end = _find_end_token(hf_dir, _BytePairs({}, [], "", special), notify)
+    return dataclasses.replace(tokenizer, end_token=end)
 
 
 def configured_end_ids(hf_dir: Path) -> list[int]:
@@ -100,6 +135,12 @@ def export_tokenizer(tokenizer: Tokenizer, block_size: int, to: Path, notify: Ca
         case ByteTokenizer():
             ids = {bytes([byte]): byte for byte in range(256)}
             pairs = _BytePairs(ids, [], GPT2_PATTERN, {END_OF_TEXT: tokenizer.end_of_text})
+        case LibraryTokenizer(content=content, end_token=end_token):
+            (to / "tokenizer.json").write_text(content, encoding="utf-8")
+            end = None if tokenizer.end_of_text is None else end_token
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": block_size}
+            write_json(to / "tokenizer_config.json", config)
+            return
         case _:
             notify(f"{to}: exported without a tokenizer: kind {tokenizer.kind} has no form that transformers reads")
             return

@@ -219,6 +219,67 @@ class BytePairTokenizer(Tokenizer):
         return [np.asarray(array).astype(np.int32) for array in arrays]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LibraryTokenizer(Tokenizer):
+    """A byte-level tokenizer that the tokenizers library runs, for those that are no tiktoken encoding."""
+
+    content: str
+    """Its tokenizer.json, whole."""
+    size: int
+    """Number of ids of the model, of which the last may have no token."""
+    end_token: str
+    kind = "library"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size
+
+    @property
+    def end_of_text(self) -> int | None:
+        return self._library.token_to_id(self.end_token)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            _utf8(text)
+        encoded = self._library.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encoded]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._bytes[i] for i in self._checked(ids))
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "tokenizer": self.content, "size": self.size, "end_token": self.end_token}
+
+    @functools.cached_property
+    def _library(self):
+        import tokenizers
+
+        library = tokenizers.Tokenizer.from_str(self.content)
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = True  # names of special tokens in a text are plain text
+        return library
+
+    @functools.cached_property
+    def _bytes(self) -> list[bytes]:
+        from gptjax.text.train_bpe import byte_of_character
+
+        byte_of, added = byte_of_character(), self._library.get_added_tokens_decoder()
+        table = []
+        for i in range(self.size):
+            token = self._library.id_to_token(i)
+            if token is None:
+                table.append(f"<|reserved_{i}|>".encode())
+            elif i in added or not set(token) <= byte_of.keys():
+                table.append(token.encode())
+            else:
+                table.append(bytes(byte_of[character] for character in token))
+        return table
+
+
 def make_tokenizer(
     config: TokenizerConfig,
     documents: Callable[[], Iterable[str]],
@@ -376,8 +437,20 @@ def _from_dict(content: dict) -> Tokenizer:
             if end_token != END_OF_TEXT and end_token not in special:
                 raise ValueError(f"end_token {end_token!r} is none of special_tokens")
             return _byte_pair(kind, content["name"], ranks, content["pattern"], special, end_token)
+        case "library":
+            text, size, end_token = content["tokenizer"], content["size"], content["end_token"]
+            if not isinstance(text, str) or type(size) is not int or not isinstance(end_token, str):
+                raise ValueError("tokenizer and end_token must be strings, size a whole number")
+            tokenizer = LibraryTokenizer(text, size, end_token)
+            try:
+                largest = max(tokenizer._library.get_vocab().values())
+            except Exception as error:  # the library raises plain exceptions
+                raise ValueError(f"the tokenizers library cannot read it: {error}") from None
+            if largest >= size:
+                raise ValueError(f"size is {size}, and there is a token of id {largest}")
+            return tokenizer
         case kind:
-            raise ValueError(f"kind is {kind!r}, must be bytes, chars, tiktoken or bpe")
+            raise ValueError(f"kind is {kind!r}, must be bytes, chars, tiktoken, bpe or library")
 
 
 def _utf8(text: str) -> bytes:
