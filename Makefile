@@ -1,11 +1,11 @@
-# make demo · make test · make cluster · make faults · make lint · make mutants · make bench · make finetune-report: each
-# makes the environment that it needs in .venv
+# make demo · make test · make native · make cluster · make faults · make lint · make mutants · make bench ·
+# make finetune-report: each makes the environment that it needs in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist worksteal
 
-.PHONY: demo test cluster faults lint mutants bench finetune-report clean
+.PHONY: demo test native cluster faults lint mutants bench finetune-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py configs/demo.yaml
@@ -14,6 +14,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+native: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow tests/test_native_library.py
 
 cluster: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/cluster tests/faults/test_cluster.py
