@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 
 def main(report: str) -> None:
+    """Prints the skipped tests of a report."""
     cases = [case for case in ElementTree.parse(report).iter("testcase") if case.find("skipped") is not None]
     print("\n".join(f"{case.get('file')}::{case.get('name')}" for case in cases))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.machine.platform import plan_for_accelerator
-from gptjax.ops import kernels
+from gptjax.ops import kernel_attention, kernels
 from gptjax.ops.attention import self_attention, split_heads
 from gptjax.ops.attention_spec import AttentionSpec, Mask
 from gptjax.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_reference
@@ -305,8 +305,8 @@ def test_a_kernel_refuses_a_small_workspace(name, monkeypatch, need_kernels):
             "cached_attention",  # another number of channels
             lambda x, y: (jnp.ones((1, 2, 32)), *[x.reshape(1, 2, 32, 64)] * 2, jnp.ones((1, 32), bool)),
         ),
-        ("lay_out", lambda x, y: (x.reshape(-1),)),
-        ("lay_out", lambda x, y: (x[:0],)),
+        ("pack_weights", lambda x, y: (x.reshape(-1),)),
+        ("pack_weights", lambda x, y: (x[:0],)),
         ("few_rows", lambda x, y: (x.astype("float32"), y, kernels.NOTHING)),
     ],
 )
@@ -322,7 +322,7 @@ def test_a_kernel_refuses_buffers_that_do_not_fit_one_another(name, args, need_k
         "layer_norm_gradient": ((stream, vector, vector), {"epsilon": np.float32(1e-5)}),
         "cross_entropy": ((vector, vector, vector, room), kernels._loss_numbers(64, 0.0, 0.0)),
         "cached_attention": (like((2, 2, 64), "float32"), {}),
-        "lay_out": (square, {}),
+        "pack_weights": (square, {}),
         "few_rows": ((stream, square, vector), {}),
     }[name]
     refused(
@@ -341,3 +341,10 @@ def test_attention_refuses_buffers_that_do_not_fit_one_another(gradient, need_ke
         assert "do not fit" in refused(lambda s: kernels.attention_gradient(qkv, s, y, logs, y, 0), short)
     else:
         assert "do not fit" in refused(lambda s: kernels.attention(qkv, s, 0), short)
+
+
+@pytest.mark.parametrize(("cores", "used"), [(2, True), (16, True), (64, False)])
+def test_attention_is_left_to_xla_where_most_cores_would_wait(cores, used, monkeypatch, need_kernels):
+    monkeypatch.setattr(kernel_attention, "core_count", lambda: cores)
+    qkv_BTGEC = draw(3, 32, 4, 3, 32, dtype="bfloat16")  # 12 pairs of a sequence and a key head
+    assert bool(kernels_of(lambda qkv: self_attention(AttentionSpec(), qkv), qkv_BTGEC)) == used

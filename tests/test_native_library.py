@@ -370,3 +370,13 @@ def test_the_exponential_is_as_exact_as_its_comment_says(tmp_path):
     x = np.full(16, -1e30, np.float32)
     library.exponential(ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(y.ctypes.data))
     assert (y[:16] == 0).all()
+
+
+def test_a_step_on_several_devices_compiles_no_kernels_and_says_so(monkeypatch):
+    started = []
+    monkeypatch.setattr(build.threading, "Thread", lambda **options: started.append(options) or options["target"])
+    monkeypatch.setattr(build, "ready", type("Ready", (), {"start": lambda: None}))
+    build.begin(4)
+    assert not started and build.state(4) == "none: XLA partitions the step over 4 devices"
+    build.begin(1)
+    assert len(started) == 1

@@ -52,7 +52,7 @@ def test_weights_are_those_of_the_layout_for_xla(without_kernels, dtype, K, F, o
     w_KF = jnp.asarray(np.random.default_rng(0).standard_normal((K, F), np.float32))
     arguments = w_KF.T if outputs_first else w_KF, dtype, False, outputs_first
     make = jax.jit(make_projection, static_argnums=(1, 2, 3))
-    assert kernels_of(lambda w: make_projection(w, *arguments[1:]), arguments[0]) == {"lay_out"}
+    assert kernels_of(lambda w: make_projection(w, *arguments[1:]), arguments[0]) == {"pack_weights"}
     ours, expected = make(*arguments), without_kernels(make, *arguments)
     assert (ours.w.ndim, expected.w.ndim) == (5, 2)
     np.testing.assert_array_equal(dequantized(ours, K), dequantized(expected, K))

@@ -1,14 +1,20 @@
 """What the processor can do, as far as the operating system tells."""
 
 import hashlib
+import os
 import platform
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
 
 
+def core_count() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products in bfloat16; no, where the system does not tell."""
+    """Whether the processor has instructions for matmuls in bfloat16; no, where the system does not tell."""
     return not processor_flags().isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))  # the last one: Arm
 
 

@@ -7,8 +7,12 @@ import functools
 
 import jax
 
+from gptjax.machine.processor import core_count
 from gptjax.ops import kernels
 from gptjax.ops.attention_spec import AttentionSpec, Implementation, Request, needs_dense_weights
+
+CORES_PER_TASK = 2
+"""Beyond it most cores would wait, and XLA's own attention, which uses all of them, is chosen."""
 
 
 def _unsupported(request: Request) -> str | None:
@@ -21,6 +25,9 @@ def _unsupported(request: Request) -> str | None:
         return "logits are scaled, capped or biased in another way than GPT-2's"
     if not request.packed:
         return "queries, keys and values are separate arrays"
+    tasks, cores = request.batch * request.n_kv_head, core_count()
+    if cores > CORES_PER_TASK * tasks:  # its gradient has one task for each of these; measured on two cores only
+        return f"{tasks} pairs of a sequence and a key head are too few for {cores} cores"
     return kernels.unusable(request.dtype, request.queries, request.head_dim)
 
 

@@ -1,7 +1,7 @@
-"""Calls of the kernels in `gptjax/native`, for a CPU. The functions that use them stand beside their references.
+"""Calls of the C++ kernels in `machine/native`. The functions that use them are beside their references.
 
 Shape suffixes: N rows, K contracted, F outputs; B batch, T position, G key heads, H query heads, E = H / G + 2 (the
-queries, the key and the value of a key head), S slot of a cache, C head_dim. Of weights laid out for a few rows: P
+queries, the key and the value of a key head), S slot of a cache, C head_dim. Of weights packed for a few rows: P
 panel, S step, W word, L output of a panel, I number of a word.
 """
 
@@ -14,17 +14,17 @@ from gptjax.machine.platform import target_platform
 from gptjax.ops.axes import compiler_cuts
 
 SIDE = 32
-"""Kernels work on blocks of so many rows and columns."""
+"""Rows and columns of the blocks that kernels compute."""
 ROW_BLOCK = 128
-"""Rows that a thread takes at a time in the gradient of the MLP."""
+"""Rows of a task at most, in the gradient of the MLP."""
 COLUMNS_AT_ONCE = 1024
-"""Of the vocabulary, in the loss."""
+"""Columns of the vocabulary whose logits exist at the same time, in the loss."""
 GRADIENT_ROWS = 1024
-"""Rows whose products are added to a weight's gradient at a time, so that what is laid out for it stays in a cache."""
+"""Rows that are contracted at a time in a weight's gradient, so that the packed operands stay in a cache."""
 PLANES = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}
-"""How many bfloat16 a number is the sum of, in a kernel."""
+"""Number of bfloat16 terms that represent one value in a kernel's matmul."""
 WORDS = 16
-"""Words of 32 bits of a step of laid out weights, for each output."""
+"""Words of 32 bits for each output in a step of packed weights."""
 NOTHING = np.zeros(0, np.float32)
 NO_SEGMENTS = np.zeros((0,), np.int32)
 
@@ -109,7 +109,7 @@ def attention_gradient(qkv_BTGEC, segments_BT, y_BTHC, log_sums_BHT, dy_BTHC, wi
 
 
 def cross_entropy(x_ND, w_VD, targets_N, vocab_size: int, smoothing: float, z_loss: float) -> tuple[jax.Array, ...]:
-    """For each row the log-normalizer, the target's logit and, where `smoothing` needs it, the sum of logits."""
+    """For each row the log-normalizer, the target's logit and, if `smoothing` needs it, the sum of logits."""
     return _call("cross_entropy", _loss_parts(x_ND, with_gradient=False))(
         x_ND, w_VD, targets_N, **_loss_numbers(vocab_size, smoothing, z_loss)
     )[:3]
@@ -139,34 +139,34 @@ def _loss_numbers(vocab_size, smoothing, z_loss):
 
 
 def usable_for_few_rows(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether `laid_out` and `few_rows` can be called here for weights of this dtype, of whatever size."""
+    """Whether `pack_weights` and `few_rows` support weights of this dtype here, of any size."""
     if dtype not in (jnp.bfloat16, jnp.int8) or target_platform() != "cpu" or compiler_cuts():
         return False
     return build.ready()
 
 
-def laid_out(w_FK: jax.Array) -> jax.Array:
-    """Weights of bfloat16 or int8 as `few_rows` reads them, `[P, S, W, L, I]`, with zeros behind both axes."""
+def pack_weights(w_FK: jax.Array) -> jax.Array:
+    """Packs weights of bfloat16 or int8 for `few_rows`: `[P, S, W, L, I]`, with zeros behind both axes."""
     F, K = w_FK.shape
     numbers = 4 // w_FK.dtype.itemsize
     P, S = -(-F // SIDE), -(-K // (WORDS * numbers))
     w_FK = jnp.pad(w_FK, ((0, P * SIDE - F), (0, S * WORDS * numbers - K)))
-    return _call("lay_out", _like((P, S, WORDS, SIDE, numbers), w_FK.dtype))(w_FK)
+    return _call("pack_weights", _like((P, S, WORDS, SIDE, numbers), w_FK.dtype))(w_FK)
 
 
 def few_rows(x_NK: jax.Array, w_PSWLI: jax.Array, scale_F: jax.Array | None, F: int) -> jax.Array:
-    """`x w`, `[N, F]`, float32; times `scale` where weights are int8."""
+    """`x w`, `[N, F]`, float32; times `scale` if weights are int8."""
     _, S, W, _, numbers = w_PSWLI.shape
     N, K = x_NK.shape
     x_NK = jnp.pad(x_NK.astype(jnp.float32), ((0, 0), (0, S * W * numbers - K)))
-    rows = SIDE if w_PSWLI.dtype == jnp.bfloat16 else SIDE // 2  # each is held in two of int8
+    rows = SIDE if w_PSWLI.dtype == jnp.bfloat16 else SIDE // 2  # two packed rows of int8 represent one row
     left = _like((-(-N // rows), S, SIDE, W, numbers), w_PSWLI.dtype)
     out = (_like((N, F), jnp.float32), left, _like((N,), jnp.float32))
     return _call("few_rows", out)(x_NK, w_PSWLI, _vector(scale_F))[0]
 
 
 def usable_for_a_cache(dtype: jax.typing.DTypeLike, head_dim: int) -> bool:
-    """Whether `cached_attention` takes keys and values of this dtype and size here."""
+    """Whether `cached_attention` supports keys and values of this dtype and size here."""
     if (
         jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32)
         or head_dim % 16
@@ -193,7 +193,7 @@ def _like(shape, dtype):
 
 
 def _packed(x, size):
-    """Room for operands as a kernel lays them out for activations like `x`, among XLA's own buffers."""
+    """The workspace, a buffer of XLA's, into which a kernel packs operands for activations like `x`."""
     return _like((PLANES[x.dtype] * size,), jnp.bfloat16)
 
 

@@ -52,8 +52,8 @@ def make_projection(
     in_stripes = target_platform() == "cpu" and one_row and dtype != "float32" and not by_kernel
     if outputs_first == in_stripes:
         w = row_major(w.T)
-    lay_out = kernels.laid_out if by_kernel else striped if in_stripes else lambda w: w
-    return Projection(lay_out(w), scale_F, outputs)
+    layout = kernels.pack_weights if by_kernel else striped if in_stripes else lambda w: w
+    return Projection(layout(w), scale_F, outputs)
 
 
 def dequantized(projection: Projection, K: int) -> jax.Array:

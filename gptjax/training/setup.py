@@ -89,7 +89,7 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
     config = dataclasses.replace(config, cluster=ClusterConfig())  # the run may go on in another one
     with cluster.together():
         mesh = make_mesh(config.mesh)
-        begin_kernels()
+        begin_kernels(mesh.size)
         config = with_compute_dtype(config, run_dir)
         if not config.init_from:  # else the base has the shape
             check_fits(config, mesh)

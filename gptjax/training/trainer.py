@@ -230,7 +230,7 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     say(f"memory      {cost.readable_bytes(needs)} per device for a training step{pages}")
     say(f"attention   {_explain_attention(parts)}")
     if jax.default_backend() == "cpu":
-        say(f"kernels     {state_of_kernels()}")
+        say(f"kernels     {state_of_kernels(parts.mesh.size)}")
 
 
 def _explain_attention(parts: Parts) -> str:

@@ -25,6 +25,7 @@ from gptjax.config.verbs import DoctorConfig
 from gptjax.errors import UserError
 from gptjax.machine import allocator, compile_cache
 from gptjax.machine.native import build
+from gptjax.machine.processor import core_count
 from gptjax.model.attention import explain_attention
 from gptjax.report.cost import readable_bytes
 from gptjax.text.prepare import find_folder, open_folder
@@ -152,7 +153,7 @@ def _prepared_folders(cache_dir: str) -> list[Path]:
 
 def _describe_machine(say: Say, cache_dir: str) -> None:
     memory = allocator.usable_memory()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = core_count()
     say("gptjax", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
     say("machine", f"{platform.system()} {platform.machine()}, {cores} cores, {readable_bytes(memory)} of memory")
     say("libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES))

@@ -23,7 +23,7 @@ HEADERS = sorted(SOURCE.parent.glob("*.h"))
 TARGETS = (
     *("linear", "weight_gradient", "mlp", "mlp_gradient", "layer_norm", "layer_norm_gradient"),
     *("attention", "attention_gradient", "cross_entropy", "cross_entropy_gradient"),
-    *("lay_out", "few_rows", "cached_attention"),
+    *("pack_weights", "few_rows", "cached_attention"),
 )
 _one_at_a_time = threading.Lock()
 _folder: Path | None = None
@@ -35,11 +35,11 @@ def keep_in(folder: Path) -> None:
     _folder = _folder or folder
 
 
-def begin() -> None:
-    """Compiles the library beside other work, where it will be needed. `ready` waits for the end of that."""
+def begin(devices: int) -> None:
+    """Compiles the library beside other work, for a step on so many devices. `ready` waits for the end of that."""
     import jax
 
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and devices == 1:  # XLA cannot partition a kernel
         threading.Thread(target=ready, daemon=True).start()
 
 
@@ -53,8 +53,10 @@ def has_tiles() -> bool:
     return _loaded().tiles
 
 
-def state() -> str:
-    """Says which kernels there are, and if none, why."""
+def state(devices: int = 1) -> str:
+    """Says which kernels a step on so many devices uses, and if none, why."""
+    if devices > 1:
+        return f"none: XLA partitions the step over {devices} devices"
     if _loaded().problem:
         return f"none: {_loaded().problem}"
     return "AMX, for bfloat16 and float32" if has_tiles() else "AVX-512, for bfloat16"

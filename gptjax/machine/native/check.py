@@ -305,7 +305,7 @@ def _few_rows() -> Iterator[Case]:
         numbers = 4 // dtype.itemsize
         steps = K // (16 * numbers)
         packed = w.reshape(F // 32, 32, steps, 16, numbers).transpose(0, 2, 3, 1, 4)
-        yield Case("lay_out", (w,), ((packed.shape, dtype),), {}, (packed,), FLOAT32)
+        yield Case("pack_weights", (w,), ((packed.shape, dtype),), {}, (packed,), FLOAT32)
         rows = 32 if dtype == BFLOAT16 else 16
         read = x.astype(dtype) if dtype == BFLOAT16 else x
         wide_x, wide_w = _wide(read, w)

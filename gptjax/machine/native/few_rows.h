@@ -229,12 +229,12 @@ inline ffi::Error FewRows(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::
 }
 
 // Packs weights [F, K] of bfloat16 or int8; F is a multiple of 32, a row of 64 bytes.
-inline ffi::Error LayOut(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> laid_out) {
+inline ffi::Error PackWeights(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> packed) {
   if (w.dimensions().size() != 2 || !w.element_count()) return DoNotFit();
   int64_t F = w.dimensions()[0], width = w.size_bytes() / F / sizeof(bf16);
   if (F % kSide || width % kDepth) return NotInBlocks();
-  if (laid_out->size_bytes() != w.size_bytes()) return DoNotFit();
-  PackWeight<1>(pool, Data<bf16>(w), true, width, F, Data<bf16>(laid_out));
+  if (packed->size_bytes() != w.size_bytes()) return DoNotFit();
+  PackWeight<1>(pool, Data<bf16>(w), true, width, F, Data<bf16>(packed));
   return ffi::Error::Success();
 }
 

@@ -48,7 +48,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention, Guarded<Attention>::Call);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention_gradient, Guarded<AttentionGradient>::Call);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy, Guarded<CrossEntropy>::Call);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy_gradient, Guarded<CrossEntropyGradient>::Call);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_lay_out, Guarded<LayOut>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_pack_weights, Guarded<PackWeights>::Call);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_few_rows, Guarded<FewRows>::Call);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cached_attention, Guarded<CachedAttention>::Call);
 
