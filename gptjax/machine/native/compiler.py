@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -92,11 +93,13 @@ def _short_name(compiler: str) -> str:
 
 def _compile(command: Sequence[str], result: Path) -> None:
     """Runs the compiler; if this process ends meanwhile, the compiler does too, and leaves nothing behind."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
 
         def stop() -> None:
-            process.kill()
-            process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the programs that the compiler has started
             result.unlink(missing_ok=True)
 
         atexit.register(stop)
