@@ -14,6 +14,7 @@ import pytest
 
 import gptjax.config
 from gptjax.config.cluster import ClusterConfig
+from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config, DataConfig, PartConfig
 from gptjax.config.task import TaskConfig
 from gptjax.config.verbs import SampleConfig
@@ -45,6 +46,7 @@ MORE = [
     (Config, {"task": TaskConfig(kind="classify", multi_label=True)}),
     (ClusterConfig, {"coordinator": "node:1", "num_processes": 2, "process_id": 0}),
     (SampleConfig, {"temperature": 0.0}),
+    (ModelConfig, {"n_expert": 4, "bias": False, "expert_width": 8}),
 ]
 
 
