@@ -438,7 +438,7 @@ def test_an_own_start_token_is_told(tmp_path):
     change_json(hf_dir / "tokenizer_config.json", bos_token={"content": "<s>"})
     lines = []
     import_model(hf_dir, lines.append)
-    assert len(lines) == 1 and "documents begin with '</s>' here, not with its own '<s>'" in lines[0]
+    assert len(lines) == 1 and "documents begin with '</s>' here, not with its start token '<s>'" in lines[0]
 
 
 def test_added_tokens_beside_a_vocabulary_are_kept(tmp_path):
@@ -473,8 +473,8 @@ def test_what_is_not_kept_of_a_tokenizer_is_told(tmp_path):
     lines = []
     imported = import_model(hf_dir, lines.append).tokenizer
     assert imported is not None and imported.decode([tokenizer.vocab_size]) == "catdog"
-    assert "its added tokens 'catdog' are ids without text here" in lines[0]
-    assert "its tokenizer adds ['<s>', 'a'] around a text 'a'" in lines[1] and len(lines) == 2
+    assert "its added tokens 'catdog' are not matched in text here" in lines[0]
+    assert "its tokenizer adds ['<s>', 'a'] around the text 'a'" in lines[1] and len(lines) == 2
 
 
 def test_a_tokenizer_that_the_library_reads_otherwise_is_run_by_the_library(tmp_path):

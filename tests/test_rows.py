@@ -265,6 +265,14 @@ def test_a_bad_byte_is_named_replaced_or_left_out_with_its_row(tmp_path, ending)
     assert counts == {"invalid_utf8_skipped": 1, "invalid_utf8_replaced": 1}
 
 
+def test_a_bad_byte_in_the_header_is_named_or_replaced(tmp_path):
+    path = write(tmp_path, "a.csv", b"caf\xe9,text\n1,a\n")
+    with pytest.raises(UserError, match=r"a.csv:1: byte 0xe9 at offset 3 is not UTF-8"):
+        values(path)
+    for policy in ("skip", "replace"):
+        assert values(path, invalid_utf8=policy) == [{"caf\ufffd": "1", "text": "a"}]
+
+
 def test_half_a_surrogate_pair_in_a_row_follows_the_policy(tmp_path):
     lines = [r'{"text": "a", "label": "x"}', r'{"text": "b \ud83d", "label": "y"}']
     path = write(tmp_path, "a.jsonl", "\n".join([*lines, r'{"text": "\ud83d\ude42", "label": "\udc41"}', ""]))

@@ -17,21 +17,21 @@ from gptjax.errors import UserError
 from gptjax.text.labelled import Text
 from gptjax.text.tokenizer import Tokenizer
 
-POOL = 8  # batches among which texts of like length are put together
-LENGTHS = (4, 2, 1)  # a batch is a fourth, half or all of max_tokens long: few shapes, so that few programs compile
+POOL = 8  # batches that are sorted by length together
+LENGTHS = (4, 2, 1)  # a batch has a quarter, half or all of max_tokens: few shapes, so that few programs compile
 
 
 class TextBatch(NamedTuple):
-    """Texts, each in a row that is filled up at its end."""
+    """Texts, padded at the end."""
 
     inputs: Any
-    """int32 `[B, T]`; what stands behind a text's end is read by no position of it."""
+    """int32 `[B, T]`; padding follows the text, so causal attention never attends to it."""
     lengths: Any
     """int32 `[B]`: tokens of each text."""
     targets: Any
     """int32 `[B]`, a label's number or -1; with several labels a text `[B, N]` of 0 and 1."""
     weights: Any
-    """float32 `[B]`: what a text counts in the loss; 0 for rows that hold none."""
+    """float32 `[B]`: weight of the text in the loss; 0 for padding rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +61,14 @@ class TextSet:
 
 
 def widths(max_tokens: int) -> list[int]:
-    """The few lengths that batches have, ascending."""
+    """The lengths that batches can have, ascending."""
     return sorted({-(-max_tokens // part) for part in LENGTHS})
 
 
 def encode_texts(
     examples: Sequence[Text], tokenizer: Tokenizer, labels: Sequence[str], multi_label: bool, max_tokens: int
 ) -> TextSet:
-    """Encodes texts as the model saw documents: between two end-of-text tokens, where the tokenizer has one.
+    """Encodes texts like documents of pretraining: between two end-of-text tokens, if the tokenizer has one.
 
     Args:
         examples: Texts; their labels may be missing.
@@ -101,11 +101,10 @@ def encode_texts(
 
 @dataclasses.dataclass(frozen=True)
 class TextBatches:
-    """Endless batches of training texts; each epoch takes every text once, in another order.
+    """Endless batches of training texts; each epoch takes every text once, in a new order.
 
-    Within `POOL` batches texts are sorted by length, so that short ones need not be filled up to long ones, and the
-    batches' order is drawn anew. All of it follows from `(seed, step)`, so a run goes on with the batches it would
-    have had.
+    Within `POOL` batches, texts are sorted by length to save padding, and the batches are shuffled. All of it follows
+    from `(seed, step)`, so a resumed run gets the batches of an uninterrupted one.
     """
 
     texts: TextSet
@@ -119,11 +118,11 @@ class TextBatches:
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of a text."""
+        """Mean tokens of a text."""
         return self.tokens_per_epoch / len(self.texts.tokens)
 
     def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> TextBatch:
-        """Returns rows of the batch of `step`, from 0; all are made, since the longest says how long they are."""
+        """Returns rows of the batch of `step`, from 0. All rows are made, since the longest one sets the width."""
         draws, numbers = self._rows(step, batch_size)
         tokens = [
             self._augmented(self.texts.tokens[n], d) for d, n in zip(draws.tolist(), numbers.tolist(), strict=True)
@@ -135,7 +134,7 @@ class TextBatches:
         return [(n, n) for n in self._rows(step, batch_size)[1].tolist()]
 
     def _rows(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row its draw, counted over all epochs, and its text."""
+        """The draw of each row, counted over all epochs, and its text."""
         pool, place = divmod(step, POOL)
         draws = np.arange(pool * POOL * batch_size, (pool + 1) * POOL * batch_size)
         numbers = self._texts_of(draws)
@@ -162,7 +161,7 @@ class TextBatches:
         return (len(self.texts.targets) / len(counts) / counts)[self.texts.targets]
 
     def _augmented(self, ids: np.ndarray, draw: int) -> np.ndarray:
-        """Leaves out and swaps tokens between the first and the last, by the seed and the number of the draw."""
+        """Deletes and swaps tokens between the first and the last one; follows from the seed and the draw."""
         if not (self.task.augment_delete or self.task.augment_swap):
             return ids
         random = np.random.default_rng((self.seed, 1, draw))

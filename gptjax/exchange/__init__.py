@@ -1,1 +1,1 @@
-"""Models of other programs, in and out."""
+"""Import and export of models in the formats of other programs."""

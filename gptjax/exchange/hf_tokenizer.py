@@ -1,7 +1,7 @@
-"""Byte-pair encodings as the tokenizers library stores them ⇄ ours, which tiktoken runs.
+"""Converts byte-pair encodings between the format of the tokenizers library and that of tiktoken, which gptjax uses.
 
-Both merge the pair that comes first; the tokenizers library keeps a list of merges, tiktoken takes the id of the merged
-token for its place in that list. So an encoding can be converted where the ids of merged tokens rise along the list.
+Both merge the pair with the lowest rank first. The tokenizers library keeps a list of merges; tiktoken uses the id of
+the merged token as its rank. So an encoding can be converted if the ids of merged tokens ascend along the list.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from gptjax.text.tokenizer import (
 )
 from gptjax.text.train_bpe import byte_of_character
 
-# How the tokenizers library's ByteLevel cuts text, in the words of tiktoken.
+# The pattern of the tokenizers library's ByteLevel, in tiktoken's syntax.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# Of tiktoken's gpt2: an import of it is the same tokenizer, so data prepared with either fits.
+# Fingerprint of tiktoken's gpt2: an imported gpt2 is the same tokenizer, so data prepared with either fits.
 GPT2_FINGERPRINT = "592fc644bd6e35ef7aed2208176abe31b3da11abac1159c05bbc6e4e7c1da936"
 # What a counted repetition applies to: a class, an escape, a group without groups in it, or a character.
 _ATOM = r"(\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|\((?:\\.|[^()\\])*\)|[^\\\[\]()|])"
@@ -36,7 +36,7 @@ _SHOWN = 5  # names in a message
 
 
 class _NotConvertible(Exception):
-    """Why a folder's tokenizer has no exact form here."""
+    """The reason why a folder's tokenizer cannot be converted exactly."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,26 +230,24 @@ def _find_end_token(hf_dir: Path, pairs: _BytePairs, notify: Callable[[str], Non
     candidates = [*names, _content(settings.get("eos_token")), END_OF_TEXT]
     end = next((name for name in candidates if name in pairs.special), None)
     if end is None:
-        notify(f"{hf_dir}: has no end token: documents have no start here, and sampling ends at max_new_tokens alone")
+        notify(f"{hf_dir}: has no end token; documents get no start token, and samples end at max_new_tokens only")
         return END_OF_TEXT
     if others := [i for i in ids if i != pairs.special[end] and (i in name_of or i in pairs.ids.values())]:
         notify(f"{hf_dir}: of its end tokens only {end!r} is kept; sampling does not stop at ids {others}")
     begin = _content(settings.get("bos_token"))
     if begin in pairs.special and begin != end:
-        notify(f"{hf_dir}: documents begin with {end!r} here, not with its own {begin!r}")
+        notify(f"{hf_dir}: documents begin with {end!r} here, not with its start token {begin!r}")
     return end
 
 
 def _report_added(hf_dir: Path, theirs: Any, notify: Callable[[str], None]) -> None:
-    """Says what the library does with text and this program does not."""
+    """Reports what the library does with text and gptjax does not."""
     words = [token.content for token in theirs.get_added_tokens_decoder().values() if not token.special]
     if words:
         shown = ", ".join(map(repr, words[:_SHOWN])) + (f" and {len(words) - _SHOWN} more" if words[_SHOWN:] else "")
-        notify(
-            f"{hf_dir}: its added tokens {shown} are ids without text here: text that holds them is cut as other text"
-        )
+        notify(f"{hf_dir}: its added tokens {shown} are not matched in text here; such text is split like any other")
     if theirs.encode("a").ids != theirs.encode("a", add_special_tokens=False).ids:
-        notify(f"{hf_dir}: its tokenizer adds {theirs.encode('a').tokens} around a text 'a', which is not done here")
+        notify(f"{hf_dir}: its tokenizer adds {theirs.encode('a').tokens} around the text 'a'; gptjax does not")
 
 
 def _first_difference(tokenizer: Tokenizer, theirs: Any, pairs: _BytePairs) -> str | None:
@@ -301,7 +299,7 @@ def _from_json(content: dict, extra: dict[str, int]) -> _BytePairs:
 
 
 def _pattern(pre_tokenizer: dict) -> str:
-    """The regular expression that cuts text."""
+    """The regular expression that splits text."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     *splits, last = steps
     if last["type"] != "ByteLevel":
@@ -320,7 +318,7 @@ def _pattern(pre_tokenizer: dict) -> str:
 def _pairs(
     vocab: dict[str, int], merges: Iterable[tuple], pattern: str, added: dict[str, int], whole_words: bool
 ) -> _BytePairs:
-    """Turns names into bytes. Special is what no text encodes to: what is no byte, not merged, and no word."""
+    """Converts names to bytes. A token is special if no text encodes to it: no byte, not merged, and no word."""
     byte_of = byte_of_character()
 
     def to_bytes(name: str) -> bytes:
@@ -401,7 +399,7 @@ def _name(token: bytes) -> str:
 
 
 def _recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token merges: what merges of lower rank leave of it; some tokens have none."""
+    """The pair that each token merges, found by merges of lower rank; some tokens have none."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = _merge_below(ranks, token, rank)

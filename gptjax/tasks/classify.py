@@ -1,4 +1,4 @@
-"""Learns the label of a text, or several labels."""
+"""Text classification, with one or several labels per text."""
 
 import functools
 from collections import Counter
@@ -63,7 +63,7 @@ def predict(
     compute: Compute,
     sharding: jax.sharding.Sharding,
 ) -> tuple[Predictions, float]:
-    """What head `name` says of examples, and the mean loss where their labels are known."""
+    """Returns the predictions of head `name`, and the mean loss over examples with labels."""
     task = config.task
     texts = encode_texts(examples, tokenizer, task.labels, task.multi_label, longest(config))
     compiled = compiled_predict(config.model, task, name, compute)
@@ -72,7 +72,7 @@ def predict(
 
 @functools.cache
 def compiled_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
-    """The function that gives the probabilities of labels, compiled once for each shape of batch."""
+    """The function that computes label probabilities, compiled once per batch shape."""
     return jax.jit(make_predict(model, task, name, compute))
 
 

@@ -1,4 +1,4 @@
-"""Learns the responses of chats."""
+"""Instruction tuning on the responses of chats."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
 def measure_chats(
     config: Config, tokenizer: Tokenizer, chats: Sequence[Chat], compute: Compute, compiled: Compile
 ) -> Callable[[dict, jax.sharding.Sharding], Evaluation]:
-    """Returns the measurement of responses: the next token's loss on targets.
+    """Returns a function that measures the next-token loss on the targets of chats.
 
     Raises:
         UserError: There is no target to measure.
@@ -59,14 +59,14 @@ def measure_chats(
 
 
 def chat_template(config: Config) -> str | None:
-    """The template of a run's chats, for sampling; None: it learned none.
+    """The template of a run's chats, for sampling; None: the run has no chats.
 
     Raises:
-        UserError: It learned chats of several templates.
+        UserError: It has chats of several templates.
     """
     templates = {part.task.template for part in parts_of(config).values() if part.task.kind == "instruct"}
     if len(templates) > 1:
-        raise UserError("the run learned chats of several templates; write the prompt in one of them and give --raw")
+        raise UserError("the run has chats of several templates; write the prompt in one of them and add --raw")
     return templates.pop() if templates else None
 
 

@@ -1,4 +1,4 @@
-"""Learns several tasks at once, each with a part of every batch."""
+"""Trains several tasks together; every batch has a part for each."""
 
 import jax
 import jax.numpy as jnp

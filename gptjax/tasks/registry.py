@@ -1,4 +1,4 @@
-"""The kinds of tasks, and what a run makes of them."""
+"""The table of tasks, and the functions that build a run's data, loss and evaluation from it."""
 
 import dataclasses
 from collections import Counter
@@ -34,7 +34,7 @@ TASKS: dict[str, Kind] = {
 
 
 def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
-    """Reads a run's text or examples, and makes its tokenizer where none is given.
+    """Reads a run's text or examples, and makes its tokenizer if none is given.
 
     Raises:
         UserError: Something cannot be read, or is wrong.
@@ -56,7 +56,7 @@ def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
 
 
 def read_examples(task: TaskConfig, data: DataConfig) -> Examples:
-    """Reads a task's rows and holds some out, see `text.labelled.read_examples`."""
+    """Reads and splits a task's rows, see `text.labelled.read_examples`."""
     parse_row = TASKS[task.kind].parse_row
     assert parse_row is not None
     return labelled_rows.read_examples(parse_row, task, data)
@@ -114,7 +114,7 @@ def make_states_loss(config: Config, name: str) -> StatesLoss:
 
 
 def make_task(config: Config, source: Source, compute: Compute, compiled: Compile) -> Task:
-    """Builds batches and measurement of a run from what was read.
+    """Builds the batches and the evaluation of a run.
 
     Args:
         config: Knows vocabulary and labels by now.

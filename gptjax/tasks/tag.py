@@ -1,4 +1,4 @@
-"""Learns a label for each word of a sentence."""
+"""Sequence labelling: a label for each word of a sentence."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the loop and the verbs know of a task; each task builds one of these in a file of its own."""
+"""The interface of a task for the training loop and the verbs; each task implements it in a file of its own."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ StatesLoss = Callable[[dict, jax.Array, Any], Loss]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What was read: tokens of text, or examples."""
+    """The data of a run: tokens of text, or examples."""
 
     tokenizer: Tokenizer
     dataset: Dataset | None
@@ -37,19 +37,19 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What the loop needs to know of a task."""
+    """The interface of a task for the training loop."""
 
     windows: Windows
     tokens_per_row: float
-    """Tokens in a row of a batch, on average."""
+    """Mean number of tokens in a sequence of a batch."""
     data_hash: str
     evaluate: Callable[[dict, jax.sharding.Sharding], Scores]
     notes: tuple[str, ...] = ()
-    """What the user should know of the examples, one line each."""
+    """Log lines about the examples."""
 
 
 class Kind(NamedTuple):
-    """How a task of one kind is made."""
+    """The functions of one kind of task."""
 
     build: Callable[[Config, str, Source, Compute, Compile], Task]
     """From the config of the part, its name, what was read, precision and layout, and a function that compiles."""

@@ -1,4 +1,4 @@
-"""Documents → documents: normalised, and without those that a rule leaves out."""
+"""Normalises documents and leaves out those that a rule excludes."""
 
 import re
 import unicodedata
@@ -47,7 +47,7 @@ def normalise(text: str, data: DataConfig) -> str:
 
 
 def _add(seen: set[bytes], digest: bytes) -> bool:
-    """Adds to the set; False: it was there."""
+    """Adds to the set; returns False if it was in the set before."""
     before = len(seen)
     seen.add(digest)
     return len(seen) > before

@@ -1,4 +1,4 @@
-"""What was left out of text or rows or changed in them: counted while reading, said once in the end."""
+"""Counts of what a reader left out or changed, and the words in which they are reported."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ COUNTED = {
     "turns_without_text": "turns without text skipped",
     "chats_without_target": "chats left out: no turn of the assistant has text",
 }
-"""What each count says, after its number."""
+"""The text of each count, after its number."""
 
 
 def counted(counts: Mapping[str, int]) -> list[str]:

@@ -238,7 +238,9 @@ def _table(
         if blank or not cells:
             continue
         if header is None:
-            header = [cell or f"column_{place}" for place, cell in enumerate(cells, 1)]
+            if data.invalid_utf8 == "error":
+                _valid_cells(dict(enumerate(cells)), where, policy)
+            header = [replace_invalid(cell) or f"column_{place}" for place, cell in enumerate(cells, 1)]
             _check_columns(header, where, columns)
             continue
         if len(cells) != len(header):
@@ -281,7 +283,7 @@ def _table_cells(file: io.BufferedReader, name: str, data: DataConfig) -> Iterat
             ) from None
 
 
-def _valid_cells(values: dict[str, Any], where: str, policy: InvalidText) -> dict[str, Any] | None:
+def _valid_cells(values: dict[Any, str], where: str, policy: InvalidText) -> dict[Any, Any] | None:
     valid = {name: policy.text(cell, where) if has_surrogate(cell) else cell for name, cell in values.items()}
     return None if None in valid.values() else valid
 

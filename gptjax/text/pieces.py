@@ -1,4 +1,4 @@
-"""Cuts long texts into pieces of bounded size, and gathers short ones, for encoding on several threads."""
+"""Splits long texts into pieces of bounded size and batches short ones, to encode them on several threads."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def split_text(text: str) -> Iterator[str]:
 
 
 def group_pieces(pieces: Iterable[str]) -> Iterator[list[str]]:
-    """Gathers short pieces, so that handing work to a thread costs little beside the work."""
+    """Batches short pieces, so that the overhead of a thread's task is small."""
     group, size = [], 0
     for piece in pieces:
         group.append(piece)

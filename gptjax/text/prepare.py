@@ -1,4 +1,4 @@
-"""Sources → clean → tokenizer → shards in a folder of the cache, once for each combination of options."""
+"""Prepares a corpus: reads, cleans, tokenizes and writes shards into the cache, once per combination of options."""
 
 import contextlib
 import dataclasses
@@ -57,7 +57,7 @@ def prepare(
     report: Report = print,
     tokenizer_override: Tokenizer | None = None,
 ) -> Prepared:
-    """Returns the corpus as tokens; what was prepared before is opened, not read again.
+    """Returns the corpus as tokens. Data that was prepared before is opened, not read again.
 
     A folder below `cache_dir` gets its name from the sources, the tokenizer and every option that changes the
     tokens. It is built under another name and renamed when it is complete, and one process at a time builds
@@ -85,7 +85,7 @@ def prepare(
             about = {"source": source, "data": dataclasses.asdict(data)}
             try:
                 _build(folder, data, tokenizer, tokenizer_override, about, report)
-            except CorpusChanged:  # what a killed process left is gone by now
+            except CorpusChanged:  # the shards of the killed process are removed by now
                 report(f"preparing: {folder.name} was begun with other text; it is made anew")
                 _build(folder, data, tokenizer, tokenizer_override, about, report)
     except OSError as error:
@@ -96,7 +96,7 @@ def prepare(
 def find_folder(
     data: DataConfig, tokenizer: TokenizerConfig, cache_dir: Path, tokenizer_override: Tokenizer | None = None
 ) -> tuple[Path, str]:
-    """Returns the folder in which `prepare` keeps this data, there or not, and the identity of its sources.
+    """Returns the folder of this data, whether or not it exists, and the identity of its sources.
 
     Raises:
         UserError: No text is there.
@@ -111,7 +111,7 @@ def find_folder(
 
 
 def open_folder(folder: Path, verify: Verify = "full") -> Prepared:
-    """Opens prepared data and checks it as `open_dataset` does, and that the tokenizer is the one it was made with.
+    """Opens prepared data, checks it as `open_dataset` does, and checks that its tokenizer made it.
 
     Raises:
         UserError: Something is missing or damaged; the message names the file.
@@ -125,7 +125,7 @@ def open_folder(folder: Path, verify: Verify = "full") -> Prepared:
 
 
 def describe(prepared: Prepared) -> str:
-    """Says in one line what is in the folder and what was left out of it."""
+    """Returns one line about the content of the folder and the documents that were left out."""
     train, validation = prepared.dataset.train, prepared.dataset.validation
     n_bytes = train.n_bytes + validation.n_bytes
     n_tokens = train.n_tokens + validation.n_tokens
@@ -172,7 +172,7 @@ def _build(
     about: dict,
     report: Report,
 ) -> None:
-    # The lock is ours, so what is there was left by a process that was killed.
+    # This process holds the lock, so an existing folder was left by a process that was killed.
     building = folder.with_name(f"{folder.name}.tmp")
     building.mkdir(exist_ok=True)
     try:
@@ -193,7 +193,7 @@ def _build(
             end_of_text=tokenizer.end_of_text,
             about=about | {"counts": dict(counts)},
         )
-        if folder.exists():  # damaged, or this process would not be here
+        if folder.exists():  # it is damaged: otherwise it would have been opened
             shutil.rmtree(folder)
         for leftover in building.glob(".*"):
             leftover.unlink()
@@ -204,7 +204,7 @@ def _build(
 
 
 def _kept_tokenizer(building: Path) -> Tokenizer | None:
-    """The tokenizer that a killed process had made."""
+    """The tokenizer that a killed process had finished."""
     try:
         return load_tokenizer(building / TOKENIZER)
     except UserError:
@@ -229,7 +229,7 @@ def _cleaned(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
 
 
 def _learned_from(data: DataConfig, config: TokenizerConfig, split: Split) -> Iterator[str]:
-    """The text that a tokenizer may see: for chars all of it, for bpe what is trained on."""
+    """The text that a tokenizer learns from: all of it for chars, the training text for bpe."""
     for document in _cleaned(data, Counter()):
         if config.kind == "chars":
             yield document.text
@@ -272,7 +272,7 @@ class _Part(NamedTuple):
 
 
 def _batches(documents: Iterable[Document], split: Split, writers: dict[str, ShardWriter]) -> Iterator[list[_Part]]:
-    """Gathers what is to be encoded: all but the documents that finished shards hold."""
+    """Batches the documents that finished shards do not hold yet."""
     batch, size = [], 0
     for document in documents:
         for name, text in split(document.text):
@@ -288,7 +288,7 @@ def _batches(documents: Iterable[Document], split: Split, writers: dict[str, Sha
 
 
 def _encoded(batches: Iterable[list[_Part]], tokenizer: Tokenizer) -> Iterator[tuple[list[_Part], list[np.ndarray]]]:
-    """Yields each batch with its ids; while they are used, the next one is encoded and one more is read."""
+    """Yields each batch with its ids. Meanwhile the next batch is encoded and another one is read."""
     with ThreadPoolExecutor(1) as encoder:
         waiting: deque[tuple[list[_Part], Future[list[np.ndarray]]]] = deque()
         for parts in batches:
@@ -304,7 +304,7 @@ def _encode(tokenizer: Tokenizer, parts: list[_Part]) -> list[np.ndarray]:
     try:
         return tokenizer.encode_batch([part.text for part in parts])
     except UserError:
-        for part in parts:  # once more, to find which
+        for part in parts:  # one by one, to find the document
             try:
                 tokenizer.encode(part.text)
             except UserError as error:
@@ -347,7 +347,7 @@ def _progress(report: Report) -> Callable[[int, int, int], None]:
 
 
 def _require_both(data: DataConfig, counts: Counter[str], shards: dict[str, list[dict]]) -> None:
-    """Refuses a split of which one side is empty, which hashes of many documents can give for a small share."""
+    """Refuses an empty side of the split, which is possible with many documents and a small fraction."""
     for name, entries in shards.items():
         if not entries:
             raise UserError(
@@ -389,7 +389,7 @@ def _open_finished(folder: Path, verify: Verify, report: Report) -> Prepared | N
 
 @contextlib.contextmanager
 def _only_one(folder: Path, report: Report) -> Iterator[None]:
-    """Holds the folder's lock, which the system releases when the process ends, however it ends."""
+    """Holds the folder's lock; the system releases it when the process ends, for whatever reason."""
     import fcntl
 
     with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
@@ -402,6 +402,6 @@ def _only_one(folder: Path, report: Report) -> Iterator[None]:
 
 
 def _short_name(data: DataConfig) -> str:
-    """What a reader of the cache recognises: the first path's name, the source or the dataset."""
+    """A readable part of the folder's name: the first path's name, the source or the dataset."""
     name = data.source or data.hf_dataset or Path(data.path[0]).name
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:40] or "data"

@@ -1,4 +1,4 @@
-"""Writes shards and the manifest, so that nothing unfinished has a final name."""
+"""Writes shards and the manifest. A file gets its final name only when it is complete."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ SHARD_TOKENS = 2**27
 
 
 class CorpusChanged(Exception):
-    """Finished shards do not hold the beginning of the documents that come now."""
+    """Finished shards hold other text than the beginning of the corpus."""
 
 
 class ShardWriter:
@@ -61,7 +61,7 @@ class ShardWriter:
         return sum(entry["n_tokens"] for entry in self._entries) + (self._n_tokens if self._file else 0)
 
     def pass_over(self, text_hash: int) -> bool:
-        """Asked of each document in order; True: it lies whole in finished shards and must not be added.
+        """Call this for each document in order. True: finished shards hold all of it, so it must not be added.
 
         Args:
             text_hash: The document's, as `add` takes it.
@@ -75,7 +75,7 @@ class ShardWriter:
         self._passed = _chain(self._passed, text_hash)
         if not self._documents_left and self._passed != self._texts:
             raise CorpusChanged
-        # The last one may go on after the end of the shard that it starts in.
+        # The last document may continue after the end of the shard that it starts in.
         return self._documents_left > 0
 
     def add(self, documents: Sequence[np.ndarray], n_bytes: Sequence[int], text_hashes: Sequence[int]) -> None:
@@ -130,7 +130,7 @@ class ShardWriter:
                 self._finish_shard()
 
     def _take_over_finished(self) -> None:
-        """Notes the shards that are there, whole and of this tokenizer; removes what else has this split's name."""
+        """Records the complete shards of this tokenizer, and removes all other files of this split."""
         self._swallow = np.empty(0, np.int32)
         self._texts = self._passed = bytes(16)
         while not self._entries or self._entries[-1]["n_tokens"] == self._shard_tokens:
@@ -141,7 +141,7 @@ class ShardWriter:
                 break
             if header.tokenizer != self._tokenizer or header.n_tokens > self._shard_tokens:
                 break
-            # From the start of the newest document to the end: what will come once more, and is swallowed then.
+            # Tokens from the start of the newest document to the end come again; they are dropped then.
             start = int(offsets[-1]) if len(offsets) else 0
             before = np.empty(0, np.int32) if len(offsets) else self._swallow
             self._swallow = np.concatenate([before, tokens[start:]], dtype=np.int32)
@@ -154,7 +154,7 @@ class ShardWriter:
                 path.unlink()
 
     def _without_finished(self, tokens: np.ndarray, starts: np.ndarray, n_bytes: np.ndarray, hashes: list[int]):
-        """Takes off the beginning what finished shards hold; its document is counted there."""
+        """Drops the leading tokens that finished shards hold; their document is counted there."""
         size = min(len(tokens), len(self._swallow))
         if not size:
             return tokens, starts, n_bytes, hashes
@@ -169,7 +169,7 @@ class ShardWriter:
             raise CorpusChanged  # the stream had ended there
         self._path = self._folder / shard_name(self._name, len(self._entries))
         self._file = open(temporary_name(self._path), "wb")  # noqa: SIM115
-        # The header waits until all is written, so that nothing unfinished ever looks like a shard.
+        # The header is written last, so that an unfinished file never looks like a shard.
         self._file.write(bytes(HEADER_SIZE))
         self._checksum = xxhash.xxh3_128()
         self._n_tokens = self._n_bytes = 0
@@ -212,7 +212,7 @@ def _chain(texts: bytes, text_hash: int) -> bytes:
 
 
 def _entry(path: Path, header: Header) -> dict[str, Any]:
-    """What the manifest says of a shard."""
+    """The manifest's entry for a shard."""
     counts = {"n_tokens": header.n_tokens, "n_documents": header.n_documents, "n_bytes": header.n_bytes}
     return {"file": path.name, **counts, "checksum": header.checksum}
 

@@ -35,7 +35,7 @@ _CHUNK = 2**20  # stays in a core's cache between its checksum and its largest i
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a shard says of itself."""
+    """The header of a shard."""
 
     vocab_size: int
     n_tokens: int

@@ -1,4 +1,4 @@
-"""Where text comes from: files, the Python standard library, Hugging Face datasets → documents, as a stream."""
+"""Streams documents from files, the Python standard library, or a Hugging Face dataset."""
 
 import itertools
 import json

@@ -149,5 +149,6 @@ class _Transcoded(_BytesSource):
         self._ended = not chunk
         try:
             return self._decoder.decode(chunk, self._ended).encode("utf-8", self._errors)
-        except UnicodeDecodeError as error:
-            raise OSError(f"not valid {self._encoding}: {error.reason}; is data.encoding right?") from None
+        except UnicodeError as error:
+            reason = getattr(error, "reason", error)
+            raise OSError(f"not valid {self._encoding}: {reason}; is data.encoding right?") from None

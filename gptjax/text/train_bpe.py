@@ -10,7 +10,7 @@ PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MAX_CHARACTERS = 2**28
-"""Text that merges are learned from; of more, only the beginning is read."""
+"""Merges are learned from this many characters; the rest of a larger corpus is not read."""
 
 
 def train_ranks(texts: Iterable[str], n_tokens: int, report: Callable[[str], object]) -> dict[bytes, int]:

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.hub import parse_spec
+from gptjax.text.rows import read_rows
 from gptjax.text.sources import read_documents
 from gptjax.text.tokenizer import make_tokenizer, tokenizer_from_json, tokenizer_to_json
 from tests.fuzz.fuzz import EDITS, ODD_TEXT, ODD_VALUE, ends_well, fuzz, mutate, refusals
 
 TEXT = st.one_of(st.text(max_size=20), ODD_TEXT, st.sampled_from(["a,b", '"', 'say "x"', "a\nb", "\r\n", "\ufeff"]))
 POLICY = st.sampled_from(["error", "replace", "skip"])
-ENDING = st.sampled_from([".txt", ".jsonl", ".csv", ".parquet"])
+ENDING = st.sampled_from([".txt", ".jsonl", ".csv", ".tsv", ".parquet", ".conll", ".conllu"])
+ENCODING = st.sampled_from(["utf-8", "utf-8", "utf-16", "latin-1", "cp1252"])
 PACKED = {"": bytes, ".gz": functools.partial(gzip.compress, mtime=0), ".zst": zstandard.compress}
 
 
@@ -49,6 +51,24 @@ def read(name: str, content: bytes, policy: str = "error") -> list[str] | None:
     return texts
 
 
+def read_values(name: str, content: bytes, policy: str, encoding: str) -> list[dict] | None:
+    """The rows of a file, all of them encodable; None where it was refused."""
+    path = folder() / name
+    path.write_bytes(content)
+    data = DataConfig(path=(str(path),), invalid_utf8=policy, encoding=encoding)
+    try:
+        rows = list(read_rows([str(path)], "data.path", data))
+    except UserError as error:
+        ends_well(error)
+        assert name in str(error)
+        return None
+    finally:
+        path.unlink()
+    assert all(row.where.startswith(str(path)) for row in rows)
+    json.dumps([row.values for row in rows], ensure_ascii=False, default=str).encode()
+    return [row.values for row in rows]
+
+
 def has_surrogate(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
@@ -57,6 +77,26 @@ def has_surrogate(text: str) -> bool:
 def test_any_bytes_as_a_corpus(ending, compression, content, policy):
     read(f"a{ending}{compression}", PACKED[compression](content), policy)
     read(f"a{ending}{compression}", content, policy)
+
+
+@fuzz(200, ENDING.filter(lambda ending: ending != ".txt"), st.binary(max_size=100), POLICY, ENCODING)
+def test_any_bytes_as_rows(ending, content, policy, encoding):
+    read_values(f"a{ending}", content, policy, encoding)
+
+
+CELLS = st.lists(st.sampled_from(["1", "2", "1-2", "1.1", "#", "x", "_", "-DOCSTART-", "é", "10", ""]), max_size=11)
+CONLL_LINES = st.lists(st.one_of(st.just(["1", *"abcdefghi"]), CELLS), max_size=8)
+
+
+@fuzz(200, CONLL_LINES, st.sampled_from(["\t", " "]), st.sampled_from([".conll", ".conllu"]))
+def test_lines_of_conll(lines, glue, ending):
+    content = "".join(glue.join(cells) + "\n" for cells in lines).encode()
+    rows = read_values(f"a{ending}", content, "error", "utf-8")
+    texts = read(f"a{ending}", content)
+    assert (rows is None) == (texts is None)
+    for row in rows or []:
+        assert row["tokens"] and ("xpos" in row or "-DOCSTART-" not in row["tokens"])
+        assert all(len(values) == len(row["tokens"]) for values in row.values())
 
 
 @fuzz(150, st.lists(TEXT, max_size=5), POLICY)
@@ -95,6 +135,10 @@ def test_mutated_rows(ending, compression, edits, packed_edits, policy):
         file = io.StringIO(newline="")
         csv.writer(file).writerows(rows)
         content = file.getvalue().encode()
+    elif ending == ".tsv":
+        content = "".join(f"{n}\t{text}\n" for n, text in [("id", "text"), (1, 'say "x'), (2, "é")]).encode()
+    elif ending.startswith(".conll"):
+        content = "".join(f"{n % 4 + 1}\tword{n}" + "\tX" * 8 + "\n" * (1 + (n % 4 == 3)) for n in range(20)).encode()
     elif ending == ".parquet":
         content = parquet()
     else:
