@@ -24,16 +24,17 @@ from gptjax.config.task import LABELLED
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.exchange.runs import import_run
-from gptjax.generation.decode import generate
+from gptjax.generation.sample import sample_texts
 from gptjax.machine import compile_cache
 from gptjax.model import gpt
 from gptjax.model.gpt import Compute
 from gptjax.model.heads import pool
 from gptjax.report.progress import notify
 from gptjax.tasks.registry import parse
-from gptjax.text.rows import Row
+from gptjax.text.formats import Row
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.verbs.evaluate import one_task, predict_labels
+from gptjax.verbs.sample import render_prompts
 from gptjax.verbs.train import run_train
 
 WIDTHS = 64
@@ -165,6 +166,8 @@ class Model:
     def generate(self, prompts: Texts, **options: Any) -> list[list[str]]:
         """Continuations of each prompt, `[prompt][sample]`, without the prompt.
 
+        A run with task.kind=instruct reads each prompt as the user's message in its template, unless `raw` is true.
+
         Args:
             prompts: Texts, none empty.
             options: Those of `gptjax sample`: `max_new_tokens`, `temperature`, `top_p`, `num_samples`, `seed`, …
@@ -174,11 +177,10 @@ class Model:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         config = from_dict(SampleConfig, options, "generate()")
-        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
-        samples = generate(
-            self.config.model, self.params, ids, config, end_of_text=self.tokenizer.end_of_text, notify=notify
+        prompts, at_start = render_prompts(self.run, prompts, config.raw, "this run")
+        return sample_texts(
+            self.config.model, self.params, self.tokenizer, prompts, config, at_start=at_start, notify=notify
         )
-        return [[self.tokenizer.decode(new) for new in of_prompt] for of_prompt in samples]
 
     def predict(self, texts: Texts, part: str = "") -> list[dict[str, Any]]:
         """What a run that learned labels says of texts: `{"predicted": …, "probabilities": {label: p}}` each.

@@ -1,15 +1,17 @@
 """`gptjax sample`."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from gptjax.checkpoints.run_dir import load_run
+from gptjax.checkpoints.run_dir import LoadedRun, load_run
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.tasks.instruct import chat_template
+from gptjax.tasks.multi import parts_of
 from gptjax.text.chats import USER, Message, render_prompt
 from gptjax.text.unicode import has_surrogate
 
@@ -20,11 +22,7 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
     run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, notify, config.base)
     if run.tokenizer is None:
         raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
-    template = None if config.raw else chat_template(run.config)
-    if config.raw and chat_template(run.config) is None:
-        raise UserError(f"raw=True has no effect: {config.run_dir} has task.kind={run.config.task.kind}, no template")
-    if template is not None:
-        prompts = [render_prompt([Message(USER, prompt)], template) for prompt in prompts]
+    prompts, at_start = render_prompts(run, prompts, config.raw, config.run_dir)
     one = len(prompts) * config.num_samples == 1
     if one:
         _write(prompts[0])
@@ -34,7 +32,7 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
         run.tokenizer,
         prompts,
         config,
-        at_start=template is not None,
+        at_start=at_start,
         on_text=(lambda _prompt, _sample, piece: _write(piece)) if one else None,
         notify=notify,
     )
@@ -45,6 +43,28 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
             for text in continuations:
                 _write(f"{prompt}{text}\n---------------\n")
     return 0
+
+
+def render_prompts(run: LoadedRun, prompts: Sequence[str], raw: bool, where: str) -> tuple[list[str], bool]:
+    """Returns the prompts as the model reads them, and whether they begin a document.
+
+    To a run that learned chats, each prompt is the user's message in the run's template.
+
+    Args:
+        run: The trained run.
+        prompts: As given.
+        raw: Whether the prompts stay as they are.
+        where: Of the run, for error messages.
+
+    Raises:
+        UserError: `raw` has no effect, or the run has chats of several templates.
+    """
+    if raw and not any(part.task.kind == "instruct" for part in parts_of(run.config).values()):
+        raise UserError(f"raw=True has no effect: {where} has task.kind={run.config.task.kind}, which has no template")
+    template = None if raw else chat_template(run.config)
+    if template is None:
+        return list(prompts), False
+    return [render_prompt([Message(USER, prompt)], template) for prompt in prompts], True
 
 
 def read_prompts(config: SampleConfig) -> list[str]:
