@@ -75,7 +75,8 @@ def test_conll_is_text_to_pretrain_on(tmp_path):
         (CLASSIFY, "a.jsonl", '{"text": "a", "label": "x"}\n{"text": " ", "label": "y"}\n', "a.jsonl:2: .*empty text"),
         (CLASSIFY, "a.jsonl", '{"text": "a"}\n', r"a.jsonl:1: no field 'label' \(task.label_field\); it has 'text'"),
         (CLASSIFY, "a.jsonl", '{"txt": "a", "label": 1}\n', r"a.jsonl:1: no field 'text'.*Did you mean 'txt'\?"),
-        (CLASSIFY, "a.jsonl", '{"text": "a", "label": [null]}\n', "a.jsonl:1: field 'label' holds None"),
+        (CLASSIFY, "a.jsonl", '{"text": "a", "label": [[]]}\n', r"a.jsonl:1: field 'label' holds \[\]"),
+        (CLASSIFY, "a.tsv", '"text"\t"label"\n"a"\t"x"\n', "a.tsv:2: no field 'text' .* data.quoting=double"),
         (CLASSIFY, "a.jsonl", '{"text": null, "label": "x"}\n', "a.jsonl:1: field 'text' is null"),
         (CLASSIFY, "a.jsonl", '{"text": "a", "label": 1.5}\n', "a.jsonl:1: field 'label' holds 1.5"),
         (CLASSIFY, "a.jsonl", '{"text": "a", "label": ["x", "x"]}\n', "a.jsonl:1: .*names a label twice"),
@@ -385,7 +386,7 @@ def test_rows_come_from_folders_and_patterns_in_the_order_given(tmp_path):
 # --- labels that are missing ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", [None, "", " ", -1, -100, -1.0, float("nan"), "-1"])
+@pytest.mark.parametrize("missing", [None, "", " ", -1, -100, -1.0, float("nan"), "-1", "-1.0", "NaN", [None], [-1]])
 def test_a_label_that_stands_for_none_is_left_out_and_counted(tmp_path, missing):
     rows = [{"text": f"t{n}", "label": missing if n % 3 == 0 else n % 3} for n in range(9)]
     found = examples(tmp_path, rows, rows)

@@ -230,7 +230,9 @@ def _find_end_token(hf_dir: Path, pairs: _BytePairs, notify: Callable[[str], Non
     candidates = [*names, _content(settings.get("eos_token")), END_OF_TEXT]
     end = next((name for name in candidates if name in pairs.special), None)
     if end is None:
-        notify(f"{hf_dir}: has no end token; documents get no start token, and samples end at max_new_tokens only")
+        ordinary = [i for i in ids if i in pairs.ids.values()]
+        why = f" (id {ordinary[0]}, which its config names, also stands for text)" if ordinary else ""
+        notify(f"{hf_dir}: has no end token{why}; documents get no start token, and samples end at max_new_tokens only")
         return END_OF_TEXT
     if others := [i for i in ids if i != pairs.special[end] and (i in name_of or i in pairs.ids.values())]:
         notify(f"{hf_dir}: of its end tokens only {end!r} is kept; sampling does not stop at ids {others}")

@@ -85,10 +85,11 @@ def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool, coun
         raise missing_field(row.where, task.label_field, "task.label_field", row.values)
     value = row.values[task.label_field]
     listed = isinstance(value, (list, tuple))
-    if not listed and is_missing(value, task.labels):
+    given = value if listed else [value]
+    if any(is_missing(item, task.labels) for item in given):
         counts["missing_label"] += 1
         return None
-    labels = tuple(label_name(item, row, task.label_field) for item in (value if listed else [value]))
+    labels = tuple(label_name(item, row, task.label_field) for item in given)
     if len(set(labels)) < len(labels):
         raise UserError(f"{row.where}: field {task.label_field!r} names a label twice")
     return Text(text, labels, row.where, listed)

@@ -127,7 +127,8 @@ def text_value(value: object, where: str, field: str) -> str:
 def missing_field(where: str, field: str, option: str, fields: Iterable[str]) -> UserError:
     """The error for a row or table without a field; `option` is the option that gives the field's name."""
     fields = [str(name) for name in fields]
-    near = did_you_mean(field, fields)
+    quoted = f'"{field}"' in fields
+    near = " Are its fields in quotes? Then set data.quoting=double." if quoted else did_you_mean(field, fields)
     return UserError(
         f"{where}: no field {field!r} ({option}); it has {', '.join(map(repr, fields)) or 'no field'}.{near}"
     )

@@ -1,7 +1,6 @@
 """Rows → the examples of a task, checked; and which of them are held out for validation."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +14,8 @@ from gptjax.text.chats import Chat
 from gptjax.text.counts import counted
 from gptjax.text.formats import Row
 from gptjax.text.rows import MISSING_NUMBERS, field_value, limited, normalised, read_dataset_rows, read_rows
+
+_NOT_A_NUMBER = ("nan", "<na>")  # as pandas writes them
 
 
 class Text(NamedTuple):
@@ -189,19 +190,22 @@ def label_name(value: object, row: Row, name: str) -> str:
 
 
 def is_missing(value: object, classes: Sequence[str]) -> bool:
-    """Whether a value stands for a label that is not known, as public datasets give it: null, NaN, empty, -1 or -100.
+    """Whether a value stands for a label that is not known, as in public datasets: null, NaN, empty, -1 or -100.
 
     Args:
-        value: The label as it was read.
-        classes: Names of labels that the user gave; a number among them is a class.
+        value: The label as it was read; in CSV, numbers and NaN are text.
+        classes: Names of labels that the user gave; a value among them is a class.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None:
         return True
-    if isinstance(value, str) and not value.strip():
-        return True
-    numbers = [str(number) for number in MISSING_NUMBERS]
-    name = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    return name in numbers and name not in classes
+    name = str(value).strip()
+    if not name or name.lower() in _NOT_A_NUMBER:
+        return name not in classes
+    try:
+        number = float(name)
+    except ValueError:
+        return False
+    return number in MISSING_NUMBERS and name not in classes and str(int(number)) not in classes
 
 
 def _in_brackets(notes: Sequence[str]) -> str:
