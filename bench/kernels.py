@@ -1,5 +1,5 @@
-"""Times of single kernels (`gptjax/native`) of a layer, and of the loss, at the sizes of the bench's training works:
-milliseconds, the median of 30 calls, and TFLOP/s of those that are products."""
+"""Times each C++ kernel (`gptjax/machine/native`) of a layer, and of the loss, at the sizes of the bench's models:
+milliseconds (the median of 30 calls), and TFLOP/s of matmuls. "+1 matmul": the backward pass recomputes one."""
 
 import statistics
 import time
@@ -22,7 +22,7 @@ def main() -> None:
     if not build.ready():
         raise SystemExit(f"no kernels: {build.state()}")
     print(f"kernels: {build.state()}")
-    print("| work | kernel | " + " | ".join(f"{dtype}, ms | TFLOP/s" for dtype in DTYPES) + " |")
+    print("| model | kernel | " + " | ".join(f"{dtype}, ms | TFLOP/s" for dtype in DTYPES) + " |")
     print("|---|---|" + "---|---|" * len(DTYPES))
     for name in ("small", "medium", "124m"):
         found = [list(kernels_of(name, dtype)) for dtype in DTYPES]
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def kernels_of(name: str, dtype: str) -> Iterator[tuple[str, float, float]]:
-    """Name, floating-point operations (0: it is no product) and milliseconds of each kernel."""
+    """Name, floating-point operations (0: it is no matmul) and milliseconds of each kernel."""
     import jax
     import jax.numpy as jnp
 
@@ -47,25 +47,25 @@ def kernels_of(name: str, dtype: str) -> Iterator[tuple[str, float, float]]:
 
     x, x_out, qkv = draw(N, D), draw(N, 3 * D), draw(B, T, H, 3, C)
     w_qkv, w, b, stream = (draw(*shape, dtype="float32") for shape in ((D, 3 * D), (D, F), (D,), (N, D)))
-    product, mlp = 2 * N * D * 3 * D, 4 * N * D * F
-    pairs = B * H * T * (T + 1) // 2 * C * 2  # of one product of attention
-    yield "linear, D to 3 D", product, milliseconds(lambda x, w: kernels.linear(x, w, None, dtype, False), x, w_qkv)
-    yield "its gradient of x", product, milliseconds(lambda y, w: kernels.linear(y, w, None, dtype, True), x_out, w_qkv)
-    yield "its gradient of w", product, milliseconds(kernels.weight_gradient, x, x_out)
+    matmul, mlp = 2 * N * D * 3 * D, 4 * N * D * F
+    pairs = B * H * T * (T + 1) // 2 * C * 2  # of one matmul of attention
+    yield "linear, D to 3 D", matmul, milliseconds(lambda x, w: kernels.linear(x, w, None, dtype, False), x, w_qkv)
+    yield "its gradient of x", matmul, milliseconds(lambda y, w: kernels.linear(y, w, None, dtype, True), x_out, w_qkv)
+    yield "its gradient of w", matmul, milliseconds(kernels.weight_gradient, x, x_out)
     yield "MLP", mlp, milliseconds(lambda x, w: kernels.mlp(x, w, None, w, None), x, w)
     gradient = milliseconds(lambda x, w: kernels.mlp_gradient(x, w, None, w, x), x, w)
-    yield "its gradients, with one product again", 2.5 * mlp, gradient
+    yield "its gradients, +1 matmul", 2.5 * mlp, gradient
     yield "attention", 2 * pairs, milliseconds(lambda qkv: kernels.attention(qkv, None, 0), qkv)
     y, logs = kernels.attention(qkv, None, 0)
     gradient = milliseconds(lambda qkv, y, logs: kernels.attention_gradient(qkv, None, y, logs, y, 0), qkv, y, logs)
-    yield "its gradient, with one product again", 5 * pairs, gradient
+    yield "its gradient, +1 matmul", 5 * pairs, gradient
     yield "norm", 0, milliseconds(lambda x: kernels.layer_norm(x, b, b, 1e-5, dtype), stream)
     gradient = milliseconds(lambda x, dy: kernels.layer_norm_gradient(x, b, dy, x, 1e-5), stream, x)
-    yield "its gradient, with the stream's", 0, gradient
+    yield "its gradient, with the residual stream's", 0, gradient
     if V >= 1024:
         w_VD, targets = draw(V, D, dtype="float32"), jnp.zeros(N, "int32")
         loss = milliseconds(lambda x, w: kernels.cross_entropy_gradient(x, w, targets, V, 0.0, 0.0), x, w_VD)
-        yield "loss and its gradients, logits twice", 8 * N * D * V, loss
+        yield "loss and its gradients, logits computed twice", 8 * N * D * V, loss
 
 
 def milliseconds(call: Callable, *args) -> float:

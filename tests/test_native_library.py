@@ -107,6 +107,30 @@ def test_a_kernel_that_refuses_its_arguments_is_found(library):
         )
 
 
+WITHOUT_MEMORY = """
+import ctypes, resource, sys
+import numpy as np
+from gptjax.machine.native import check
+library = ctypes.CDLL(sys.argv[1])
+N, D, F = 256, 32, 2**18  # its hidden layer takes 128 MB
+x, w = np.ones((N, D), np.float32).astype(check.BFLOAT16), np.zeros((D, F), np.float32)
+results = ((N, D), check.FLOAT32), ((2 * D * F,), check.BFLOAT16)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+for threads in (1, 2):
+    try:
+        check.call(library, "mlp", (x, w, check.NONE, w, check.NONE, check.NONE), results, {}, threads)
+    except check.KernelError as error:
+        print(error)
+"""
+
+
+def test_a_kernel_without_memory_is_an_error_and_ends_nothing(library):
+    command = [sys.executable, "-c", WITHOUT_MEMORY, library._name]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["mlp: not enough memory for a kernel"] * 2, done.stderr
+
+
 def test_wrong_kernels_are_turned_off_with_one_line(monkeypatch, capsys):
     need()
     monkeypatch.setattr(check, "wrong_kernel", lambda *_, **__: "mlp of bfloat16: 16 of 10,240 numbers are wrong")
@@ -320,7 +344,7 @@ def test_emulated_tiles_pass_the_tests_of_kernels():
     files = [ROOT / "tests" / name for name in ("test_native.py", "test_native_projection.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
-        env={**os.environ, "GPTJAX_TEST_OPTIONS": TILES},
+        env={**os.environ, "GPTJAX_TEST_OPTION": TILES},
         capture_output=True,
         text=True,
     )

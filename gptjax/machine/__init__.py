@@ -1,1 +1,1 @@
-"""What this machine is and can do: chips, processor, allocator, compiled programs. Knows nothing of models."""
+"""The machine: chips, processor, memory settings, compiled programs and C++ kernels. Knows nothing about models."""

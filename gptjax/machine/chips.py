@@ -52,7 +52,7 @@ CHIPS = {
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip of a `device.device_kind`: the one whose name has the most of its words.
+    """The chip of a `device.device_kind`: the one with the longest name that it contains as whole words.
 
     None for a chip that is not in the table (so an L400 would not count as an L4), and for a part of one (MIG).
     """

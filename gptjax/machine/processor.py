@@ -1,4 +1,4 @@
-"""What the processor can do, as far as the operating system tells."""
+"""The processor's name, instructions and cores, as the operating system reports them."""
 
 import hashlib
 import os
@@ -14,17 +14,17 @@ def core_count() -> int:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for matmuls in bfloat16; no, where the system does not tell."""
+    """Whether the processor has instructions for matmuls in bfloat16; False if the system does not report it."""
     return not processor_flags().isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))  # the last one: Arm
 
 
 def processor_flags() -> set[str]:
-    """What the processor can do, in the system's words; empty, where it does not tell."""
+    """Names of the processor's instruction sets, as in /proc/cpuinfo; empty on other systems."""
     return {word for line in _processor_lines() for word in line.split()}
 
 
 def identity() -> str:
-    """Names the processor by what it can do, as far as the system tells."""
+    """A name for this kind of processor: its architecture, and a hash of its model and instruction sets."""
     identity = "\n".join([platform.machine(), platform.processor(), *_processor_lines()])
     return f"{platform.machine()}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
@@ -35,7 +35,7 @@ def _processor_lines() -> list[str]:
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a file of the system; none, where it cannot be read."""
+    """The lines of a system file; none if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

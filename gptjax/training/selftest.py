@@ -1,9 +1,9 @@
-"""A check of the compiler before a run trusts it.
+"""Checks XLA before a run relies on it. (`machine/native/check.py` checks the C++ kernels.)
 
-jaxlib 0.10.2 returns wrong numbers on CPUs for a matrix product without batch dimensions whose result is summed in the
-same fusion, with more than 32,768 rows (github.com/jax-ml/jax/issues/39103). Keeping sums out of all fusions avoids it
-and costs speed, so that is done only for a program that has such a fusion. Those with batch dimensions, which all of
-attention consists of on a CPU, are right; `check` makes sure.
+On CPUs jaxlib 0.10.2 returns wrong numbers for a matmul without batch dimensions whose result is summed in the same
+fusion, if it has more than 32,768 rows (github.com/jax-ml/jax/issues/39103). Keeping sums out of all fusions avoids the
+bug and costs speed, so only a program that has such a fusion is compiled that way. Matmuls with batch dimensions, the
+only ones of attention on a CPU, are right; `check` tests that.
 """
 
 import re
@@ -16,12 +16,12 @@ from gptjax.errors import UserError
 from gptjax.ops.attention import attention
 
 ROWS = 32769
-SEQUENCES, LENGTH = 2049, 16  # as many rows of attention
+SEQUENCES, LENGTH = 2049, 16  # as many rows in attention
 SAFE: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 def check() -> None:
-    """Compares small programs of the kinds that attention has with what NumPy computes, in milliseconds.
+    """Compares small programs with matmuls like those of attention with NumPy, in milliseconds.
 
     Raises:
         UserError: They differ.
@@ -48,7 +48,7 @@ def _compare(found: jax.Array, expected: np.ndarray, tolerance: float) -> None:
 
 
 def compile_safely(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a program; without the fusions that this jaxlib computes wrongly, if it has them."""
+    """Compiles a program, without the fusions that this jaxlib computes wrongly if it would have them."""
     program = lowered.compile()
     if jax.default_backend() == "cpu" and has_wrong_fusions() and may_be_wrong(program.as_text() or ""):
         return lowered.compile(SAFE)
@@ -56,7 +56,7 @@ def compile_safely(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def has_wrong_fusions(options: dict[str, str | bool] | None = None) -> bool:
-    """Whether this jaxlib, with these compiler options, sums wrongly in the smallest program that shows the bug."""
+    """Whether this jaxlib, with these compiler options, computes the smallest program that shows the bug wrongly."""
     x_RC = np.zeros((ROWS, 3), np.float32)
     x_RC[:, 0] = np.arange(ROWS)
     program = jax.jit(_squared_lengths).lower(x_RC, np.eye(3, dtype=np.float32)).compile(options)
@@ -64,7 +64,7 @@ def has_wrong_fusions(options: dict[str, str | bool] | None = None) -> bool:
 
 
 def may_be_wrong(program: str) -> bool:
-    """Whether a compiled program's text has a fusion of the kind that jaxlib 0.10.2 gets wrong."""
+    """Whether the text of a compiled program has a fusion of the kind that jaxlib 0.10.2 computes wrongly."""
     fused = set(re.findall(r"calls=%?([\w.\-]+)[^\n]*__ynn_fusion", program))
     for computation in re.split(r"\n(?=\S)", program):
         name = computation.lstrip("%").partition(" ")[0]

@@ -18,9 +18,9 @@ struct alignas(64) TileConfig {
   uint8_t rows[16];
 };
 
-struct alignas(64) EmulatedTiles {
+struct EmulatedTiles {
   bool configured = false;
-  char tile[8][16][64];
+  alignas(64) char tile[8][16][64];
 };
 inline EmulatedTiles& TilesOfThread() {
   thread_local EmulatedTiles tiles;

@@ -1,1 +1,1 @@
-"""Kernels in C++ for processors."""
+"""C++ libraries for CPUs: the kernels that XLA calls, and the cache of large buffers."""

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <new>
 #include <thread>
@@ -61,7 +62,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
       auto copy = take;
       pool.Schedule(std::move(copy));
     }
-  } catch (const std::bad_alloc&) {  // fewer threads do the work then
+  } catch (const std::exception&) {  // no memory for it, or for another thread: fewer threads do the work
   }
   take();
   for (int64_t spins = 0; shared->done.load(std::memory_order_acquire) < count; ++spins) {
