@@ -19,6 +19,7 @@ from gptjax.config.reader import load_config
 from gptjax.config.run import Config, DataConfig, PartConfig, TokenizerConfig
 from gptjax.config.task import AdapterConfig, FinetuneConfig, TaskConfig
 from gptjax.errors import UserError
+from gptjax.evaluation.labels import LabelScores
 from gptjax.exchange.hf_model import import_model
 from gptjax.model.adapters import merge_lora
 from gptjax.model.gpt import Compute
@@ -295,6 +296,49 @@ def test_evaluate_prints_the_table(folder, trained, tmp_path, capsys):
     assert main(["evaluate", "--run_dir", run_dir, "--data.path", str(tmp_path / "other.jsonl")]) == 2
     assert "other.jsonl:1: label 'c' is unseen in training" in capsys.readouterr().err
     assert main(["evaluate", "--run_dir", run_dir, "--windows", "3"]) == 2
+
+
+def test_a_head_for_the_same_labels_is_kept_in_the_order_of_the_new_run(folder, trained, capsys):
+    base = load_run(Path(trained("all").run_dir))
+    still = {"learning_rate": 0.0, "min_learning_rate": 0.0}
+    labels = base.config.task.labels
+    for name, task in (("same", {}), ("turned", {"labels": labels[::-1]})):
+        config = make_config(folder, f"all-{name}", task=task, optim=still, init_from=trained("all").run_dir)
+        assert trainer.train(replace(config, train={"num_steps": 1})) == 0
+        assert f"head        classify: kept from {config.init_from}, 2 labels" in capsys.readouterr().out
+        head = load_run(Path(config.run_dir)).params["heads"]["classify"]
+        expected = base.params["heads"]["classify"]
+        order = [labels.index(label) for label in (task.get("labels") or labels)]
+        np.testing.assert_array_equal(head["w"], expected["w"][np.array(order)])
+    other = make_config(folder, "all-tags", ".conll", task={"kind": "tag"}, init_from=trained("all").run_dir)
+    assert trainer.train(replace(other, train={"num_steps": 1})) == 0
+    assert "head        tag: new, 2 labels" in capsys.readouterr().out
+
+
+def test_a_tokenizer_beside_that_of_the_base_is_refused(folder):
+    config = make_config(folder, "all-tokenizer")
+    config = dataclasses.replace(config, tokenizer=TokenizerConfig(kind="bpe", vocab_size=300))
+    with pytest.raises(UserError, match=r"tokenizer.kind='bpe' has no effect with init_from=.* \(bytes\) is used"):
+        trainer.train(config)
+
+
+def test_the_best_checkpoint_is_chosen_by_the_score_that_is_asked_for(folder, monkeypatch, capsys):
+    def scripted(scores):
+        found = iter(LabelScores(*values) for values in scores)
+        monkeypatch.setattr("gptjax.tasks.classify.score", lambda *_: next(found))
+
+    found = [(0.5, 0.6, 0.9), (0.4, 0.7, 0.8), (0.3, 0.7, 0.7), (0.2, 0.1, 0.1)]  # loss, accuracy, macro F1
+    for by, best in (("loss", 4), ("accuracy", 3), ("macro_f1", 1)):
+        scripted(found)
+        config = make_config(folder, f"all-by-{by}", train={"best_by": by, "eval_every": 1, "keep_checkpoints": 1})
+        assert trainer.train(config) == 0
+        assert load_run(Path(config.run_dir)).step == best
+        assert f"step {best} · validation {LabelScores(*found[best - 1])} (best)" in capsys.readouterr().out
+        kept = {int(path.name) for path in (Path(config.run_dir) / "checkpoints").iterdir()}
+        assert kept == {best, 4}
+    with pytest.raises(UserError, match=r"train\.best_by=.span_f1. needs tags of the form B-x"):
+        task = {"kind": "tag", "tags_field": "tokens"}
+        trainer.train(make_config(folder, "all-spans", ".conll", task=task, train={"best_by": "span_f1"}))
 
 
 def test_the_language_model_under_a_head_is_still_the_base(folder, trained, capsys):

@@ -37,8 +37,9 @@ ELSEWHERE = {
     ),
     "faults/test_damage::test_training_goes_on_from_the_newest_good_checkpoint": ("train.strict_checkpoints",),
     "faults/test_process::test_other_data_is_allowed_when_asked_for": ("train.allow_data_change",),
-    "test_config::test_wrong_input_is_one_line_that_names_the_place": (
-        *("train.best_by", "optim.extend", "optim.extended"),
+    "test_finetune::test_the_best_checkpoint_is_chosen_by_the_score_that_is_asked_for": ("train.best_by",),
+    "test_train_longer::test_a_longer_run_goes_from_the_rate_that_it_had_unless_asked_otherwise": (
+        *("optim.extend", "optim.extended"),
     ),
     "test_properties_data::test_bits_per_byte_times_bytes_is_the_summed_loss": (
         *("data.path", "data.validation_fraction"),

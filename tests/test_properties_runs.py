@@ -103,4 +103,4 @@ def test_what_is_measured_and_computed_at_once_is_what_the_config_says(tmp_path,
     state, _ = final_state(config)
     np.testing.assert_array_equal(seen[-1], state.ema["embed"]["tokens"])
     assert not np.array_equal(seen[-1], state.params["embed"]["tokens"])
-    np.testing.assert_array_equal(load_run(Path(config.run_dir)).params["embed"]["tokens"], seen[-1])
+    np.testing.assert_array_equal(load_run(Path(config.run_dir), "latest").params["embed"]["tokens"], seen[-1])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from gptjax.checkpoints.run_dir import load_run, write_description, write_run
 from gptjax.config.reader import load_config
 from gptjax.errors import UserError
 from gptjax.report.metrics import MetricsFile, read_metrics
+from gptjax.tasks import pretrain
 from gptjax.text.tokenizer import CharTokenizer
-from gptjax.training import precision, setup, trainer
+from gptjax.training import in_flight, precision, setup, trainer
 from gptjax.training.guard import locked
 from tests.faults.runs import SHARED_CACHE, process_config, wait_for_rows, write_config
 from tests.tiny import CONFIG, HARD, assert_trees_equal, final_state, init_state, replace, rows, run_config
@@ -120,6 +122,144 @@ def test_loss_falls_and_the_best_checkpoint_is_kept(tmp_path):
     assert load_run(Path(config.run_dir), "best").step == min(losses, key=lambda step: losses[step])
 
 
+def test_after_an_early_stop_the_same_command_says_so_and_stops(tmp_path, capsys):
+    still = {"learning_rate": 0.0, "min_learning_rate": 0.0}
+    config = run_config(tmp_path, optim=still, train={"num_steps": 50, "eval_every": 1, "patience": 2})
+    assert trainer.train(config) == 0
+    expected = rows(config)
+    capsys.readouterr()
+    assert trainer.train(config) == 0
+    assert "stopped early at step 3: 2 evaluations without a new best loss" in capsys.readouterr().out
+    assert rows(config) == expected
+    assert trainer.train(replace(config, train={"patience": 4})) == 0
+    assert rows(config)[-1]["step"] == 5
+
+
+def snapshot(run_dir: str) -> dict[Path, tuple[bytes, int]]:
+    """Every file of a run with its content and the time of its last change; the lock is not part of the run."""
+    paths = (path for path in Path(run_dir).rglob("*") if path.is_file() and path.name != "lock")
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+def test_a_call_that_trains_nothing_changes_nothing(unbroken):
+    config, *_ = unbroken
+    before = snapshot(config.run_dir)
+    assert trainer.train(replace(config, train={"log_every": 3, "num_steps": 5})) == 0
+    with pytest.raises(UserError):
+        trainer.train(replace(config, seed=7))
+    assert snapshot(config.run_dir) == before
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path):
+    config = run_config(tmp_path, run_dir=str(tmp_path / "runs" / "a"), data={"path": (str(tmp_path / "nothing"),)})
+    with pytest.raises(UserError, match="nothing"):
+        trainer.train(config)
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "note.txt").touch()
+    with pytest.raises(UserError, match="nothing"):
+        trainer.train(config)
+    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["note.txt"]
+
+
+def test_losses_over_other_windows_are_not_compared(tmp_path, capsys):
+    still = {"learning_rate": 0.0, "min_learning_rate": 0.0, "schedule": "cosine"}
+    train = {"num_steps": 2, "eval_every": 1, "save_every": 1, "eval_windows": 2}
+    config = run_config(tmp_path, optim=still, train=train)
+    assert trainer.train(config) == 0
+    other = replace(config, train={"num_steps": 4, "eval_windows": 0, "patience": 9})
+    assert trainer.train(other) == 0
+    assert "was measured on other validation data; the next evaluation counts as the best" in capsys.readouterr().out
+    losses = [row["val_loss"] for row in rows(config) if "val_loss" in row]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+    assert final_state(other)[1]["loop"]["best_loss"] == losses[2]
+    assert load_run(Path(config.run_dir), "best").step == 3, "not the lowest number, which is of other windows"
+    same = replace(other, train={"num_steps": 5, "eval_windows": 10_000})  # all, by another number
+    assert trainer.train(same) == 0
+    assert "other validation data" not in capsys.readouterr().out
+
+
+def interrupted(monkeypatch, module, name: str) -> None:
+    """A signal arrives when a function is called; the run that follows is stopped by it."""
+    arrived, function = [], getattr(module, name)
+
+    class Signals(trainer.Signals):
+        @property
+        def received(self):
+            return signal.SIGTERM if arrived else None
+
+        @received.setter
+        def received(self, value):
+            pass
+
+    def call(*args, **more):
+        arrived.append(True)
+        return function(*args, **more)
+
+    monkeypatch.setattr(trainer, "Signals", Signals)
+    monkeypatch.setattr(module, name, call)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_evaluation_is_abandoned_and_made_when_the_run_resumes(tmp_path, unbroken, capsys, last):
+    config, expected_rows, (state, meta) = unbroken
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+    if last:
+        shutil.copytree(unbroken[0].run_dir, config.run_dir)
+        shutil.rmtree(Path(config.run_dir) / "checkpoints" / "00000006")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(patch, pretrain, "measure")
+        assert trainer.train(config) == 143
+    assert "evaluation abandoned" in capsys.readouterr().out
+    step = 6 if last else 3
+    assert (rows(config)[-1]["step"], "val_loss" in rows(config)[-1]) == (step, False)
+    assert load_run(Path(config.run_dir), "latest").val_loss is None
+    assert trainer.train(config) == 0
+    assert rows(config) == expected_rows
+    assert load_run(Path(config.run_dir), "latest").val_loss == expected_rows[-1]["val_loss"]
+    assert_trees_equal(final_state(config)[0], state)
+    assert final_state(config)[1] == meta
+
+
+def test_a_sample_is_abandoned_too(tmp_path, monkeypatch, capsys):
+    config = run_config(tmp_path, train={"sample_tokens": 30, "eval_every": 2})
+    interrupted(monkeypatch, trainer, "sample_texts")
+    assert trainer.train(config) == 143
+    printed = capsys.readouterr().out
+    assert "sample abandoned" in printed and "stopped at step 2" in printed
+    manifest = load_run(Path(config.run_dir), "latest")
+    assert (manifest.step, manifest.val_loss) == (2, rows(config)[-1]["val_loss"])
+
+
+class Result:
+    """A result that takes some time of a clock to compute."""
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds, self.done = clock, seconds, False
+
+    def block_until_ready(self):
+        self.clock.now += self.seconds
+        self.done = True
+
+
+@pytest.mark.parametrize(("seconds", "unfinished"), [(10.0, 0), (0.5, 0), (0.125, 2), (0.015625, 16)])
+def test_long_steps_are_dispatched_one_at_a_time(monkeypatch, seconds, unfinished):
+    class Clock:
+        now = 0.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(in_flight, "time", clock)
+    steps, made = in_flight.InFlight(), []
+    for _ in range(100):
+        made.append(Result(clock, seconds))
+        steps.add(made[-1])
+        steps.wait()
+    assert sum(not result.done for result in made) == unfinished
+
+
 def test_the_run_does_not_depend_on_the_number_of_devices(tmp_path, unbroken):
     config, expected_rows, _ = unbroken
     alone = replace(config, run_dir=str(tmp_path / "one"), cache_dir=str(SHARED_CACHE))
@@ -140,7 +280,7 @@ def test_a_killed_run_goes_on(tmp_path):
     process.kill()
     process.wait()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "going on from step" in done.stdout
+    assert "resuming from step" in done.stdout
     assert [row["step"] for row in rows(config) if "loss" in row] == list(range(1, 401))
 
 

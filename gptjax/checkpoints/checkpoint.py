@@ -20,8 +20,16 @@ import jax.numpy as jnp
 
 from gptjax.checkpoints.arrays import checkpointer, restore, start_saving
 from gptjax.checkpoints.background import give_way
-from gptjax.checkpoints.choice import NAME, REJECTED, UNFINISHED, Choice, choose, entries, step_folder
-from gptjax.checkpoints.manifest import MANIFEST, DamagedError, Manifest, check_sizes, read_manifest, write_manifest
+from gptjax.checkpoints.choice import NAME, REJECTED, UNFINISHED, Choice, best_first, choose, entries, step_folder
+from gptjax.checkpoints.manifest import (
+    MANIFEST,
+    DamagedError,
+    Manifest,
+    add_evaluation,
+    check_sizes,
+    read_manifest,
+    write_manifest,
+)
 from gptjax.errors import UserError
 from gptjax.files import publish
 from gptjax.parallel import cluster
@@ -36,29 +44,28 @@ class Checkpoints:
     """The checkpoints that a run writes; keeps the newest few and the best.
 
     A save is finished on a thread: Orbax writes the arrays, then the manifest acknowledges them, then older checkpoints
-    go. A save that fails is told in one line, and leaves what is older as it is. One run at a time, see `guard.locked`.
+    are deleted. A save that fails is reported in one line and changes no older checkpoint. Only one run at a time may
+    use the folder, see `guard.locked`.
 
-    Of several processes each writes the arrays that it has, into the same folder; process 0 does all else. There a save
-    that fails while arrays are written ends the process, because the others wait for it.
+    Of several processes each writes its own arrays into the same folder; process 0 does everything else. A save that
+    fails there while arrays are written ends the process, because the others wait for it.
     """
 
-    def __init__(self, run_dir: Path, keep: int = 1, notify: Callable[[str], None] = print):
+    def __init__(self, run_dir: Path, keep: int = 1, notify: Callable[[str], None] = print, best_by: str = "loss"):
         self.folder = (run_dir / FOLDER).absolute()
         self.acknowledged: int | None = None
         """The newest step that this object has saved whole."""
         self.problem = ""
         """Why the last save failed."""
-        self._keep, self._notify = keep, notify
+        self._keep, self._notify, self._best_by = keep, notify, best_by
         self._checkpointer = checkpointer()
         self._copy: dict[str, Any] | None = None
         self._finishing: tuple[threading.Thread, Path] | None = None
         self._error: BaseException | None = None
         self._committed = False
 
-    def resume(self, strict: bool) -> Choice:
-        """Looks for the newest checkpoint that verifies, and puts what stands in its way aside, under another name.
-
-        What a killed save left behind, and was never a checkpoint, is removed. Process 0 does it for all.
+    def newest(self, strict: bool) -> Choice:
+        """Looks for the newest checkpoint that verifies; nothing on the disk is changed. Process 0 looks for all.
 
         Raises:
             UserError: There are checkpoints and none verifies; or, if `strict`, one does not.
@@ -79,24 +86,34 @@ class Checkpoints:
             raise UserError(f"{folder}: {error}; process 0 has read it there: is the folder shared?") from None
 
     def _choose(self, strict: bool) -> Choice:
+        choice = choose(self.folder, "latest", strict, self._notify)
+        if choice.folder is None and not _only_an_unfinished_first(choice.rejected):
+            raise UserError(
+                f"{self.folder}: none of its {len(choice.rejected)} checkpoints verifies, so the run cannot resume;"
+                " give another run_dir to start again"
+            )
+        return choice
+
+    def make_room(self, choice: Choice) -> None:
+        """Renames the damaged checkpoints that `newest` passed over, so that their steps can be saved again, and
+        deletes the remains of interrupted saves. For process 0.
+        """
         for path in self.folder.glob("[!.]*"):
             if UNFINISHED in path.name and NAME.fullmatch(path.name.partition(UNFINISHED)[0]):
                 self._notify(f"{path}: removed what an interrupted save left")
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(f"{DELETED}*"):
             shutil.rmtree(path, ignore_errors=True)
-        choice = choose(self.folder, "latest", strict, self._notify)
-        if choice.folder is None and not _only_an_unfinished_first(choice.rejected):
-            raise UserError(
-                f"{self.folder}: none of its {len(choice.rejected)} checkpoints verifies, so the run cannot go on;"
-                " give another run_dir to begin anew"
-            )
         for path in choice.rejected:
             if NAME.fullmatch(path.name):
                 aside = _free_name(path)
                 publish(path, aside)
                 self._notify(f"{path.name}: set aside as {aside.name}")
-        return choice
+
+    def add_evaluation(self, step: int, val_loss: float, meta: dict) -> None:
+        """Notes the evaluation of a checkpoint that was saved without one. Process 0 does it for all."""
+        if cluster.is_first():
+            add_evaluation(step_folder(self.folder, step), val_loss, meta)
 
     def restore(self, step: int, abstract: State) -> State:
         """Loads a step into the shapes, dtypes and shardings of `abstract`; what is frozen is taken from there.
@@ -123,7 +140,7 @@ class Checkpoints:
     def save_items(self, step: int, items: dict[str, Any], meta: dict, val_loss: float | None) -> None:
         """Starts writing trees of arrays as checkpoint `step`, after the save before it is finished.
 
-        A full disk and the like are told, and found in `problem`; they raise nothing.
+        A full disk and the like are reported and stored in `problem`; they raise nothing.
 
         Raises:
             FileExistsError: There is a checkpoint of this step already.
@@ -192,7 +209,7 @@ class Checkpoints:
         return None
 
     def _failed(self, folder: Path, error: Exception, shared: bool = True) -> None:
-        """Tells of a save that failed, frees what it took, and makes the next one possible.
+        """Reports a failed save, frees its disk space, and makes the next save possible.
 
         Raises:
             UserError: Other processes do not know of it (`shared` is false).
@@ -228,10 +245,9 @@ class Checkpoints:
                 continue
             readable[path] = manifest
         newest = sorted(readable, key=lambda path: readable[path].step)[-self._keep :]
-        measured = [path for path in readable if readable[path].val_loss is not None]
-        best = min(measured, key=lambda path: (readable[path].val_loss, readable[path].step), default=None)
+        best = best_first(readable, self._best_by)[:1]
         for path in readable:
-            if path not in newest and path != best:
+            if path not in [*newest, *best]:
                 going = path.with_name(f"{DELETED}{path.name}")
                 os.replace(path, going)
                 shutil.rmtree(going)

@@ -24,15 +24,20 @@ class Choice:
 
 
 def choose(
-    folder: Path, which: Literal["best", "latest"], strict: bool, notify: Callable[[str], None] = print
+    folder: Path,
+    which: Literal["best", "latest"],
+    strict: bool,
+    notify: Callable[[str], None] = print,
+    best_by: str = "loss",
 ) -> Choice:
-    """Looks for the newest checkpoint, or the one with the lowest validation loss, that verifies.
+    """Looks for the newest checkpoint, or the best one, that verifies.
 
     Args:
         folder: Holds the checkpoints of a run; it need not exist.
-        which: best: lowest validation loss; the newest where none was measured.
+        which: best: see `best_first`; the newest where none was measured.
         strict: Refuse instead of passing over one.
         notify: Told in one line each what was rejected, and why.
+        best_by: As `train.best_by`.
 
     Raises:
         UserError: `strict`, and one was rejected; or a newer gptjax wrote one.
@@ -45,7 +50,7 @@ def choose(
         notify(f"{path}: rejected: {reason}")
         rejected.append(path)
 
-    for path in _candidates(folder, which, reject):
+    for path in _candidates(folder, which, best_by, reject):
         try:
             manifest = verify(path)
         except DamagedError as error:
@@ -70,7 +75,36 @@ def entries(folder: Path) -> list[Path]:
     return [p for p in names if not (p.name.startswith(".") or REJECTED in p.name or UNFINISHED in p.name)]
 
 
-def _candidates(folder: Path, which: str, reject: Callable[[Path, object], None]) -> Iterator[Path]:
+def best_first(manifests: dict[Path, Manifest], best_by: str) -> list[Path]:
+    """Sorts measured checkpoints, the best first: by the score, then by validation loss, then the older one.
+
+    Only measurements on the same data can be compared. So checkpoints that were measured as the newest of them was
+    come before all others.
+    """
+    measured = [path for path, manifest in manifests.items() if _rank(manifest, best_by)]
+    if not measured:
+        return []
+    newest = max((manifests[path] for path in measured), key=lambda manifest: manifest.step)
+    current = {"", newest.measured_on}
+
+    def key(path: Path) -> tuple:
+        manifest = manifests[path]
+        return manifest.measured_on not in current, _rank(manifest, best_by), manifest.step
+
+    return sorted(measured, key=key)
+
+
+def _rank(manifest: Manifest, best_by: str) -> tuple[float, ...]:
+    """The lower the better; empty: the checkpoint has no such score."""
+    if manifest.val_loss is None:
+        return ()
+    if best_by == "loss":
+        return (manifest.val_loss,)
+    score = manifest.scores.get(best_by)
+    return () if score is None else (-score, manifest.val_loss)
+
+
+def _candidates(folder: Path, which: str, best_by: str, reject: Callable[[Path, object], None]) -> Iterator[Path]:
     """Checkpoints in the order in which they are wanted."""
     steps = {}
     for path in entries(folder):
@@ -88,6 +122,6 @@ def _candidates(folder: Path, which: str, reject: Callable[[Path, object], None]
             manifests[path] = read_manifest(path)
         except DamagedError as error:
             reject(path, error)
-    measured = [path for path, manifest in manifests.items() if manifest.val_loss is not None]
-    yield from sorted(measured, key=lambda path: manifests[path].val_loss)
+    measured = best_first(manifests, best_by)
+    yield from measured
     yield from (path for path in manifests if path not in measured)

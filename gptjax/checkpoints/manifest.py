@@ -39,9 +39,19 @@ class Manifest:
     files: dict[str, tuple[int, str]]
     """Size in bytes and XXH3-128 of every file, by its path in the folder."""
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """What the evaluation of this step found, by the names of `metrics.jsonl`; empty: nothing is known."""
+        return self.meta.get("evaluation", {}).get("scores", {})
+
+    @property
+    def measured_on(self) -> str:
+        """Identity of the validation data of that evaluation; empty: unknown."""
+        return self.meta.get("evaluation", {}).get("measured_on", "")
+
 
 def write_manifest(folder: Path, step: int, val_loss: float | None, meta: dict[str, Any]) -> None:
-    """Sums up all files below `folder`, makes sure that they are on the disk, and writes the manifest beside them."""
+    """Syncs all files below `folder`, computes their checksums, and writes the manifest beside them."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sync(path)
@@ -57,6 +67,17 @@ def write_manifest(folder: Path, step: int, val_loss: float | None, meta: dict[s
         "meta": meta,
         "files": files,
     }
+    _write(folder, content)
+
+
+def add_evaluation(folder: Path, val_loss: float, meta: dict[str, Any]) -> None:
+    """Replaces validation loss and plain values of a manifest, for an evaluation that was made after the checkpoint."""
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    del content["checksum"]
+    _write(folder, content | {"val_loss": val_loss, "meta": meta})
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content | {"checksum": _content_checksum(content)}, indent=1)
     write_atomic(folder / MANIFEST, text.encode())
 

@@ -1,7 +1,7 @@
 """Run directories: a config, a tokenizer and checkpoints, from which a model is loaded.
 
-A run that trains only some parameters (`finetune.train`) saves those alone. The others are read from the run that it
-started from, which `base.json` identifies.
+A run that trains only some parameters (`finetune.train`) saves only those. The frozen ones are read from the run that
+it started from, which `base.json` identifies.
 """
 
 import dataclasses
@@ -37,12 +37,14 @@ class LoadedRun:
     params: dict
     tokenizer: Tokenizer | None
     step: int
+    val_loss: float | None = None
+    """Validation loss of the checkpoint, if it was evaluated."""
 
 
 def write_description(
     run_dir: Path, config: Config, tokenizer: Tokenizer | None, base: LoadedRun | None = None
 ) -> None:
-    """Writes `config.yaml`, `tokenizer.json` and, where parameters of `base` stay as they are, `base.json`.
+    """Writes `config.yaml`, `tokenizer.json` and, if parameters of `base` stay frozen, `base.json`.
 
     Raises:
         UserError: The run was started over another base.
@@ -70,10 +72,10 @@ def load_run(
 
     Args:
         run_dir: The run; nothing in it is changed.
-        which: The checkpoint with the lowest validation loss, or the newest.
+        which: The best checkpoint by the run's `train.best_by`, or the newest.
         strict: Refuse, instead of taking another checkpoint, where one is damaged.
-        notify: Told in one line what was rejected, and why.
-        base_dir: Run to take parameters from that this one did not train; empty: the one that it started from.
+        notify: Called with one line for each checkpoint that was rejected.
+        base_dir: Run with the frozen parameters; empty: the one that this run started from.
 
     Raises:
         UserError: The folder is no run directory, or has no checkpoint that verifies and is finite, or the base is not
@@ -82,7 +84,7 @@ def load_run(
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE}); train one with gptjax train")
     config = load_config(run_dir / CONFIG_FILE)
-    choice = choose(run_dir / FOLDER, which, strict, notify)
+    choice = choose(run_dir / FOLDER, which, strict, notify, config.train.best_by)
     if choice.folder is None or choice.manifest is None:
         number = len(choice.rejected)
         what = f"none of its {number} checkpoints verifies" if number else "has no checkpoint yet"
@@ -102,7 +104,7 @@ def load_run(
         raise UserError(f"{run_dir}: trained all of its parameters and needs no base; leave out base={base_dir}")
     tokenizer_path = run_dir / TOKENIZER_FILE
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
-    return LoadedRun(config, params, tokenizer, choice.manifest.step)
+    return LoadedRun(config, params, tokenizer, choice.manifest.step, choice.manifest.val_loss)
 
 
 def write_run(run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer | None) -> None:
@@ -122,7 +124,7 @@ def write_run(run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer 
 
 
 def check_finite(tree: Any, where: str) -> None:
-    """Refuses arrays that hold NaN or infinity: nothing that is computed from them would be a number.
+    """Refuses arrays with NaN or infinity: everything that is computed from them would be NaN too.
 
     Raises:
         UserError: The message names the first such leaf.
@@ -156,7 +158,7 @@ def _abstract_params(config: Config) -> dict:
 
 
 def frozen_params(run_dir: Path, config: Config, base_dir: str, strict: bool, notify: Callable[[str], None]) -> dict:
-    """The parameters of its base that a run did not train, in the run's dtype."""
+    """The frozen parameters of a run, read from its base, in the run's dtype."""
     base = load_run(Path(base_dir).expanduser(), strict=strict, notify=notify)
     _check_base(run_dir, base.params, base_dir)
     return jax.jit(lambda given: init_split(config, given)[1])(without_heads(base.params))

@@ -1,4 +1,7 @@
-"""How well labels are predicted: scores, a table and a figure. Scores come from scikit-learn and seqeval.
+"""How well labels are predicted: scores, a table and a figure.
+
+Scores of labels are those of scikit-learn, by the same rules (`tests/test_label_scores.py`); those of spans come from
+seqeval.
 
 Shape suffixes: E examples (texts or words), N labels.
 """
@@ -6,7 +9,7 @@ Shape suffixes: E examples (texts or words), N labels.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,28 +79,64 @@ class MultiScores:
         return " · ".join([f"loss {self.val_loss:.4f}", *(f"{name}: {scores}" for name, scores in self.parts.items())])
 
 
-def require_finetune() -> None:
-    """Says early that the libraries of the scores are missing.
+def are_spans(labels: Sequence[str]) -> bool:
+    """Whether tags mark spans: each is O, or begins with B- or I-."""
+    return bool(labels) and all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
+
+
+def require_seqeval() -> None:
+    """Checks before training that spans can be scored.
 
     Raises:
-        UserError: Naming the extra.
+        UserError: seqeval is missing; the message names the extra.
     """
     try:
         import seqeval.metrics  # noqa: F401
-        import sklearn.metrics  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"the scores of labels need {error.name}, of the extra finetune: pip install 'gptjax[finetune]'"
+            f"the scores of spans need {error.name}, of the extra finetune: pip install 'gptjax[finetune]'"
         ) from None
 
 
 def score(predictions: Predictions, val_loss: float) -> LabelScores:
-    """Scores predictions; labels that no example has and none was given do not count in the mean."""
-    from sklearn.metrics import accuracy_score, f1_score
-
+    """Scores predictions. A label that neither an example has nor the model predicts does not count in the mean F1,
+    except where texts have several labels.
+    """
     truth, chosen = predictions.targets, predictions.chosen
-    macro = f1_score(truth, chosen, average="macro", zero_division=0.0)  # pyright: ignore[reportArgumentType]
-    return LabelScores(val_loss, float(accuracy_score(truth, chosen)), float(macro), _span_f1(predictions))
+    right = (truth == chosen).all(axis=-1) if truth.ndim == 2 else truth == chosen
+    each = per_label(predictions)
+    counted = np.ones(len(predictions.labels), bool) if truth.ndim == 2 else each.support + each.predicted > 0
+    macro = float(each.f1[counted].mean()) if counted.any() else 0.0
+    return LabelScores(val_loss, float(right.mean()) if len(right) else 0.0, macro, _span_f1(predictions))
+
+
+class LabelTable(NamedTuple):
+    """Scores of each label, `[N]`; a quotient of nothing is 0."""
+
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    support: np.ndarray
+    """Examples that have the label."""
+    predicted: np.ndarray
+    """Examples for which it was predicted."""
+
+
+def per_label(predictions: Predictions) -> LabelTable:
+    """Precision, recall and F1 of each label."""
+    truth_EN, chosen_EN = predictions.targets, predictions.chosen
+    if truth_EN.ndim == 1:
+        truth_EN, chosen_EN = (
+            values[:, None] == np.arange(len(predictions.labels)) for values in (truth_EN, chosen_EN)
+        )
+    truth_EN, chosen_EN = truth_EN.astype(bool), chosen_EN.astype(bool)
+    both, support, predicted = (mask.sum(axis=0) for mask in (truth_EN & chosen_EN, truth_EN, chosen_EN))
+    precision, recall = _quotient(both, predicted), _quotient(both, support)
+    return LabelTable(precision, recall, _quotient(2 * both, support + predicted), support, predicted)
+
+
+def _quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
 
 
 def expected_calibration_error(predictions: Predictions) -> float:
@@ -115,27 +154,20 @@ def expected_calibration_error(predictions: Predictions) -> float:
 
 
 def confusion(predictions: Predictions) -> np.ndarray:
-    """Counts `[N, N]`: row is the truth, column what was predicted; one label for each example."""
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(predictions.targets, predictions.chosen, labels=range(len(predictions.labels)))
+    """Counts `[N, N]`: row is the truth, column the prediction; one label for each example."""
+    counts = np.zeros((len(predictions.labels),) * 2, np.int64)
+    np.add.at(counts, (predictions.targets, predictions.chosen), 1)
+    return counts
 
 
 def table(predictions: Predictions, scores: LabelScores) -> str:
-    """Scores, each label's own, what is taken for what, and calibration, as text."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    labels = predictions.labels
-    columns: Any = precision_recall_fscore_support(
-        predictions.targets,
-        predictions.chosen,
-        labels=range(len(labels)),
-        zero_division=0.0,  # pyright: ignore
-    )
+    """Scores of all labels and of each, the confusion matrix, and calibration, as text."""
+    labels, each = predictions.labels, per_label(predictions)
+    columns = zip(labels, each.precision, each.recall, each.f1, each.support, strict=True)
     width = max(5, *(len(label) for label in labels))
     lines = [str(scores), f"calibration error {expected_calibration_error(predictions):.4f}", ""]
     lines.append(f"{'label':{width}}  precision  recall      F1  examples")
-    for label, precision, recall, f1, support in zip(labels, *columns, strict=True):
+    for label, precision, recall, f1, support in columns:
         lines.append(f"{label:{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:8}")
     if predictions.targets.ndim == 1:
         lines += ["", *_confusions(predictions, width)]
@@ -189,7 +221,7 @@ def _confusions(predictions: Predictions, width: int) -> list[str]:
 
 def _span_f1(predictions: Predictions) -> float | None:
     labels = predictions.labels
-    if not predictions.sentences or not all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
+    if not predictions.sentences or not are_spans(labels):
         return None
     from seqeval.metrics import f1_score
 

@@ -42,7 +42,7 @@ class MetricsFile:
             self._lost += 1
             os.ftruncate(self._file.fileno(), self._end)  # no half row
             if self._lost == 1:
-                self._notify(f"{self._path}: a row cannot be written: {error.strerror or error}; training goes on")
+                self._notify(f"{self._path}: a row cannot be written: {error.strerror or error}; training continues")
 
     def sync(self) -> None:
         """Puts all rows on the disk."""

@@ -1,9 +1,10 @@
-"""What the user sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+"""What the user sees during a run: a live line on a terminal, plain lines elsewhere."""
 
 import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.live import Live
@@ -11,33 +12,60 @@ from rich.text import Text
 
 from gptjax.report.cost import readable_time
 
+SILENCE = 10.0
+"""Seconds of an evaluation after which a line is printed where there is no live one."""
+INDENT = "    | "
+
 
 def say(text: str) -> None:
-    """Prints a line. Where nobody reads any more (`| head`, a closed terminal), it and all that follow go nowhere."""
+    """Prints a line. Once the reader is gone (`| head`, a closed terminal), it and all later lines are discarded."""
     try:
         print(text, flush=True)
     except OSError:
-        say_no_more()
+        silence_output()
 
 
-def say_no_more() -> None:
-    """Sends what is printed from now on nowhere."""
+def silence_output() -> None:
+    """Discards everything that is printed from now on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 
 def notify(message: str) -> None:
-    """Tells the user something on standard error, where it does not mix with results."""
+    """Prints a line to standard error, where it does not mix with results."""
     print(f"gptjax: {message}", file=sys.stderr)
 
 
 class Progress:
-    """Shows the newest metrics of a run of `num_steps`; `line` prints something that stays."""
+    """Shows the newest metrics of a run, and the time that steps and evaluations will still take.
 
-    def __init__(self, num_steps: int, first_step: int, flops_per_token: float, peak_flops: float | None):
+    Args:
+        num_steps: Steps of the run.
+        first_step: Steps that were made before.
+        evaluations_after: Returns the number of evaluations that will come after a step.
+        evaluation_batches: Forward passes of an evaluation; 0: unknown.
+        step_batches: Forward and backward passes of a step.
+        flops_per_token: Of training; 0: unknown.
+        peak_flops: Of all devices; None: unknown.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        first_step: int,
+        evaluations_after: Callable[[int], int],
+        evaluation_batches: int,
+        step_batches: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+    ):
         self._num_steps, self._flops_per_token, self._peak_flops = num_steps, flops_per_token, peak_flops
-        self._started, self._first_step = time.monotonic(), first_step
+        self._evaluations_after = evaluations_after
+        # Until an evaluation was timed: a forward pass takes a third of a forward and backward pass.
+        self._evaluation_in_steps = evaluation_batches / step_batches / 3
+        self._evaluation_seconds: float | None = None
+        self._started, self._first_step, self._seconds_evaluating = time.monotonic(), first_step, 0.0
         self._console = Console(highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, transient=True, auto_refresh=False) if sys.stdout.isatty() else None
         if self._live:
@@ -56,15 +84,39 @@ class Progress:
             parts.append(f"MFU {100 * row['tokens_per_s'] * self._flops_per_token / self._peak_flops:.1f} %")
         if row["skipped"]:
             parts.append(f"{row['skipped']} steps skipped")
-        parts.append(f"{readable_time(self._seconds_left(row['step']))} left")
-        text = " · ".join(parts)
+        parts.append(f"{readable_time(self.seconds_left(row['step']))} left")
+        self._show(" · ".join(parts))
+
+    @contextlib.contextmanager
+    def evaluation(self, step: int, batches: int):
+        """Times an evaluation; yields a function to be called before each of its batches.
+
+        Args:
+            step: Of the run.
+            batches: How many there are; 0: unknown.
+        """
+        after = self.seconds_left(step)
+        began = shown = time.monotonic()
+        done = 0
+
+        def before_batch() -> None:
+            nonlocal done, shown
+            now = time.monotonic()
+            if self._live or now - shown >= SILENCE:
+                shown = now
+                left = ""
+                if done and batches:
+                    seconds = (now - began) / done * (batches - done) + after
+                    left = f" · {readable_time(seconds)} left"
+                of = f" of {batches}" if batches else ""
+                self._show(f"step {step}/{self._num_steps} · evaluating, batch {done + 1}{of}{left}")
+            done += 1
+
         try:
-            if self._live:
-                self._live.update(Text(text), refresh=True)
-            else:
-                say(text)
-        except OSError:
-            say_no_more()
+            yield before_batch
+            self._evaluation_seconds = time.monotonic() - began
+        finally:
+            self._seconds_evaluating += time.monotonic() - began
 
     def line(self, text: str) -> None:
         """Prints a line that stays."""
@@ -74,14 +126,34 @@ class Progress:
             else:
                 say(text)
         except OSError:
-            say_no_more()
+            silence_output()
+
+    def sample(self, text: str) -> None:
+        """Prints a text with its line breaks; characters that would act on a terminal are replaced."""
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        self.line("\n".join(INDENT + line for line in shown.split("\n")))
 
     def close(self) -> None:
-        """Takes the live line away."""
+        """Removes the live line."""
         if self._live:
             with contextlib.suppress(OSError):
                 self._live.stop()
 
-    def _seconds_left(self, step: int) -> float:
-        done = step - self._first_step
-        return (time.monotonic() - self._started) / max(1, done) * (self._num_steps - step)
+    def seconds_left(self, step: int) -> float:
+        """Estimates the time that the steps after `step` and their evaluations will take."""
+        training = time.monotonic() - self._started - self._seconds_evaluating
+        each = training / max(1, step - self._first_step)
+        evaluation = self._evaluation_seconds
+        if evaluation is None:
+            evaluation = each * self._evaluation_in_steps
+        return each * (self._num_steps - step) + evaluation * self._evaluations_after(step)
+
+    def _show(self, text: str) -> None:
+        """Replaces the live line, cut at the width of the terminal; elsewhere prints a line."""
+        try:
+            if self._live:
+                self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+            else:
+                say(text)
+        except OSError:
+            silence_output()

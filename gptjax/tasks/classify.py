@@ -41,8 +41,15 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
         f"{len(examples.train):,} texts, {len(examples.validation):,} to validate on,"
         f" {cut:,} cut at {longest(config)} tokens"
     )
-    hashed = hash_arrays([*train.tokens, train.targets])
-    return Task(windows, windows.mean_tokens, hashed, evaluate, (note, *examples.notes))
+    return Task(
+        windows,
+        windows.mean_tokens,
+        hash_arrays([*train.tokens, train.targets]),
+        evaluate,
+        (note, *examples.notes),
+        evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
+        measured_on=hash_arrays([*validation.tokens, validation.targets]),
+    )
 
 
 def label_states_loss(config: Config, name: str) -> StatesLoss:

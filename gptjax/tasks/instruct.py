@@ -13,7 +13,7 @@ from gptjax.evaluation.loss import Evaluation, make_eval_step, measure
 from gptjax.model.gpt import Compute
 from gptjax.tasks.multi import parts_of
 from gptjax.tasks.pretrain import next_token_loss
-from gptjax.tasks.task import Compile, Kind, Source, Task, hash_sequences, longest
+from gptjax.tasks.task import Compile, Kind, Source, Task, hash_sequences, hash_texts, longest
 from gptjax.text.chats import Chat, parse_chat
 from gptjax.text.formats import Row
 from gptjax.text.tokenizer import Tokenizer
@@ -33,8 +33,14 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
         f" {longest(config)} tokens, {train.left_out:,} left out because no response begins before that"
     )
     evaluate = measure_chats(config, tokenizer, examples.validation, compute, compiled)
-    hashed = hash_sequences(train.sequences)
-    return Task(windows, windows.mean_tokens, hashed, evaluate, (note, *examples.notes))
+    return Task(
+        windows,
+        windows.mean_tokens,
+        hash_sequences(train.sequences),
+        evaluate,
+        (note, *examples.notes),
+        measured_on=hash_texts(map(repr, examples.validation)),
+    )
 
 
 def measure_chats(

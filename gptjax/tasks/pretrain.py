@@ -23,6 +23,8 @@ def build(config: Config, _name: str, source: Source, compute: Compute, compiled
         model.block_size,
         dataset.hash,
         lambda params, sharding: measure(eval_step, params, batches, sharding, ratio),
+        evaluation_batches=len(batches),
+        measured_on=f"{sum(int((batch.targets >= 0).sum()) for batch in batches)} targets of {dataset.hash}",
     )
 
 

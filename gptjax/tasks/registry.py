@@ -10,7 +10,7 @@ import jax
 
 from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import LABELLED, TaskConfig
-from gptjax.evaluation.labels import require_finetune
+from gptjax.evaluation.labels import are_spans, require_seqeval
 from gptjax.model.gpt import Compute, states_and_extras
 from gptjax.model.loss import extra_weights, inputs_of
 from gptjax.ops.cross_entropy import Loss, with_extras
@@ -43,10 +43,10 @@ def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
         cache = Path(config.cache_dir).expanduser()
         prepared = prepare(config.data, config.tokenizer, cache, report=say, tokenizer_override=tokenizer)
         return Source(prepared.tokenizer, prepared.dataset, {})
-    if config.heads:
-        require_finetune()
     parts = parts_of(config)
     examples = {name: read_examples(part.task, part.data) for name, part in parts.items()}
+    if any(part.task.kind == "tag" and are_spans(examples[name].labels) for name, part in parts.items()):
+        require_seqeval()
     if tokenizer is None:
         texts = {name: TASKS[part.task.kind].plain_text for name, part in parts.items()}
         tokenizer = make_tokenizer(

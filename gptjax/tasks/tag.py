@@ -34,8 +34,14 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
     note = f"{len(examples.train):,} sentences, {len(examples.validation):,} to validate on"
     if cut := sum(train.cut) + sum(validation.cut):
         note += f", {cut:,} with a word of which only the beginning is read (task.max_tokens={longest(config)})"
-    hashed = hash_sequences(train.sequences)
-    return Task(windows, windows.mean_tokens, hashed, evaluate, (note, *examples.notes))
+    return Task(
+        windows,
+        windows.mean_tokens,
+        hash_sequences(train.sequences),
+        evaluate,
+        (note, *examples.notes),
+        measured_on=hash_sequences(validation.sequences),
+    )
 
 
 def predict(

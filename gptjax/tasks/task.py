@@ -1,7 +1,7 @@
 """The interface of a task for the training loop and the verbs; each task implements it in a file of its own."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +46,10 @@ class Task:
     evaluate: Callable[[dict, jax.sharding.Sharding], Scores]
     notes: tuple[str, ...] = ()
     """Log lines about the examples."""
+    evaluation_batches: int = 0
+    """Batches of an evaluation; 0: unknown."""
+    measured_on: str = ""
+    """Identity of the validation data: only losses and scores on the same data can be compared."""
 
 
 class Kind(NamedTuple):
@@ -71,6 +75,14 @@ def longest(config: Config) -> int:
 def hash_sequences(sequences: Sequence[TargetSequence]) -> str:
     """Identity of sequences and their targets."""
     return hash_arrays(array for sequence in sequences for array in (sequence.inputs, sequence.targets))
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """Identity of texts in their order."""
+    digest = xxhash.xxh3_128()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
 
 
 def hash_arrays(arrays: Iterator[np.ndarray] | Sequence[np.ndarray]) -> str:

@@ -15,18 +15,19 @@ NEW = ("adapters/", "prompt/", "heads/")  # what a base does not have
 
 
 def init_all(config: Config, key: jax.Array, base: dict | None = None) -> dict:
-    """Draws all parameters of a run, float32: model, adapters, heads; those of `base` stay as they are."""
+    """Draws all parameters of a run, float32: model, adapters, heads; those that `base` has are taken from it."""
     params = init_params(config.model, key)
     if base is not None and "prompt" in params:
         # A prompt that starts as words learns better than one that starts as noise (arXiv:2104.08691, section 3.2).
         words = jax.random.randint(key, (config.model.adapter.tokens,), 0, config.model.vocab_size)
         params["prompt"] = {"w": base["embed"]["tokens"][words].astype(jnp.float32)}
-    params |= base or {}
+    given = base or {}
+    params |= without_heads(given)
     heads = {
         name: init_head(config.model.n_embd, len(task.labels), jax.random.fold_in(key, number))
         for number, (name, task) in enumerate(config.heads.items(), 1)
     }
-    return params | {"heads": heads} if heads else params
+    return params | {"heads": heads | given.get("heads", {})} if heads else params
 
 
 def init_split(config: Config, given: dict | None = None) -> tuple[dict, dict]:

@@ -1,4 +1,4 @@
-"""What happens around a run: signals, and one writer for a run directory."""
+"""Signals, and the lock that gives a run directory one writer."""
 
 import contextlib
 import fcntl
@@ -8,24 +8,28 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from gptjax.errors import UserError
 from gptjax.parallel import cluster
 
 LOCK_FILE = "lock"
+EXIT_DIVERGED = 3
+"""Exit status of a run that stopped because too many steps in a row made no update."""
 
 
-EXIT_DIVERGED = 3  # status of a run that stopped because step after step made no update
+class Abandoned(Exception):
+    """An evaluation or a sample was given up because a signal asked the run to stop."""
 
 
 class Signals:
-    """What SIGTERM, SIGINT and SIGHUP do. A SIGHUP that is ignored, as under nohup, stays so.
+    """Handles SIGTERM, SIGINT and SIGHUP. A SIGHUP that is ignored, as under nohup, stays ignored.
 
-    Until `begin` there is nothing to save: the first one ends the process at once, with a line, even while it compiles.
-    What is on the disk is then as after a kill, from which the next start goes on. After `begin` the first one
-    is remembered, so that the loop can finish its step and save; a second one ends at once.
+    Before `begin` there is nothing to save: the first signal ends the process at once, with a line, even while a
+    program is compiled. After `begin` the first signal is announced and kept in `received`, so that the loop can
+    finish its step and save. A second signal ends the process at once, and nothing more is saved.
 
-    Use as a context manager around all of a run, in the main thread.
+    Use as a context manager around a whole run, in the main thread.
     """
 
     def __init__(self):
@@ -35,8 +39,8 @@ class Signals:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
-        # Python calls handlers between two of its instructions, and there may be none for minutes: reading from a pipe,
-        # a thread learns of a signal at once.
+        # Python runs handlers in the main thread between two bytecodes, and a long step or a compilation is a single
+        # one. So the handler does nothing; a thread reads the numbers of signals from a pipe as they arrive.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -45,7 +49,7 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
-            self._previous[number] = signal.signal(number, self._remember)
+            self._previous[number] = signal.signal(number, lambda *_: None)
         return self
 
     def begin(self) -> None:
@@ -62,25 +66,29 @@ class Signals:
 
     def _watch(self) -> None:
         while raw := os.read(self._reader, 1):
-            if raw[0] in self._previous and not self._begun:
-                self._end(raw[0])
+            if raw[0] in self._previous:
+                self._handle(raw[0])
 
-    def _remember(self, number: int, _frame) -> None:
+    def _handle(self, number: int) -> None:
+        name = signal.Signals(number).name
         if not self._begun:
-            self._end(number)
+            self._end(number, f"stopped by {name} before the first step; the next start uses what is prepared")
         elif self.received is not None:
-            os._exit(128 + number)
+            self._end(number, f"stopped by a second signal ({name}); nothing was saved since the first one")
         else:
             self.received = number
+            _tell(f"{name}: Stopping after this step, then saving; a second signal ends at once, without saving")
 
-    def _end(self, number: int) -> None:
-        if not self._ending.acquire(blocking=False):
-            return  # the other thread is about to
-        name = signal.Signals(number).name
-        line = f"gptjax: stopped by {name} before the first step; the next start goes on with what is prepared\n"
-        with contextlib.suppress(OSError):
-            os.write(2, line.encode())
-        os._exit(128 + number)
+    def _end(self, number: int, message: str) -> None:
+        if self._ending.acquire(blocking=False):
+            _tell(message)
+            os._exit(128 + number)
+
+
+def _tell(message: str) -> None:
+    """Writes a line to standard error from any thread; below a live line of a terminal."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{chr(10) if os.isatty(2) else ''}gptjax: {message}\n".encode())
 
 
 def exit_status(received: int) -> int:
@@ -90,7 +98,7 @@ def exit_status(received: int) -> int:
 
 @contextlib.contextmanager
 def locked_by_first(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory for all processes of a run: process 0 locks it, the others make sure that they see it.
+    """Locks the run directory for all processes of a run: process 0 holds the lock, the others check that they see it.
 
     Raises:
         UserError: Another run holds it, it cannot be written to, or it is not the same folder for all of them.
@@ -118,26 +126,48 @@ def _owner(run_dir: Path) -> str:
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory for this process; the lock goes with the process, however it ends.
+    """Locks the run directory for this process; however the process ends, the lock is free again.
+
+    On an error the lock file is removed, and so is the directory if this call made it and it is empty.
 
     Raises:
-        UserError: Another process holds it, or it cannot be written to.
+        UserError: Another process holds the lock, or the directory cannot be written to.
     """
+    missing = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    path = run_dir / LOCK_FILE
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        opened = open(run_dir / LOCK_FILE, "a+")  # noqa: SIM115 (closed by the with below)
+        opened = _open_locked(path)
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}; name another folder") from None
     with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise UserError(f"{run_dir}: is in use by {owner}; wait for it, or give another run_dir") from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         os.fsync(file.fileno())  # so that processes on other machines see it
-        yield
+        try:
+            yield
+        except BaseException:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()
+            raise
+
+
+def _open_locked(path: Path) -> IO[str]:
+    """Opens and locks a file that may be removed by the process that holds its lock."""
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 (closed by the caller)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise UserError(f"{path.parent}: is in use by {owner}; wait for it, or give another run_dir") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # the file was removed after it was opened

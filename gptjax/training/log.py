@@ -1,9 +1,12 @@
-"""What a run tells while it goes on, to its metrics file and to the screen."""
+"""Writes the metrics of a run to its file and shows them on the screen."""
 
+import contextlib
 import time
+from collections.abc import Callable
 
 import jax
 
+from gptjax.config.run import TrainConfig
 from gptjax.parallel import cluster
 from gptjax.report import cost
 from gptjax.report.metrics import MetricsFile, Nowhere
@@ -16,8 +19,8 @@ WATCHED = ("verdict", "in_a_row", "loss", "grad_norm")
 
 
 class Log:
-    """Metrics on their way to file and screen. A step's numbers are fetched only after the next step was started,
-    so that the device never waits for them, and those of steps that are not logged together with one that is.
+    """Metrics on their way to file and screen. A step's metrics are fetched after the next step was dispatched, so
+    that the device never waits for the host; those of steps that are not logged are fetched with the next logged one.
     """
 
     def __init__(self, parts: Parts, state: TrainState, first: int):
@@ -27,19 +30,27 @@ class Log:
         self._clock = (first, time.monotonic())
         whole = not config.heads and config.finetune.train == "all"
         flops = cost.flops_per_token(config.model, state.params) if whole else 0.0
-        self.progress = Progress(config.train.num_steps, first, flops, cost.peak_flops() if whole else None)
+        self.progress = Progress(
+            config.train.num_steps,
+            first,
+            evaluations_after=lambda step: evaluations_after(config.train, step),
+            evaluation_batches=parts.task.evaluation_batches,
+            step_batches=config.train.batch_size // config.train.micro_batch,
+            flops_per_token=flops,
+            peak_flops=cost.peak_flops() if whole else None,
+        )
         self.file = MetricsFile(parts.run_dir, first, self.progress.line) if cluster.is_first() else Nowhere()
         self.in_a_row = 0
         """Steps in a row that made no update, as of the newest that was fetched."""
         self.skips: list[dict] = []
-        """What is known of them, the newest last."""
+        """Step, reason, loss, gradient norm and documents of each, the newest last."""
 
     def note(self, step: int, metrics: dict, due: bool) -> None:
-        """Takes the metrics of a step, which may not be computed yet; `due`: to be logged."""
+        """Takes the metrics of a step, which may not be computed yet; `due`: they are to be logged."""
         self._noted.append((step, metrics, due))
 
     def flush(self, everything: bool = False) -> None:
-        """Fetches, writes and shows what was noted, if some of it is due or `everything` is asked for."""
+        """Fetches, writes and shows the metrics taken so far, if some of them are due or `everything` is true."""
         if not self._noted or not (everything or any(due for *_, due in self._noted)):
             return
         noted, self._noted = self._noted, []
@@ -52,8 +63,12 @@ class Log:
             if due:
                 self._row(step, values)
 
+    def evaluation(self, step: int, batches: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """See `Progress.evaluation`."""
+        return self.progress.evaluation(step, batches)
+
     def restart_clock(self) -> None:
-        """Leaves what was not training out of tokens/s."""
+        """Leaves the time since the last logged step out of tokens/s."""
         self._clock = (self._clock[0], time.monotonic())
 
     def close(self) -> None:
@@ -71,7 +86,7 @@ class Log:
         self.progress.step(row)
 
     def _skip(self, step: int, reason: str, values: dict) -> None:
-        """Tells of a step that made no update, with the documents of its batch."""
+        """Reports a step that made no update, with the documents of its batch."""
         documents = self._parts.task.windows.documents(step - 1, self._parts.config.train.batch_size)
         skip = {"reason": reason, "loss": values["loss"], "grad_norm": values["grad_norm"], "documents": documents}
         self.file.write({"step": step, "skip": skip})
@@ -81,3 +96,11 @@ class Log:
             f" documents {low} to {high})"
         )
         self.skips = [*self.skips, {"step": step, **skip}][-self._parts.config.train.max_skipped_in_a_row :]
+
+
+def evaluations_after(train: TrainConfig, step: int) -> int:
+    """Evaluations after `step` until the end of the run, which has one itself."""
+    if not train.eval_every:
+        return int(step < train.num_steps)
+    regular = (train.num_steps - 1) // train.eval_every - step // train.eval_every
+    return max(0, regular) + int(step < train.num_steps)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from gptjax import __version__
 from gptjax.checkpoints.checkpoint import FOLDER, Checkpoints
 from gptjax.checkpoints.choice import choose
+from gptjax.checkpoints.manifest import Manifest
 from gptjax.checkpoints.run_dir import (
     CONFIG_FILE,
     LoadedRun,
@@ -23,46 +26,74 @@ from gptjax.checkpoints.run_dir import (
 from gptjax.config.cluster import ClusterConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.reader import differing_fields, load_config, to_flat
-from gptjax.config.run import Config, TrainConfig
+from gptjax.config.run import Config, TokenizerConfig, TrainConfig
 from gptjax.errors import UserError
+from gptjax.evaluation.labels import are_spans
 from gptjax.machine.native.build import begin as begin_kernels
 from gptjax.parallel import cluster
 from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh, replicated, traced_in
 from gptjax.parallel.place import put
 from gptjax.parallel.rules import shardings
+from gptjax.report.metrics import plain
 from gptjax.report.progress import say
 from gptjax.tasks.multi import parts_of
 from gptjax.tasks.registry import make_task, read_source, with_labels
 from gptjax.tasks.task import Source, Task
 from gptjax.tasks.trainable import without_heads
 from gptjax.text.tokenizer import Tokenizer
+from gptjax.training.in_flight import BatchHook
+from gptjax.training.optim import make_schedule
 from gptjax.training.precision import compute_dtype
 from gptjax.training.step import TrainState, compute_options, init_state, jit_train_step
 
-# Fields that may change when a run goes on: they change neither what a parameter means nor which tokens come next.
+# Fields that may change when a run resumes: they change neither the meaning of parameters nor the order of the data.
 RESUMABLE = (
     *("run_dir", "cache_dir", "cluster.", "optim.", "mesh.", "train.num_steps", "train.log_every", "train.eval_every"),
     *("train.eval_windows", "train.save_every", "train.keep_checkpoints", "train.patience", "train.sample_"),
+    "train.best_by",
     *("train.remat", "train.unroll", "train.micro_batch_size", "train.spike_sigma", "train.max_skipped_in_a_row"),
     *("train.strict_checkpoints", "train.allow_data_change", "data.verify"),
     *("finetune.layer_decay", "finetune.head_learning_rate"),
 )
+EXTEND = ("continue", "restart", "stretch")
+"""The values of `optim.extend`."""
 OWN_FIELDS = ("cluster.", "cache_dir")  # may differ between the processes of a run
 DATA_FIELDS = ("data.", "train.batch_size")  # may change too where train.allow_data_change says so
 
 
 @dataclasses.dataclass
 class Loop:
-    """What the loop remembers beside the train state; it travels in the checkpoint."""
+    """What the loop knows besides the train state; it is stored in the checkpoint."""
 
     best_loss: float = math.inf
+    """Validation loss of the best evaluation."""
     evaluations_since_best: int = 0
+    best_score: float | None = None
+    """Score of the best evaluation, by `best_by`; None: there was none, or `best_by` is the loss."""
+    best_by: str = "loss"
+    """As `train.best_by` was."""
+    measured_on: str = ""
+    """Identity of the validation data; empty: unknown."""
+    evaluation_pending: bool = False
+    """Whether the evaluation of the last step was abandoned, so that it is made when the run resumes."""
+
+    def take(self, val_loss: float, score: float | None) -> bool:
+        """Counts an evaluation; returns whether it is the best so far."""
+        rank, best = (val_loss,), (self.best_loss,)
+        if score is not None:
+            rank = (-score, val_loss)
+            best = (math.inf if self.best_score is None else -self.best_score, self.best_loss)
+        if rank < best:
+            self.best_loss, self.best_score, self.evaluations_since_best = val_loss, score, 0
+            return True
+        self.evaluations_since_best += 1
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """All that a run is made of."""
+    """Everything that a run consists of."""
 
     config: Config
     run_dir: Path
@@ -72,6 +103,8 @@ class Parts:
     train_step: Any
     """Jitted; the state is donated."""
     checkpoints: Checkpoints
+    evaluation_hook: BatchHook
+    """Called before each batch of an evaluation."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -80,13 +113,15 @@ class Parts:
 
 
 def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
-    """Prepares data, tokenizer, mesh, compiled functions and the state to start or go on from.
+    """Prepares data, tokenizer, mesh, compiled functions and the first or the restored state.
+
+    The run directory is changed only if there are steps to train.
 
     Raises:
         UserError: Something in the config, the data or the run directory does not fit.
     """
     _check_same_program(config)
-    config = dataclasses.replace(config, cluster=ClusterConfig())  # the run may go on in another one
+    config = dataclasses.replace(config, cluster=ClusterConfig())  # the run may resume in another one
     with cluster.together():
         mesh = make_mesh(config.mesh)
         begin_kernels(mesh.size)
@@ -97,18 +132,44 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
         source = read_source(config, base.tokenizer if base else None)
         config = _resolve(config, source, base)
         check_fits(config, mesh)
+    checkpoints = Checkpoints(run_dir, config.train.keep_checkpoints, say, config.train.best_by)
+    choice = checkpoints.newest(config.train.strict_checkpoints)
+    with cluster.together():
+        config = with_extension(config, run_dir, choice.manifest)
         _check_run_dir(config, run_dir)
-        parts = _assemble(config, run_dir, source, mesh)
+        parts = _assemble(config, run_dir, source, mesh, checkpoints)
     facts = {"the data": parts.task.data_hash, "the tokenizer": source.tokenizer.fingerprint}
     cluster.require_same(facts | {"train.compute_dtype": config.train.compute_dtype}, "give all of them the same files")
-    state, loop = _start(parts, base)
+    state, loop = _start(parts, base, choice.manifest)
     with cluster.together():
         try:
-            if cluster.is_first():
+            if cluster.is_first() and not why_finished(parts, int(state.step), loop):
+                checkpoints.make_room(choice)
                 write_description(run_dir, config, source.tokenizer, base)
         except OSError as error:
             raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}") from None
     return parts, state, loop
+
+
+def why_finished(parts: Parts, step: int, loop: Loop) -> str:
+    """Says why a run has no steps to train; empty: it has."""
+    train = parts.config.train
+    if step >= train.num_steps:
+        return (
+            f"{parts.run_dir}: is at step {step} already; to train longer, raise train.num_steps={train.num_steps}"
+            " (optim.extend decides the learning rate)"
+        )
+    if stopped_early(parts.config, loop):
+        return (
+            f"{parts.run_dir}: stopped early at step {step}: {loop.evaluations_since_best} evaluations without a new"
+            f" best {train.best_by}; to train longer, raise train.patience={train.patience} or set it to 0"
+        )
+    return ""
+
+
+def stopped_early(config: Config, loop: Loop) -> bool:
+    """Whether `train.patience` ends the run."""
+    return 0 < config.train.patience <= loop.evaluations_since_best
 
 
 def _check_same_program(config: Config) -> None:
@@ -126,7 +187,7 @@ def _base_run(config: Config) -> LoadedRun | None:
 
 
 def with_compute_dtype(config: Config, run_dir: Path) -> Config:
-    """Settles what "auto" means: a run goes on as it began, on whatever machine."""
+    """Resolves "auto": a run resumes in the type that it started with, whatever the machine."""
     chosen = config.train.compute_dtype
     if chosen == "auto" and (run_dir / CONFIG_FILE).exists():
         chosen = load_config(run_dir / CONFIG_FILE).train.compute_dtype
@@ -141,6 +202,11 @@ def _resolve(config: Config, source: Source, base: LoadedRun | None) -> Config:
             raise UserError(
                 f"init_from={config.init_from}: its model knows {base.config.model.vocab_size} tokens,"
                 f" the tokenizer has {vocab_size}"
+            )
+        if config.tokenizer not in (TokenizerConfig(), base.config.tokenizer):
+            raise UserError(
+                f"tokenizer.kind={config.tokenizer.kind!r} has no effect with init_from={config.init_from}, whose"
+                f" tokenizer ({base.config.tokenizer.kind}) is used; leave the tokenizer's options out"
             )
         config = dataclasses.replace(config, model=_base_shape(config, base), tokenizer=base.config.tokenizer)
     elif config.model.vocab_size == 0:
@@ -158,6 +224,8 @@ def _resolve(config: Config, source: Source, base: LoadedRun | None) -> Config:
     if config.finetune.train == "top" and config.finetune.top_k > config.model.n_layer:
         raise UserError(f"finetune.top_k={config.finetune.top_k} must be at most model.n_layer={config.model.n_layer}")
     config = with_labels(config, source.examples)
+    if config.train.best_by == "span_f1" and not are_spans(config.task.labels):
+        raise UserError("train.best_by='span_f1' needs tags of the form B-x, I-x and O; choose accuracy or macro_f1")
     if config.train.sample_tokens and not config.heads:
         train = dataclasses.replace(config.train, sample_prompt=_sample_prompt(config, source.tokenizer))
         config = dataclasses.replace(config, train=train)
@@ -199,7 +267,7 @@ def _base_shape(config: Config, base: LoadedRun) -> ModelConfig:
 
 
 def _check_run_dir(config: Config, run_dir: Path) -> None:
-    """Refuses to go on with a run under a config that means something else."""
+    """Refuses to resume a run with a config that has another meaning."""
     if not (run_dir / CONFIG_FILE).exists():
         return
     changed = differing_fields(load_config(run_dir / CONFIG_FILE), config)
@@ -213,37 +281,40 @@ def _check_run_dir(config: Config, run_dir: Path) -> None:
         )
     for name, (old, new) in changed.items():
         if not name.endswith("_dir"):
-            say(f"going on with {name} {old!r} -> {new!r}")
+            say(f"resuming with {name} {old!r} -> {new!r}")
 
 
-def _assemble(config: Config, run_dir: Path, source: Source, mesh: jax.sharding.Mesh) -> Parts:
+def _assemble(
+    config: Config, run_dir: Path, source: Source, mesh: jax.sharding.Mesh, checkpoints: Checkpoints
+) -> Parts:
     state_shardings = shardings(mesh, jax.eval_shape(lambda: init_state(config)))
+    hook = BatchHook()
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return hook.wrap(jax.jit(traced_in(mesh, function), out_shardings=replicated(mesh)))
+
     return Parts(
         config=config,
         run_dir=run_dir,
         mesh=mesh,
         tokenizer=source.tokenizer,
-        task=make_task(
-            config,
-            source,
-            compute_options(config),
-            lambda function: jax.jit(traced_in(mesh, function), out_shardings=replicated(mesh)),
-        ),
+        task=make_task(config, source, compute_options(config), compiled),
         train_step=jit_train_step(config, mesh, state_shardings),
-        checkpoints=Checkpoints(run_dir, config.train.keep_checkpoints, say),
+        checkpoints=checkpoints,
+        evaluation_hook=hook,
     )
 
 
-def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
-    """Draws the first state, or restores the newest that verifies."""
+def _start(parts: Parts, base: LoadedRun | None, manifest: Manifest | None) -> tuple[TrainState, Loop]:
+    """Draws the first state, or restores that of the checkpoint which `manifest` describes."""
     config = parts.config
     abstract = jax.eval_shape(lambda: init_state(config))
     where = shardings(parts.mesh, abstract)
-    given = None if base is None else without_heads(base.params)
+    given = None if base is None else without_heads(base.params) | _kept_heads(config, base, manifest is None)
     given = None if given is None else put(given, shardings(parts.mesh, given))
-    manifest = parts.checkpoints.resume(config.train.strict_checkpoints).manifest
     if manifest is None:
-        return _run_once(lambda given: init_state(config, given), where)(given), Loop()
+        loop = Loop(best_by=config.train.best_by, measured_on=parts.task.measured_on)
+        return _run_once(lambda given: init_state(config, given), where)(given), loop
     frozen = _run_once(lambda given: init_state(config, given).frozen, where.frozen)(given)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where)
     with cluster.together():
@@ -256,8 +327,51 @@ def _start(parts: Parts, base: LoadedRun | None) -> tuple[TrainState, Loop]:
             raise UserError(
                 f"train.max_skipped_in_a_row={limit}: the checkpoint of step {manifest.step} has had {in_a_row} already"
             )
-    say(f"going on from step {manifest.step}")
+    say(f"resuming from step {manifest.step}")
     return state, loop
+
+
+def _kept_heads(config: Config, base: LoadedRun, report: bool) -> dict:
+    """The base's heads for labels that this run has too, their outputs in this run's order; each head is reported.
+
+    A head is looked for by its own name first, then among the others.
+    """
+    kept = {}
+    for name, task in config.heads.items():
+        for other in sorted(base.config.heads, key=lambda other: other != name):
+            known = base.config.heads[other]
+            same = (known.kind, known.multi_label) == (task.kind, task.multi_label)
+            if same and sorted(known.labels) == sorted(task.labels):
+                order = np.array([known.labels.index(label) for label in task.labels])
+                kept[name] = jax.tree.map(lambda leaf, order=order: leaf[order], base.params["heads"][other])
+                break
+        if report:
+            source = f"kept from {config.init_from}" if name in kept else "new"
+            say(f"head        {name}: {source}, {len(task.labels)} labels")
+    return {"heads": kept} if kept else {}
+
+
+def with_extension(config: Config, run_dir: Path, manifest: Manifest | None) -> Config:
+    """Notes in `optim.extended` that a run resumes with another `train.num_steps` than it was planned for."""
+    if manifest is None or not (run_dir / CONFIG_FILE).is_file():
+        return config
+    before, optim, num_steps = load_config(run_dir / CONFIG_FILE), config.optim, config.train.num_steps
+    planned, update = before.train.num_steps, int(manifest.meta.get("updates", manifest.step))
+    changes = before.optim.extended if optim.schedule != "constant" else ()
+    optim = dataclasses.replace(optim, extended=changes)
+    if planned != num_steps and optim.schedule != "constant":
+        rate, other = (float(make_schedule(optim, steps)(jnp.int32(update))) for steps in (planned, num_steps))
+        if optim.extend == "stretch":
+            optim = dataclasses.replace(optim, extended=())
+            rate = float(make_schedule(optim, num_steps)(jnp.int32(update)))
+        elif optim.extend == "restart" or not math.isclose(rate, other, rel_tol=1e-6):
+            optim = dataclasses.replace(optim, extended=(*changes, f"{optim.extend} at {update} of {planned}"))
+        others = " or ".join(how for how in EXTEND if how != optim.extend)
+        say(
+            f"train.num_steps {planned:,} -> {num_steps:,}: learning rate {rate:.3g} at step {manifest.step:,}"
+            f" (optim.extend={optim.extend}; the other ways: {others})"
+        )
+    return dataclasses.replace(config, optim=optim)
 
 
 def load_state(run_dir: Path) -> tuple[TrainState, dict]:
@@ -292,7 +406,7 @@ def _run_once(function: Callable[..., Any], where: Any) -> Callable[..., Any]:
 
 
 def _check_meta(parts: Parts, meta: dict) -> Loop:
-    """Holds what a checkpoint was trained on against what is there now; returns the loop's own state."""
+    """Compares a checkpoint's plain values with the run as it is now; returns the loop's own state."""
     config = parts.config
     if "loop" not in meta:
         raise UserError(f"{config.run_dir}: holds parameters alone; train in another run_dir, with init_from naming it")
@@ -304,14 +418,31 @@ def _check_meta(parts: Parts, meta: dict) -> Loop:
                 f"{config.run_dir}: the data is not what this run was trained on; give another run_dir, or"
                 " train.allow_data_change=true"
             )
-        say("going on with other data than before")
-    return Loop(**meta["loop"])
+        say("resuming with other data than before")
+    loop = Loop(**meta["loop"])
+    best_by, measured_on = config.train.best_by, parts.task.measured_on
+    if loop.best_by != best_by or loop.measured_on not in ("", measured_on):
+        reason = "was chosen by another score" if loop.best_by != best_by else "was measured on other validation data"
+        say(f"the best evaluation so far {reason}; the next evaluation counts as the best")
+        loop = Loop(evaluation_pending=loop.evaluation_pending)
+    return dataclasses.replace(loop, best_by=best_by, measured_on=measured_on)
 
 
-def checkpoint_meta(parts: Parts, loop: Loop) -> dict:
-    """Plain values that a checkpoint holds beside the state, and that a run that goes on is checked against."""
-    return {
+def checkpoint_meta(parts: Parts, state: TrainState, loop: Loop, scores: dict[str, float] | None) -> dict:
+    """Plain values that a checkpoint holds besides the arrays, and that a run is checked against when it resumes.
+
+    Args:
+        parts: Of the run.
+        state: That is saved.
+        loop: At that step.
+        scores: Of an evaluation at that step; None: there was none.
+    """
+    meta = {
         "loop": dataclasses.asdict(loop) | {"best_loss": min(loop.best_loss, 1e30)},  # JSON has no infinity
+        "updates": int(state.step) - int(state.skipped),
         "data_hash": parts.task.data_hash,
         "tokenizer": parts.tokenizer.fingerprint,
     }
+    if scores is not None:
+        meta["evaluation"] = {"scores": plain(scores), "measured_on": parts.task.measured_on}
+    return meta

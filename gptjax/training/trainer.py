@@ -1,6 +1,6 @@
 """The training loop: step, log, evaluate, save. `setup.build` makes the parts that meet here."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from gptjax.parallel.mesh import batch_sharding, traced_in
 from gptjax.parallel.pipeline import bubble
 from gptjax.parallel.place import get, put_rows, rows_of_process
 from gptjax.report import cost
-from gptjax.report.progress import say, say_no_more
+from gptjax.report.progress import say, silence_output
 from gptjax.tasks.instruct import chat_template
+from gptjax.tasks.task import Scores
 from gptjax.text.chats import USER, Message, render_prompt
 from gptjax.training import selftest
 from gptjax.training.divergence import write_dump
-from gptjax.training.guard import EXIT_DIVERGED, Signals, exit_status, locked_by_first
+from gptjax.training.guard import EXIT_DIVERGED, Abandoned, Signals, exit_status, locked_by_first
+from gptjax.training.in_flight import InFlight
 from gptjax.training.log import Log
-from gptjax.training.setup import Loop, Parts, build, checkpoint_meta
+from gptjax.training.setup import Loop, Parts, build, checkpoint_meta, stopped_early, why_finished
 from gptjax.training.step import TrainState, evaluated_params
 
 SAMPLES_FILE = "samples.txt"
@@ -46,9 +48,8 @@ def train(config: Config) -> int:
     """
     run_dir = Path(config.run_dir).expanduser()
     if not cluster.is_first():
-        say_no_more()
+        silence_output()
     with Signals() as signals, locked_by_first(run_dir):
-        selftest.check()
         parts, state, loop = build(config, run_dir)
         try:
             with cluster.guarded():
@@ -60,55 +61,80 @@ def train(config: Config) -> int:
 def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
     options = parts.config.train
     first = int(state.step)
-    if first >= options.num_steps:
-        say(f"{parts.run_dir}: is at step {first} already; raise train.num_steps={options.num_steps} to go on")
+    finished = why_finished(parts, first, loop)
+    if finished and not loop.evaluation_pending:
+        say(finished)
         return 0
+    selftest.check()
+    agreement, in_flight, programs = cluster.Agreement(), InFlight(), {}
+
+    def signal_of_any() -> int:
+        """The number of a signal that any process got, as all of them know it; 0: none."""
+        return agreement(signals.received or 0)
+
+    if finished:
+        with cluster.together():
+            signals.begin()
+            log = Log(parts, state, first)
+        try:
+            _finish_evaluation(parts, state, loop, log, signals, signal_of_any)
+            return exit_status(signal_of_any())
+        finally:
+            log.close()
+            say(finished)
     batches = _device_batches(parts, first, options.num_steps)
     batch = next(batches)
-    programs = {}
     step_program = _program(parts, state, batch, programs)
     _describe(parts, state, step_program)
-    with cluster.together():  # nobody begins while another one still compiles
+    with cluster.together():  # nobody begins while another process still compiles
         signals.begin()
         log = Log(parts, state, first)
-    step, stop, agreement, received = first, False, cluster.Agreement(), 0
+    step, stop, received = first, False, 0
     try:
+        if loop.evaluation_pending:
+            _finish_evaluation(parts, state, loop, log, signals, signal_of_any)
+            received = signal_of_any()
+            stop = received > 0 or stopped_early(parts.config, loop)
         while not stop:
             step_program = _program(parts, state, batch, programs)
             with jax.transfer_guard("disallow"):
                 state, metrics = step_program(state, batch)
             step += 1
-            received = agreement(signals.received or 0)
-            stop = step == options.num_steps or received > 0
-            if not stop:
+            in_flight.add(metrics["loss"])
+            if step != options.num_steps:
                 batch = next(batches)
             log.flush()
+            in_flight.wait()
+            received = signal_of_any()
+            stop = step == options.num_steps or received > 0
             log.note(step, metrics, due=step % options.log_every == 0 or step == 1 or stop)
             evaluate = step == options.num_steps or _due(step, options.eval_every)
             save = stop or _due(step, options.save_every)
             if evaluate or save:
-                log.flush(everything=True)  # what a checkpoint covers is written before it
+                log.flush(everything=True)  # metrics up to a checkpoint's step are written before the checkpoint
             if log.in_a_row >= options.max_skipped_in_a_row:
                 return _diverged(parts, state, log)
-            val_loss = None
-            if evaluate:
+            scores, improved = None, False
+            if evaluate and received:
+                loop.evaluation_pending = True
+            elif evaluate:
                 try:
-                    val_loss = _evaluate(parts, state, loop, step, log)
+                    scores, improved = _evaluate(parts, state, loop, log, signals, signal_of_any)
                 except Exception:
                     if jax.process_count() == 1:  # saving is collective, and the error may be this process's alone
-                        _save(parts, state, loop, log, None)
+                        _save(parts, state, loop, None, log)
                         parts.checkpoints.wait()
                     raise
-                stop = stop or 0 < options.patience <= loop.evaluations_since_best
-            improved = val_loss is not None and loop.evaluations_since_best == 0
+                received = signal_of_any()
+                stop = stop or received > 0 or stopped_early(parts.config, loop)
             if save or stop or improved:
-                _save(parts, state, loop, log, val_loss)
+                _save(parts, state, loop, scores, log)
         parts.checkpoints.wait()
         with cluster.together():
             if parts.checkpoints.problem:
                 raise UserError(parts.checkpoints.problem)
         if step < options.num_steps:
-            early = f"no better loss in {options.patience} evaluations"
+            early = f"no better {options.best_by} in {options.patience} evaluations"
             reason = f"signal {received}" if received else early
             log.progress.line(f"stopped at step {step} ({reason}); saved")
         return exit_status(received)
@@ -126,12 +152,6 @@ def _program(parts: Parts, state: TrainState, batch: Any, programs: dict) -> Any
     return programs[shapes]
 
 
-def _save(parts: Parts, state: TrainState, loop: Loop, log: Log, val_loss: float | None) -> None:
-    """Starts to write a checkpoint, after the metrics that it covers."""
-    log.file.sync()
-    parts.checkpoints.save(state, checkpoint_meta(parts, loop), val_loss)
-
-
 def _diverged(parts: Parts, state: TrainState, log: Log) -> int:
     """Ends a run whose steps make no update any more. Its state is not saved: the newest checkpoint is older."""
     [batch] = _device_batches(parts, log.skips[-1]["step"] - 1, log.skips[-1]["step"])
@@ -139,7 +159,7 @@ def _diverged(parts: Parts, state: TrainState, log: Log) -> int:
     limit = parts.config.train.max_skipped_in_a_row
     log.progress.line(
         f"stopped: {limit} steps in a row made no update, the last at step {log.skips[-1]['step']}; see {path}."
-        " Nothing was saved since; change optim.learning_rate, the data, or train.spike_sigma, and go on"
+        " Nothing was saved since; change optim.learning_rate, the data, or train.spike_sigma, and resume"
     )
     return EXIT_DIVERGED
 
@@ -149,7 +169,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _device_batches(parts: Parts, first: int, stop: int) -> Generator[Any]:
-    """Batches from step `first` up to `stop`, cut into micro-batches `[M, B, ...]` and on their way to the devices."""
+    """Batches of steps `first` to `stop - 1` as micro-batches `[M, B, ...]`, on their way to the devices."""
     options = parts.config.train
     sharding = batch_sharding(parts.mesh, leading_axes=1)
     rows = rows_of_process(parts.mesh, options.batch_size, options.micro_batch)
@@ -163,23 +183,62 @@ def _device_batches(parts: Parts, first: int, stop: int) -> Generator[Any]:
         yield put_rows(batch, sharding, options.micro_batch)
 
 
-def _evaluate(parts: Parts, state: TrainState, loop: Loop, step: int, log: Log) -> float:
-    """Measures the validation data, notes whether it is the best, and shows a sample."""
-    params = evaluated_params(state)
-    evaluation = parts.task.evaluate(params, batch_sharding(parts.mesh))
-    if evaluation.val_loss < loop.best_loss:
-        loop.best_loss, loop.evaluations_since_best = evaluation.val_loss, 0
-    else:
-        loop.evaluations_since_best += 1
-    log.file.write({"step": step, **evaluation.row()})
-    best = " (best)" if loop.evaluations_since_best == 0 else ""
-    log.progress.line(f"step {step} · validation {evaluation}{best}")
-    _show_sample(parts, params, step, log)
+def _save(parts: Parts, state: TrainState, loop: Loop, scores: Scores | None, log: Log) -> None:
+    """Starts to write a checkpoint, after the metrics up to its step."""
+    log.file.sync()
+    row = None if scores is None else scores.row()
+    val_loss = None if scores is None else scores.val_loss
+    parts.checkpoints.save(state, checkpoint_meta(parts, state, loop, row), val_loss)
+
+
+def _finish_evaluation(
+    parts: Parts, state: TrainState, loop: Loop, log: Log, signals: Signals, signal_of_any: Callable[[], int]
+) -> None:
+    """Makes the evaluation that was abandoned at a checkpoint's step."""
+    scores, _ = _evaluate(parts, state, loop, log, signals, signal_of_any)
+    if scores is not None:
+        log.file.sync()
+        meta = checkpoint_meta(parts, state, loop, scores.row())
+        parts.checkpoints.add_evaluation(int(state.step), scores.val_loss, meta)
+
+
+def _evaluate(
+    parts: Parts, state: TrainState, loop: Loop, log: Log, signals: Signals, signal_of_any: Callable[[], int]
+) -> tuple[Scores | None, bool]:
+    """Measures the validation data and shows a sample; a signal ends both between two batches.
+
+    Returns:
+        The scores, None where the evaluation was abandoned, and whether they are the best so far.
+    """
+    params, step = evaluated_params(state), int(state.step)
+    with log.evaluation(step, parts.task.evaluation_batches) as show_batch:
+
+        def before_batch() -> None:
+            if signal_of_any():
+                raise Abandoned
+            show_batch()
+
+        parts.evaluation_hook.before_batch = before_batch
+        try:
+            scores = parts.task.evaluate(params, batch_sharding(parts.mesh))
+        except Abandoned:
+            loop.evaluation_pending = True
+            log.progress.line(f"step {step} · evaluation abandoned; it is made when the run resumes")
+            return None, False
+    loop.evaluation_pending = False
+    by = parts.config.train.best_by
+    improved = loop.take(scores.val_loss, None if by == "loss" else scores.row()[by])
+    log.file.write({"step": step, **scores.row()})
+    log.progress.line(f"step {step} · validation {scores}{' (best)' if improved else ''}")
+    try:
+        _show_sample(parts, params, step, log, signals)
+    except Abandoned:
+        log.progress.line(f"step {step} · sample abandoned")
     log.restart_clock()
-    return evaluation.val_loss
+    return scores, improved
 
 
-def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
+def _show_sample(parts: Parts, params: dict, step: int, log: Log, signals: Signals) -> None:
     config = parts.config
     if not config.train.sample_tokens or config.heads:
         return
@@ -188,22 +247,39 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log) -> None:
         params = get(parts.mesh, params)
         if not cluster.is_first():
             return
+
+    def stop_early(*_piece: Any) -> None:
+        if signals.received:
+            raise Abandoned
+
     params = jax.device_put(params, jax.local_devices()[0])
+    prompt = config.train.sample_prompt
     try:
-        template, prompt = chat_template(config), config.train.sample_prompt
+        template = chat_template(config)
         if template is not None:
             prompt = render_prompt([Message(USER, prompt)], template)
-        [[text]] = sample_texts(config.model, params, parts.tokenizer, [prompt], options, at_start=template is not None)
+        [[text]] = sample_texts(
+            config.model,
+            params,
+            parts.tokenizer,
+            [prompt],
+            options,
+            on_text=stop_early,
+            at_start=template is not None,
+        )
+    except Abandoned:
+        raise
     except Exception as error:  # of whatever kind: training must not end because a sample cannot be made
-        log.progress.line(f"    no sample: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        reason = " ".join(str(error).split())[:200]
+        log.progress.line(f"step {step} · no sample: {type(error).__name__}: {reason}")
         return
-    log.progress.line(f"    {text!r}")
+    log.progress.sample(prompt + text)
     with open(parts.run_dir / SAMPLES_FILE, "a", encoding="utf-8") as file:
         file.write(f"--- step {step}\n{prompt}{text}\n")
 
 
 def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
-    """Says what is about to run, before it does."""
+    """Prints the facts of the run before it starts."""
     config, task, tokens = parts.config, parts.task, parts.tokens_per_step
     layout = " x ".join(f"{name} {size}" for name, size in parts.mesh.shape.items() if size > 1) or "one device"
     memory = step_program.memory_analysis()
@@ -211,10 +287,10 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     pages = ", huge pages" if allocator.uses_huge_pages() else ""
     pages += ", cache of large buffers" if allocator.caches_buffers() else ""
     epochs = config.train.num_steps * tokens / task.windows.tokens_per_epoch
-    learning, frozen = (cost.parameter_count(params) for params in (state.params, state.frozen))
-    count = cost.readable_count(learning + frozen)
+    trainable, frozen = (cost.parameter_count(params) for params in (state.params, state.frozen))
+    count = cost.readable_count(trainable + frozen)
     if frozen:
-        count += f", of which {cost.readable_count(learning)} learn ({100 * learning / (learning + frozen):.2f} %)"
+        count += f", {cost.readable_count(trainable)} trainable ({100 * trainable / (trainable + frozen):.2f} %)"
     say(f"device      {jax.device_count()} x {jax.devices()[0].device_kind} ({layout}), {config.train.compute_dtype}")
     if jax.process_count() > 1:
         say(f"processes   {jax.process_count()}")

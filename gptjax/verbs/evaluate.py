@@ -14,7 +14,7 @@ from gptjax.config.run import Config
 from gptjax.config.task import LABELLED
 from gptjax.config.verbs import EvaluateConfig
 from gptjax.errors import UserError, did_you_mean
-from gptjax.evaluation.labels import Predictions, require_finetune, save_confusion, score, table
+from gptjax.evaluation.labels import Predictions, save_confusion, score, table
 from gptjax.evaluation.loss import Evaluation, make_eval_step, measure
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
@@ -66,7 +66,6 @@ def evaluate_run(options: EvaluateConfig, notify: Callable[[str], None] = notify
         examples = _examples(run.config, options)
         compute = compute_options(run.config)
         return str(measure_chats(run.config, tokenizer, examples, compute, jax.jit)(run.params, _device()))
-    require_finetune()
     predictions, loss = predict_labels(run, name, _examples(run.config, options), options.batch_size)
     if options.figure:
         save_confusion(predictions, Path(options.figure).expanduser())

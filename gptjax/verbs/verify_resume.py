@@ -191,7 +191,7 @@ def _check(config: Config, status: int, acknowledged_before: int) -> None:
     lines = log_file(config).read_text(encoding="utf-8", errors="replace").splitlines()
     if status:
         raise UserError(f"the run ended by itself with status {status}: {lines[-1] if lines else ''}")
-    resumed = [int(line.rpartition(" ")[2]) for line in lines if line.startswith("going on from step ")]
+    resumed = [int(line.rpartition(" ")[2]) for line in lines if line.startswith("resuming from step ")]
     if resumed and resumed[0] < acknowledged_before:
         raise UserError(f"the run went on from step {resumed[0]}, though step {acknowledged_before} was acknowledged")
     if not resumed and any(line.startswith("device ") for line in lines) and acknowledged_before:

@@ -148,7 +148,7 @@ def test_training_goes_on_from_the_newest_good_checkpoint(config, trained, capsy
         trainer.train(replace(config, train={"strict_checkpoints": True}))
     assert trainer.train(config) == 0
     printed = capsys.readouterr().out
-    assert f"going on from step {OLDER}" in printed and "set aside as 00000006.rejected" in printed
+    assert f"resuming from step {OLDER}" in printed and "set aside as 00000006.rejected" in printed
     assert damaged in [p.read_bytes() for p in folder(config).with_suffix(".rejected").rglob("*") if p.is_file()]
     (state, _), (expected, _) = final_state(config), final_state(trained)
     assert_trees_equal(state, expected)

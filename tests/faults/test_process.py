@@ -122,21 +122,76 @@ def test_a_signal_saves_and_exits(tmp_path, number, status, seen):
     seen(f"{line.partition(' (')[0]}, saved; status {process.returncode}")
 
 
-@pytest.mark.fault(3, "a second SIGTERM while the first is served", "the process ends at once; 143")
-def test_a_second_signal_ends_at_once(tmp_path, seen):
-    # A pipe that nobody reads holds the process inside its first signal's work.
-    config = process_config(tmp_path, train=LONG | {"sample_tokens": 8})
-    process = start("train", write_config(config), stdout=subprocess.PIPE)
-    wait_for_rows(config, 3)
-    os.kill(process.pid, signal.SIGSTOP)
-    for _ in range(2):
+SAVES_SLOWLY = """
+import sys, time
+from pathlib import Path
+from gptjax.checkpoints import checkpoint
+from gptjax.cli import main
+
+def save_slowly(self, *args, save=checkpoint.Checkpoints.save):
+    Path(sys.argv[2]).touch()
+    time.sleep(float(sys.argv[3]))
+    save(self, *args)
+
+checkpoint.Checkpoints.save = save_slowly
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+@pytest.mark.fault(3, "a second SIGTERM while the first is served", "the process ends at once, without saving; 143")
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_second_signal_ends_at_once(tmp_path, signals, seen):
+    config, marker = process_config(tmp_path, train=LONG), tmp_path / "saving"
+    with script(SAVES_SLOWLY, write_config(config), marker, 1 if signals == 1 else 120) as process:
+        wait_for_rows(config, 3)
         process.send_signal(signal.SIGTERM)
-        os.kill(process.pid, signal.SIGCONT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.005)
-    process.communicate(timeout=60)
+        while process.poll() is None and not marker.exists():
+            time.sleep(0.01)
+        if signals == 2:
+            process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)  # shorter than the save would take
     assert process.returncode == 143
-    seen(f"status {process.returncode}")
+    first, *second = error.splitlines()
+    assert first.startswith("gptjax: SIGTERM: Stopping after this step")
+    saved = (Path(config.run_dir) / "checkpoints").is_dir()
+    if signals == 1:
+        assert saved and not second
+        seen("a single signal: saved")
+        return
+    assert not saved and second == [
+        "gptjax: stopped by a second signal (SIGTERM); nothing was saved since the first one"
+    ]
+    seen(f"{second[0].removeprefix('gptjax: ')}; status {process.returncode}")
+
+
+STEPS_SLOWLY = """
+import sys, time
+from gptjax.batches.pretraining import PackedWindows
+from gptjax.cli import main
+from gptjax.training import trainer
+
+def flush_slowly(self, *args, flush=trainer.Log.flush, **more):
+    flush(self, *args, **more)
+    time.sleep(1.0)
+
+trainer.Log.flush = flush_slowly
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+def test_a_signal_is_answered_while_the_main_thread_is_busy(tmp_path):
+    config = process_config(tmp_path, train=LONG)
+    with script(STEPS_SLOWLY, write_config(config)) as process:
+        wait_for_rows(config, 2)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert process.stderr is not None
+        assert "Stopping after this step" in process.stderr.readline()
+        answered = time.monotonic() - began
+        steps = len(rows(config))
+        process.communicate(timeout=60)
+    assert answered < 0.5, "the step takes a second"
+    assert rows(config)[-1]["step"] <= steps + 1
 
 
 PREPARES = """
@@ -304,7 +359,7 @@ def test_a_full_disk_leaves_older_checkpoints(tmp_path, seen):
         assert rows(config)[-1]["step"] == 40, "training went on while it could not save"
         subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)
         again = run("train", path)
-        assert again.returncode == 0 and f"going on from step {int(kept[-1])}" in again.stdout
+        assert again.returncode == 0 and f"resuming from step {int(kept[-1])}" in again.stdout
     seen(f"{error.partition('checkpoints/')[2]}; it trained on to its end before it failed; with room again it went on")
 
 
@@ -327,7 +382,7 @@ def test_a_disk_that_fills_up_during_a_save(tmp_path, monkeypatch, unbroken, see
         writer.save(dataclasses.replace(state, step=np.int32(99)), meta, None)
         writer.close()
         assert writer.acknowledged == 99 and not writer.problem
-        checkpoint.Checkpoints(disk / "run", 10, said.append).resume(strict=True)  # what Orbax still wrote is removed
+        checkpoint.Checkpoints(disk / "run", 10, said.append).make_room(choose(writer.folder, "latest", True))
         assert all(NAME.fullmatch(path.name) for path in writer.folder.iterdir())
     seen(f"{len(names)} saves verify, {len(said)} failed ({said[0].partition('saved: ')[2]}); with room the next works")
 
@@ -432,7 +487,7 @@ def test_another_learning_rate_is_allowed(tmp_path, unbroken, capsys, seen):
     changed = replace(config, run_dir=str(tmp_path / "run"), optim={"learning_rate": 1e-3}, train=train)
     assert trainer.train(changed) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "learning_rate" in line)
-    assert line == "going on with optim.learning_rate 0.003 -> 0.001"
+    assert line == "resuming with optim.learning_rate 0.003 -> 0.001"
     seen(line)
 
 
@@ -446,8 +501,8 @@ def test_other_data_is_allowed_when_asked_for(tmp_path, capsys, seen):
     changed = {"num_steps": 2, "batch_size": 4, "allow_data_change": True}
     assert trainer.train(replace(config, train=changed)) == 0
     printed = capsys.readouterr().out
-    assert "going on with train.batch_size 8 -> 4" in printed and "going on with other data than before" in printed
-    seen("refused without; with it: going on with other data than before")
+    assert "resuming with train.batch_size 8 -> 4" in printed and "resuming with other data than before" in printed
+    seen("refused without; with it: resuming with other data than before")
 
 
 @pytest.mark.fault(21, "resumed under another tokenizer", "refused by name, not by a shape")

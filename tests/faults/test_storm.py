@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_from_too_early_is_found(tmp_path):
     verify_resume.log_file(config).write_text("device      1 x cpu\n")
     with pytest.raises(UserError, match="began anew, though step 5 was acknowledged"):
         verify_resume._check(config, 0, 5)
-    verify_resume.log_file(config).write_text("going on from step 3\n")
+    verify_resume.log_file(config).write_text("resuming from step 3\n")
     with pytest.raises(UserError, match="went on from step 3, though step 5"):
         verify_resume._check(config, 0, 5)
     with pytest.raises(UserError, match="ended by itself with status 1"):

@@ -1,0 +1,97 @@
+"""Scores of labels: those of scikit-learn, which the program itself does not need."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+
+from gptjax.evaluation.labels import Predictions, are_spans, confusion, per_label, score
+from gptjax.training import setup
+from tests.faults.runs import SHARED_CACHE
+
+LABELS = tuple("abcdef")
+
+
+def random_predictions(seed: int, several: bool) -> Predictions:
+    """Examples of which none has label a, and none gets label b; c is neither had nor predicted."""
+    random = np.random.default_rng(seed)
+    probabilities = random.random((60, 6)).astype(np.float32)
+    probabilities[:, [1, 2]] = 0.0
+    targets = random.integers(0, 2, (60, 6)) if several else random.choice([1, 3, 4, 5], 60)
+    if several:
+        targets[:, [0, 2]] = 0
+    return Predictions(probabilities, targets, LABELS)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_are_those_of_scikit_learn(seed, several):
+    predictions = random_predictions(seed, several)
+    truth, chosen = predictions.targets, predictions.chosen
+    found = score(predictions, 0.5)
+    assert found.accuracy == pytest.approx(accuracy_score(truth, chosen))
+    assert found.macro_f1 == pytest.approx(f1_score(truth, chosen, average="macro", zero_division=0.0))
+    each = per_label(predictions)
+    expected = precision_recall_fscore_support(truth, chosen, labels=range(6), zero_division=0.0)
+    for one, other in zip((each.precision, each.recall, each.f1, each.support), expected, strict=True):
+        np.testing.assert_allclose(one, other)
+    if not several:
+        np.testing.assert_array_equal(confusion(predictions), confusion_matrix(truth, chosen, labels=range(6)))
+
+
+def test_tags_of_spans_are_known_by_their_form():
+    assert are_spans(("B-X", "I-X", "O")) and not are_spans(("B-X", "NOUN")) and not are_spans(())
+
+
+BLOCKED = """
+import sys
+for name in ("sklearn", "seqeval", "matplotlib"):
+    sys.modules[name] = None  # importing it is an ImportError
+from gptjax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def blocked(*args: object) -> subprocess.CompletedProcess[str]:
+    """Runs a verb where the extra `finetune` is not installed."""
+    command = [sys.executable, "-c", BLOCKED, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_base_install_trains_and_scores_a_classifier(tmp_path):
+    rows = [{"text": f"{word} {n}", "label": "ab"[n % 2]} for n, word in enumerate(["aa", "bb", "ab", "ba", "cc"] * 8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ("--model.n_layer", 1, "--model.n_embd", 8, "--model.n_head", 1, "--model.block_size", 16)
+    steps = ("--train.num_steps", 2, "--train.batch_size", 4, "--data.validation_fraction", 0.5)
+    common = ("--tokenizer.kind", "bytes", "--run_dir", tmp_path / "run", "--cache_dir", SHARED_CACHE, *sizes, *steps)
+    rows_of = ("--task.kind", "classify", "--data.path", tmp_path / "rows.jsonl")
+    done = blocked("train", *rows_of, *common)
+    assert done.returncode == 0, done.stderr
+    assert "macro F1" in done.stdout
+    scored = blocked("evaluate", "--run_dir", tmp_path / "run")
+    assert scored.returncode == 0 and "precision" in scored.stdout and "(predicted)" in scored.stdout
+
+
+def test_spans_need_seqeval_and_other_tags_do_not(tmp_path):
+    for tags, refused in ((("B-X", "O"), True), (("NOUN", "VERB"), False)):
+        sentence = "".join(f"w{n}\t{tags[n % 2]}\n" for n in range(6))
+        (tmp_path / "rows.conll").write_text("\n".join(f"x{n}\t{tags[0]}\n{sentence}" for n in range(20)))
+        sizes = ("--model.n_layer", 1, "--model.n_embd", 8, "--model.n_head", 1, "--model.block_size", 16)
+        train = ("--train.num_steps", 0 if refused else 1, "--train.batch_size", 2)
+        done = blocked("train", "--task.kind", "tag", "--data.path", tmp_path / "rows.conll", "--tokenizer.kind",
+                       "bytes", "--run_dir", tmp_path / tags[0], "--cache_dir", SHARED_CACHE, *sizes,
+                       *(train if not refused else ()))  # fmt: skip
+        assert ("the scores of spans need seqeval" in done.stderr) == refused, done.stderr
+        assert done.returncode == (2 if refused else 0)
+
+
+def test_the_score_that_chooses_the_best_decides_before_the_loss():
+    loop = setup.Loop(best_by="accuracy")
+    assert loop.take(1.0, 0.5) and not loop.take(0.1, 0.4) and loop.evaluations_since_best == 1
+    assert loop.take(0.9, 0.5), "of equal scores the lower loss is better"
+    assert not loop.take(0.9, 0.5)
+    assert (loop.best_score, loop.best_loss, loop.evaluations_since_best) == (0.5, 0.9, 1)
