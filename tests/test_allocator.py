@@ -71,7 +71,7 @@ def test_settings_of_the_users_own_are_left_alone(setting, expected):
     [
         "import sys; sys.settrace(lambda *_: None)",
         "import sys; sys.setprofile(lambda *_: None)",
-        "import sys; sys.monitoring.use_tool_id(0, 'x') if sys.version_info >= (3, 12) else sys.settrace(lambda *_: 0)",
+        "import sys; m = getattr(sys, 'monitoring', 0); m.use_tool_id(0, 'x') if m else sys.settrace(lambda *_: None)",
         "from pathlib import Path; import gptjax.machine.allocator as a; a.STATUS = Path('traced')",
     ],
 )
