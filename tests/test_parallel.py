@@ -160,7 +160,15 @@ def test_layers_on_stages_are_the_same_layers():
 def test_every_rule_matches_a_parameter():
     """Of a model with all that a model may have, and its optimizer's state."""
     new = {"init_from": "base", "finetune": {"train": "new"}}
-    runs = [{"model": {"tied_embeddings": False}}, *({"model": {"adapter": kind}, **new} for kind in ADAPTERS.values())]
+    variants = [
+        {"tied_embeddings": False, "embedding_norm": True, "output_bias": True, "positions": "t5", "gated": True},
+        {"bias": False, "qk_norm": "head", "norm_position": "sandwich", "residual_mix": True, "n_expert": 2},
+    ]
+    runs = [
+        *({"model": variant} for variant in variants),
+        {"optim": {"name": "adafactor"}},
+        *({"model": {"adapter": kind}, **new} for kind in ADAPTERS.values()),
+    ]
     train = {"compute_dtype": "float16", "ema": 0.9}
     states: list = [
         jax.eval_shape(lambda c=c: init_state(c)) for c in (replace(CONFIG, train=train, **r) for r in runs)

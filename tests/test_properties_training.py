@@ -165,7 +165,7 @@ def masks(rate: float, key: jax.Array) -> np.ndarray:
     @jax.jit
     def stream(params):
         x_BTD = gpt.embed_tokens(model, params, inputs, positions, key=key)
-        return gpt.apply_blocks(model, params, x_BTD, BlockInputs(positions), key=key)
+        return gpt.apply_blocks(model, params, x_BTD, BlockInputs(positions), key=key)[0]
 
     scaled = np.asarray(stream(params), np.float64) * (1 - rate)
     sums = np.rint(scaled).astype(int)
@@ -195,7 +195,7 @@ def test_attention_weights_are_dropped_at_their_rate_and_otherwise_in_each_layer
 
     @jax.jit
     def stream(params):
-        return gpt.apply_blocks(model, params, jnp.zeros((B, T, MODEL.n_embd)), inputs, key=KEY)
+        return gpt.apply_blocks(model, params, jnp.zeros((B, T, MODEL.n_embd)), inputs, key=KEY)[0]
 
     sums = np.rint(np.asarray(stream(params)) * (1 - rate) ** 2).astype(int)
     heads = sums.reshape(B, T, MODEL.n_head, -1)

@@ -322,7 +322,7 @@ def test_an_interrupted_verb_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gptjax.text.prepare.prepare", interrupted)
+    monkeypatch.setattr("gptjax.verbs.prepare.prepare", interrupted)
     assert main(["prepare", str(write_config(run_config(tmp_path)))]) == 130
     assert one_line(capsys.readouterr().err) == "interrupted"
 
