@@ -70,6 +70,7 @@ def joined(config: ClusterConfig) -> Iterator[None]:
     # Two programs at once would take each other's messages: a CPU, unlike a GPU, has no order of its own for them.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `guard.Signals`
+    _connect_directly()
     relay = _relay_errors(config)
     if not _initialize(config, cluster):
         yield
@@ -176,6 +177,12 @@ class Agreement:
 def _has_tpus() -> bool:
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _connect_directly() -> None:
+    """Keeps gRPC from sending the messages between the processes through the machine's web proxy, which may hang."""
+    os.environ.setdefault("grpc_proxy", "")  # comes before http_proxy and https_proxy; empty: no proxy
+    jax.config.update("jax_check_proxy_envs", False)  # JAX's warning about just that
 
 
 def _initialize(config: ClusterConfig, cluster: str) -> bool:

@@ -38,7 +38,9 @@ def test_four_processes_are_one_run(tmp_path, alone):
     assert load_config(tmp_path / "run" / "config.yaml").cluster == type(config.cluster)()
 
 
-def test_processes_that_disagree_stop_before_anything_is_compiled(tmp_path):
+def test_processes_that_disagree_stop_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # cannot be reached, and is not for these messages
+    monkeypatch.delenv("no_proxy", raising=False)
     config = process_config(tmp_path, train={"num_steps": 2})
     with started(write_config(config), 2, own={1: ("--seed", "1")}) as processes:
         assert processes.wait() == [2, 2]
