@@ -1,8 +1,11 @@
 """make finetune-report: trains the recipes of configs/finetune/ and writes the tables of docs/finetuning.md.
 
-What is trained already is not trained again, so a report that was interrupted goes on. Arguments after `--` go to
-every training, such as `-- --cache_dir DIR`; `--only spam tags` makes some of the tables. Times and memory are those
-of the machine and of what else runs on it: let nothing else run.
+The data is not part of the repository: docs/finetuning.md says where it comes from. Tables whose data is missing are
+skipped, with the reason.
+
+Runs that are trained already are not trained again, so an interrupted report can be continued. Arguments after `--`
+are passed to every training, such as `-- --cache_dir DIR`; `--only spam tags` makes some of the tables. Times and
+memory depend on the machine and its load: let nothing else run.
 """
 
 import argparse
@@ -18,9 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 RUNS = Path("runs/finetune")
-TABLES = ("spam", "tags", "domain")
+SPEECHES, SHAKESPEARE = DATA / "state_of_the_union.jsonl", DATA / "tinyshakespeare.txt"
+BASE = [SPEECHES, DATA / "spam", DATA / "brown"]
+NEEDED = {"spam": BASE, "tags": BASE, "domain": [SPEECHES, SHAKESPEARE]}
+TABLES = tuple(NEEDED)
 
-# Each way to fine-tune, and its flags: what learns little learns at a higher rate, and longer.
+# Each way to fine-tune, and its flags: methods with few trainable parameters need a higher rate and more steps.
 LONG = ("--train.num_steps", "600")
 FAST = ("--optim.learning_rate", "3e-3", *LONG)
 METHODS: dict[str, Sequence[str]] = {
@@ -53,6 +59,10 @@ def main() -> None:
     extra = [word for word in extra if word != "--"]
     made = {"spam": spam, "tags": tags, "domain": domain}
     for name in options.only:
+        missing = [str(path) for path in NEEDED[name] if not path.exists()]
+        if missing:
+            print(f"{name}: skipped: {', '.join(missing)} is missing; docs/finetuning.md says where to get it")
+            continue
         text = "\n".join(made[name](extra)) + "\n"
         print(text, flush=True)
         (ROOT / RUNS).mkdir(parents=True, exist_ok=True)
@@ -80,7 +90,7 @@ def spam_row(name: str, run: Path, forgets: bool) -> str:
     loss = loss_of(run, ["--language_model"]) if forgets else ""
     return (
         f"| {name} | {found(r'macro F1 ([0-9.]+)', scores)} | {found(r'accuracy ([0-9.]+)', scores)} |"
-        f" {told['learns']} | {told['memory']} | {told['peak_mb']} MB | {minutes(told)} | {loss} |"
+        f" {told['trainable']} | {told['memory']} | {told['peak_mb']} MB | {minutes(told)} | {loss} |"
     )
 
 
@@ -101,30 +111,30 @@ def minutes(told: dict) -> str:
 
 
 def domain(extra: list[str]) -> Iterable[str]:
-    """Proof 5: speeches, then Shakespeare; both losses before and after."""
+    """Proof 5: speeches, then Shakespeare; both losses before and after, on all of each text."""
     before, after = (train(name, name, (), extra) for name in ("speeches", "shakespeare"))
-    texts = {"speeches": "state_of_the_union.jsonl", "Shakespeare": "tinyshakespeare.txt"}
-    yield "| validation loss, nats per token | " + " | ".join(texts) + " |"
+    texts = {"speeches": SPEECHES, "Shakespeare": SHAKESPEARE}
+    yield "| loss on all of the text, nats per token | " + " | ".join(texts) + " |"
     yield "|---|---|---|"
     for name, run in {"speeches": before, "continued on Shakespeare": after}.items():
-        losses = (loss_of(run, ["--data.path", str(DATA / file)]) for file in texts.values())
+        losses = (loss_of(run, ["--data.path", str(file)]) for file in texts.values())
         yield f"| {name} | {' | '.join(losses)} |"
 
 
 def train(name: str, config: str, flags: Sequence[str], extra: Sequence[str]) -> Path:
-    """Trains a recipe once, in a process of its own; notes what it told, its processor time and its peak memory."""
+    """Trains a recipe once, in a process of its own; stores what it printed, its processor time and its peak memory."""
     run = ROOT / RUNS / name
     if (run / "report.json").exists():
         return run
-    # A run goes on by itself; its first start is what counts as its time.
+    # A run resumes by itself; the time of its first start counts.
     command = [sys.executable, "train.py", f"configs/finetune/{config}.yaml", "--run_dir", str(RUNS / name)]
     output, peak, seconds = call_measured([*command, *flags, *extra])
     parameters = found(r"parameters +([^,]+)", output)
     told = {
         "cpu_seconds": seconds,
         "peak_mb": peak,
-        "learns": found(r"of which (.+?) learn", output) + found(r"learn (\(.+?\))", output, " ")
-        if "of which" in output
+        "trainable": found(r"parameters +[^,]+, (.+? trainable \(.+?\))", output).replace(" trainable", "")
+        if " trainable (" in output
         else parameters,
         "memory": found(r"memory +(\S+ \S+) per device", output),
     }
@@ -163,12 +173,12 @@ def call_measured(command: list[str]) -> tuple[str, int, int]:
     return output, usage.ru_maxrss // 1024, round(usage.ru_utime + usage.ru_stime)
 
 
-def found(pattern: str, text: str, before: str = "") -> str:
+def found(pattern: str, text: str) -> str:
     """The first group of a pattern that must be there."""
     match = re.search(pattern, text)
     if match is None:
         sys.exit(f"{pattern!r} is not in:\n{text[-2000:]}")
-    return before + match.group(1)
+    return match.group(1)
 
 
 def tfidf() -> float:

@@ -39,6 +39,8 @@ class LoadedRun:
     step: int
     val_loss: float | None = None
     """Validation loss of the checkpoint, if it was evaluated."""
+    data_hash: str = ""
+    """Identity of the data that it was trained on; empty: unknown."""
 
 
 def write_description(
@@ -104,7 +106,8 @@ def load_run(
         raise UserError(f"{run_dir}: trained all of its parameters and needs no base; leave out base={base_dir}")
     tokenizer_path = run_dir / TOKENIZER_FILE
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
-    return LoadedRun(config, params, tokenizer, choice.manifest.step, choice.manifest.val_loss)
+    manifest = choice.manifest
+    return LoadedRun(config, params, tokenizer, manifest.step, manifest.val_loss, manifest.meta.get("data_hash", ""))
 
 
 def write_run(run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer | None) -> None:

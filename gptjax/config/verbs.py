@@ -110,6 +110,8 @@ class EvaluateConfig(CheckpointConfig):
         if not self.run_dir:
             raise UserError("run_dir is missing; name the folder of a trained run")
         usable_paths("", self, "run_dir")
+        for name in ("validation_fraction", "verify"):
+            no_effect("data", self.data, name, False, "a split for validation, which evaluate does not make")
         if not (self.data.path or self.data.source or self.data.hf_dataset) and self.data != DataConfig():
             raise UserError(
                 "data options have no effect on the run's own data; set data.path, source or hf_dataset too"

@@ -94,7 +94,7 @@ def require_seqeval() -> None:
         import seqeval.metrics  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"the scores of spans need {error.name}, of the extra finetune: pip install 'gptjax[finetune]'"
+            f"the scores of spans need {error.name}, of the extra finetune: pip install -e '.[finetune]'"
         ) from None
 
 
@@ -185,7 +185,7 @@ def save_confusion(predictions: Predictions, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("figure needs matplotlib, of the extra finetune: pip install 'gptjax[finetune]'") from None
+        raise UserError("figure needs matplotlib, of the extra finetune: pip install -e '.[finetune]'") from None
     counts = confusion(predictions)
     size = 2.5 + 0.25 * len(counts)
     figure = Figure(figsize=(size + 1, size), layout="constrained")

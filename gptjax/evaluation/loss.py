@@ -51,7 +51,22 @@ def measure(
     bytes_per_token: float,
 ) -> Evaluation:
     """Averages the loss over all targets of `batches`, summed before it is divided."""
-    sums = [eval_step(params, put(batch, sharding)) for batch in batches]
+    return evaluation_of(*sum_loss(eval_step, params, batches, sharding), bytes_per_token)
+
+
+def sum_loss(
+    eval_step: EvalStep, params: dict, batches: Iterable[Batch], sharding: jax.sharding.Sharding
+) -> tuple[float, float]:
+    """Returns the loss of all targets of `batches` in nats, summed, and their number."""
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    for batch in batches:
+        sums.append(eval_step(params, put(batch, sharding)))
+        jax.block_until_ready(sums[-2:][0])  # so that few batches are on the device at once
     nll, count = (math.fsum(float(value) for value in values) for values in zip(*sums, strict=True))
+    return nll, count
+
+
+def evaluation_of(nll: float, count: float, bytes_per_token: float) -> Evaluation:
+    """The measures that follow from a summed loss."""
     loss = nll / count
     return Evaluation(loss, math.exp(min(loss, 700.0)), loss / math.log(2) / bytes_per_token)

@@ -56,7 +56,7 @@ def source_fingerprint(data: DataConfig) -> str:
     elif data.hf_dataset:
         identity = ["hf_dataset", data.hf_dataset, "streamed" if data.streaming else hub.fingerprint(data)]
     else:
-        stats = [(os.path.abspath(path), path.stat()) for path in _given_files(data, Counter())]
+        stats = [(os.path.abspath(path), path.stat()) for path in given_files(data, Counter())]
         identity = ["path", [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
     return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode("utf-8", "surrogateescape"))
 
@@ -68,11 +68,12 @@ def _readers(data: DataConfig, counts: Counter[str]) -> Iterator[Iterator[Docume
         for path in _stdlib_files():
             yield _read_stdlib_file(path, counts)
     else:
-        for path in _given_files(data, counts):
+        for path in given_files(data, counts):
             yield read_file(path, data, counts)
 
 
-def _given_files(data: DataConfig, counts: Counter[str]) -> list[Path]:
+def given_files(data: DataConfig, counts: Counter[str]) -> list[Path]:
+    """The files of `data.path` in the order in which they are read; `counts` gets those of other kinds."""
     if not data.path:
         raise UserError("no text: set one of data.path, data.source and data.hf_dataset")
     return sorted(find_files(data.path, "data.path", ENDINGS, counts), key=lambda path: path.parts)

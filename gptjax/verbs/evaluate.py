@@ -1,21 +1,25 @@
-"""A trained run, measured on text or labels of one's choice."""
+"""`gptjax evaluate`: a trained run, measured on its own validation data or on other text or rows."""
 
 import dataclasses
+import math
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from gptjax.batches.pretraining import evaluation_batches
+from gptjax.batches.pretraining import Batch, evaluation_batches
 from gptjax.checkpoints.run_dir import CONFIG_FILE, LoadedRun, load_run
 from gptjax.config.reader import load_config
-from gptjax.config.run import Config
+from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import LABELLED
 from gptjax.config.verbs import EvaluateConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evaluation.labels import Predictions, save_confusion, score, table
-from gptjax.evaluation.loss import Evaluation, make_eval_step, measure
+from gptjax.evaluation.loss import Evaluation, evaluation_of, make_eval_step, measure, sum_loss
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.tasks.instruct import measure_chats
@@ -27,7 +31,37 @@ from gptjax.text.labelled import check_labels, read_data_rows
 from gptjax.text.prepare import prepare
 from gptjax.text.rows import limited
 from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.whole import WholeText, document_hashes, read_whole
 from gptjax.training.step import compute_options
+
+CLEANING = ("text_field", "invalid_utf8", "unicode", "newlines", "attend_across_documents")
+"""Options of data that another text inherits from the run, where they are not set for it."""
+SILENCE = 10.0
+"""Seconds between two lines of progress."""
+Notify = Callable[[str], None]
+
+
+class Measured(NamedTuple):
+    """The loss on all or some windows of one text."""
+
+    name: str
+    text: WholeText
+    nll: float
+    targets: float
+    """Targets in the windows that were measured."""
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Loss, perplexity and bits per byte."""
+        return evaluation_of(self.nll, self.targets, bytes_per_token(self.text.split))
+
+    @property
+    def sizes(self) -> str:
+        """Documents, tokens and bytes, and how much of it was measured."""
+        split, counts = self.text.split, self.text.counts
+        documents = f"{split.n_documents:,} document{'s' * (split.n_documents != 1)}"
+        missing = "".join(f", {text}" for text in counted(counts))
+        return f"{documents}, {split.n_tokens:,} tokens, {split.n_bytes:,} bytes{missing}"
 
 
 def run_evaluate(options: EvaluateConfig) -> int:
@@ -37,13 +71,14 @@ def run_evaluate(options: EvaluateConfig) -> int:
     return 0
 
 
-def evaluate_run(options: EvaluateConfig, notify: Callable[[str], None] = notify) -> str:
-    """Measures a run on the validation split of its own data, or on all of what `options.data` names.
+def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
+    """Measures a run on the validation split of its own data, or on all of the data that `options.data` names.
 
-    `notify` is told of damaged checkpoints in one line.
+    `notify` is called with one line for each damaged checkpoint, and while a long evaluation runs.
 
     Returns:
-        Loss, perplexity and bits per byte of text; for labels their scores as a table.
+        Loss, perplexity and bits per byte of text; for labels their scores as a table. For data of `options.data`
+        also its size, the checkpoint, and a line for each of several paths.
 
     Raises:
         UserError: There is no such run, or its data cannot be read.
@@ -53,40 +88,118 @@ def evaluate_run(options: EvaluateConfig, notify: Callable[[str], None] = notify
     if tokenizer is None:
         raise UserError(f"{options.run_dir}: has no tokenizer, so no text can be measured")
     if options.language_model:
-        return str(evaluate_text(run, tokenizer, options))
+        return _evaluate_text(run, tokenizer, options, notify)
     run, name = one_task(run, options.part, options.run_dir)
     kind = run.config.task.kind
     if options.figure and kind not in LABELLED:
         raise UserError(f"figure={options.figure!r} has no effect: {options.run_dir} has task.kind={kind}, no labels")
     if kind == "pretrain":
-        return str(evaluate_text(run, tokenizer, options))
+        return _evaluate_text(run, tokenizer, options, notify)
     if options.windows:
         raise UserError(f"windows={options.windows} has no effect: task.kind={kind} is measured on every row")
-    if kind not in LABELLED:
-        examples = _examples(run.config, options)
-        compute = compute_options(run.config)
-        return str(measure_chats(run.config, tokenizer, examples, compute, jax.jit)(run.params, _device()))
-    predictions, loss = predict_labels(run, name, _examples(run.config, options), options.batch_size)
+    if kind in LABELLED:
+        return _evaluate_labels(run, name, options)
+    return _evaluate_chats(run, tokenizer, options)
+
+
+def _evaluate_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify) -> str:
+    if not _given(options):
+        return str(_evaluate_own_text(run, tokenizer, options, notify))
+    measured = []
+    for name, data in _sources(options):
+        inherited = {key: getattr(run.config.data, key) for key in CLEANING if _is_default(data, key)}
+        data = dataclasses.replace(data, **({} if data.source else inherited))
+        text = read_whole(data, tokenizer)
+        batches = evaluation_batches(
+            text.split, run.config.model.block_size, options.windows, options.batch_size, data.attend_across_documents
+        )
+        nll, count = sum_loss(_eval_step(run), run.params, _with_progress(batches, name, notify), _device())
+        measured.append(Measured(name, text, nll, count))
+    lines = [str(measured[0].evaluation)]
+    if len(measured) > 1:
+        width = max(5, *(len(one.name) for one in measured))
+        lines = [f"{one.name:{width}}  {one.evaluation} · {one.sizes}" for one in measured]
+        lines.append(f"{'total':{width}}  {_total(measured)}")
+    else:
+        lines.append(f"text        {measured[0].name}: {measured[0].sizes}")
+    if options.windows:
+        lines.append(f"windows     at most {options.windows:,} of each text, evenly spaced")
+    return "\n".join([*lines, _checkpoint_line(run, options), _overlap_line(run.config, measured)])
+
+
+def _total(measured: Sequence[Measured]) -> Evaluation:
+    targets = sum(max(1, one.text.split.n_tokens - 1) for one in measured)
+    ratio = sum(one.text.split.n_bytes for one in measured) / targets
+    return evaluation_of(math.fsum(one.nll for one in measured), sum(one.targets for one in measured), ratio)
+
+
+def _evaluate_own_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify) -> Evaluation:
+    """The next token's loss on the run's validation text; of a run with labels, on that of the run it started from."""
+    owner = run.config
+    while owner.task.kind != "pretrain" and owner.init_from:
+        owner = load_config(Path(owner.init_from).expanduser() / CONFIG_FILE)
+    if owner.task.kind != "pretrain":
+        raise UserError(f"{options.run_dir}: started from no run with text of its own; give --data.path")
+    cache = Path(owner.cache_dir).expanduser()
+    override = tokenizer if owner.init_from else None  # as the run itself was prepared
+    prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=override)
+    if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
+        prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=tokenizer)
+    if owner is run.config and run.data_hash not in ("", prepared.dataset.hash):
+        notify(f"{options.run_dir}: its text has changed since it was trained; the loss is that of the new text")
+    split, across = prepared.dataset.validation, owner.data.attend_across_documents
+    batches = evaluation_batches(split, run.config.model.block_size, options.windows, options.batch_size, across)
+    batches = _with_progress(batches, "validation text", notify)
+    return measure(_eval_step(run), run.params, batches, _device(), bytes_per_token(split))
+
+
+def _evaluate_labels(run: LoadedRun, name: str, options: EvaluateConfig) -> str:
+    found = []
+    sources = _sources(options) if _given(options) else [("validation", None)]
+    for source, data in sources:
+        predictions, loss = predict_labels(run, name, _examples(run.config, data), options.batch_size)
+        found.append((source, predictions, loss))
+    predictions = _concatenated([predictions for _, predictions, _ in found])
+    weights = [len(one.targets) for _, one, _ in found]
+    loss = float(np.average([loss for *_, loss in found], weights=weights))
     if options.figure:
         save_confusion(predictions, Path(options.figure).expanduser())
-    return table(predictions, score(predictions, loss))
+    lines = [f"{source}  {score(one, loss)} · {len(one.targets):,} labels" for source, one, loss in found]
+    lines = (lines if len(found) > 1 else []) + [table(predictions, score(predictions, loss))]
+    if _given(options):
+        rows = len(predictions.sentences or predictions.targets)
+        lines += [
+            "",
+            f"rows        {', '.join(source for source, *_ in found)}: {rows:,}",
+            _checkpoint_line(run, options),
+        ]
+    return "\n".join(lines)
 
 
-def evaluate_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig) -> Evaluation:
-    """The next token's loss; of a run that learned something else, on the text of the run it started from."""
-    owner = run.config
-    own = not _given(options)
-    while own and owner.task.kind != "pretrain" and owner.init_from:
-        owner = load_config(Path(owner.init_from).expanduser() / CONFIG_FILE)
-    if own and owner.task.kind != "pretrain":
-        raise UserError(f"{options.run_dir}: started from no run with text of its own; give --data.path")
-    data = owner.data if own else options.data
-    override = None if own and not owner.init_from else tokenizer  # as the run itself was prepared
-    prepared = prepare(data, owner.tokenizer, Path(owner.cache_dir).expanduser(), tokenizer_override=override)
-    split, block_size = prepared.dataset.validation, run.config.model.block_size
-    batches = evaluation_batches(split, block_size, options.windows, options.batch_size, data.attend_across_documents)
-    eval_step = jax.jit(make_eval_step(run.config.model, compute_options(run.config)))
-    return measure(eval_step, run.params, batches, _device(), bytes_per_token(split))
+def _concatenated(parts: Sequence[Predictions]) -> Predictions:
+    """The predictions of several files as those of one."""
+    return Predictions(
+        np.concatenate([part.probabilities_EN for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+        parts[0].labels,
+        tuple(length for part in parts for length in part.sentences),
+        tuple(cut for part in parts for cut in part.cut),
+    )
+
+
+def _evaluate_chats(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig) -> str:
+    def measured(examples: list) -> Any:
+        compute = compute_options(run.config)
+        return measure_chats(run.config, tokenizer, examples, compute, jax.jit)(run.params, _device())
+
+    if not _given(options):
+        return str(measured(_examples(run.config, None)))
+    found = [(source, _examples(run.config, data)) for source, data in _sources(options)]
+    chats = [chat for _, examples in found for chat in examples]
+    lines = [f"{source}  {measured(examples)} · {len(examples):,} chats" for source, examples in found]
+    lines = (lines if len(found) > 1 else []) + [str(measured(chats))]
+    names = ", ".join(source for source, _ in found)
+    return "\n".join([*lines, f"rows        {names}: {len(chats):,}", _checkpoint_line(run, options)])
 
 
 def one_task(run: LoadedRun, part: str, where: str) -> tuple[LoadedRun, str]:
@@ -103,7 +216,7 @@ def one_task(run: LoadedRun, part: str, where: str) -> tuple[LoadedRun, str]:
 
 
 def predict_labels(run: LoadedRun, name: str, examples: list, batch_size: int) -> tuple[Predictions, float]:
-    """What head `name` of a run says of examples, and the mean loss where their labels are known."""
+    """The predictions of head `name` of a run for examples, and the mean loss where their labels are known."""
     config, task, tokenizer = run.config, run.config.task, run.tokenizer
     assert tokenizer is not None  # labels were learned with one
     predict = TASKS[task.kind].predict
@@ -111,12 +224,13 @@ def predict_labels(run: LoadedRun, name: str, examples: list, batch_size: int) -
     return predict(config, name, run.params, tokenizer, examples, batch_size, compute_options(config), _device())
 
 
-def _examples(config: Config, options: EvaluateConfig) -> list:
-    if not _given(options):
+def _examples(config: Config, data: DataConfig | None) -> list:
+    """The examples of `data`; None: those that the run is validated on."""
+    if data is None:
         return read_examples(config.task, config.data).validation
-    data, counts = options.data, Counter()
-    named = dataclasses.replace(data, text_field=config.data.text_field)
+    counts: Counter[str] = Counter()
     rows = limited(read_data_rows(data, counts), data)
+    named = dataclasses.replace(data, text_field=config.data.text_field) if _is_default(data, "text_field") else data
     examples = list(parse(rows, config.task, named, counts=counts))
     for line in counted(counts):
         notify(line)
@@ -126,6 +240,57 @@ def _examples(config: Config, options: EvaluateConfig) -> list:
     if not examples:
         raise UserError(f"{', '.join(data.path) or data.hf_dataset}: no rows")
     return examples
+
+
+def _sources(options: EvaluateConfig) -> list[tuple[str, DataConfig]]:
+    """Each path that was given, or the one other source, with its name."""
+    data = options.data
+    if not data.path:
+        return [(data.source or data.hf_dataset, data)]
+    return [(path, dataclasses.replace(data, path=(path,))) for path in data.path]
+
+
+def _is_default(data: DataConfig, name: str) -> bool:
+    return getattr(data, name) == getattr(DataConfig(), name)
+
+
+def _checkpoint_line(run: LoadedRun, options: EvaluateConfig) -> str:
+    if run.val_loss is None:
+        return f"checkpoint  {options.checkpoint}, step {run.step:,} (it was not evaluated in training)"
+    return f"checkpoint  {options.checkpoint}, step {run.step:,} (validation loss {run.val_loss:.4f} in training)"
+
+
+def _overlap_line(config: Config, measured: Sequence[Measured]) -> str:
+    """Says how many documents are also in the text that the run, or one that it started from, was trained on."""
+    given, own, known = frozenset().union(*(one.text.documents for one in measured)), frozenset(), True
+    while True:
+        if config.task.kind == "pretrain":
+            hashes = document_hashes(config.data)
+            own, known = own | (hashes or frozenset()), known and hashes is not None
+        base = Path(config.init_from).expanduser() / CONFIG_FILE
+        if not config.init_from or not base.is_file():
+            break
+        config = load_config(base)
+    shared, total = len(given & own), len(given)
+    if shared:
+        return f"own text    {shared:,} of {total:,} distinct documents are in the text of the run (both splits)"
+    if not known:
+        return "own text    not compared: the text of the run is not at hand, or too large to be read again"
+    return f"own text    differs: none of {total:,} distinct documents is in the text of the run"
+
+
+def _eval_step(run: LoadedRun) -> Callable:
+    return jax.jit(make_eval_step(run.config.model, compute_options(run.config)))
+
+
+def _with_progress(batches: Iterable[Batch], name: str, notify: Notify) -> Iterator[Batch]:
+    """Yields batches, and calls `notify` from time to time."""
+    said = time.monotonic()
+    for number, batch in enumerate(batches):
+        if time.monotonic() - said >= SILENCE:
+            said = time.monotonic()
+            notify(f"{name}: {number:,} batches measured")
+        yield batch
 
 
 def _given(options: EvaluateConfig) -> bool:

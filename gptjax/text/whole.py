@@ -1,0 +1,92 @@
+"""All of a text as tokens in memory, for measuring a model on it; nothing is split off and nothing is learned."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from gptjax.config.run import DataConfig
+from gptjax.errors import UserError
+from gptjax.text.clean import clean
+from gptjax.text.shards import TokenSplit, token_dtype
+from gptjax.text.sources import Document, given_files, read_documents
+from gptjax.text.tokenizer import Tokenizer
+
+BATCH = 2**22
+"""Characters that are encoded at once."""
+MOST_BYTES = 2**28
+"""Files that are larger together are not read again to compare texts."""
+
+
+class WholeText(NamedTuple):
+    """A text as one stream of tokens."""
+
+    split: TokenSplit
+    documents: frozenset[int]
+    """Hashes of the documents."""
+    counts: Counter[str]
+    """What was read and what was left out, see `read_documents` and `clean`."""
+
+
+def read_whole(data: DataConfig, tokenizer: Tokenizer) -> WholeText:
+    """Reads, cleans and encodes all documents, each as in training data: end-of-text and then its tokens.
+
+    Raises:
+        UserError: Something cannot be read or encoded (the message names the document), or there is no text.
+    """
+    counts: Counter[str] = Counter()
+    end = tokenizer.end_of_text
+    dtype, separator = token_dtype(tokenizer.vocab_size), [] if end is None else [end]
+    tokens, starts, n_tokens, n_bytes, hashes = [], [], 0, 0, set()
+    for batch in _batches(clean(read_documents(data, counts), data, counts)):
+        for document, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+            raw = document.text.encode()
+            starts.append(n_tokens)
+            tokens.append(np.concatenate([separator, ids]).astype(dtype))
+            n_tokens, n_bytes = n_tokens + len(tokens[-1]), n_bytes + len(raw)
+            hashes.add(xxhash.xxh3_64_intdigest(raw))
+    if not tokens:
+        raise UserError(f"no text to measure: {counts['read']:,} documents were read, and none has any text")
+    stream = np.concatenate([*tokens, np.array(separator, dtype)])
+    split = TokenSplit((stream,), (np.array(starts, np.uint64),), n_bytes, end)
+    return WholeText(split, frozenset(hashes), counts)
+
+
+def document_hashes(data: DataConfig) -> frozenset[int] | None:
+    """Hashes of all documents of a text; None: it is not there, or too large to be read again."""
+    if data.hf_dataset:
+        return None
+    try:
+        if data.path and sum(path.stat().st_size for path in given_files(data, Counter())) > MOST_BYTES:
+            return None
+        counts: Counter[str] = Counter()
+        documents = clean(read_documents(data, counts), data, counts)
+        return frozenset(xxhash.xxh3_64_intdigest(document.text.encode()) for document in documents)
+    except (UserError, OSError):
+        return None
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
+    try:
+        return tokenizer.encode_batch([document.text for document in documents])
+    except UserError:
+        for document in documents:  # once more, to find the one that cannot be encoded
+            try:
+                tokenizer.encode(document.text)
+            except UserError as error:
+                raise UserError(f"{document.where}: {error}") from None
+        raise
