@@ -28,6 +28,10 @@ class Chip:
 # - NVIDIA's sheets print FLOP/s with sparsity; these are half of that.
 # - A link that is published for both directions counts half. Cards without NVLink between all of a machine: PCIe x16.
 # - The pods of v4 and v5p have more chips than can be planned.
+# - H100 NVL: data sheet "NVIDIA H100 NVL" (1,671 TFLOPS with sparsity, 94 GB, 3.9 TB/s). Bridges join pairs only.
+# - H200 NVL: nvidia.com/en-us/data-center/h200 (1,671 TFLOPS with sparsity; bridges of 900 GB/s join up to four).
+# - GH200: data sheet "NVIDIA GH200 Grace Hopper Superchip", 2705455 (990 TFLOPS dense; 96 GB of HBM3, 4 TB/s).
+# - GB200: nvidia.com/en-us/data-center/gb200-nvl72, of 72 GPUs together: 360 PFLOPS with sparsity, 13.4 TB, 576 TB/s.
 CHIPS = {
     "h100": Chip(("H100",), 989e12, 80e9, 3.35e12, 8, 450e9, 50e9),
     "h100-pcie": Chip(("H100 PCIe",), 756e12, 80e9, 2.0e12, 8, 64e9, 50e9),
