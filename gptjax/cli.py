@@ -6,8 +6,9 @@ Heavy imports are inside these functions, so that help and errors are printed at
 import contextlib
 import io
 import itertools
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gptjax import __version__
@@ -32,6 +33,8 @@ from gptjax.machine.accelerator import has_accelerator
 Restart = Callable[[str, int], None]
 """Starts the program again with faster memory settings: `allocator.restart`, or nothing."""
 NO_RESTART = "--no-restart"
+PIPED_COLUMNS = "129"
+"""Width of help that is not printed on a terminal: the largest that `tyro` does not cut into columns of options."""
 
 
 def stay(_cache_dir: str, _processes: int) -> None:
@@ -208,10 +211,23 @@ def _print_help(name: str, verb: Callable, options: type) -> None:
     print(verb.__doc__)
     if verb in RESTARTING:
         print(f"{NO_RESTART}: on Linux, do not restart once with huge pages and a cache of large buffers.")
-    with contextlib.suppress(SystemExit):  # how tyro ends after --help
+    with _wide_without_terminal(), contextlib.suppress(SystemExit):  # how tyro ends after --help
         tyro.cli(
             options, prog=f"gptjax {name}", args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,)
         )
+
+
+@contextlib.contextmanager
+def _wide_without_terminal() -> Iterator[None]:
+    """Sets the width of lines, which is 80 by default where standard output is a file or a pipe."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        yield
+        return
+    os.environ["COLUMNS"] = PIPED_COLUMNS
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
 
 
 def _start(args: Sequence[str], verb: str) -> Start:

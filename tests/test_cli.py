@@ -45,6 +45,18 @@ def test_every_verb_explains_its_options(capsys, verb):
     assert f"usage: gptjax {verb}" in printed and "-dir STR" not in printed
 
 
+def test_help_is_as_wide_as_the_terminal_and_does_not_wrap_at_80_columns_in_a_pipe(capsys, monkeypatch):
+    def width() -> int:
+        assert main(["evaluate", "--help"]) == 0
+        return max(len(line) for line in capsys.readouterr().out.splitlines() if line.startswith("│"))
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert 120 < width() <= 129
+    assert "COLUMNS" not in os.environ
+    monkeypatch.setenv("COLUMNS", "70")
+    assert width() <= 70
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
