@@ -24,6 +24,7 @@ from gptjax.config.verbs import (
     ImportConfig,
     PlanConfig,
     PredictConfig,
+    PrepareConfig,
     SampleConfig,
     VerifyResumeConfig,
 )
@@ -51,11 +52,13 @@ def train(args: Sequence[str], restart: Restart = stay) -> int:
 
 
 def prepare(args: Sequence[str]) -> int:
-    """Prepares data and tokenizer as train would: gptjax prepare [CONFIG.yaml | RUN_DIR] [--section.key VALUE ...]."""
-    start = _start(args, "prepare")
+    """Prepares data and tokenizer as train would: gptjax prepare [CONFIG.yaml | RUN_DIR] [--shard I/N] [...]."""
+    place = [] if not args or args[0].startswith("-") else [args[0]]
+    own, others = _split_flags(PrepareConfig, args[len(place) :])
+    start = _start([*place, *others], "prepare")
     from gptjax.verbs.prepare import run_prepare
 
-    return run_prepare(start)
+    return run_prepare(start, _flags(PrepareConfig, own).shard)
 
 
 def sample(args: Sequence[str], restart: Restart = stay) -> int:

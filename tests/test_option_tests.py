@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gptjax.config.clean import RULE_SET_OF
 from gptjax.config.reader import flag_types
 from gptjax.config.run import Config
 from tests.test_step import FLIPS
@@ -54,6 +55,21 @@ ELSEWHERE = {
     "test_sources::test_invalid_utf8_is_replaced_or_left_out_and_counted": ("data.invalid_utf8",),
     "test_clean::test_unix_newlines_and_nfc_do_what_they_say": ("data.unicode", "data.newlines"),
     "test_clean::test_each_rule_counts_what_it_leaves_out": ("data.min_characters", "data.drop_duplicates"),
+    "test_cleaning::test_html_becomes_text_and_other_text_stays": ("data.clean.html",),
+    "test_cleaning::test_mojibake_is_repaired": ("data.clean.repair",),
+    "test_cleaning::test_languages_are_kept_or_left_out": ("data.clean.languages", "data.clean.language_confidence"),
+    "test_cleaning::test_c4_removes_lines_that_are_no_sentences": ("data.clean.quality.rules",),
+    "test_cleaning::test_each_limit_leaves_out_what_breaks_it": tuple(
+        f"data.clean.quality.{limit}" for limit in RULE_SET_OF
+    ),
+    "test_cleaning::test_a_filter_of_the_user_changes_or_leaves_out": ("data.clean.filter",),
+    "test_cleaning::test_only_the_kinds_that_are_asked_for_are_replaced": ("data.clean.personal_data",),
+    "test_cleaning::test_documents_that_share_a_run_of_words_with_evaluation_data_are_left_out": (
+        *("data.clean.decontaminate", "data.clean.decontaminate_ngram"),
+    ),
+    "test_cleaning::test_near_duplicates_are_those_of_brute_force": ("data.clean.near_duplicates",),
+    "test_cleaning::test_repeated_lines_and_paragraphs_are_removed_and_counted": ("data.clean.duplicate_parts",),
+    "test_cleaning::test_any_number_of_workers_and_shares_gives_the_same_tokens": ("data.clean.workers",),
     "test_tokenizer::test_trained_merges_encode_as_the_library_that_learned_them": (
         *("tokenizer.kind", "tokenizer.vocab_size"),
     ),

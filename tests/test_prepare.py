@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptjax.config.clean import CleanConfig
 from gptjax.config.run import DataConfig, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text import prepare as module
@@ -90,6 +91,7 @@ OTHER_OPTIONS = {
     "newlines": "unix",
     "min_characters": 30,
     "drop_duplicates": True,
+    "clean": CleanConfig(personal_data=("email",), workers=1),
 }
 
 
@@ -241,6 +243,7 @@ def test_summary_counts_what_was_left_out(tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
+from gptjax.config.clean import CleanConfig
 from gptjax.config.run import DataConfig, TokenizerConfig
 from gptjax.text import prepare as module
 module._REPORT_SECONDS = 0

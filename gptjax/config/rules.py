@@ -65,7 +65,8 @@ def usable_path(name: str, path: str) -> None:
 
 def no_effect(section: str, config, name: str, active: bool, needs: str) -> None:
     """Refuses an option that was changed from its default where it does nothing."""
-    default = next(field.default for field in dataclasses.fields(config) if field.name == name)
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if not active and getattr(config, name) != default:
         value = getattr(config, name)
         raise UserError(f"{_full(section, name)}={value!r} has no effect without {needs}; leave it at {default!r}")

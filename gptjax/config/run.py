@@ -5,6 +5,7 @@ import math
 import re
 from typing import Literal
 
+from gptjax.config.clean import CleanConfig
 from gptjax.config.cluster import ClusterConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.rules import LARGEST_COUNT, fraction, local_folders, no_effect, not_negative, positive, usable_paths
@@ -71,6 +72,7 @@ class DataConfig:
     """Leave out shorter documents (counted)."""
     drop_duplicates: bool = False
     """Leave out documents whose text came before (counted)."""
+    clean: CleanConfig = dataclasses.field(default_factory=CleanConfig)
     attend_across_documents: bool = False
     """Let tokens attend to earlier documents in the same window."""
     verify: Literal["full", "header"] = "full"
@@ -371,7 +373,7 @@ class Config:
         new = labelled or self.model.adapter.kind != "none"
         if rows:
             no_effect("train", self.train, "eval_windows", False, "task.kind=pretrain")
-            for name in ("source", "min_characters", "drop_duplicates", "attend_across_documents"):
+            for name in ("source", "min_characters", "drop_duplicates", "clean", "attend_across_documents"):
                 no_effect("data", self.data, name, False, "task.kind=pretrain")
         if not self._has_score(self.train.best_by):
             no_effect("train", self.train, "best_by", False, "a task that has such a score")

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 
+from gptjax.config.clean import PERSONAL_DATA
+from gptjax.text.cleaning.quality import LIMITS
+
 COUNTED = {
     "unknown_files": "files of other kinds passed over",
     "invalid_utf8_skipped": "left out: not UTF-8",
@@ -9,6 +12,13 @@ COUNTED = {
     "empty": "left out: empty",
     "short": "left out: too short",
     "duplicate": "left out: duplicates",
+    "language": "left out: another language",
+    **{f"quality_{limit}": f"left out: quality rule {limit}" for limit in LIMITS},
+    "filter": "left out: by data.clean.filter",
+    "contaminated": "left out: share words with evaluation data",
+    "near_duplicate": "left out: near duplicates",
+    "repeated_parts": "repeated lines or paragraphs removed",
+    **{f"replaced_{kind}": f"{kind} replaced" for kind in PERSONAL_DATA},
     "missing_label": "left out: without a label (null, empty, -1 or -100; a number that is a class can be named in"
     " task.labels)",
     "turns_without_text": "turns without text skipped",
@@ -20,3 +30,8 @@ COUNTED = {
 def counted(counts: Mapping[str, int]) -> list[str]:
     """Each count that is not zero in words: "3 left out: empty"."""
     return [f"{counts[name]:,} {text}" for name, text in COUNTED.items() if counts.get(name)]
+
+
+def leaves_out(name: str) -> bool:
+    """Whether a count is of documents that were read and left out."""
+    return name != "invalid_utf8_skipped" and COUNTED.get(name, "").startswith("left out: ")

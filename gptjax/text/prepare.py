@@ -21,7 +21,9 @@ from gptjax.config.run import DataConfig, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.files import publish
 from gptjax.text.clean import clean
-from gptjax.text.counts import counted
+from gptjax.text.cleaning.stages import stages_identity
+from gptjax.text.cleaning.store import CLEAN_VERSION, Share, build_store, read_store
+from gptjax.text.counts import counted, leaves_out
 from gptjax.text.shard_writer import SHARD_TOKENS, CorpusChanged, ShardWriter, write_manifest
 from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, Verify, open_dataset
 from gptjax.text.sources import Document, read_documents, source_fingerprint
@@ -37,6 +39,8 @@ _BATCH_CHARACTERS = 2**22
 _REPORT_SECONDS = 5.0
 
 Report = Callable[[str], object]
+Corpus = Callable[[Counter[str]], Iterator[Document]]
+"""Yields the cleaned documents once more, and counts what is left out."""
 Split = Callable[[str], list[tuple[str, str]]]
 """Cuts a text into `(split, part)`: one part, except for a corpus of a single document."""
 
@@ -82,12 +86,18 @@ def prepare(
         with _only_one(folder, report):
             if prepared := _open_finished(folder, data.verify, report):
                 return prepared
-            about = {"source": source, "data": dataclasses.asdict(data)}
+            options = dataclasses.asdict(data)
+            if not data.clean.active:
+                del options["clean"]
+            about = {"source": source, "data": options}
             try:
-                _build(folder, data, tokenizer, tokenizer_override, about, report)
+                corpus = _open_corpus(data, cache_dir, report)
+                _build(folder, data, corpus, tokenizer, tokenizer_override, about, report)
             except CorpusChanged:  # the shards of the killed process are removed by now
                 report(f"preparing: {folder.name} was begun with other text; it is made anew")
-                _build(folder, data, tokenizer, tokenizer_override, about, report)
+                _build(
+                    folder, data, _open_corpus(data, cache_dir, report), tokenizer, tokenizer_override, about, report
+                )
     except OSError as error:
         raise UserError(f"cache_dir: cannot write {error.filename or folder}: {error.strerror}") from None
     return open_folder(folder, data.verify)
@@ -102,12 +112,46 @@ def find_folder(
         UserError: No text is there.
     """
     source = source_fingerprint(data)
+    made_with = tokenizer_override.fingerprint if tokenizer_override else dataclasses.asdict(tokenizer)
+    fingerprint = _fingerprint([FORMAT_VERSION, source, made_with, _stored_options(data)])
+    return Path(cache_dir).expanduser() / "data" / f"{_short_name(data)}-{fingerprint}", source
+
+
+def find_store(data: DataConfig, cache_dir: Path) -> Path:
+    """Returns the folder of the cleaned documents, whether or not it exists. Other tokenizers use the same one.
+
+    Raises:
+        UserError: No text is there.
+    """
+    options = {k: v for k, v in _stored_options(data).items() if k != "validation_fraction"}
+    fingerprint = _fingerprint([source_fingerprint(data), options])
+    return Path(cache_dir).expanduser() / "data" / f"{_short_name(data)}-{fingerprint}.clean"
+
+
+def clean_share(data: DataConfig, cache_dir: Path, share: Share, report: Report = print) -> bool:
+    """Cleans some parts of the corpus; returns whether all of them are there. `prepare` uses them afterwards.
+
+    Raises:
+        UserError: No stage is on, or something cannot be read or cleaned.
+    """
+    if not data.clean.active:
+        raise UserError("shard: there is nothing to share without a stage of data.clean: the rest is not worth it")
+    return build_store(find_store(data, cache_dir), data, lambda counts: read_documents(data, counts), report, share)
+
+
+def _stored_options(data: DataConfig) -> dict:
+    """The options that decide the tokens. Those of cleaning count only where a stage is on, so older folders fit."""
     stored = {k: v for k, v in dataclasses.asdict(data).items() if k not in _NOT_STORED}
     options = {k: v for k, v in stored.items() if k not in _ADDED_OPTIONS or v != _ADDED_OPTIONS[k]}
-    made_with = tokenizer_override.fingerprint if tokenizer_override else dataclasses.asdict(tokenizer)
-    identity = json.dumps([FORMAT_VERSION, source, made_with, options], sort_keys=True)
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return Path(cache_dir).expanduser() / "data" / f"{_short_name(data)}-{fingerprint}", source
+    clean_options = options.pop("clean")
+    if data.clean.active:
+        del clean_options["workers"]
+        options["clean"] = [CLEAN_VERSION, clean_options, stages_identity(data)]
+    return options
+
+
+def _fingerprint(identity: list) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_folder(folder: Path, verify: Verify = "full") -> Prepared:
@@ -167,6 +211,7 @@ def choose_split(texts: Iterable[str], fraction: float) -> Split:
 def _build(
     folder: Path,
     data: DataConfig,
+    corpus: Corpus,
     config: TokenizerConfig,
     tokenizer: Tokenizer | None,
     about: dict,
@@ -175,16 +220,20 @@ def _build(
     # This process holds the lock, so an existing folder was left by a process that was killed.
     building = folder.with_name(f"{folder.name}.tmp")
     building.mkdir(exist_ok=True)
+    store = find_store(data, folder.parents[1]) if data.clean.active else None
     try:
-        split = _split_of(data)
+        split = _split_of(data, corpus)
         tokenizer = tokenizer or _kept_tokenizer(building)
-        tokenizer = tokenizer or make_tokenizer(config, lambda: _learned_from(data, config, split), report)
+        tokenizer = tokenizer or make_tokenizer(config, lambda: _learned_from(corpus, config, split), report)
         save_tokenizer(tokenizer, building / TOKENIZER)
         counts: Counter[str] = Counter()
-        shards = _write_shards(building, _cleaned(data, counts), split, tokenizer, report)
+        shards = _write_shards(building, corpus(counts), split, tokenizer, report)
         if source_fingerprint(data) != about["source"]:
+            if store:
+                shutil.rmtree(store, ignore_errors=True)
             raise UserError(f"{_short_name(data)}: the sources changed while they were read; start again")
-        _require_both(data, counts, shards)
+        _require_both(data, corpus, counts, shards)
+        _require_sum(counts, shards)
         write_manifest(
             building,
             shards,
@@ -211,9 +260,9 @@ def _kept_tokenizer(building: Path) -> Tokenizer | None:
         return None
 
 
-def _split_of(data: DataConfig) -> Split:
+def _split_of(data: DataConfig, corpus: Corpus) -> Split:
     counts: Counter[str] = Counter()
-    documents = _cleaned(data, counts)
+    documents = corpus(counts)
     first = next(documents, None)
     if first is None:
         left_out = counted(counts)
@@ -224,13 +273,18 @@ def _split_of(data: DataConfig) -> Split:
     return choose_split((document.text for document in itertools.chain([first], documents)), data.validation_fraction)
 
 
-def _cleaned(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
-    return clean(read_documents(data, counts), data, counts)
+def _open_corpus(data: DataConfig, cache_dir: Path, report: Report) -> Corpus:
+    """Cleans the corpus, if a stage is on and it was not done before; the documents can then be read several times."""
+    if not data.clean.active:
+        return lambda counts: clean(read_documents(data, counts), data, counts)
+    store = find_store(data, cache_dir)
+    build_store(store, data, lambda counts: read_documents(data, counts), report)
+    return lambda counts: read_store(store, data, counts)
 
 
-def _learned_from(data: DataConfig, config: TokenizerConfig, split: Split) -> Iterator[str]:
+def _learned_from(corpus: Corpus, config: TokenizerConfig, split: Split) -> Iterator[str]:
     """The text that a tokenizer learns from: all of it for chars, the training text for bpe."""
-    for document in _cleaned(data, Counter()):
+    for document in corpus(Counter()):
         if config.kind == "chars":
             yield document.text
         else:
@@ -346,18 +400,26 @@ def _progress(report: Report) -> Callable[[int, int, int], None]:
     return advance
 
 
-def _require_both(data: DataConfig, counts: Counter[str], shards: dict[str, list[dict]]) -> None:
+def _require_sum(counts: Counter[str], shards: dict[str, list[dict]]) -> None:
+    """Documents read = documents stored + those left out, by the reasons that are reported."""
+    stored = sum(entry["n_documents"] for entries in shards.values() for entry in entries)
+    left_out = sum(n for reason, n in counts.items() if leaves_out(reason))
+    if counts["read"] > 1:  # a single document is cut in two
+        assert counts["read"] == stored + left_out, f"{counts['read']} read, {stored} stored, {dict(counts)}"
+
+
+def _require_both(data: DataConfig, corpus: Corpus, counts: Counter[str], shards: dict[str, list[dict]]) -> None:
     """Refuses an empty side of the split, which is possible with many documents and a small fraction."""
     for name, entries in shards.items():
         if not entries:
             raise UserError(
                 f"data.validation_fraction={data.validation_fraction} leaves no document for {name} of"
-                f" {counts['read']:,} that were read; the nearest that does: {_nearest_fraction(data, name)}"
+                f" {counts['read']:,} that were read; the nearest that does: {_nearest_fraction(corpus, name)}"
             )
 
 
-def _nearest_fraction(data: DataConfig, empty: str) -> float:
-    shares = [_hash(document.text) / 2**64 for document in _cleaned(data, Counter())]
+def _nearest_fraction(corpus: Corpus, empty: str) -> float:
+    shares = [_hash(document.text) / 2**64 for document in corpus(Counter())]
     if empty == "validation":
         return float(f"{min(shares) * 1.001 + 1e-9:.4g}")
     return float(f"{max(shares) * 0.999:.4g}")

@@ -4,12 +4,17 @@ from pathlib import Path
 
 from gptjax.config.start import Start
 from gptjax.errors import UserError
-from gptjax.text.prepare import describe, prepare
+from gptjax.text.cleaning.store import Share
+from gptjax.text.prepare import clean_share, describe, prepare
 from gptjax.text.tokenizer import load_tokenizer
 
 
-def run_prepare(start: Start) -> int:
-    """Prepares data and tokenizer as `gptjax train` would, and prints where they are.
+def run_prepare(start: Start, shard: str = "") -> int:
+    """Prepares data and tokenizer as `gptjax train` would, and prints where they are. With a shard, it only cleans.
+
+    Args:
+        start: The config of a run.
+        shard: "I/N": only clean part I of N; empty: everything.
 
     Raises:
         UserError: The task's rows need no preparation, or something cannot be read.
@@ -21,6 +26,11 @@ def run_prepare(start: Start) -> int:
         print(start.note)
     base = load_tokenizer(Path(config.init_from).expanduser() / "tokenizer.json") if config.init_from else None
     cache = Path(config.cache_dir).expanduser()
+    if shard:
+        index, count = map(int, shard.split("/"))
+        if clean_share(config.data, cache, Share(index - 1, count)):
+            print("cleaning: all parts are done; gptjax prepare without --shard uses them")
+        return 0
     prepared = prepare(config.data, config.tokenizer, cache, report=print, tokenizer_override=base)
     print(describe(prepared))
     print(prepared.folder)

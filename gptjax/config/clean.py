@@ -1,0 +1,145 @@
+"""Options of cleaning text before it is tokenized. Every stage is off by default."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from gptjax.config.rules import not_negative, positive, usable_paths
+from gptjax.errors import UserError, did_you_mean
+
+RULE_SETS = ("gopher", "gopher_repetition", "c4", "fineweb")
+PERSONAL_DATA = ("email", "phone", "ip", "card", "iban", "secret")
+
+
+_LIMITS = {
+    "gopher": "min_words max_words min_word_length max_word_length max_symbols_per_word max_bullet_lines"
+    " max_ellipsis_lines min_alphabetic_words min_stop_words",
+    "gopher_repetition": "max_repeated_lines max_repeated_line_characters ngram_factor",
+    "c4": "min_sentences min_words_per_line",
+    "fineweb": "min_punctuated_lines max_short_lines max_repeated_characters max_newlines_per_word",
+}
+RULE_SET_OF = {limit: rules for rules, limits in _LIMITS.items() for limit in limits.split()}
+"""The set of rules that each limit belongs to."""
+
+
+def _known(name: str, given: Sequence[str], known: Sequence[str]) -> None:
+    for value in given:
+        if value not in known:
+            raise UserError(f"{name}: {value!r} must be one of {', '.join(known)}.{did_you_mean(value, known)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """Which rules a document must pass, and their limits. The defaults are those of the papers."""
+
+    rules: tuple[str, ...] = ()
+    """Sets of rules: gopher and gopher_repetition (arXiv:2112.11446, section A.1), c4 (arXiv:1910.10683, section 2.2),
+    fineweb (arXiv:2406.17557, section 3.6)."""
+    min_words: int = 50
+    """gopher: fewest words."""
+    max_words: int = 100_000
+    """gopher: most words."""
+    min_word_length: float = 3.0
+    """gopher: lowest mean length of words, in characters."""
+    max_word_length: float = 10.0
+    """gopher: highest mean length of words."""
+    max_symbols_per_word: float = 0.1
+    """gopher: most "#", and most ellipses, for each word."""
+    max_bullet_lines: float = 0.9
+    """gopher: highest share of lines that begin with a bullet."""
+    max_ellipsis_lines: float = 0.3
+    """gopher: highest share of lines that end with an ellipsis."""
+    min_alphabetic_words: float = 0.8
+    """gopher: lowest share of words with a letter."""
+    min_stop_words: int = 2
+    """gopher: fewest different words of: the, be, to, of, and, that, have, with. 0: for texts that are not English."""
+    max_repeated_lines: float = 0.3
+    """gopher_repetition: highest share of lines that came before in the document, and of paragraphs."""
+    max_repeated_line_characters: float = 0.2
+    """gopher_repetition: highest share of characters in lines that came before, and in paragraphs."""
+    ngram_factor: float = 1.0
+    """gopher_repetition: factor of the paper's limits of repeated word 2-grams to 10-grams."""
+    min_sentences: int = 5
+    """c4: fewest sentences, after lines without end punctuation or with fewer than min_words_per_line are removed."""
+    min_words_per_line: int = 3
+    """c4: shorter lines are removed."""
+    min_punctuated_lines: float = 0.12
+    """fineweb: lowest share of lines that end in punctuation."""
+    max_short_lines: float = 0.67
+    """fineweb: highest share of lines of at most 30 characters."""
+    max_repeated_characters: float = 0.01
+    """fineweb: highest share of characters in lines that came before in the document."""
+    max_newlines_per_word: float = 0.3
+    """fineweb: most newlines for each word."""
+
+    def __post_init__(self):
+        _known("data.clean.quality.rules", self.rules, RULE_SETS)
+        numbers = [field.name for field in dataclasses.fields(self) if field.name != "rules"]
+        not_negative("data.clean.quality", self, *numbers)
+        for field in dataclasses.fields(self):
+            needed = (field.name == "rules") or RULE_SET_OF[field.name] in self.rules
+            if not needed and getattr(self, field.name) != field.default:
+                raise UserError(
+                    f"data.clean.quality.{field.name}={getattr(self, field.name)} has no effect without"
+                    f" data.clean.quality.rules={RULE_SET_OF[field.name]}"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """How text is cleaned, in the order of these options; what each one left out is counted."""
+
+    html: Literal["keep", "visible", "main"] = "keep"
+    """Documents with HTML become text: all that a reader sees, or the main text without menus and footers. Others stay
+    as they are."""
+    repair: bool = False
+    """Repair text that was decoded with a wrong encoding, with the ftfy library."""
+    languages: tuple[str, ...] = ()
+    """Keep documents in these languages (ISO 639: en, de, zh) by the py3langid library; none: all."""
+    language_confidence: float = 0.0
+    """Leave out documents whose language has a lower probability."""
+    quality: QualityConfig = QualityConfig()
+    filter: str = ""
+    """A function of yours, as package.module:name, from a text to a text, or to None to leave the document out."""
+    personal_data: tuple[str, ...] = ()
+    """Replace by placeholders such as <EMAIL>: email, phone, ip, card (with its checksum), iban (with its checksum),
+    secret (keys and tokens)."""
+    decontaminate: tuple[str, ...] = ()
+    """Files, folders or globs of evaluation data: documents that share a run of words with them are left out."""
+    decontaminate_ngram: int = 13
+    """Number of words of such a run (arXiv:2005.14165, appendix C)."""
+    near_duplicates: float = 0.0
+    """Leave out documents whose word 5-grams have at least this Jaccard similarity with those of an earlier document,
+    estimated by MinHash; 0: keep them."""
+    duplicate_parts: Literal["keep", "lines", "paragraphs"] = "keep"
+    """Remove lines or paragraphs that came before anywhere in the corpus; shorter ones than 20 characters stay."""
+    workers: int = 0
+    """Processes that clean; 0: one for each core. The result is the same for any number."""
+
+    def __post_init__(self):
+        _known("data.clean.personal_data", self.personal_data, PERSONAL_DATA)
+        for name in ("language_confidence", "near_duplicates"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"data.clean.{name}={getattr(self, name)} must lie between 0 and 1")
+        if self.language_confidence and not self.languages:
+            raise UserError(
+                f"data.clean.language_confidence={self.language_confidence} has no effect without data.clean.languages"
+            )
+        if self.decontaminate_ngram != 13 and not self.decontaminate:
+            raise UserError(
+                f"data.clean.decontaminate_ngram={self.decontaminate_ngram} has no effect without"
+                " data.clean.decontaminate"
+            )
+        if self.workers and not self.active:
+            raise UserError(f"data.clean.workers={self.workers} has no effect without a stage of cleaning")
+        if self.filter and not re.fullmatch(r"[\w.]+:\w+", self.filter):
+            raise UserError(f"data.clean.filter={self.filter!r} must be package.module:function")
+        not_negative("data.clean", self, "workers")
+        positive("data.clean", self, "decontaminate_ngram")
+        usable_paths("data.clean", self, "decontaminate")
+
+    @property
+    def active(self) -> bool:
+        """Whether any stage is on."""
+        return dataclasses.replace(self, workers=0) != CleanConfig()

@@ -1,0 +1,310 @@
+"""The cleaned corpus on disk: parts that several processes clean, and the duplicates among all of them."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from gptjax.config.reader import to_dict
+from gptjax.config.run import DataConfig
+from gptjax.errors import UserError
+from gptjax.files import write_atomic
+from gptjax.machine.processor import core_count
+from gptjax.text.cleaning.near import find_near_duplicates
+from gptjax.text.cleaning.part import clean_part, documents_hash, part_path, read_header, read_part
+from gptjax.text.cleaning.stages import make_stages
+from gptjax.text.formats import Document
+
+PART_CHARACTERS = 2**22
+CLEAN_VERSION = 1
+"""Of the stages: another one cleans again."""
+SHORTEST_PART = 20
+"""Shorter lines and paragraphs are kept however often they occur: brackets, headings, greetings."""
+_COMPLETE = "complete.json"
+_NEAR = "near.npy"
+_REPORT_SECONDS = 5.0
+
+Report = Callable[[str], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which parts one of several independent processes cleans: those whose number modulo `count` is `index`."""
+
+    index: int
+    count: int
+
+
+ALL_PARTS = Share(0, 1)
+
+
+def build_store(
+    folder: Path,
+    data: DataConfig,
+    read: Callable[[Counter[str]], Iterable[Document]],
+    report: Report,
+    share: Share = ALL_PARTS,
+) -> bool:
+    """Cleans the corpus into `folder`. Parts that are there already, from the same documents, are kept.
+
+    Args:
+        folder: Of this corpus and these options alone.
+        data: The options.
+        read: Reads the documents of the corpus in their order, and counts what the reader leaves out.
+        report: Gets lines of progress.
+        share: The parts to clean; another process cleans the others.
+
+    Returns:
+        Whether the store is complete: with a share, the parts of others may be missing.
+
+    Raises:
+        UserError: A document cannot be read or cleaned.
+    """
+    if (folder / _COMPLETE).exists():
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    counts: Counter[str] = Counter()
+    n_parts = missing = 0
+    progress = _Progress(report, data.max_documents)
+    with _workers(data) as clean:
+        waiting: deque[Future[None]] = deque()
+        for number, documents in enumerate(_chunks(read(counts))):
+            n_parts = number + 1
+            path = part_path(folder, number)
+            header = read_header(path)
+            if header is not None and header["input"] == documents_hash(documents):
+                progress.skip(documents)
+                continue
+            if number % share.count != share.index:
+                missing += 1
+                continue
+            waiting.append(clean.submit(path, documents))
+            progress.add(documents)
+            while len(waiting) > clean.size:  # bounds the documents in memory
+                waiting.popleft().result()
+        for future in waiting:
+            future.result()
+    progress.end()
+    if missing:
+        done = f"share {share.index + 1} of {share.count} is done"
+        report(f"cleaning: {done}; {missing} of {n_parts} parts are still missing")
+        return False
+    for extra in folder.glob("part-*"):  # of a longer corpus
+        if int(extra.name[5:].partition(".")[0]) >= n_parts:
+            extra.unlink()
+    start = time.perf_counter()
+    if data.clean.near_duplicates:
+        _write_near_duplicates(folder, n_parts, data.clean.near_duplicates)
+    about = {"n_parts": n_parts, "counts": dict(counts), "near_seconds": round(time.perf_counter() - start, 3)}
+    write_atomic(folder / _COMPLETE, json.dumps(about).encode())
+    return True
+
+
+def read_store(folder: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
+    """Yields the documents of a complete store, without duplicates.
+
+    Args:
+        folder: As `build_store` made it.
+        data: The options.
+        counts: Gets what the reader and the stages counted, and "duplicate", "near_duplicate", "repeated_parts" (lines
+            or paragraphs that were removed) and "empty" (documents that had no others).
+    """
+    about = json.loads((folder / _COMPLETE).read_text())
+    counts.update(about["counts"])
+    near = np.load(folder / _NEAR) if data.clean.near_duplicates else None
+    seen_documents: set[bytes] = set()
+    seen_parts: set[int] = set()
+    index = -1
+    for number in range(about["n_parts"]):
+        header, documents = read_part(part_path(folder, number))
+        counts.update(header["counts"])
+        for document in documents:
+            index += 1
+            text = document.text
+            if data.drop_duplicates:
+                digest = xxhash.xxh3_128_digest(text.encode())
+                if digest in seen_documents:
+                    counts["duplicate"] += 1
+                    continue
+                seen_documents.add(digest)
+            if near is not None and near[index]:
+                counts["near_duplicate"] += 1
+                continue
+            if data.clean.duplicate_parts != "keep":
+                separator = "\n" if data.clean.duplicate_parts == "lines" else "\n\n"
+                text = _without_seen(text, separator, seen_parts, counts)
+                if not text.strip():
+                    counts["empty"] += 1
+                    continue
+                if len(text) < data.min_characters:
+                    counts["short"] += 1
+                    continue
+            yield Document(text, document.where)
+
+
+def store_report(folder: Path) -> dict[str, Any]:
+    """What the stages did, summed over all parts: counts, stages, and the first examples of each reason."""
+    about = json.loads((folder / _COMPLETE).read_text())
+    stages: dict[str, Counter[str]] = {}
+    examples: dict[str, list[list[str]]] = {}
+    total: Counter[str] = Counter()
+    for number in range(about["n_parts"]):
+        header, _ = read_part(part_path(folder, number))
+        total.update({key: header[key] for key in ("n_in", "n_out", "bytes_in")})
+        for stage in header["stages"]:
+            stages.setdefault(stage["stage"], Counter()).update({k: v for k, v in stage.items() if k != "stage"})
+        for reason, shown in header["examples"].items():
+            examples[reason] = (examples.get(reason, []) + shown)[:3]
+    rows = [{"stage": name, **counter} for name, counter in stages.items()]
+    return {"total": dict(total), "stages": rows, "examples": examples, "near_seconds": about["near_seconds"]}
+
+
+def _without_seen(text: str, separator: str, seen: set[int], counts: Counter[str]) -> str:
+    kept = []
+    for piece in text.split(separator):
+        stripped = piece.strip()
+        if len(stripped) >= SHORTEST_PART:
+            known = xxhash.xxh3_64_intdigest(stripped.encode())
+            if known in seen:
+                counts["repeated_parts"] += 1
+                continue
+            seen.add(known)
+        kept.append(piece)
+    return separator.join(kept)
+
+
+def _write_near_duplicates(folder: Path, n_parts: int, threshold: float) -> None:
+    files = [part_path(folder, number).with_suffix("").with_suffix(".npy") for number in range(n_parts)]
+    near = find_near_duplicates(np.concatenate([np.load(file) for file in files]), threshold)
+    temporary = folder / f".{_NEAR}.tmp.npy"
+    np.save(temporary, near)
+    os.replace(temporary, folder / _NEAR)
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Cuts the corpus into parts by its documents alone, so that every process cuts it in the same way."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text)
+        if size >= PART_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class _Pool(NamedTuple):
+    """Cleans parts, some at a time."""
+
+    submit: Callable[[Path, list[Document]], "Future[None]"]
+    size: int
+
+
+@contextlib.contextmanager
+def _workers(data: DataConfig) -> Iterator[_Pool]:
+    """Yields a pool; the processes start with the first parts."""
+    n = data.clean.workers or core_count()
+    stages = make_stages(data)  # its errors are raised here, once
+    with_signatures = data.clean.near_duplicates > 0
+    if n == 1:
+        with ThreadPoolExecutor(1) as executor:
+            yield _Pool(
+                lambda path, documents: executor.submit(clean_part, path, documents, stages, with_signatures), 1
+            )
+        return
+    processes: list[subprocess.Popen[str]] = []
+    free: list[subprocess.Popen[str]] = []
+
+    def clean(path: Path, documents: list[Document]) -> None:
+        process = free.pop() if free else _start(data, processes)
+        answer = _ask(process, [str(path), documents])
+        free.append(process)
+        if "error" in answer:
+            raise UserError(answer["error"])
+
+    with ThreadPoolExecutor(n) as executor:
+        try:
+            yield _Pool(lambda path, documents: executor.submit(clean, path, documents), n)
+        except BaseException:
+            for process in processes:
+                process.kill()
+            executor.shutdown(cancel_futures=True)
+            raise
+        finally:
+            for process in processes:
+                assert process.stdin and process.stdout
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
+                process.wait()
+                process.stdout.close()
+
+
+def _start(data: DataConfig, processes: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptjax.text.cleaning.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+    )
+    processes.append(process)
+    assert process.stdin
+    process.stdin.write(json.dumps(to_dict(data)) + "\n")
+    return process
+
+
+def _ask(process: subprocess.Popen[str], message: Any) -> dict[str, str]:
+    assert process.stdin and process.stdout
+    try:
+        process.stdin.write(json.dumps(message) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+    except OSError:
+        answer = ""
+    if not answer:
+        raise UserError(
+            f"a process that cleans text ended with status {process.wait()}; the parts that are finished are kept:"
+            " start again, with a lower data.clean.workers if memory was short"
+        )
+    return json.loads(answer)
+
+
+class _Progress:
+    """Prints documents, MB/s and, where the number of documents is known, the time that is left."""
+
+    def __init__(self, report: Report, expected: int):
+        self._report, self._expected = report, expected
+        self._start = self._last = time.monotonic()
+        self._documents = self._characters = self._kept = 0
+
+    def add(self, documents: list[Document]) -> None:
+        self._documents += len(documents)
+        self._characters += sum(len(document.text) for document in documents)
+        now = time.monotonic()
+        if now - self._last >= _REPORT_SECONDS:
+            self._last = now
+            self.end()
+
+    def skip(self, documents: list[Document]) -> None:
+        self._kept += len(documents)
+
+    def end(self) -> None:
+        seconds = max(1e-3, time.monotonic() - self._start)
+        kept = f", {self._kept:,} documents were cleaned before" if self._kept else ""
+        self._report(
+            f"cleaning: {self._documents:,} documents, {self._characters / 1e6:,.0f} M characters,"
+            f" {self._characters / 1e6 / seconds:.1f} M/s{kept}"
+        )
