@@ -38,7 +38,7 @@ def self_attention_reference(spec, qkv_BTGEC, *options):
 
 # Each fast path: where it is used, by which name, and what it is held to.
 PLAIN = {
-    "C++ kernels": [("gptjax.ops.kernels.unusable", lambda *sizes: "left out")],
+    "C++ kernels": [("gptjax.ops.kernels.unsupported", lambda *sizes: "left out")],
     "linear layers": [
         ("gptjax.ops.linear.linear", linear.linear_reference),
         ("gptjax.model.block.mlp", linear.mlp_reference),

@@ -232,7 +232,7 @@ def test_the_choice_of_attention_is_explained(monkeypatch):
     config = dataclasses.replace(BASE, block_size=100, n_embd=128)
     assert explain_attention(config, 1, "bfloat16", True, False).startswith("blocked (not C++ kernel: ")
     capped = dataclasses.replace(config, attention_softcap=5.0)
-    assert "logits are scaled, capped or biased" in explain_attention(capped, 1, "float32", True, False)
+    assert "logits are capped or biased" in explain_attention(capped, 1, "float32", True, False)
     assert explain_attention(dataclasses.replace(config, positions="t5"), 1, "float32", True, False).startswith(
         "plain ("
     )

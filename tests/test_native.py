@@ -284,13 +284,13 @@ def test_a_kernel_refuses_a_small_workspace(name, monkeypatch, need_kernels):
 @pytest.mark.parametrize(
     ("name", "args"),
     [
-        ("linear", lambda x, y: (x, y, kernels.NOTHING, kernels.NOTHING)),
-        ("linear", lambda x, y: (x, x, jnp.ones(32), kernels.NOTHING)),
+        ("linear", lambda x, y: (x, y, kernels.NO_VECTOR, kernels.NO_VECTOR)),
+        ("linear", lambda x, y: (x, x, jnp.ones(32), kernels.NO_VECTOR)),
         ("weight_gradient", lambda x, y: (x, y[:32])),
         ("weight_gradient", lambda x, y: (x, y.astype("float32"))),
-        ("mlp", lambda x, y: (x, x, kernels.NOTHING, y, kernels.NOTHING, kernels.NOTHING)),
-        ("mlp_gradient", lambda x, y: (x, x, kernels.NOTHING, x, y)),
-        ("layer_norm", lambda x, y: (x.astype("float32"), jnp.ones(32), kernels.NOTHING)),
+        ("mlp", lambda x, y: (x, x, kernels.NO_VECTOR, y, kernels.NO_VECTOR, kernels.NO_VECTOR)),
+        ("mlp_gradient", lambda x, y: (x, x, kernels.NO_VECTOR, x, y)),
+        ("layer_norm", lambda x, y: (x.astype("float32"), jnp.ones(32), kernels.NO_VECTOR)),
         ("layer_norm_gradient", lambda x, y: (x.astype("float32"), jnp.ones(64), x, y.astype("float32"))),
         ("cross_entropy", lambda x, y: (x, x, jnp.zeros(32, "int32"))),
         (
@@ -307,11 +307,11 @@ def test_a_kernel_refuses_a_small_workspace(name, monkeypatch, need_kernels):
         ),
         ("pack_weights", lambda x, y: (x.reshape(-1),)),
         ("pack_weights", lambda x, y: (x[:0],)),
-        ("few_rows", lambda x, y: (x.astype("float32"), y, kernels.NOTHING)),
+        ("small_batch_matmul", lambda x, y: (x.astype("float32"), y, kernels.NO_VECTOR)),
     ],
 )
 def test_a_kernel_refuses_buffers_that_do_not_fit_one_another(name, args, need_kernels):
-    like, vector, room = kernels._like, kernels._like((64,), "float32"), kernels._like((2**20,), "bfloat16")
+    like, vector, room = kernels._shape, kernels._shape((64,), "float32"), kernels._shape((2**20,), "bfloat16")
     square, stream = like((64, 64), "bfloat16"), like((64, 64), "float32")
     out, options = {
         "linear": ((square, room), {"columns": False}),
@@ -320,10 +320,10 @@ def test_a_kernel_refuses_buffers_that_do_not_fit_one_another(name, args, need_k
         "mlp_gradient": ((square, stream, vector, stream, room), {}),
         "layer_norm": (square, {"epsilon": np.float32(1e-5)}),
         "layer_norm_gradient": ((stream, vector, vector), {"epsilon": np.float32(1e-5)}),
-        "cross_entropy": ((vector, vector, vector, room), kernels._loss_numbers(64, 0.0, 0.0)),
+        "cross_entropy": ((vector, vector, vector, room), kernels._loss_attributes(64, 0.0, 0.0)),
         "cached_attention": (like((2, 2, 64), "float32"), {}),
         "pack_weights": (square, {}),
-        "few_rows": ((stream, square, vector), {}),
+        "small_batch_matmul": ((stream, square, vector), {}),
     }[name]
     refused(
         lambda x, y: kernels._call(name, out)(*args(x, y), **options),

@@ -67,7 +67,7 @@ def test_products_are_those_of_numpy(dtype, K, F, rows):
     x_NK = random.standard_normal((rows, K), np.float32) * np.exp(random.standard_normal((rows, 1), np.float32))
     read_NK = np.asarray(jnp.asarray(x_NK, jnp.bfloat16) if dtype == "bfloat16" else x_NK, np.float64)
     expected_NF = read_NK @ np.asarray(dequantized(projection, K), np.float64)
-    assert kernels_of(project, jnp.asarray(x_NK), projection) == {"few_rows"}
+    assert kernels_of(project, jnp.asarray(x_NK), projection) == {"small_batch_matmul"}
     actual_NF = np.asarray(jax.jit(project)(jnp.asarray(x_NK), projection))
     # bfloat16: sums are of float32. int8: a row's numbers are off by half of one in 127 * 254 of the largest.
     largest_N1 = np.abs(x_NK).max(1, keepdims=True)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from gptjax.ops.attention_spec import AttentionSpec, Mask, make_request
-from gptjax.ops.axes import HEADS, ROWS, per_device
+from gptjax.ops.axes import BATCH, HEADS, per_device
 from gptjax.ops.plain_attention import attention_reference
 from gptjax.ops.splash_attention import SPLASH, splash_attention
 
@@ -49,13 +49,13 @@ def test_splash_attention_on_a_mesh():
     mesh = jax.make_mesh(
         (2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:4]
     )
-    cut = PartitionSpec(ROWS, None, HEADS)
+    cut = PartitionSpec(BATCH, None, HEADS)
 
     def call(q, k, v, segments):
         return splash_attention(AttentionSpec(), q, k, v, Mask(segments), None, None, interpret=True)
 
     with jax.set_mesh(mesh):
-        actual = jax.jit(per_device(call, (cut, cut, cut, PartitionSpec(ROWS)), cut))(q, k, v, segments)
+        actual = jax.jit(per_device(call, (cut, cut, cut, PartitionSpec(BATCH)), cut))(q, k, v, segments)
     np.testing.assert_allclose(actual, attention_reference(q, k, v, mask=Mask(segments)), atol=1e-5)
     assert len(actual.sharding.device_set) == 4
 
@@ -69,4 +69,4 @@ def test_what_the_kernel_cannot_do_is_known(monkeypatch):
 
     assert reason(1024) is None
     assert "1000 positions are no multiple of 128" in str(reason(1000))
-    assert "dropped" in str(reason(1024, 0.1, jax.random.key(0)))
+    assert "dropout" in str(reason(1024, 0.1, jax.random.key(0)))

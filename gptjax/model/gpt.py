@@ -32,15 +32,15 @@ from gptjax.model.parameters import INIT_STD, normal, zeros
 from gptjax.model.positions import POSITIONS
 from gptjax.model.stages import cut_layers, split_stacks, stream
 from gptjax.ops.attention_spec import Mask
-from gptjax.ops.axes import HEADS, STAGES, axis_size, pin, pin_batch
+from gptjax.ops.axes import HEADS, STAGES, axis_size, constrain_batch, constrain_sharding
 from gptjax.ops.elementwise import dropout
 from gptjax.ops.embedding import embedding
-from gptjax.ops.linear import PRODUCT
+from gptjax.ops.linear import MATMUL_OUTPUT
 from gptjax.ops.matmul import dot
 
 # Products have a backward rule of their own, so JAX's policies for them do not see any; they go by a name.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "dots": jax.checkpoint_policies.save_only_these_names(MATMUL_OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -73,7 +73,7 @@ class Embed(nnx.Module):
         if config.embedding_scale != 1.0:
             x_BTD = x_BTD * config.embedding_scale
         if self.positions is not None:
-            x_BTD = x_BTD + embedding(pin(self.positions[...], None), positions_BT)
+            x_BTD = x_BTD + embedding(constrain_sharding(self.positions[...], None), positions_BT)
         if add is not None:
             x_BTD = x_BTD + add(config, positions_BT)
         x_BTD = x_BTD.astype(jnp.float32)
@@ -109,7 +109,8 @@ class GPT(nnx.Module):
     def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, key: jax.Array | None) -> jax.Array:
         """Returns what the first block reads, float32 `[B, T, D]`."""
         key = None if key is None else jax.random.fold_in(key, self.config.n_layer)
-        return pin_batch(dropout(self.embed(pin_batch(tokens_BT), pin_batch(positions_BT)), self.config.dropout, key))
+        x_BTD = self.embed(constrain_batch(tokens_BT), constrain_batch(positions_BT))
+        return constrain_batch(dropout(x_BTD, self.config.dropout, key))
 
     def through_blocks(
         self,
@@ -131,7 +132,7 @@ class GPT(nnx.Module):
             block, layer, adapter, prefix = numbered_block
             block_key = None if key is None else jax.random.fold_in(key, layer)
             y_BTD, _, extras = block(x_BTD, dtype, inputs, kind, block_key, None, adapter, prefix, embedded_BTD)
-            return pin_batch(y_BTD), extras
+            return constrain_batch(y_BTD), extras
 
         if compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat], static_argnums=0)
@@ -325,7 +326,7 @@ def shared_rows(w_VD: jax.Array) -> jax.Array:
     Where these do not divide the rows, some are added that no token names and that the loss gives no probability.
     """
     short = -w_VD.shape[0] % axis_size(HEADS)
-    return pin(jnp.pad(w_VD, ((0, short), (0, 0))) if short else w_VD, HEADS)
+    return constrain_sharding(jnp.pad(w_VD, ((0, short), (0, 0))) if short else w_VD, HEADS)
 
 
 def logits(config: ModelConfig, params: dict, x_BTD: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from gptjax.model.gpt import Compute, hidden_states, shared_rows, unembedding
 from gptjax.model.heads import head_logits, label_loss, multi_label_loss, pool
 from gptjax.model.inputs import BlockInputs
 from gptjax.ops.attention_spec import Mask
-from gptjax.ops.axes import pin_batch
+from gptjax.ops.axes import constrain_batch
 from gptjax.ops.cross_entropy import Loss, LossOptions, cross_entropy
 
 
@@ -45,7 +45,7 @@ def token_loss(model: ModelConfig, options: LossOptions, params: dict, x_BTD: ja
         bias_V1 = shared_rows(params["head"]["bias"][:, None]) * model.logit_scale
         w_VD = jnp.concatenate([w_VD, bias_V1.astype(w_VD.dtype)], axis=1)
         x_BTD = jnp.concatenate([x_BTD, jnp.ones((*x_BTD.shape[:-1], 1), x_BTD.dtype)], axis=-1)
-    return cross_entropy(options, x_BTD, w_VD, pin_batch(batch.targets))
+    return cross_entropy(options, x_BTD, w_VD, constrain_batch(batch.targets))
 
 
 def batch_states(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from gptjax.ops.axes import POSITIONS, ROWS, STAGES, axis_size, pin
+from gptjax.ops.axes import BATCH, POSITIONS, STAGES, axis_size, constrain_sharding
 
 STACKS = ("blocks", "adapters")
 """Parameters with a leading layer axis."""
@@ -85,10 +85,10 @@ def stream(
         inputs: `BlockInputs` of whole rows, leaves `[B, ...]`.
     """
     S, (B, T, D) = axis_size(STAGES), x_BTD.shape
-    M = math.gcd(B // math.gcd(B, math.prod(axis_size(axis) for axis in ROWS)), S)
+    M = math.gcd(B // math.gcd(B, math.prod(axis_size(axis) for axis in BATCH)), S)
     numbers_S = jnp.arange(S)
     # Every M-th row, so that each device keeps its rows.
-    x_MBTD = pin(x_BTD.reshape(B // M, M, T, D).swapaxes(0, 1), None, ROWS, POSITIONS)
+    x_MBTD = constrain_sharding(x_BTD.reshape(B // M, M, T, D).swapaxes(0, 1), None, BATCH, POSITIONS)
     inputs = jax.tree.map(lambda x: x.reshape(B // M, M, *x.shape[1:]).swapaxes(0, 1), inputs)
 
     def tick(y_SBTD, t):
@@ -106,4 +106,4 @@ def _is_stage(number):
 
 
 def _pinned(x_SBTD):
-    return pin(x_SBTD, STAGES, ROWS, POSITIONS)
+    return constrain_sharding(x_SBTD, STAGES, BATCH, POSITIONS)

@@ -1,4 +1,4 @@
-"""Activation functions, by name. Each keeps dtype and shape, and is computed in float32.
+"""Activation functions by name. Each is computed in float32 and keeps the dtype and shape of its input.
 
 Sources: GELU arXiv:1606.08415, SiLU arXiv:1702.03118, squared ReLU arXiv:2109.08668.
 """
@@ -26,4 +26,4 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": _in_float32(jnp.tanh),
     "sigmoid": _in_float32(jax.nn.sigmoid),
 }
-"""By `model.activation`."""
+"""Keys are the values of `model.activation`."""

@@ -1,4 +1,4 @@
-"""Attention: a request, and the first implementation that supports it.
+"""Attention: chooses the first implementation that supports a request, and runs it.
 
 Shape suffixes: as in `attention_spec.py`; R = H / G query heads per key head, E = R + 2: the queries, the key and the
 value of one key head.
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from gptjax.machine.platform import target_platform
 from gptjax.ops import kernels
-from gptjax.ops.attention_heads import Drops, number_rows
+from gptjax.ops.attention_heads import DroppedWeights, number_weight_rows
 from gptjax.ops.attention_spec import (
     CAUSAL,
     HIDDEN,
@@ -25,7 +25,7 @@ from gptjax.ops.attention_spec import (
     bias_HTS,
     make_request,
 )
-from gptjax.ops.axes import HEADS, POSITIONS, ROWS, STAGES, axis_size, per_device, spec_of
+from gptjax.ops.axes import BATCH, HEADS, POSITIONS, STAGES, axis_size, partition_spec, per_device
 from gptjax.ops.blocked_attention import BLOCKED
 from gptjax.ops.cudnn_attention import CUDNN
 from gptjax.ops.kernel_attention import KERNEL
@@ -36,14 +36,14 @@ from gptjax.ops.splash_attention import SPLASH
 from gptjax.ops.triton_attention import TRITON
 
 IMPLEMENTATIONS = (RING, KERNEL, SPLASH, CUDNN, TRITON, BLOCKED, PLAIN)
-"""The first one that supports a request computes it. The last one is the reference and supports everything."""
+"""In order of preference. The last one is the reference and supports every request."""
 
-ELSEWHERE = ("needs a ", "is for a ", "positions are not sharded")
-"""How reasons begin that only say that an implementation belongs to another platform or mesh."""
+WRONG_PLATFORM = ("needs a ", "is for a ", "positions are not sharded")
+"""Prefixes of reasons that concern the platform or the mesh. `explain` leaves these out."""
 
 
 def choose(request: Request) -> tuple[Implementation, dict[str, str]]:
-    """The implementation for a request, and why each one before it in the table was passed over, by its name."""
+    """Returns the implementation for a request, and for each one before it in the table (by name) why it cannot run."""
     reasons: dict[str, str] = {}
     for implementation in IMPLEMENTATIONS:
         reason = implementation.unsupported(request)
@@ -54,9 +54,9 @@ def choose(request: Request) -> tuple[Implementation, dict[str, str]]:
 
 
 def explain(request: Request) -> str:
-    """The implementation for a request, with the reasons against faster ones that exist on this platform."""
+    """Names the implementation for a request, and why faster ones of this platform cannot run."""
     implementation, reasons = choose(request)
-    here = [f"{name}: {reason}" for name, reason in reasons.items() if not reason.startswith(ELSEWHERE)]
+    here = [f"{name}: {reason}" for name, reason in reasons.items() if not reason.startswith(WRONG_PLATFORM)]
     return implementation.name + (f" (not {'; not '.join(here)})" if here else "")
 
 
@@ -67,7 +67,7 @@ def self_attention(
     bias: Bias | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` of queries, keys and values in one array: for each key head its R queries, its key, its value."""
+    """Calls `attention` with packed queries, keys and values: each key head has R queries, one key and one value."""
     B, T, G, E, C = qkv_BTGEC.shape
     shapes = (B, T, G * (E - 2), C), (B, T, G, C)
     implementation, _ = choose(make_request(spec, *shapes, qkv_BTGEC.dtype, mask, bias, key, packed=True))
@@ -93,34 +93,34 @@ def attention(
     bias: Bias | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Attends each query to the keys that spec and mask let it see; returns `[B, T, H, C]`.
+    """Attends each query to the keys that `spec` and `mask` allow; returns `[B, T, H, C]`.
 
     Args:
         q_BTHC: Queries.
         k_BSGC: Keys; query head h reads key head h // (H / G).
         v_BSGC: Values.
-        spec: What is computed.
-        mask: Which keys a query may attend to, beyond what the spec says.
-        bias: What is added to the logits by distance.
-        key: Randomness for `spec.dropout`; None: no dropout.
+        spec: Causality, window, scale, soft cap, dropout.
+        mask: Restricts further which keys a query may attend to.
+        bias: Added to the logits, by distance.
+        key: PRNG key for `spec.dropout`; None: no dropout.
     """
     implementation, _ = choose(make_request(spec, q_BTHC.shape, k_BSGC.shape, q_BTHC.dtype, mask, bias, key))
     return _per_device(implementation, spec, q_BTHC, k_BSGC, v_BSGC, mask, bias, key)
 
 
 def _per_device(implementation, spec, q_BTHC, k_BSGC, v_BSGC, mask, bias, key):
-    """Runs an implementation on each device's own rows and heads: the compiler cannot shard a kernel."""
+    """Runs an implementation on each device's own sequences and heads, because XLA cannot shard a kernel."""
     B, T, H, _ = q_BTHC.shape
-    drops = number_rows(key, B, T, H) if key is not None and spec.dropout else None
+    drops = number_weight_rows(key, B, T, H) if key is not None and spec.dropout else None
     heads = HEADS if k_BSGC.shape[2] % axis_size(HEADS) == 0 else None
-    # Axes of one device are named too: the backward pass would sum over those that are not.
-    rows = (*ROWS, STAGES) if axis_size(STAGES) == 1 else ROWS
+    # Axes of size 1 are named too: the backward pass of `shard_map` sums over every axis that is not named.
+    batch = (*BATCH, STAGES) if axis_size(STAGES) == 1 else BATCH
     positions = POSITIONS if implementation is RING or axis_size(POSITIONS) == 1 else None
-    sharded = spec_of(q_BTHC.shape, rows, positions, heads)
-    mask_specs = jax.tree.map(lambda x: spec_of(x.shape, ROWS), mask)
-    bias_specs = jax.tree.map(lambda x: spec_of(x.shape, heads), bias)
-    numbers = spec_of((B, T, H), ROWS, None, heads)
-    dropped = None if drops is None else Drops(PartitionSpec(), numbers)  # pyright: ignore[reportArgumentType]
+    sharded = partition_spec(q_BTHC.shape, batch, positions, heads)
+    mask_specs = jax.tree.map(lambda x: partition_spec(x.shape, BATCH), mask)
+    bias_specs = jax.tree.map(lambda x: partition_spec(x.shape, heads), bias)
+    numbers = partition_spec((B, T, H), BATCH, None, heads)
+    dropped = None if drops is None else DroppedWeights(PartitionSpec(), numbers)  # pyright: ignore[reportArgumentType]
     run = functools.partial(implementation.run, spec)
     call = per_device(run, (sharded, sharded, sharded, mask_specs, bias_specs, dropped), sharded)
     return call(q_BTHC, k_BSGC, v_BSGC, mask, bias, drops)
@@ -137,15 +137,16 @@ def cached_attention(
 ) -> jax.Array:
     """Attends a few new queries to a cache of keys and values; returns `[B, T, H, C]`.
 
-    A kernel takes a single query; it reads visible slots only, and each once. Its gradient is that of the reference.
+    With a single query on a CPU, a kernel reads each visible slot once and no other slot. The gradient is always that
+    of the reference.
 
     Args:
         q_BTHC: Queries at slots `first`, `first + 1`, …
         k_BGSC: Keys of all slots.
         v_BGSC: Values of all slots.
-        visible_BTS: Slots that each query may attend to; window and segments of `spec` are in it already.
-        spec: Scale and soft cap.
-        bias: What is added to the logits by distance.
+        visible_BTS: True for slots that a query may attend to. It already includes the window and the segments.
+        spec: Scale and soft cap; its other fields are not read.
+        bias: Added to the logits, by distance.
         first: Slot of the first query.
     """
     plain_logits = bias is None and not spec.softcap and not spec.scale
@@ -156,7 +157,7 @@ def cached_attention(
 
 @jax.custom_vjp
 def _cached_by_kernel(q_B1HC, k_BGSC, v_BGSC, visible_B1S):
-    visible_BS = jnp.broadcast_to(visible_B1S[:, 0], (k_BGSC.shape[0], k_BGSC.shape[2]))  # one row may stand for all
+    visible_BS = jnp.broadcast_to(visible_B1S[:, 0], (k_BGSC.shape[0], k_BGSC.shape[2]))  # its batch size may be 1
     return kernels.cached_attention(q_B1HC[:, 0], k_BGSC, v_BGSC, visible_BS)[:, None].astype(q_B1HC.dtype)
 
 
@@ -182,13 +183,13 @@ def cached_attention_reference(
     bias: Bias | None = None,
     first: jax.Array | int = 0,
 ) -> jax.Array:
-    """What `cached_attention` computes, by XLA's matmuls; it can be differentiated."""
+    """Computes `cached_attention` with XLA's matmuls; differentiable."""
     B, T, H, C = q_BTHC.shape
     G, S = k_BGSC.shape[1:3]
     R = H // G
     q_BGRTC = q_BTHC.reshape(B, T, G, R, C).transpose(0, 2, 3, 1, 4)
     q_BGNC = q_BGRTC.reshape(B, G, R * T, C)
-    if target_platform() == "cpu":  # otherwise XLA copies a single sequence's keys and values for every token
+    if target_platform() == "cpu":  # otherwise XLA copies the keys and values of a single sequence at every token
         q_BGNC, k_BGSC, v_BGSC = (row_major(x) for x in (q_BGNC, k_BGSC, v_BGSC))
     logits = jnp.einsum("bgnc,bgsc->bgns", q_BGNC, k_BGSC, preferred_element_type=jnp.float32) * spec.logit_scale(C)
     if spec.softcap:

@@ -1,4 +1,4 @@
-"""What implementations of attention share: queries grouped by their key head, and the dropout of weights.
+"""Helpers that implementations of attention share: grouping of query heads, and dropout of attention weights.
 
 Shape suffixes: as in `attention_spec.py`; R = H / G query heads per key head, N = R times T.
 """
@@ -12,24 +12,28 @@ from gptjax.ops.elementwise import dropout_keep_at
 from gptjax.ops.matmul import row_major
 
 
-class Drops(NamedTuple):
-    """Which weights are dropped: each is named by a row number and its key's position, on every device the same."""
+class DroppedWeights(NamedTuple):
+    """Determines which attention weights are dropped.
+
+    The random bits of a weight depend only on the key, a row number and the position of the attended key, so they do
+    not depend on the device.
+    """
 
     key_data: jax.Array
     rows_BTH: jax.Array
-    """uint32: number of each row of weights; every query of a head has one."""
+    """uint32: number of each row of weights (one row for each query of each head)."""
 
 
-def number_rows(key: jax.Array, B: int, T: int, H: int) -> Drops:
-    """Numbers all rows of weights of a batch. Numbers may wrap around: then rows far apart share what they drop."""
+def number_weight_rows(key: jax.Array, B: int, T: int, H: int) -> DroppedWeights:
+    """Numbers all rows of attention weights of a batch. Numbers may wrap around; rows far apart then share a mask."""
     b, t, h = (jax.lax.broadcasted_iota(jnp.uint32, (B, T, H), axis) for axis in range(3))
-    return Drops(jax.random.key_data(key), (b * jnp.uint32(T) + t) * jnp.uint32(H) + h)
+    return DroppedWeights(jax.random.key_data(key), (b * jnp.uint32(T) + t) * jnp.uint32(H) + h)
 
 
-def drop(drops: Drops, rate: float, weights_BGNS: jax.Array, first: jax.Array | int) -> jax.Array:
-    """Zeroes weights and scales the others up; `first` is the position of the first key.
+def drop_weights(drops: DroppedWeights, rate: float, weights_BGNS: jax.Array, first: jax.Array | int) -> jax.Array:
+    """Applies dropout to attention weights; `first` is the position of the first key.
 
-    XLA:CPU fuses a multiplication, but not a selection, with the matmuls around it.
+    It multiplies by a mask, because XLA:CPU fuses a multiplication, but not a select, with the matmuls around it.
     """
     rows_BGRT1 = group_queries(drops.rows_BTH[..., None], weights_BGNS.shape[1])
     columns_S = jnp.arange(weights_BGNS.shape[-1], dtype=jnp.uint32) + jnp.asarray(first, jnp.uint32)

@@ -1,7 +1,7 @@
-"""What attention computes, as a request: a frozen spec, the arrays that mask and bias it, and the sizes it has.
+"""Describes an attention call: a frozen spec, the mask and bias arrays, and a `Request` with all shapes.
 
 Shape suffixes: B batch, T query position, S key position, H query heads, G key and value heads, C head_dim,
-N distance of a query from a key.
+N distance between query and key.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ HIDDEN = -1e30  # not -inf: a query that sees no key must not become NaN
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What is computed, apart from arrays. Hashable, so it is a static argument."""
+    """Options of attention that are not arrays. Hashable, so it can be a static argument of `jit`."""
 
     causal: bool = True
-    """Whether queries are kept from attending to later keys (the upper triangle of the weights)."""
+    """Hides later keys from a query (the upper triangle of the weights)."""
     window: int = 0
-    """Keys that a query attends to, its own included (arXiv:2004.05150, section 3.1); 0: no limit."""
+    """Number of keys that a query attends to, its own included (arXiv:2004.05150, section 3.1); 0: no limit."""
     scale: float = 0.0
     """Factor of the logits; 0: 1 / sqrt(head_dim)."""
     softcap: float = 0.0
     """Logits become `softcap * tanh(logits / softcap)` (arXiv:2408.00118, section 2); 0: unchanged."""
     dropout: float = 0.0
-    """Probability of dropping an attention weight, where there is a key to draw with."""
+    """Probability of dropping an attention weight. It has an effect only in calls that pass a PRNG key."""
 
     def logit_scale(self, head_dim: int) -> float:
         """Factor of the logits, with the default resolved."""
@@ -37,12 +37,12 @@ class AttentionSpec:
 
 
 class Mask(NamedTuple):
-    """Which keys a query may attend to, beyond what the spec says; every array may be None."""
+    """Array-valued limits on the keys that a query may attend to; every array may be None."""
 
     segments_BT: jax.Array | None = None
-    """Document of each position: queries attend within their own. Queries and keys are the same positions."""
+    """Document number of each position. A query attends only within its document. Requires self-attention (S = T)."""
     prefix_B: jax.Array | None = None
-    """Keys before this position are visible to all queries of the row (prefix LM, arXiv:1910.10683, section 3.2.1)."""
+    """Keys before this position are visible to all queries (prefix LM, arXiv:1910.10683, section 3.2.1)."""
     keys_BS: jax.Array | None = None
     """False where a key is padding."""
 
@@ -51,17 +51,17 @@ CAUSAL, NO_MASK = AttentionSpec(), Mask()
 
 
 class Bias(NamedTuple):
-    """What is added to the logits by the distance of query and key; every array may be None."""
+    """Numbers added to the logits, which depend on the distance between query and key; every array may be None."""
 
     slopes_H: jax.Array | None = None
-    """Times minus the distance (ALiBi, arXiv:2108.12409, section 3); constants, no gradient is returned."""
+    """ALiBi: adds `-slope * distance` (arXiv:2108.12409, section 3). Constants; they get no gradient."""
     by_distance_HN: jax.Array | None = None
-    """One number for each distance; the first is of the largest negative one, `-(T - 1)` of a query before its key."""
+    """Learned bias for each distance, query position minus key position, in ascending order from `-(T - 1)`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """All that decides which implementation is used; known while a program is traced."""
+    """Everything that the choice of an implementation depends on; known at trace time."""
 
     spec: AttentionSpec
     batch: int
@@ -74,25 +74,25 @@ class Request:
     dtype: str
     platform: Platform
     packed: bool
-    """Whether queries, keys and values lie in one array `[B, T, G, E, C]`."""
+    """Whether queries, keys and values are one array `[B, T, G, E, C]`."""
     segments: bool = False
     prefix: bool = False
     padded_keys: bool = False
     bias: bool = False
-    """Whether a bias is added that is more than slopes."""
+    """Whether a learned bias is added (`Bias.by_distance_HN`)."""
     slopes: bool = False
     dropout: bool = False
 
 
 class Implementation(NamedTuple):
-    """One way to compute attention, in a file of its own."""
+    """One way to compute attention; each has its own file."""
 
     name: str
     unsupported: Callable[[Request], str | None]
-    """Why it cannot compute a request here; None: it can."""
+    """Returns why it cannot compute a request here, or None if it can."""
     run: Callable[..., jax.Array]
-    """Of spec, queries, keys, values, mask, bias and what is dropped (`attention_heads.Drops`); of spec, the packed
-    array and segments where it takes a packed array."""
+    """`run(spec, q_BTHC, k_BSGC, v_BSGC, mask, bias, drops)`, or `run(spec, qkv_BTGEC, segments_BT)` if `takes_packed`;
+    `drops` is an `attention_heads.DroppedWeights` or None."""
     takes_packed: bool = False
 
 
@@ -106,7 +106,7 @@ def make_request(
     key: jax.Array | None,
     packed: bool = False,
 ) -> Request:
-    """Describes a call by the shapes of its queries `[B, T, H, C]` and keys `[B, S, G, C]`, and by its other arrays."""
+    """Describes a call by the shapes of its queries `[B, T, H, C]` and keys `[B, S, G, C]`, and its other arguments."""
     B, T, H, C = queries
     return Request(
         spec=spec,
@@ -129,7 +129,7 @@ def make_request(
 
 
 def needs_dense_weights(request: Request) -> str | None:
-    """Why only the plain implementation computes a request, whatever the platform; None: others may."""
+    """Returns why only the plain implementation supports a request on any platform; None: others may support it."""
     if request.queries != request.keys:
         return "queries and keys differ in number"
     if not request.spec.causal:
@@ -143,8 +143,19 @@ def needs_dense_weights(request: Request) -> str | None:
     return None
 
 
+def exceeds_fused_kernel(request: Request, dropout_supported: bool = False) -> str | None:
+    """Returns why a fused kernel that only masks and scales the logits cannot compute a request; None: it can."""
+    if reason := needs_dense_weights(request):
+        return reason
+    if request.dropout and not dropout_supported:
+        return "attention weights have dropout"
+    if request.spec.softcap or request.slopes:
+        return "logits are capped or biased"
+    return None
+
+
 def hidden_BTS(spec: AttentionSpec, mask: Mask, T: int, S: int) -> jax.Array:
-    """True where a query must not attend to a key, `[B or 1, T, S]`: the definition that every implementation follows.
+    """Returns True where a query must not attend to a key, `[B or 1, T, S]`. Every implementation follows this mask.
 
     Query i is at position i, key j at position j.
     """
@@ -165,7 +176,7 @@ def hidden_BTS(spec: AttentionSpec, mask: Mask, T: int, S: int) -> jax.Array:
 
 
 def bias_HTS(bias: Bias, query_T: jax.Array, key_S: jax.Array) -> jax.Array:
-    """What a bias adds to the logits of queries and keys at these positions, float32."""
+    """Returns the numbers to add to the logits of queries and keys at the given positions, float32 `[H or 1, T, S]`."""
     distance_TS = query_T[:, None] - key_S[None]
     total = jnp.zeros((1, *distance_TS.shape), jnp.float32)
     if bias.slopes_H is not None:

@@ -1,7 +1,7 @@
-"""The axes of the mesh, as functions on arrays see them: what is cut where.
+"""Names of the mesh axes, and helpers for code that XLA's sharding propagation does not cover.
 
-The compiler cuts most of a program by itself. It cannot cut a kernel, a layout constraint, or two cut axes that become
-one; code with one of these asks here.
+The compiler shards most of a program by itself. It cannot shard a kernel, a layout constraint, or two sharded axes that
+become one; code with one of these uses the helpers below.
 """
 
 from collections.abc import Callable
@@ -10,51 +10,51 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-ROWS = ("data", "fsdp")
-"""Cut the rows of a batch."""
+BATCH = ("data", "fsdp")
+"""Shard the sequences of a batch."""
 POSITIONS = "context"
-"""Cuts the positions of a row."""
+"""Shards the positions of a sequence."""
 HEADS = "tensor"
-"""Cuts heads, MLP width and vocabulary."""
+"""Shards heads, MLP width and vocabulary."""
 STAGES = "stage"
-"""Cuts the layers."""
+"""Shards the layers."""
 
 
 def axis_size(axis: str) -> int:
-    """Devices along an axis of the mesh that is set while tracing (`parallel.mesh.traced_in`); 1: there is none."""
+    """Devices along an axis of the mesh that is set while tracing (`parallel.mesh.traced_in`); 1 if it has none."""
     return _mesh().shape.get(axis, 1)
 
 
-def compiler_cuts() -> bool:
-    """Whether what is traced here may be cut by the compiler; not so inside of `per_device`."""
+def sharded_by_compiler() -> bool:
+    """Whether the compiler may shard the arrays that are traced here; false inside `per_device`."""
     mesh = _mesh()
     return mesh.size > 1 and AxisType.Auto in mesh.axis_types
 
 
-def positions_cut() -> bool:
-    """Whether positions are cut, so that rows and positions must stay two axes: merged, they would be gathered."""
-    return compiler_cuts() and axis_size(POSITIONS) > 1
+def positions_sharded() -> bool:
+    """Whether positions are sharded. Batch and positions must then stay two axes: merging them would gather them."""
+    return sharded_by_compiler() and axis_size(POSITIONS) > 1
 
 
-def flat(x: jax.Array) -> jax.Array:
-    """Merges all axes but the last, which XLA:CPU multiplies fastest; leaves `x` as it is where positions are cut."""
-    return x if positions_cut() else x.reshape(-1, x.shape[-1])
+def merge_leading_axes(x: jax.Array) -> jax.Array:
+    """Merges all axes but the last, the layout that XLA:CPU multiplies fastest; no-op where positions are sharded."""
+    return x if positions_sharded() else x.reshape(-1, x.shape[-1])
 
 
-def pin(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Keeps `x` cut over these axes, one for each of its first dimensions; those that do not divide are left out."""
-    if not compiler_cuts():
+def constrain_sharding(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Shards the first dimensions of `x` over these mesh axes; ignores an axis that does not divide its dimension."""
+    if not sharded_by_compiler():
         return x
-    return jax.lax.with_sharding_constraint(x, spec_of(x.shape, *axes))
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, *axes))
 
 
-def pin_batch(x: jax.Array) -> jax.Array:
-    """Keeps `[B, T, ...]` cut over rows and positions."""
-    return pin(x, ROWS, POSITIONS)
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Shards `[B, T, ...]` over batch and positions."""
+    return constrain_sharding(x, BATCH, POSITIONS)
 
 
-def spec_of(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> PartitionSpec:
-    """Cuts the first dimensions over these axes, where they divide."""
+def partition_spec(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> PartitionSpec:
+    """Returns the spec that shards the first dimensions over these mesh axes, where they divide them."""
     mesh = _mesh()
 
     def divides(size: int, names: str | tuple[str, ...]) -> bool:
@@ -65,20 +65,20 @@ def spec_of(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> Part
 
     return PartitionSpec(
         *(
-            _known(mesh, names) if names and divides(size, names) else None
+            _existing(mesh, names) if names and divides(size, names) else None
             for size, names in zip(shape, axes, strict=False)
         )
     )
 
 
 def per_device(function: Callable[..., jax.Array], in_specs: Any, out_specs: Any) -> Callable[..., jax.Array]:
-    """`function` on each device's own part, or `function` itself where nothing is cut."""
-    if not compiler_cuts():
+    """Maps `function` over the shards of its arguments (`shard_map`); returns it unchanged where nothing is sharded."""
+    if not sharded_by_compiler():
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _known(mesh: AbstractMesh, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+def _existing(mesh: AbstractMesh, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return names if isinstance(names, str) else tuple(name for name in names if name in mesh.shape)
 
 

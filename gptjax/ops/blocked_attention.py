@@ -11,21 +11,21 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.machine.platform import target_platform
-from gptjax.ops.attention_heads import Drops, drop, group_queries, merge_rows, ungroup_queries
+from gptjax.ops.attention_heads import DroppedWeights, drop_weights, group_queries, merge_rows, ungroup_queries
 from gptjax.ops.attention_spec import HIDDEN, AttentionSpec, Bias, Implementation, Mask, Request, needs_dense_weights
 from gptjax.ops.matmul import dot, row_major, transposed
 from gptjax.ops.scheduling import schedule_after
 
-WHOLE_ROWS = 512
-"""Positions up to which a GPU without a kernel (float32, dropout) holds all weights of attention at once."""
+UNBLOCKED_POSITIONS = 512
+"""Up to this length the plain implementation is used on a GPU where no kernel fits (float32, dropout)."""
 FUSED_ROWS = 4096
-"""XLA:CPU gives its library no operation on fewer elements."""
+"""XLA:CPU never passes an operation on fewer elements to its library."""
 ALIASING = 512
-"""Rows of a multiple of so many float32 share so few places of a processor's cache that a transpose of them is slow."""
+"""Row lengths, in float32, that are a multiple of this map to few sets of the cache, which makes transposes slow."""
 
 
 class Block(NamedTuple):
-    """Queries from `start` to `stop`, and the first key that any of them sees."""
+    """Queries from `start` to `stop`, and the first key that any of them attends to."""
 
     start: int
     stop: int
@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How T queries are cut. Each block sees all its keys at once, so no running softmax is needed."""
+    """Divides T queries into blocks. Each block attends to all its keys at once, so no running softmax is needed."""
 
     length: int
     spec: AttentionSpec
@@ -55,11 +55,13 @@ def blocked_attention(
     v_BSGC: jax.Array,
     segments_BT: jax.Array | None,
     slopes_H: jax.Array | None,
-    drops: Drops | None,
+    drops: DroppedWeights | None,
 ) -> jax.Array:
-    """Attention that never holds all T² weights: they exist for one block of queries, and are recomputed in the
-    backward pass (arXiv:2205.14135, section 3). Keys that no query of a block attends to are skipped. Each block waits
-    for the previous one; otherwise XLA starts all of them at once, and all their weights are in memory.
+    """Attention that holds the weights of one block of queries at a time instead of all T².
+
+    The backward pass recomputes the weights (arXiv:2205.14135, section 3). A block skips keys that none of its queries
+    attends to. Each block waits for the previous one, since XLA would otherwise run all blocks at once and hold all
+    their weights.
     """
     return _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, slopes_H, drops)[0]
 
@@ -71,13 +73,13 @@ def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, slopes_H, drop
     outputs, log_sums, done = [], [], None
     for block in blocks.ranges():
         q_BGNC = schedule_after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), done)
-        scores, _ = _scores(blocks, block, q_BGNC, _seen(k_BGSC, block), segments_BT, slopes_H)
+        scores, _ = _scores(blocks, block, q_BGNC, _visible_keys(k_BGSC, block), segments_BT, slopes_H)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = _drop(blocks, weights, drops, block).astype(dtype)
-        y_BGNC = (dot("bgns,bgsc->bgnc", weights, _seen(v_BGSC, block), jnp.float32) / total).astype(dtype)
-        # A single element would do, but XLA would compute that apart, from parts of what is fused above.
+        y_BGNC = (dot("bgns,bgsc->bgnc", weights, _visible_keys(v_BGSC, block), jnp.float32) / total).astype(dtype)
+        # A single element would suffice, but XLA would compute it separately and break the fusion above.
         done = jnp.max(y_BGNC, keepdims=True)
         outputs.append(y_BGNC.reshape(*q_BGRTC.shape[:3], block.stop - block.start, -1))
         log_sums.append(None if _fuses(q_BGNC) else jnp.log(total) + largest)
@@ -92,12 +94,12 @@ def _blocked_backward(blocks, saved, dy_BTHC):
     unused = 16 if k_BGSC.shape[2] % ALIASING == 0 else 0  # one line of a cache
     dk_BGCS = dv_BGCS = jnp.zeros((*k_BGSC.shape[:2], C, k_BGSC.shape[2] + unused), jnp.float32)
     dqs = []
-    done = dy_BGRTC[:, :, 0]  # not None: the forward pass's scores would be kept for the first block
+    done = dy_BGRTC[:, :, 0]  # not None: XLA would keep the scores of the first block from the forward pass
     for block, y_BGRTC, log_sum in zip(blocks.ranges(), outputs, log_sums, strict=True):
         q_BGNC = schedule_after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), done)
         dy_BGNC = schedule_after(merge_rows(dy_BGRTC[:, :, :, block.start : block.stop]), done)
-        k, v = _seen(k_BGSC, block), _seen(v_BGSC, block)
-        if dtype == jnp.float32:  # copies, which would be kept from the forward pass; in bfloat16 they are none
+        k, v = _visible_keys(k_BGSC, block), _visible_keys(v_BGSC, block)
+        if dtype == jnp.float32:  # XLA copies float32 slices and would keep the forward pass's copies; not in bfloat16
             k, v = schedule_after(k, done), schedule_after(v, done)
         scores, slope = _scores(blocks, block, q_BGNC, k, segments_BT, slopes_H)
         if log_sum is None:
@@ -107,17 +109,17 @@ def _blocked_backward(blocks, saved, dy_BTHC):
             weights = jnp.exp(scores - log_sum).astype(dtype)
         dweights = dot("bgnc,bgsc->bgns", dy_BGNC, v, jnp.float32)
         dweights = _drop(blocks, dweights, drops, block)
-        # the row sums of weights times their gradients, whatever dropout left out (arXiv:2205.14135, appendix B.4)
+        # equals the row sums of weights times their gradients, also with dropout (arXiv:2205.14135, appendix B.4)
         delta = jnp.sum(merge_rows(y_BGRTC).astype(jnp.float32) * dy_BGNC, axis=-1, keepdims=True)
         dscores = weights * (dweights - delta)
         # The scale is applied at the end, to smaller arrays.
         dscores = (dscores if slope is None else dscores * slope).astype(dtype)
         weights = _drop(blocks, weights.astype(jnp.float32), drops, block).astype(dtype)
-        dq_BGNC = _product("bgns,bgsc->bgnc", dscores, k)
+        dq_BGNC = _threaded_matmul("bgns,bgsc->bgnc", dscores, k)
         dqs.append(dq_BGNC.reshape(*q_BGRTC.shape[:3], block.stop - block.start, C))
-        # dk and dv come out transposed: then neither weights nor dscores, the large ones, need a transpose
-        dk_BGCS = _add_at(block, dk_BGCS, _product("bgcn,bgns->bgcs", transposed(q_BGNC), dscores))
-        dv_BGCS = _add_at(block, dv_BGCS, _product("bgcn,bgns->bgcs", transposed(dy_BGNC), weights))
+        # dk and dv are computed transposed, so that the large arrays, weights and dscores, need no transpose.
+        dk_BGCS = _add_at(block, dk_BGCS, _threaded_matmul("bgcn,bgns->bgcs", transposed(q_BGNC), dscores))
+        dv_BGCS = _add_at(block, dv_BGCS, _threaded_matmul("bgcn,bgns->bgcs", transposed(dy_BGNC), weights))
         done = dk_BGCS
     scale = blocks.spec.logit_scale(C)
     dq_BTHC = ungroup_queries((jnp.concatenate(dqs, axis=3) * scale).astype(dtype))
@@ -129,39 +131,39 @@ def _blocked_backward(blocks, saved, dy_BTHC):
 blocked_attention.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _seen(x_BGSC, block):
+def _visible_keys(x_BGSC, block):
     return x_BGSC[:, :, block.first : block.stop]
 
 
 def _fuses(rows_BGNC):
-    """Whether XLA's library takes the softmax of these rows together with its products, tile by tile.
+    """Whether XLA:CPU's library fuses the softmax of these rows with the matmuls around it.
 
-    It leaves out what has fewer elements, such as one for each row. Then the sums are kept for the backward pass.
+    Otherwise the forward pass stores the log-sums for the backward pass.
     """
     return rows_BGNC[..., 0].size >= FUSED_ROWS
 
 
-def _product(spec, a, b):
-    """`dot` in float32, whose batch is cut over the processor's threads.
+def _threaded_matmul(spec, a, b):
+    """Calls `dot` in float32 so that XLA:CPU's library distributes the batch over threads.
 
-    XLA's library cuts only a batch that is reduced too, so there is a reduction here, which adds zero.
+    The library does so only for a matmul that is fused with a reduction; the reduction here adds zero.
     """
     y = dot(spec, a, b, jnp.float32)
     return y + jnp.max(a, axis=-1, keepdims=True).astype(jnp.float32) * 0 if _fuses(a) else y
 
 
 def _scores(blocks, block, q_BGNC, k_BGSC, segments_BT, slopes_H):
-    """Logits `[B, G, N, S]`, hidden ones at `HIDDEN`; and the derivative of the soft cap, None where there is none."""
+    """Returns logits `[B, G, N, S]`, with `HIDDEN` where masked, and the derivative of the soft cap (None: no cap)."""
     spec, R = blocks.spec, q_BGNC.shape[2] // (block.stop - block.start)
     t, s = jnp.arange(block.start, block.stop)[:, None], jnp.arange(block.first, block.stop)[None]
     outside = (t < s) | (s <= t - spec.window) if spec.window else t < s
-    hidden = jnp.where(outside, HIDDEN, 0.0)[None]  # added, which is faster than selecting
+    hidden = jnp.where(outside, HIDDEN, 0.0)[None]  # added to the logits, which is faster than a select
     if segments_BT is not None:
         other = segments_BT[:, block.start : block.stop, None] != segments_BT[:, None, block.first : block.stop]
         hidden = jnp.where(other, HIDDEN, hidden)
     scale, hidden = jnp.full((1,) * 4, spec.logit_scale(q_BGNC.shape[-1])), hidden[:, None]
     if _fuses(q_BGNC):
-        # For these queries alone: what other matmuls read too would be written to memory, as large as the logits.
+        # One copy for each block: XLA writes an array that several matmuls read to memory, as large as the logits.
         scale, hidden = schedule_after(scale, q_BGNC), schedule_after(hidden, q_BGNC)
     logits, derivative = dot("bgnc,bgsc->bgns", q_BGNC, k_BGSC, jnp.float32) * scale, None
     if spec.softcap:
@@ -177,7 +179,7 @@ def _drop(blocks, weights, drops, block):
     if drops is None:
         return weights
     here = drops._replace(rows_BTH=drops.rows_BTH[:, block.start : block.stop])
-    return drop(here, blocks.spec.dropout, weights, block.first)
+    return drop_weights(here, blocks.spec.dropout, weights, block.first)
 
 
 def _heads_first(x_BTGC):
@@ -185,7 +187,7 @@ def _heads_first(x_BTGC):
 
 
 def _add_at(block, total, part):
-    """Adds to a total over all keys what a block gives to the keys that it sees, in place."""
+    """Adds a block's gradient of its keys to the gradient of all keys, in place."""
     here = total[..., block.first : block.stop] + part
     return jax.lax.dynamic_update_slice_in_dim(total, here, block.first, axis=-1)
 
@@ -195,7 +197,7 @@ def _unsupported(request: Request) -> str | None:
         return reason
     if request.platform == "tpu":
         return "the plain implementation is used on TPUs"
-    if request.platform == "gpu" and request.queries <= WHOLE_ROWS:
+    if request.platform == "gpu" and request.queries <= UNBLOCKED_POSITIONS:
         return f"all weights of {request.queries} positions fit in memory at once"
     return None
 
@@ -207,7 +209,7 @@ def _run(
     v_BSGC: jax.Array,
     mask: Mask,
     bias: Bias | None,
-    drops: Drops | None,
+    drops: DroppedWeights | None,
 ) -> jax.Array:
     slopes_H = None if bias is None else bias.slopes_H
     blocks = Blocks(q_BTHC.shape[1], spec)

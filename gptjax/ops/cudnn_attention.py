@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops.attention_heads import Drops
-from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, needs_dense_weights
+from gptjax.ops.attention_heads import DroppedWeights
+from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, exceeds_fused_kernel
 from gptjax.ops.scheduling import deterministic_ops_requested
 
 
@@ -14,25 +14,21 @@ def _unsupported(request: Request) -> str | None:
     if request.platform != "gpu":
         return "needs a GPU"
     if deterministic_ops_requested():
-        return "its gradients are added up in the order of arrival, and XLA_FLAGS ask for deterministic operations"
-    if reason := needs_dense_weights(request):
+        return "its gradients are not deterministic, and XLA_FLAGS ask for deterministic operations"
+    if reason := exceeds_fused_kernel(request):
         return reason
-    if request.dropout:
-        return "attention weights are dropped"
-    if request.spec.softcap or request.slopes:
-        return "logits are capped or biased"
     if request.dtype not in ("bfloat16", "float16"):
         return f"{request.dtype} is neither bfloat16 nor float16"
     if not cudnn_works(request.dtype, request.queries, request.head_dim, request.spec.window, request.segments):
-        return "cuDNN refuses it"
+        return "a trial call of cuDNN failed"
     return None
 
 
 @functools.cache
 def cudnn_works(dtype: str, T: int, head_dim: int, window: int, masked: bool) -> bool:
-    """Runs cuDNN's attention once on this GPU, forward and backward; where it fails, another implementation is used.
+    """Whether cuDNN's attention runs on this GPU, forward and backward; found by a trial call.
 
-    Called while a step is traced, so all of it is computed outside of that trace.
+    The trial runs outside of the trace of the step that is being compiled.
     """
     try:
         with jax.ensure_compile_time_eval():
@@ -42,7 +38,7 @@ def cudnn_works(dtype: str, T: int, head_dim: int, window: int, masked: bool) ->
             y, derivative = jax.vjp(lambda x: cudnn_attention(spec, x, x, x, mask, None, None), x)
             finite = jnp.isfinite(y) & jnp.isfinite(derivative(y)[0])
             return bool(jnp.all(finite))
-    except Exception as error:  # whatever the driver or the library says, training can continue without it
+    except Exception as error:  # training can continue without cuDNN, whatever the error
         print(f"cuDNN attention is not available ({str(error).splitlines()[0]}); using another implementation")
         return False
 
@@ -54,7 +50,7 @@ def cudnn_attention(
     v_BSGC: jax.Array,
     mask: Mask,
     _bias: Bias | None,
-    _drops: Drops | None,
+    _drops: DroppedWeights | None,
 ) -> jax.Array:
     """Returns `[B, T, H, C]`."""
     segments_BT = mask.segments_BT

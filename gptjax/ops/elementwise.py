@@ -12,15 +12,16 @@ from jax.extend.random import threefry2x32_p
 
 from gptjax.machine.platform import target_platform
 from gptjax.ops import kernels
-from gptjax.ops.axes import flat
+from gptjax.ops.axes import merge_leading_axes
 from gptjax.ops.matmul import sum_rows
 from gptjax.ops.scheduling import optimization_barrier, recompute_in_backward
 
 NORM_EPSILON = 1e-5  # GPT-2's
 GELU_RANGE = 5.0
-"""Beyond it GELU is within 3e-7 of the larger of `x` and 0."""
-# Least maximal errors on that range, by weighted least squares, of GELU(x) / x - 1/2 (4e-8) and GELU'(x) - 1/2 (2e-7).
-GELU_SHARE = (
+"""For larger magnitudes GELU is within 3e-7 of `max(x, 0)`."""
+# Rational approximations on that range, with nearly minimal largest errors: of GELU(x) / x - 1/2 (error 4e-8) and of
+# GELU'(x) - 1/2 (error 2e-7).
+GELU_RATIO = (
     (4.5113577e-06, 1.6492184e-04, 3.6890475e-03, 3.6817440e-02, 3.9894204e-01),
     (4.3797733e-07, 7.2806296e-05, 1.4358614e-03, 2.7192105e-02, 2.5977553e-01, 1.0),
 )
@@ -33,12 +34,12 @@ GELU_SLOPE = (
 def layer_norm_reference(
     x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_dtype, epsilon: float = NORM_EPSILON
 ) -> jax.Array:
-    """What `layer_norm` computes, differentiated by JAX."""
+    """Computes `layer_norm`, differentiated by JAX."""
     x = x.astype(jnp.float32)
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
-    y = normed * _like(x, scale_D)
-    return (y if bias_D is None else y + _like(x, bias_D)).astype(out_dtype)
+    y = normed * _broadcast_along(x, scale_D)
+    return (y if bias_D is None else y + _broadcast_along(x, bias_D)).astype(out_dtype)
 
 
 def layer_norm(
@@ -46,17 +47,17 @@ def layer_norm(
 ) -> jax.Array:
     """Normalises the last axis of `x` in float32 (arXiv:1607.06450) and casts the result to `out_dtype`.
 
-    Each result is one operation that computes what it needs from `x`: XLA:CPU gives a norm to its library whole where
-    nothing inside is read elsewhere, and is several times slower where parts of it go through memory.
+    The output and each gradient recompute the statistics from `x`: XLA:CPU passes a norm to its library only if no
+    intermediate result is used elsewhere, and is several times slower without the library.
     """
-    return _layer_norm(flat(x), scale_D, bias_D, out_dtype, epsilon).reshape(x.shape)
+    return _layer_norm(merge_leading_axes(x), scale_D, bias_D, out_dtype, epsilon).reshape(x.shape)
 
 
 def layer_norm_with_residual(
     x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, out_dtype, epsilon: float = NORM_EPSILON
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the float32 `x` and its `layer_norm`, so that the gradients of both arrive together: a kernel adds them
-    in one pass.
+    """Returns the float32 `x` and its `layer_norm`. The backward pass gets both gradients at once, so that a kernel
+    can add them in one pass.
     """
     if x.dtype != jnp.float32 or not kernels.usable(out_dtype, x.shape[-1]):
         return x, layer_norm(x, scale_D, bias_D, out_dtype, epsilon)
@@ -90,16 +91,16 @@ def _layer_norm_result(x, scale_D, bias_D, out_dtype, epsilon) -> jax.Array:
 def _layer_norm_forward(x, scale_D, bias_D, out_dtype, epsilon):
     if target_platform() != "gpu":
         return _layer_norm_result(x, scale_D, bias_D, out_dtype, epsilon), (x, scale_D, bias_D, None)
-    # Mean and deviation are stored: recomputing them cannot be fused with the sums over rows that the gradient of the
-    # scale needs, so XLA would write all of what it sums to memory.
+    # Mean and deviation are stored. XLA:GPU cannot fuse their recomputation with the row sums in the gradient of the
+    # scale, and would write the summands to memory.
     statistics = jax.lax.optimization_barrier(_statistics(x, epsilon))
     normed, _ = _normed(x, statistics, epsilon)
     return _scaled(normed, scale_D, bias_D, out_dtype), (x, scale_D, bias_D, statistics)
 
 
 def _scaled(normed, scale_D, bias_D, out_dtype):
-    y = normed * _like(normed, scale_D)
-    return (y if bias_D is None else y + _like(normed, bias_D)).astype(out_dtype)
+    y = normed * _broadcast_along(normed, scale_D)
+    return (y if bias_D is None else y + _broadcast_along(normed, bias_D)).astype(out_dtype)
 
 
 def _statistics(x, epsilon):
@@ -124,7 +125,7 @@ def _layer_norm_backward(out_dtype, epsilon, saved, dy):
 
 def _layer_norm_dx(statistics, epsilon, x, scale_D, dy):
     normed, inverse = _normed(x, statistics, epsilon)
-    dnormed = dy.astype(jnp.float32) * _like(x, scale_D)
+    dnormed = dy.astype(jnp.float32) * _broadcast_along(x, scale_D)
     along = normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True)
     return (inverse * (dnormed - jnp.mean(dnormed, axis=-1, keepdims=True) - along)).astype(x.dtype)
 
@@ -138,18 +139,18 @@ _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def rms_norm_reference(x: jax.Array, scale_D: jax.Array | None, out_dtype, epsilon: float) -> jax.Array:
-    """What `rms_norm` computes, differentiated by JAX."""
+    """Computes `rms_norm`, differentiated by JAX."""
     x = x.astype(jnp.float32)
     y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
-    return (y if scale_D is None else y * _like(x, scale_D)).astype(out_dtype)
+    return (y if scale_D is None else y * _broadcast_along(x, scale_D)).astype(out_dtype)
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array | None, out_dtype, epsilon: float) -> jax.Array:
     """Divides the last axis of `x` by its root mean square, in float32 (arXiv:1910.07467), and casts the result.
 
-    The backward pass reads `x` alone: it recomputes the rest.
+    The backward pass recomputes everything from `x`.
     """
-    y: Any = _rms_norm(flat(x), scale_D, out_dtype, epsilon)
+    y: Any = _rms_norm(merge_leading_axes(x), scale_D, out_dtype, epsilon)
     return y.reshape(x.shape)
 
 
@@ -176,7 +177,7 @@ def _rms_norm_backward(_, epsilon, saved, dy):
 def _rms_norm_dx(epsilon, x, dy, scale_D):
     x32, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
     inverse = _inverse_rms(x32, epsilon)
-    dnormed = dy if scale_D is None else dy * _like(x32, scale_D)
+    dnormed = dy if scale_D is None else dy * _broadcast_along(x32, scale_D)
     normed = x32 * inverse
     return (inverse * (dnormed - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True))).astype(x.dtype)
 
@@ -189,31 +190,30 @@ _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def gelu_reference(x: jax.Array) -> jax.Array:
-    """What `gelu` computes, differentiated by JAX."""
+    """Computes `gelu`, differentiated by JAX."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form (arXiv:1606.08415), computed in float32: in bfloat16 it costs twice as much on a CPU.
+    """Tanh approximation of GELU (arXiv:1606.08415), computed in float32; bfloat16 takes twice the time on a CPU.
 
-    No tanh is called: what the cubic, the tanh and its derivative come to are rational functions of `x`, as exact as
-    float32 can be, at half of the time on a CPU.
+    Rational functions of `x` replace the tanh and its derivative: as exact as float32 allows, and half the time on a
+    CPU.
     """
-    x32 = optimization_barrier(x)[0].astype(
-        jnp.float32
-    )  # read as it is stored: not the float32 of which it was rounded
+    # The barrier makes XLA read the rounded `x` from memory, not the float32 value before rounding.
+    x32 = optimization_barrier(x)[0].astype(jnp.float32)
     above = jnp.maximum(x32, -GELU_RANGE)
-    return (above * (0.5 + _odd(GELU_SHARE, jnp.minimum(above, GELU_RANGE)))).astype(x.dtype)
+    return (above * (0.5 + _odd_rational(GELU_RATIO, jnp.minimum(above, GELU_RANGE)))).astype(x.dtype)
 
 
 def _gelu_backward(x, dy):
     inside = jnp.clip(x.astype(jnp.float32), -GELU_RANGE, GELU_RANGE)
-    return (((0.5 + _odd(GELU_SLOPE, inside)) * dy.astype(jnp.float32)).astype(x.dtype),)
+    return (((0.5 + _odd_rational(GELU_SLOPE, inside)) * dy.astype(jnp.float32)).astype(x.dtype),)
 
 
-def _odd(parts, x):
-    """`x` times the quotient of two polynomials in its square, whose coefficients begin with the highest power's."""
+def _odd_rational(parts, x):
+    """Returns `x` times the quotient of two polynomials in `x²`; coefficients start at the highest power."""
     square = x * x
     above, below = (functools.reduce(lambda total, c: total * square + c, part) for part in parts)
     return x * above / below
@@ -223,9 +223,9 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def dropout_keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> tuple[jax.Array, float]:
-    """Draws which elements stay, and the scale that keeps their expectation.
+    """Draws a mask of the elements to keep, and the scale that preserves the expectation.
 
-    16 random bits per element halve the cost of the generator; the scale is exact for the rounded rate.
+    16 random bits per element halve the cost of the generator. The scale is exact for the rounded rate.
     """
     threshold = round(rate * 2**16)
     return jax.random.bits(key, shape, "uint16") >= threshold, 2**16 / (2**16 - threshold)
@@ -234,16 +234,16 @@ def dropout_keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> tuple[j
 def dropout_keep_at(
     key_data: jax.Array, rows_N1: jax.Array, columns: jax.Array, rate: float
 ) -> tuple[jax.Array, float]:
-    """The same for elements that are named by two numbers, so that it does not matter which device draws them.
+    """Like `dropout_keep`, but the bits of an element depend only on its row and column number, not on the device.
 
     Args:
-        key_data: `jax.random.key_data` of a threefry key, as arrays pass through `shard_map`.
+        key_data: `jax.random.key_data` of a threefry key; plain arrays can pass through `shard_map`.
         rows_N1: uint32, `[..., N, 1]`.
         columns: uint32, `[S]`.
         rate: Probability of dropping an element.
 
     Returns:
-        What stays, `[..., N, S]`, and the scale.
+        The mask of elements to keep, `[..., N, S]`, and the scale.
     """
     shape = (*rows_N1.shape[:-1], columns.shape[0])
     counts = [jnp.broadcast_to(x, shape) for x in (rows_N1, columns.reshape((1,) * (len(shape) - 1) + (-1,)))]
@@ -253,13 +253,13 @@ def dropout_keep_at(
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes elements with probability `rate` and scales the others up; no key: leaves `x` as it is."""
+    """Zeroes elements with probability `rate` and scales the others up; without a key it returns `x`."""
     if key is None or not rate:
         return x
     keep, scale = dropout_keep(key, x.shape, rate)
     return jnp.where(keep, x * jnp.asarray(scale, x.dtype), jnp.zeros((), x.dtype))
 
 
-def _like(x: jax.Array, vector_D: jax.Array) -> jax.Array:
-    """Gives a vector leading axes to broadcast along `x`, since rank promotion is an error here."""
+def _broadcast_along(x: jax.Array, vector_D: jax.Array) -> jax.Array:
+    """Adds leading axes to a vector, in float32, because implicit rank promotion is an error in this package."""
     return vector_D.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))

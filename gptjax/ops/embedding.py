@@ -1,28 +1,28 @@
-"""The embedding lookup, with gradients by products or sums whose order is fixed.
+"""The embedding lookup. Its gradient is a one-hot matmul for small vocabularies, and deterministic on request.
 
-Shape suffixes: B batch, T position, D n_embd, V vocabulary; N = B times T, in order of their tokens cut in Z tiles of
-R rows, which hold at most P = R tokens.
+Shape suffixes: B batch, T position, D n_embd, V vocabulary; N = B times T rows, sorted by token and divided into Z
+tiles of R rows, which hold at most P = R different tokens.
 """
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.machine.platform import target_platform
-from gptjax.ops.axes import compiler_cuts, positions_cut
+from gptjax.ops.axes import positions_sharded, sharded_by_compiler
 from gptjax.ops.matmul import dot
 from gptjax.ops.scheduling import deterministic_ops_requested
 
-ONE_HOT_VOCAB = 1024  # up to this vocabulary a one-hot product beats a scatter in the embedding's gradient
+ONE_HOT_VOCAB = 1024  # up to this size a one-hot matmul is faster than a scatter in the embedding's gradient
 TILE = 128
-"""Rows that are summed by one product."""
+"""Rows that one matmul sums."""
 
 
 def embedding(w_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Looks up rows of `w_VD`: `[B, T, D]` in its dtype. Ids out of range clamp, so batches are checked before."""
+    """Looks up rows of `w_VD`: `[B, T, D]` in its dtype. Ids out of range are clamped; batches are checked earlier."""
     if w_VD.shape[0] <= ONE_HOT_VOCAB:
         return _small_embedding(w_VD, tokens_BT)
-    if target_platform() == "gpu" and deterministic_ops_requested() and not compiler_cuts():
-        return _ordered_embedding(w_VD, tokens_BT)
+    if target_platform() == "gpu" and deterministic_ops_requested() and not sharded_by_compiler():
+        return _deterministic_embedding(w_VD, tokens_BT)
     return w_VD[tokens_BT]
 
 
@@ -33,7 +33,7 @@ def _small_embedding(w_VD, tokens_BT):
 
 def _small_embedding_backward(saved, dx_BTD):
     w_VD, tokens_BT = saved
-    if positions_cut():
+    if positions_sharded():
         one_hot_BTV = (tokens_BT[:, :, None] == jnp.arange(w_VD.shape[0])[None, None]).astype(dx_BTD.dtype)
         return dot("btv,btd->vd", one_hot_BTV, dx_BTD, w_VD.dtype), None
     one_hot_VN = (tokens_BT.reshape(1, -1) == jnp.arange(w_VD.shape[0])[:, None]).astype(dx_BTD.dtype)
@@ -44,48 +44,50 @@ _small_embedding.defvjp(lambda w_VD, tokens_BT: (w_VD[tokens_BT], (w_VD, tokens_
 
 
 @jax.custom_vjp
-def _ordered_embedding(w_VD, tokens_BT):
+def _deterministic_embedding(w_VD, tokens_BT):
     return w_VD[tokens_BT]
 
 
-def _ordered_embedding_backward(saved, dx_BTD):
+def _deterministic_embedding_backward(saved, dx_BTD):
     w_VD, tokens_BT = saved
     return sum_by_token(w_VD.shape[0], tokens_BT.reshape(-1), dx_BTD.reshape(-1, w_VD.shape[1])), None
 
 
-_ordered_embedding.defvjp(lambda w_VD, tokens_BT: (w_VD[tokens_BT], (w_VD, tokens_BT)), _ordered_embedding_backward)
+_deterministic_embedding.defvjp(
+    lambda w_VD, tokens_BT: (w_VD[tokens_BT], (w_VD, tokens_BT)), _deterministic_embedding_backward
+)
 
 
 def sum_by_token_reference(V: int, tokens_N: jax.Array, x_ND: jax.Array) -> jax.Array:
-    """What `sum_by_token` computes."""
+    """Computes `sum_by_token` with a scatter."""
     return jnp.zeros((V, x_ND.shape[1]), x_ND.dtype).at[tokens_N].add(x_ND)
 
 
 def sum_by_token(V: int, tokens_N: jax.Array, x_ND: jax.Array) -> jax.Array:
-    """Sums rows of equal tokens: `[V, D]`. The same bits whenever it runs, as a GPU's scatter, which adds in the order
-    in which its threads arrive, does not promise.
+    """Sums the rows of each token: `[V, D]`, bit for bit the same in every run.
 
-    Rows in order of their tokens are cut in tiles. In each, a product with a one-hot matrix sums what belongs to one
-    token; a token's sums in later tiles are added to its first one; then each token has one sum, which is scattered.
+    A scatter on a GPU is not deterministic, because its atomic additions have no fixed order. Here the rows are sorted
+    by token and divided into tiles. In each tile a matmul with a one-hot matrix sums the rows of each token. Sums of
+    the same token in later tiles are added to its first one. Then each token has one sum, which is scattered.
     """
     padding = -tokens_N.shape[0] % TILE
     order_N = jnp.argsort(tokens_N)
     ids_ZR = jnp.pad(tokens_N[order_N], (0, padding), constant_values=V).reshape(-1, TILE)
     x_ZRD = jnp.pad(x_ND[order_N], ((0, padding), (0, 0))).reshape(*ids_ZR.shape, -1)
     begins_ZR = jnp.pad(ids_ZR[:, 1:] != ids_ZR[:, :-1], ((0, 0), (1, 0)))
-    place_ZR = jnp.cumsum(begins_ZR, axis=1)  # of a row's token among those of its tile
-    here_ZPR = place_ZR[:, None] == jnp.arange(TILE)[None, :, None]
-    sums_ZPD = jnp.einsum("zpr,zrd->zpd", here_ZPR.astype(x_ND.dtype), x_ZRD, precision="highest")
-    token_ZP = jnp.min(jnp.where(here_ZPR, ids_ZR[:, None], V), axis=-1)
+    place_ZR = jnp.cumsum(begins_ZR, axis=1)  # index of a row's token within its tile
+    member_ZPR = place_ZR[:, None] == jnp.arange(TILE)[None, :, None]
+    sums_ZPD = jnp.einsum("zpr,zrd->zpd", member_ZPR.astype(x_ND.dtype), x_ZRD, precision="highest")
+    token_ZP = jnp.min(jnp.where(member_ZPR, ids_ZR[:, None], V), axis=-1)
 
     first_Z, last_Z, tile_Z = ids_ZR[:, 0], ids_ZR[:, -1], jnp.arange(ids_ZR.shape[0])
-    goes_on_Z = jnp.pad(first_Z[1:] == last_Z[:-1], (1, 0))
-    later_ZZ = goes_on_Z[None] & (first_Z[None] == last_Z[:, None]) & (tile_Z[None] > tile_Z[:, None])
+    continues_Z = jnp.pad(first_Z[1:] == last_Z[:-1], (1, 0))
+    later_ZZ = continues_Z[None] & (first_Z[None] == last_Z[:, None]) & (tile_Z[None] > tile_Z[:, None])
     rest_ZD = jnp.dot(later_ZZ.astype(x_ND.dtype), sums_ZPD[:, 0], precision="highest")
-    sums_ZPD += jnp.where(here_ZPR[:, :, -1:], rest_ZD[:, None], 0.0)
-    token_ZP = jnp.where(goes_on_Z[:, None] & (jnp.arange(TILE)[None] == 0), V, token_ZP)
+    sums_ZPD += jnp.where(member_ZPR[:, :, -1:], rest_ZD[:, None], 0.0)
+    token_ZP = jnp.where(continues_Z[:, None] & (jnp.arange(TILE)[None] == 0), V, token_ZP)
 
-    # What belongs to nothing gets an index of its own beyond the end, and is dropped.
+    # Unused places get distinct indices beyond the end, which the scatter drops.
     token_N = token_ZP.reshape(-1)
     index_N = jnp.where(token_N < V, token_N, V + jnp.arange(token_N.shape[0]))
     table_VD = jnp.zeros((V, x_ND.shape[1]), x_ND.dtype)

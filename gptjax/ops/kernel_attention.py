@@ -1,4 +1,4 @@
-"""Attention on a CPU by the C++ kernel, which reads queries, keys and values from one array.
+"""Attention on a CPU with the C++ kernel, which reads queries, keys and values from one array.
 
 Shape suffixes: as in `attention_spec.py`; E = H / G + 2: the queries, the key and the value of one key head.
 """
@@ -9,26 +9,23 @@ import jax
 
 from gptjax.machine.processor import core_count
 from gptjax.ops import kernels
-from gptjax.ops.attention_spec import AttentionSpec, Implementation, Request, needs_dense_weights
+from gptjax.ops.attention_spec import AttentionSpec, Implementation, Request, exceeds_fused_kernel
 
 CORES_PER_TASK = 2
-"""Beyond it most cores would wait, and XLA's own attention, which uses all of them, is chosen."""
+"""With more cores for each task of the kernel most cores would be idle; XLA's own attention uses all of them."""
 
 
 def _unsupported(request: Request) -> str | None:
-    spec = request.spec
-    if reason := needs_dense_weights(request):
+    if reason := exceeds_fused_kernel(request):
         return reason
-    if request.dropout:
-        return "attention weights are dropped"
-    if spec.softcap or spec.scale or request.slopes:
-        return "logits are scaled, capped or biased in another way than GPT-2's"
+    if request.spec.scale:
+        return "logits are scaled by another factor than 1 / sqrt(head_dim)"
     if not request.packed:
         return "queries, keys and values are separate arrays"
     tasks, cores = request.batch * request.n_kv_head, core_count()
-    if cores > CORES_PER_TASK * tasks:  # its gradient has one task for each of these; measured on two cores only
+    if cores > CORES_PER_TASK * tasks:  # the gradient kernel runs one task for each pair; measured on two cores only
         return f"{tasks} pairs of a sequence and a key head are too few for {cores} cores"
-    return kernels.unusable(request.dtype, request.queries, request.head_dim)
+    return kernels.unsupported(request.dtype, request.queries, request.head_dim)
 
 
 def kernel_attention(spec: AttentionSpec, qkv_BTGEC: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Linear layers with their biases, and two of them with a GELU between: XLA's products, or kernels that do all at once.
+"""Linear layers with bias, and the MLP (linear, GELU, linear): XLA's matmuls, or a C++ kernel that fuses all of it.
 
 Shape suffixes: N rows, K contracted, F outputs, D width of the residual stream.
 """
@@ -11,14 +11,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.ops import kernels
 from gptjax.ops.elementwise import gelu, gelu_reference
-from gptjax.ops.matmul import add_bias, matmul, matmul_reference, sum_rows
+from gptjax.ops.matmul import add_bias, as_matrix, matmul, matmul_reference, sum_rows
 
-PRODUCT = "product"
-"""What the backward pass may ask for by name: the result of a linear layer (see `model/gpt.REMAT_POLICIES`)."""
+MATMUL_OUTPUT = "matmul_output"
+"""Checkpoint name of the output of a linear layer, for rematerialisation policies (`model/gpt.REMAT_POLICIES`)."""
 
 
 def linear_reference(x, w, bias, out_dtype, outputs_first=False, residual=None) -> jax.Array:
-    """What `linear` computes, written plainly and differentiated by JAX."""
+    """Computes `linear` with JAX's own operations; differentiated by JAX."""
     y = matmul_reference(x, w, out_dtype, outputs_first)
     if bias is not None:
         y = y + bias.astype(out_dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -33,20 +33,21 @@ def linear(
     outputs_first: bool = False,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """Multiplies `x [..., K]` by `w [K, ...]`, or by `w [F, K]` where `outputs_first`, and adds `bias`, of the shape of
-    the outputs, and the float32 `residual`, of that of the result. See `matmul`.
+    """Multiplies `x [..., K]` by `w [K, ...]`, or by `w [F, K]` if `outputs_first`; see `matmul`.
+
+    Adds `bias`, which has the shape of the outputs, and the float32 `residual`, which has the shape of the result.
     """
-    if not _fits(x, w):
-        y = add_bias(checkpoint_name(matmul(x, w, out_dtype, outputs_first), PRODUCT), bias)
+    if not _kernel_usable(x, w):
+        y = add_bias(checkpoint_name(matmul(x, w, out_dtype, outputs_first), MATMUL_OUTPUT), bias)
         return y if residual is None else residual + y
     outputs = w.shape[:1] if outputs_first else w.shape[1:]
     bias_F, residual_NF = None if bias is None else bias.reshape(-1), None if residual is None else _flat(residual)
-    y_NF = _linear(_flat(x), _matrix(w), bias_F, residual_NF, out_dtype, outputs_first)
-    return checkpoint_name(y_NF, PRODUCT).reshape(*x.shape[:-1], *outputs)
+    y_NF = _linear(_flat(x), as_matrix(w), bias_F, residual_NF, out_dtype, outputs_first)
+    return checkpoint_name(y_NF, MATMUL_OUTPUT).reshape(*x.shape[:-1], *outputs)
 
 
 def mlp_reference(x, w_in_DF, b_in_F, w_out_DF, b_out_D, residual=None) -> jax.Array:
-    """What `mlp` computes, written plainly and differentiated by JAX."""
+    """Computes `mlp` with JAX's own operations; differentiated by JAX."""
     h = gelu_reference(linear_reference(x, w_in_DF, b_in_F, x.dtype))
     return linear_reference(h, w_out_DF, b_out_D, jnp.float32, True, residual)
 
@@ -59,16 +60,17 @@ def mlp(
     b_out_D: jax.Array | None,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """Two linear layers with a GELU between them, and `residual` added; returns float32 `[..., D]`."""
-    if not _fits(x, w_in_DF):
+    """Applies a linear layer, GELU and a linear layer, and adds `residual`; returns float32 `[..., D]`."""
+    if not _kernel_usable(x, w_in_DF):
         h = gelu(linear(x, w_in_DF, b_in_F, x.dtype))
         return linear(h, w_out_DF, b_out_D, jnp.float32, True, residual)
     residual_ND = None if residual is None else _flat(residual)
-    return checkpoint_name(_mlp(_flat(x), w_in_DF, b_in_F, w_out_DF, b_out_D, residual_ND), PRODUCT).reshape(x.shape)
+    y_ND = _mlp(_flat(x), w_in_DF, b_in_F, w_out_DF, b_out_D, residual_ND)
+    return checkpoint_name(y_ND, MATMUL_OUTPUT).reshape(x.shape)
 
 
-def _fits(x, w):
-    return kernels.usable(x.dtype, x.size // x.shape[-1], *_matrix(w).shape)
+def _kernel_usable(x, w):
+    return kernels.usable(x.dtype, x.size // x.shape[-1], *as_matrix(w).shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -119,7 +121,7 @@ def _gradients(x_NK, dy_NF, w, bias_F, outputs_first):
 
 def _weight_gradients(x_NK, dy_NF, w, bias_F, outputs_first):
     dy_cast_NF = dy_NF.astype(x_NK.dtype)
-    if outputs_first:  # the kernel sums its second operand, which is not the gradient here
+    if outputs_first:  # the kernel returns the row sums of its second operand, which is not the gradient here
         dw, db_F = kernels.weight_gradient(dy_cast_NF, x_NK)[0], sum_rows(dy_NF)
     else:
         dw, db_F = kernels.weight_gradient(x_NK, dy_cast_NF)
@@ -128,7 +130,3 @@ def _weight_gradients(x_NK, dy_NF, w, bias_F, outputs_first):
 
 def _flat(x):
     return x.reshape(-1, x.shape[-1])
-
-
-def _matrix(w):
-    return w.reshape(w.shape[0], -1)

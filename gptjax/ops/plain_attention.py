@@ -6,7 +6,7 @@ Shape suffixes: as in `attention_spec.py`; R = H / G query heads per key head.
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops.attention_heads import Drops, drop, number_rows
+from gptjax.ops.attention_heads import DroppedWeights, drop_weights, number_weight_rows
 from gptjax.ops.attention_spec import (
     CAUSAL,
     HIDDEN,
@@ -29,8 +29,8 @@ def attention_reference(
     bias: Bias | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """What `attention.attention` computes."""
-    drops = number_rows(key, *q_BTHC.shape[:3]) if key is not None and spec.dropout else None
+    """Computes `attention.attention` with `plain_attention`; for tests and benchmarks."""
+    drops = number_weight_rows(key, *q_BTHC.shape[:3]) if key is not None and spec.dropout else None
     return plain_attention(spec, q_BTHC, k_BSGC, v_BSGC, mask, bias, drops)
 
 
@@ -41,7 +41,7 @@ def plain_attention(
     v_BSGC: jax.Array,
     mask: Mask,
     bias: Bias | None,
-    drops: Drops | None,
+    drops: DroppedWeights | None,
 ) -> jax.Array:
     """Returns `[B, T, H, C]`; softmax in float32."""
     B, T, H, C = q_BTHC.shape
@@ -56,7 +56,7 @@ def plain_attention(
         logits = logits + added.reshape(1, G, H // G, T, S)
     weights = jax.nn.softmax(jnp.where(hidden_BTS(spec, mask, T, S)[:, None, None], HIDDEN, logits), axis=-1)
     if drops is not None:
-        weights = drop(drops, spec.dropout, weights.reshape(B, G, -1, S), 0).reshape(weights.shape)
+        weights = drop_weights(drops, spec.dropout, weights.reshape(B, G, -1, S), 0).reshape(weights.shape)
     y = jnp.einsum("bgrts,bsgc->btgrc", weights.astype(q_BTHC.dtype), v_BSGC, preferred_element_type=jnp.float32)
     return y.astype(q_BTHC.dtype).reshape(B, T, H, C)
 

@@ -1,4 +1,4 @@
-"""Matrix products of decoding: few rows, so that reading the weights sets the pace.
+"""Matmuls of decoding: they have few rows, so the time is that of reading the weights.
 
 Shape suffixes: N rows, K contracted, F outputs; J stripe, G row of a stripe, see `single_row`.
 """
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from gptjax.machine.platform import target_platform
 from gptjax.ops import kernels
 from gptjax.ops.matmul import dot, row_major
-from gptjax.ops.single_row import padded, single_row_product, striped
+from gptjax.ops.single_row import padded, single_row_matmul, striped
 
 INT8_MAX = 127.0
-LOW_STEPS = 254.0  # the second int8 of an activation counts in 254ths of the first one's step: half a step is 127
+LOW_STEPS = 254.0  # the second int8 of an activation has a 254 times smaller step, so that 127 is half a step
 
 
 @jax.tree_util.register_dataclass
@@ -24,9 +24,9 @@ class Projection:
     """A weight laid out for decoding."""
 
     w: jax.Array
-    """`[F, K]`, or `[J, G, F]` to be multiplied by one row at a time, or `[P, S, W, L, I]` for `kernels.few_rows`."""
+    """`[F, K]`; or `[J, G, F]` for `single_row_matmul`; or `[P, S, W, L, I]` for `kernels.small_batch_matmul`."""
     scale_F: jax.Array | None
-    """Of int8 weights: what a step of each output's weights is worth."""
+    """Quantisation step of each output's int8 weights; None for other dtypes."""
     outputs: int = dataclasses.field(metadata={"static": True})
     """F."""
 
@@ -34,9 +34,9 @@ class Projection:
 def make_projection(
     w: jax.Array, dtype: Literal["float32", "bfloat16", "int8"], one_row: bool, outputs_first: bool = False
 ) -> Projection:
-    """Lays out a matrix, `[K, F]` or, where `outputs_first`, `[F, K]`, for products of one row or of several.
+    """Lays out a matrix, `[K, F]` or `[F, K]` if `outputs_first`, for matmuls with one row or with several rows.
 
-    Kernels, where there are any, take the same layout for both. Each output of int8 has a scale of its own.
+    The C++ kernel uses one layout for both. Weights of int8 have one scale for each output.
     """
     scale_F, outputs = None, w.shape[0 if outputs_first else 1]
     if dtype == "int8":
@@ -45,10 +45,10 @@ def make_projection(
         scale = jnp.max(jnp.abs(w), axis=contracted, keepdims=True) / INT8_MAX
         scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
         w, scale_F = jnp.round(w / scale), jnp.squeeze(scale, contracted)
-    # Pinned, so that what is turned around is small already: 22 ms instead of 115 for twelve matrices of 768 x 3072.
+    # The layout constraint makes XLA cast before it transposes, which is five times faster.
     w = row_major(w.astype(dtype))
-    by_kernel = kernels.usable_for_few_rows(w.dtype)
-    # float32: the library is as fast
+    by_kernel = kernels.usable_for_small_batch(w.dtype)
+    # In float32 the library is as fast as stripes.
     in_stripes = target_platform() == "cpu" and one_row and dtype != "float32" and not by_kernel
     if outputs_first == in_stripes:
         w = row_major(w.T)
@@ -57,7 +57,7 @@ def make_projection(
 
 
 def dequantized(projection: Projection, K: int) -> jax.Array:
-    """The float32 matrix `[K, F]` that `project` multiplies by."""
+    """Returns the float32 matrix `[K, F]` that `project` multiplies by."""
     w = projection.w
     if w.ndim == 5:
         P, S, W, L, numbers = w.shape
@@ -69,50 +69,49 @@ def dequantized(projection: Projection, K: int) -> jax.Array:
 
 
 def project_reference(x: jax.Array, projection: Projection) -> jax.Array:
-    """What `project` computes, up to rounding."""
+    """Computes `project` in float32; `project` differs by rounding."""
     return jnp.tensordot(x.astype(jnp.float32), dequantized(projection, x.shape[-1]), 1)
 
 
 def project(x: jax.Array, projection: Projection) -> jax.Array:
     """Multiplies `x [..., K]`; returns float32 `[..., F]`.
 
-    Where there are no kernels, forms were chosen by time on a CPU. Some rows want the weights as the left operand,
-    which XLA packs less, see `_weights_left`. Two int8 rows take half as long as one float32 row; they hold one row of
-    activations, in steps and in fractions of a step, so only the weights are rounded to 8 bits.
+    Without the C++ kernel, XLA's matmul is called in the layout that is fastest on a CPU (see `_weights_left`). With
+    int8 weights, each row of activations becomes two int8 rows: multiples of a step, and fractions of a step. So only
+    the weights are rounded to 8 bits, and two int8 rows take half the time of one float32 row.
     """
     x_NK, w = x.reshape(-1, x.shape[-1]), projection.w
     if w.ndim == 5:
-        y_NF = kernels.few_rows(x_NK, w, projection.scale_F, projection.outputs)
+        y_NF = kernels.small_batch_matmul(x_NK, w, projection.scale_F, projection.outputs)
         return y_NF.reshape(*x.shape[:-1], projection.outputs)
     if w.ndim == 3 and x_NK.shape[0] == 1:
-        y_NF = single_row_product(x_NK[0], w)[None]
+        y_NF = single_row_matmul(x_NK[0], w)[None]
     elif w.ndim == 3:  # a prompt
-        y_NF = _product("nk,kf->nf", padded(x_NK, w), w.reshape(-1, w.shape[-1]))
+        y_NF = _matmul("nk,kf->nf", padded(x_NK, w), w.reshape(-1, w.shape[-1]))
     else:
-        y_NF = _product("nk,fk->nf", x_NK, w)
+        y_NF = _matmul("nk,fk->nf", x_NK, w)
     if projection.scale_F is not None:
         y_NF = y_NF * projection.scale_F[None]
     return y_NF.reshape(*x.shape[:-1], -1)
 
 
-def _product(spec, x_NK, w):
+def _matmul(spec, x_NK, w):
     on_cpu = target_platform() == "cpu"
     if w.dtype == jnp.int8:
-        return _int8_product(spec, x_NK, w) if on_cpu else dot(spec, x_NK, w.astype(x_NK.dtype), jnp.float32)
+        return _int8_matmul(spec, x_NK, w) if on_cpu else dot(spec, x_NK, w.astype(x_NK.dtype), jnp.float32)
     x_NK = x_NK.astype(w.dtype)
     if on_cpu and spec == "nk,fk->nf" and _weights_left(x_NK.shape[0], w.dtype):
-        return row_major(dot("fk,nk->fn", w, x_NK, jnp.float32)).T  # pinned: XLA would turn the product around again
+        # Without the layout constraint XLA would swap the operands back.
+        return row_major(dot("fk,nk->fn", w, x_NK, jnp.float32)).T
     return dot(spec, x_NK, w, jnp.float32)
 
 
 def _weights_left(rows: int, dtype) -> bool:
-    """Whether the weights on the left are faster, by `bench/products.py`: 358 and 603 us for 2 rows of float32, 901 and
-    1,299 for 32; for bfloat16 420 and 382 us for 8 rows, 459 and 482 for 16. From 128 rows on they are not.
-    """
+    """Whether XLA:CPU is faster with the weights as the left operand, which it packs less (`bench/matmuls.py`)."""
     return (2 if dtype == jnp.float32 else 16) <= rows < 128
 
 
-def _int8_product(spec, x_NK, w):
+def _int8_matmul(spec, x_NK, w):
     rows = x_NK.shape[0]
     x_NK = x_NK.astype(jnp.float32)
     step_N1 = jnp.max(jnp.abs(x_NK), axis=1, keepdims=True) / INT8_MAX

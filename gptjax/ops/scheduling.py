@@ -1,4 +1,4 @@
-"""What comes first, and what is computed on its own, where XLA would choose otherwise."""
+"""Controls the order and fusion of operations where XLA's own choice is slow or takes too much memory."""
 
 import os
 import re
@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.machine.platform import target_platform
-from gptjax.ops.axes import compiler_cuts
+from gptjax.ops.axes import sharded_by_compiler
 
 LARGE = 2**19
-"""Elements of an array of which results are computed a second time rather than kept in memory."""
+"""Smallest array, in elements, for which results are recomputed in the backward pass instead of stored."""
 
 
 def schedule_after(x: jax.Array, earlier: jax.Array | None) -> jax.Array:
-    """Returns `x`, not computed before `earlier` is; None holds nothing back.
+    """Returns `x`, and makes XLA compute it after `earlier`; without `earlier` it returns `x` unchanged.
 
-    A barrier would be gone before XLA orders its work. A product with zero stays, since zero times NaN is NaN: so where
-    the first element of `earlier` is not finite, `x` is not either.
+    XLA removes an optimization barrier before it schedules. It does not remove a multiplication by zero, because zero
+    times NaN is NaN. If the first element of `earlier` is not finite, `x` therefore becomes NaN.
     """
     if earlier is None:
         return x
@@ -26,9 +26,10 @@ def schedule_after(x: jax.Array, earlier: jax.Array | None) -> jax.Array:
 
 
 def schedule_each_after(x: jax.Array, earlier: jax.Array) -> jax.Array:
-    """The same for each element of two arrays of one shape, so that arrays cut over devices need not talk.
+    """Like `schedule_after`, element by element for two arrays of one shape, so that sharded arrays need no
+    communication.
 
-    Only a CPU needs it: elsewhere XLA writes both arrays from one kernel.
+    Only a CPU needs it: on other platforms XLA computes both arrays in one kernel.
     """
     if target_platform() != "cpu":
         return x
@@ -37,29 +38,29 @@ def schedule_each_after(x: jax.Array, earlier: jax.Array) -> jax.Array:
 
 
 def optimization_barrier(*arrays: jax.Array, on: tuple[str, ...] = ("cpu",)) -> tuple[jax.Array, ...]:
-    """Returns the arrays, so that what is computed of them shares nothing with what is computed elsewhere.
+    """Returns the arrays behind a barrier, so that XLA merges no computation on them with computations elsewhere.
 
-    XLA:CPU would find equal parts of two results, keep them in memory for both, and give neither to its library whole.
-    On the other platforms (`on` names those where it is done) sharing is what is wanted, mostly.
+    XLA:CPU would store common subexpressions of two results, and could then pass neither result to its library as a
+    whole. Other platforms usually benefit from sharing, so the barrier exists only on those that `on` names.
     """
     return jax.lax.optimization_barrier(arrays) if target_platform() in on else arrays
 
 
 def recompute_in_backward(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Returns `x` for a backward pass that comes with `gradient`, so that what it makes of `x` is made there.
+    """Returns `x` such that results computed from it in the backward pass of `gradient` are computed there.
 
-    XLA would find that the forward pass made the same, and keep it until then: a waste of memory, and on a GPU of time.
-    A CPU is faster with what it kept, so there it is done for much alone; and not where the compiler cuts arrays over
-    devices, since all would need the first element.
+    Otherwise XLA finds the same computation in the forward pass and stores its result until then, which wastes memory,
+    and on a GPU also time. Small arrays are exempt, and on a CPU so are sharded arrays, because all devices would need
+    the first element of `gradient`.
     """
     if x.size < LARGE:
         return x
     if target_platform() != "cpu":
         return jax.lax.optimization_barrier((x, gradient))[0]
-    return x if compiler_cuts() else schedule_after(x, gradient)
+    return x if sharded_by_compiler() else schedule_after(x, gradient)
 
 
 def deterministic_ops_requested() -> bool:
-    """Whether `XLA_FLAGS` ask a GPU for the same bits each time, by either of XLA's two flags for it."""
+    """Whether `XLA_FLAGS` ask for deterministic results on a GPU, with either of XLA's two flags for it."""
     flag = r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)"
     return re.search(flag, os.environ.get("XLA_FLAGS", "")) is not None

@@ -1,26 +1,22 @@
-"""Attention on a TPU: JAX's splash kernel, which never holds all weights and skips blocks that no query sees.
+"""Attention on a TPU: JAX's splash kernel, which never holds all weights and skips blocks that are masked entirely.
 
 Shape suffixes: B batch, T query position, S key position, H query heads, G key and value heads, C head_dim.
 """
 
 import jax
 
-from gptjax.ops.attention_heads import Drops
-from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, needs_dense_weights
+from gptjax.ops.attention_heads import DroppedWeights
+from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, exceeds_fused_kernel
 
-LANES = 128  # what the kernel's blocks are multiples of
+LANES = 128  # the kernel's block sizes are multiples of it
 LARGEST_BLOCK = 512
 
 
 def _unsupported(request: Request) -> str | None:
     if request.platform != "tpu":
         return "needs a TPU"
-    if reason := needs_dense_weights(request):
+    if reason := exceeds_fused_kernel(request):
         return reason
-    if request.dropout:
-        return "attention weights are dropped"
-    if request.spec.softcap or request.slopes:
-        return "logits are capped or biased"
     if request.queries % LANES:
         return f"{request.queries} positions are no multiple of {LANES}"
     return None
@@ -33,7 +29,7 @@ def splash_attention(
     v_BSGC: jax.Array,
     mask: Mask,
     _bias: Bias | None,
-    _drops: Drops | None,
+    _drops: DroppedWeights | None,
     interpret: bool = False,
 ) -> jax.Array:
     """Returns `[B, T, H, C]`; `interpret` runs the kernel on any platform, slowly."""
@@ -52,13 +48,13 @@ def splash_attention(
         masks.MultiHeadMask([visible] * H), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
     )
 
-    def one_row(q_THC, k_SGC, v_SGC, segments_T):
+    def one_sequence(q_THC, k_SGC, v_SGC, segments_T):
         ids = None if segments_T is None else splash.SegmentIds(segments_T, segments_T)
         heads_first = (x.swapaxes(0, 1) for x in (q_THC * spec.logit_scale(C), k_SGC, v_SGC))
         return jax.numpy.swapaxes(kernel(*heads_first, segment_ids=ids), 0, 1)  # pyright: ignore[reportArgumentType]
 
     axes = (0, 0, 0, None if mask.segments_BT is None else 0)
-    return jax.vmap(one_row, in_axes=axes)(q_BTHC, k_BSGC, v_BSGC, mask.segments_BT)
+    return jax.vmap(one_sequence, in_axes=axes)(q_BTHC, k_BSGC, v_BSGC, mask.segments_BT)
 
 
 SPLASH = Implementation("splash", _unsupported, splash_attention)

@@ -1,4 +1,4 @@
-"""Attention on a GPU with gradients whose bits never change: JAX's Triton kernel, which adds them up in a fixed order.
+"""Attention on a GPU with deterministic gradients: JAX's Triton kernel, which sums them in a fixed order.
 
 Shape suffixes: B batch, T query position, S key position, H query heads, G key and value heads, C head_dim.
 """
@@ -6,26 +6,24 @@ Shape suffixes: B batch, T query position, S key position, H query heads, G key 
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops.attention_heads import Drops
-from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, needs_dense_weights
+from gptjax.ops.attention_heads import DroppedWeights
+from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, exceeds_fused_kernel
 from gptjax.ops.scheduling import deterministic_ops_requested
 
 ROWS = 128
-"""Queries of a block of the forward pass, which T must be a multiple of."""
+"""Queries in a block of the forward pass; T must be a multiple of it."""
 COLUMNS = 64
-"""Keys of a block, and of the backward pass queries too."""
-LARGEST_HEAD = 64  # larger ones were not tried on a GPU; a block of them may not fit into its shared memory
+"""Keys in a block; in the backward pass also queries."""
+LARGEST_HEAD = 64  # larger heads are untested; their blocks may not fit into the GPU's shared memory
 
 
 def _unsupported(request: Request) -> str | None:
     if request.platform != "gpu" or not deterministic_ops_requested():
         return "is for a GPU whose XLA_FLAGS ask for deterministic operations"
-    if reason := needs_dense_weights(request):
+    if reason := exceeds_fused_kernel(request):
         return reason
-    if request.dropout:
-        return "attention weights are dropped"
-    if request.spec.softcap or request.slopes or request.spec.window:
-        return "logits are capped or biased, or attention has a window"
+    if request.spec.window:
+        return "attention has a window"
     if request.dtype not in ("bfloat16", "float16"):
         return f"{request.dtype} is neither bfloat16 nor float16"
     if request.queries % ROWS or not 16 <= request.head_dim <= LARGEST_HEAD:
@@ -40,7 +38,7 @@ def triton_attention(
     v_BSGC: jax.Array,
     mask: Mask,
     _bias: Bias | None,
-    _drops: Drops | None,
+    _drops: DroppedWeights | None,
     interpret: bool = False,
 ) -> jax.Array:
     """Returns `[B, T, H, C]`; `interpret` runs the kernel on any platform, slowly."""

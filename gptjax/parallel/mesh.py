@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.config.run import MeshConfig
 from gptjax.errors import UserError
-from gptjax.ops.axes import ROWS
+from gptjax.ops.axes import BATCH
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -52,12 +52,12 @@ def traced_in(mesh: Mesh, function: Callable[Params, Result]) -> Callable[Params
 
 def batch_shards(mesh: Mesh) -> int:
     """How many pieces the rows of a batch are cut into."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def batch_sharding(mesh: Mesh, leading_axes: int = 0) -> NamedSharding:
     """Sharding of arrays `[..., rows, T]` with `leading_axes` axes before the rows."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading_axes, ROWS))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading_axes, BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -29,7 +29,7 @@ from gptjax.model.stages import (
     over_stages,
     split_stacks,
 )
-from gptjax.ops.axes import POSITIONS, ROWS, STAGES, axis_size, per_device, pin
+from gptjax.ops.axes import BATCH, POSITIONS, STAGES, axis_size, constrain_sharding, per_device
 from gptjax.ops.cross_entropy import Loss
 
 
@@ -120,11 +120,11 @@ def pipelined_gradient(
 
 
 def _first_carry(step, shape_SBTD):
-    nothing_SBTD = pin(jnp.zeros(shape_SBTD, jnp.float32), STAGES, ROWS, POSITIONS)
+    nothing_SBTD = constrain_sharding(jnp.zeros(shape_SBTD, jnp.float32), STAGES, BATCH, POSITIONS)
     read_KSBTD = jnp.zeros((2 * shape_SBTD[0] - 1, *shape_SBTD), jnp.float32)
     zero = jnp.float32(0.0)
     gradients = jax.tree.map(jnp.zeros_like, (step.stacks, step.rest))
-    read_KSBTD = pin(read_KSBTD, None, STAGES, ROWS, POSITIONS)
+    read_KSBTD = constrain_sharding(read_KSBTD, None, STAGES, BATCH, POSITIONS)
     return _Carry(nothing_SBTD, nothing_SBTD, read_KSBTD, Loss(zero, zero, zero), *gradients)
 
 
@@ -216,7 +216,7 @@ def _stages():
 
 def _read_at(read_KSBTD: jax.Array, ticks_S: jax.Array) -> jax.Array:
     """What each stage read at a tick of its own. Each device looks up its stage's, as the compiler might not."""
-    cut = PartitionSpec(STAGES, ROWS, POSITIONS if read_KSBTD.shape[3] % axis_size(POSITIONS) == 0 else None)
+    cut = PartitionSpec(STAGES, BATCH, POSITIONS if read_KSBTD.shape[3] % axis_size(POSITIONS) == 0 else None)
 
     def here(read_KSBTD, ticks_S):
         return jax.lax.dynamic_index_in_dim(read_KSBTD, ticks_S[0], keepdims=False)

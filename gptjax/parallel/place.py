@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from gptjax.ops.axes import ROWS
+from gptjax.ops.axes import BATCH
 from gptjax.parallel.mesh import replicated
 
 
 def rows_of_process(mesh: Mesh, batch_size: int, micro_batch: int) -> np.ndarray:
     """Returns the numbers of the rows of a batch that this process's devices compute, ascending."""
-    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
     pieces = sharding.addressable_devices_indices_map((micro_batch,)).values()
     local_B = np.unique(np.concatenate([np.arange(micro_batch)[piece] for piece in pieces if piece is not None]))
     return (np.arange(0, batch_size, micro_batch)[:, None] + local_B).reshape(-1)

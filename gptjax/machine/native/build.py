@@ -23,7 +23,7 @@ HEADERS = sorted(SOURCE.parent.glob("*.h"))
 TARGETS = (
     *("linear", "weight_gradient", "mlp", "mlp_gradient", "layer_norm", "layer_norm_gradient"),
     *("attention", "attention_gradient", "cross_entropy", "cross_entropy_gradient"),
-    *("pack_weights", "few_rows", "cached_attention"),
+    *("pack_weights", "small_batch_matmul", "cached_attention"),
 )
 _one_at_a_time = threading.Lock()
 _folder: Path | None = None

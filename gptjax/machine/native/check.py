@@ -161,7 +161,7 @@ def cases(dtypes: Sequence[np.dtype]) -> Iterator[Case]:
         yield from _layer_norm(dtype)
         yield from _attention(dtype)
         yield from _cross_entropy(dtype)
-    yield from _few_rows()
+    yield from _small_batch_matmul()
     yield from _cached_attention()
 
 
@@ -294,7 +294,7 @@ def _cross_entropy(dtype: np.dtype) -> Iterator[Case]:
     yield Case("cross_entropy_gradient", (x, w, targets), results, options, expected, dtype)
 
 
-def _few_rows() -> Iterator[Case]:
+def _small_batch_matmul() -> Iterator[Case]:
     N, K, F = 19, 128, 64
     x, scale = _draw(N, K), 0.01 * np.abs(_draw(F))
     for dtype, w in (
@@ -315,7 +315,7 @@ def _few_rows() -> Iterator[Case]:
         results = ((N, F), FLOAT32), ((-(-N // rows), steps, 32, 16, numbers), dtype), ((N,), FLOAT32)
         # int8: a row's numbers are off by half of one in 127 * 254 of the largest
         precision = FLOAT32 if dtype == BFLOAT16 else 3e-4
-        yield Case("few_rows", (x, np.ascontiguousarray(packed), vector), results, {}, (y,), precision)
+        yield Case("small_batch_matmul", (x, np.ascontiguousarray(packed), vector), results, {}, (y,), precision)
 
 
 def _cached_attention() -> Iterator[Case]:

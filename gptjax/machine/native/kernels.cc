@@ -6,7 +6,7 @@
 #include "attention.h"
 #include "cached_attention.h"
 #include "direct.h"
-#include "few_rows.h"
+#include "small_batch.h"
 #include "linear.h"
 #include "loss.h"
 #include "mlp.h"
@@ -49,7 +49,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_attention_gradient, Guarded<AttentionGradie
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy, Guarded<CrossEntropy>::Call);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cross_entropy_gradient, Guarded<CrossEntropyGradient>::Call);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_pack_weights, Guarded<PackWeights>::Call);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_few_rows, Guarded<FewRows>::Call);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_small_batch_matmul, Guarded<SmallBatchMatmul>::Call);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gptjax_cached_attention, Guarded<CachedAttention>::Call);
 
 }  // namespace gptjax

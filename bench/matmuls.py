@@ -1,8 +1,9 @@
-"""Microseconds that XLA takes for a product of a few rows with a 768 x 3072 matrix, by dtype and form; with the word
-`one_row`, for one row and matrices of 124 M parameters, by its library and in stripes, in a loop as decoding is one.
+"""Times XLA's matmuls of a few rows with a 768 x 3072 matrix, in microseconds, by dtype and operand layout. With the
+argument `one_row` it times a single row with the matrices of the 124 M model, by XLA's library and in stripes, inside a
+loop over tokens.
 
-These are the tables of docs/performance.md by which `ops/projection.py` chooses. Each call takes many matrices in turn,
-so that none is in a cache.
+`ops/projection.py` chooses by these tables (docs/experiments/decoding.md). Each call multiplies by many matrices in
+turn, so that none stays in a cache.
 """
 
 import statistics
@@ -15,10 +16,10 @@ import numpy as np
 
 from gptjax.machine.allocator import restart
 from gptjax.ops.matmul import row_major
-from gptjax.ops.single_row import single_row_product, striped
+from gptjax.ops.single_row import single_row_matmul, striped
 
 K, F, MATRICES, ROUNDS = 768, 3072, 24, 9
-FORMS = {
+LAYOUTS = {
     "nk,kf->nf": lambda x, w, out: jnp.einsum("nk,kf->nf", x, w, preferred_element_type=out),
     "nk,fk->nf": lambda x, w, out: jnp.einsum("nk,fk->nf", x, w, preferred_element_type=out),
     "fk,nk->fn": lambda x, w, out: row_major(jnp.einsum("fk,nk->fn", w, x, preferred_element_type=out)).T,
@@ -28,16 +29,16 @@ SHAPES = ((768, 3072), (3072, 768), (768, 768), (768, 2304), (768, 50257))
 TOKENS = 4
 
 
-def microseconds(form: str, dtype: str, rows: int) -> float:
+def microseconds(layout: str, dtype: str, rows: int) -> float:
     random = np.random.default_rng(0)
-    shape = (K, F) if form == "nk,kf->nf" else (F, K)
+    shape = (K, F) if layout == "nk,kf->nf" else (F, K)
     matrices = [jnp.asarray(random.normal(0, 30, shape), dtype) for _ in range(MATRICES)]
     x_NK = jnp.asarray(random.normal(0, 30, (rows, K)), dtype)
-    products = jax.jit(lambda x, matrices: [FORMS[form](x, w, SUMS[dtype]) + 1 for w in matrices])
+    multiply_all = jax.jit(lambda x, matrices: [LAYOUTS[layout](x, w, SUMS[dtype]) + 1 for w in matrices])
     times = []
     for _ in range(ROUNDS + 1):  # the first one compiles
         started = time.perf_counter()
-        jax.block_until_ready(products(x_NK, matrices))
+        jax.block_until_ready(multiply_all(x_NK, matrices))
         times.append(time.perf_counter() - started)
     return 1e6 * statistics.median(times[1:]) / MATRICES
 
@@ -47,28 +48,28 @@ def one_row() -> None:
     print("|---|---|---|---|")
     for shape in SHAPES:
         for dtype in SUMS:
-            times = (one_row_microseconds(product, shape, dtype) for product in (library, single_row_product))
+            times = (one_row_microseconds(matmul, shape, dtype) for matmul in (library, single_row_matmul))
             print(f"| {shape[0]}x{shape[1]} | {dtype} | {' | '.join(f'{t:,.0f}' for t in times)} |", flush=True)
 
 
 def library(x_K, w_FK):
-    """One row of float32, two of the others, which the library takes several times as long for alone."""
+    """Multiplies one row in float32; in other dtypes two, because the library is several times slower with one."""
     rows = 1 if w_FK.dtype == jnp.float32 else 2
     x_NK = jnp.tile(x_K[None], (rows, 1)).astype(w_FK.dtype)
     return jnp.einsum("nk,fk->nf", x_NK, w_FK, preferred_element_type=SUMS[w_FK.dtype.name])[0].astype(jnp.float32)
 
 
-def one_row_microseconds(product, shape: tuple[int, int], dtype: str) -> float:
+def one_row_microseconds(matmul, shape: tuple[int, int], dtype: str) -> float:
     random, (K, F) = np.random.default_rng(0), shape
     count = 2 if F > 50000 else MATRICES
-    laid_out = striped if product is single_row_product else jnp.transpose
+    laid_out = striped if matmul is single_row_matmul else jnp.transpose
     matrices = [laid_out(jnp.asarray(random.normal(0, 30, shape), dtype)) for _ in range(count)]
 
     @jax.jit
     def tokens(x_K, matrices):
         def token(_, y_F):
             for w in matrices:
-                y_F = y_F + product(x_K + 0 * y_F[0], w)
+                y_F = y_F + matmul(x_K + 0 * y_F[0], w)
             return y_F
 
         return jax.lax.fori_loop(0, TOKENS, token, jnp.zeros(F))
@@ -86,11 +87,11 @@ def main() -> None:
     if sys.argv[1:] == ["one_row"]:
         restart()
         return one_row()
-    print("| rows | dtype | " + " | ".join(FORMS) + " |")
-    print("|---|---|" + "---|" * len(FORMS))
+    print("| rows | dtype | " + " | ".join(LAYOUTS) + " |")
+    print("|---|---|" + "---|" * len(LAYOUTS))
     for dtype in SUMS:
         for rows in (1, 2, 4, 8, 16, 32, 128):
-            times = " | ".join(f"{microseconds(form, dtype, rows):,.0f}" for form in FORMS)
+            times = " | ".join(f"{microseconds(layout, dtype, rows):,.0f}" for layout in LAYOUTS)
             print(f"| {rows} | {dtype} | {times} |", flush=True)
 
 

@@ -164,7 +164,7 @@ inline void PackRow(const float* x, int64_t K, int8_t* to, int64_t rows, float* 
 }
 
 template <typename T>
-ffi::Error FewRowsOf(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t K, const T* w, const float* scale,
+ffi::Error SmallBatchMatmulOf(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t K, const T* w, const float* scale,
                      T* left, float* row_steps, float* y, int64_t F) {
   const int64_t steps = K / kSummed<T>, panels = (F + kSide - 1) / kSide, panel_size = K * kSide;
   auto block_of = [&](int64_t row) { return left + row / kRows<T> * panel_size; };
@@ -209,7 +209,7 @@ ffi::Error FewRowsOf(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t K
 }
 
 // y [N, F] = x [N, K] w, times `scale` if weights are int8. `left` is the workspace for x, in blocks of 32 rows.
-inline ffi::Error FewRows(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer w, Vector scale,
+inline ffi::Error SmallBatchMatmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer w, Vector scale,
                           ffi::Result<ffi::BufferR2<ffi::F32>> y, ffi::Result<ffi::AnyBuffer> left,
                           ffi::Result<Vector> row_steps) {
   int64_t N = x.dimensions()[0], K = x.dimensions()[1], F = y->dimensions()[1];
@@ -222,7 +222,7 @@ inline ffi::Error FewRows(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::
   if (!Have(N, *row_steps) || (bytes && !Have(F, scale))) return DoNotFit();
   auto run = [&](auto* weights) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(weights)>>;
-    return FewRowsOf<T>(pool, x.typed_data(), N, K, weights, scale.typed_data(), static_cast<T*>(left->untyped_data()),
+    return SmallBatchMatmulOf<T>(pool, x.typed_data(), N, K, weights, scale.typed_data(), static_cast<T*>(left->untyped_data()),
                         row_steps->typed_data(), y->typed_data(), F);
   };
   return bytes ? run(Data<int8_t>(w)) : run(Data<bf16>(w));
