@@ -191,11 +191,11 @@ def test_every_rule_matches_a_parameter():
         ({"tensor": 4}, {"model": {"n_head": 2}}, r"mesh.tensor=4 does not divide model.n_head=2"),
         ({"tensor": 4}, {"model": {"n_head": 4, "n_kv_head": 2}}, r"mesh.tensor=4 does not divide model.n_kv_head=2"),
         ({"stage": 4}, {"model": {"n_layer": 6}}, r"mesh.stage=4 does not divide model.n_layer=6"),
-        ({"context": 4}, {"model": {"block_size": 20}}, r"model.block_size=20 must be a multiple of 8, two parts for"),
+        ({"context": 4}, {"model": {"block_size": 20}}, r"model.block_size=20 must be a multiple of 8, two chunks for"),
         (
             {"stage": 2},
             {"model": {"adapter": ADAPTERS["prompt"]}, "init_from": "base", "finetune": {"train": "new"}},
-            r"mesh.stage=2 does not go with .*kind=prompt",
+            r"mesh.stage=2 cannot be combined with .*kind=prompt",
         ),
     ],
 )

@@ -299,7 +299,7 @@ def test_what_cannot_be_laid_out_gets_one_line(tmp_path):
     path = written(tmp_path, CONFIG)
     done = run(path, "--devices", "8", "--chip", "v5e", "--mesh.data", "3")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "mesh.data=3 does not lay out 8 device(s)" in done.stderr
+    assert "mesh.data=3 does not match 8 device(s)" in done.stderr
     done = run(path, "--devices", "8", "--chip", "v5e", "--mesh.tensor", "8")
     assert done.returncode == 2 and "mesh.tensor=8 does not divide model.n_head=2" in done.stderr
 

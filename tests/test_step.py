@@ -66,9 +66,9 @@ def test_fsdp_cuts_the_state():
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(UserError, match=r"mesh.data=3 does not lay out 4 device.*set mesh.data=-1"):
+    with pytest.raises(UserError, match=r"mesh.data=3 does not match 4 device.*set mesh.data=-1"):
         make_mesh(MeshConfig(data=3))
-    with pytest.raises(UserError, match=r"mesh.data=2 x mesh.stage=4 does not lay out 4 device.*the axes take 8"):
+    with pytest.raises(UserError, match=r"mesh.data=2 x mesh.stage=4 does not match 4 device.*the axes need 8"):
         make_mesh(MeshConfig(data=2, stage=4))
     mesh = make_mesh(MeshConfig(fsdp=4))
     with pytest.raises(UserError, match=r"mesh.fsdp=4 does not divide 18, a dimension of params/blocks/"):

@@ -70,10 +70,10 @@ class Checkpoints:
         Raises:
             UserError: There are checkpoints and none verifies; or, if `strict`, one does not.
         """
-        with cluster.together():
+        with cluster.all_or_none():
             choice = self._choose(strict) if cluster.is_first() else Choice(None, None, ())
         chosen = cluster.gather("" if choice.folder is None else choice.folder.name)[0]
-        with cluster.together():
+        with cluster.all_or_none():
             if chosen and not cluster.is_first():
                 choice = self._chosen(self.folder / chosen)
         return choice

@@ -30,7 +30,7 @@ from gptjax.model.layer_scan import scan_layers
 from gptjax.model.norms import NORMS, Norm
 from gptjax.model.parameters import INIT_STD, normal, zeros
 from gptjax.model.positions import POSITIONS
-from gptjax.model.stages import cut_layers, split_stacks, stream
+from gptjax.model.stages import split_into_stages, split_stacks, stream
 from gptjax.ops.attention_spec import Mask
 from gptjax.ops.axes import HEADS, STAGES, axis_size, constrain_batch, constrain_sharding
 from gptjax.ops.elementwise import dropout
@@ -355,7 +355,7 @@ def _through_stages(config, params, x_BTD, inputs, compute, key):
         first = number * (config.n_layer // axis_size(STAGES))
         return apply_blocks(config, rest | stacks, x_BTD, inputs, compute=compute, first=first)[0]
 
-    return stream(stage, cut_layers(stacks), x_BTD, inputs)
+    return stream(stage, split_into_stages(stacks), x_BTD, inputs)
 
 
 def _top_stack(params: dict) -> dict:

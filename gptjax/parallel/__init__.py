@@ -1,1 +1,1 @@
-"""Where arrays live: the mesh, and one rule table from parameter path to sharding."""
+"""The device mesh, the sharding of every parameter, and runs of several processes."""

@@ -1,9 +1,9 @@
-"""Several processes that are one run: how they start, what they must agree on, and what ends them.
+"""Runs of several processes: starting them, keeping them consistent, and ending all of them when one fails.
 
-`jax.distributed` does the work. All of them run the same program; process 0 alone writes what is not an array. An error
-that all processes know of (`SharedError`) ends them one by one, as it ends a program. Any other error ends its process
-at once, since the rest would wait for it for ever; they see that a connection closed, or that nothing was heard for
-`cluster.lost_timeout`, say so in one line, and end with `EXIT_LOST`.
+`jax.distributed` connects the processes. All of them run the same program; only process 0 writes files that are not
+arrays. An error that every process raises (`SharedError`) ends each of them like any other user error. Any other error
+ends its process at once, because the others would otherwise wait for it forever. They notice the closed connection, or
+hear nothing for `cluster.lost_timeout`, print one line, and exit with `EXIT_LOST`.
 """
 
 import contextlib
@@ -25,28 +25,28 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax.config.cluster import ClusterConfig
 from gptjax.errors import UserError, one_line
 
-EXIT_LOST = 4  # status of a process that stopped because another one was lost
+EXIT_LOST = 4  # exit status of a process that stopped because another one was lost
 LOST_STATUS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
-"""Statuses, with which messages of JAX's runtime begin, of a process that does not answer."""
+"""A message of JAX's runtime begins with one of these if another process does not answer."""
 LOST_WORDS = ("Gloo ", "oordination service", "remote process exited", "ncclRemoteError", "Connection closed")
-"""What they contain when a collective finds a closed connection; other errors of NCCL are not of this kind."""
-MOST_OF_A_CAUSE = 400  # characters that are shown of it
-PIECE = 1024  # bytes; texts are gathered in multiples of it, so that few programs compile
+"""A message contains one of these if a collective found a closed connection; other NCCL errors contain none."""
+MAX_CAUSE_LENGTH = 400  # characters of the original error that are shown
+PIECE = 1024  # bytes; texts are padded to a multiple of it, so that few programs are compiled
 
 
 class SharedError(UserError):
-    """A user's error that was raised on every process."""
+    """A user error that every process raises."""
 
 
-def found(environment: Mapping[str, str]) -> str:
-    """Names the cluster that started this process as one of several; empty: none did."""
+def detect(environment: Mapping[str, str]) -> str:
+    """Returns the name of the cluster manager that started this process as one of several; empty: none did."""
 
-    def several(name: str) -> bool:
+    def more_than_one(name: str) -> bool:
         return environment.get(name, "").isdigit() and int(environment[name]) > 1
 
-    if "SLURM_STEP_NODELIST" in environment and several("SLURM_NTASKS"):
+    if "SLURM_STEP_NODELIST" in environment and more_than_one("SLURM_NTASKS"):
         return "SLURM"
-    if "OMPI_MCA_orte_hnp_uri" in environment and several("OMPI_COMM_WORLD_SIZE"):
+    if "OMPI_MCA_orte_hnp_uri" in environment and more_than_one("OMPI_COMM_WORLD_SIZE"):
         return "Open MPI"
     if _has_tpus() and environment.get("JAX_PLATFORMS", "tpu") != "cpu":
         return "TPU pod"
@@ -57,17 +57,17 @@ def found(environment: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def joined(config: ClusterConfig) -> Iterator[None]:
-    """Joins the other processes of the run, if there are any; must come before JAX looks for its devices.
+    """Connects to the other processes of the run, if there are any; must be called before JAX looks for devices.
 
     Raises:
-        UserError: The cluster does not say enough, or process 0 cannot listen.
+        UserError: The cluster manager gives too little information, or process 0 cannot listen on its port.
     """
-    cluster = "command line" if config.coordinator else found(os.environ) if config.detect else ""
+    cluster = "command line" if config.coordinator else detect(os.environ) if config.detect else ""
     if not cluster or (config.coordinator and config.num_processes == 1):
         yield
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Two programs at once would take each other's messages: a CPU, unlike a GPU, has no order of its own for them.
+    # A CPU, unlike a GPU, does not order programs, so two that run at once would receive each other's messages.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `guard.Signals`
     _connect_directly()
@@ -76,23 +76,23 @@ def joined(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     try:
-        with guarded():
-            gather("")  # connects all of them while none has anything else to do
+        with exit_on_unshared_error():
+            gather("")  # opens all connections before any process starts to work
             yield
-    finally:  # all of them are here, because others would have ended at once
+    finally:  # every process gets here: a process that fails alone exits at once
         jax.distributed.shutdown()
         sys.stderr.flush()
         os.dup2(relay, 2)
 
 
 def is_first() -> bool:
-    """Whether this process writes what only one of them must write."""
+    """Whether this process writes the files that only one process may write."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
-    """Ends this process at once on an error that the others do not share, before anything waits for them."""
+def exit_on_unshared_error() -> Iterator[None]:
+    """Exits this process at once on an error that the others do not raise, without waiting for them."""
     try:
         yield
     except SharedError:
@@ -104,11 +104,11 @@ def guarded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What is done inside is done by all processes or refused by all; nothing in it may wait for another process.
+def all_or_none() -> Iterator[None]:
+    """Raises a user error of the block on every process, if one process raised it. The block must not wait for others.
 
     Raises:
-        SharedError: It was refused somewhere. The process in question says what it said, the others name it.
+        SharedError: A process raised a `UserError`. The other processes raise its message with the process number.
     """
     refusal = None
     try:
@@ -117,16 +117,16 @@ def together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         refusal = str(error)
-    said = gather(refusal or "")
+    refusals = gather(refusal or "")
     if refusal:
         raise SharedError(refusal)
-    for number, text in enumerate(said):
+    for number, text in enumerate(refusals):
         if text:
             raise SharedError(f"process {number}: {text}")
 
 
 def gather(text: str) -> list[str]:
-    """Returns the text of every process, in their order. All of them must call it."""
+    """Returns the text of every process, ordered by process number. All processes must call it."""
     if jax.process_count() == 1:
         return [text]
     raw = text.encode()
@@ -138,10 +138,10 @@ def gather(text: str) -> list[str]:
 
 
 def require_same(facts: Mapping[str, object], hint: str) -> None:
-    """Holds what this process has against what process 0 has.
+    """Compares the facts of all processes with those of process 0.
 
     Raises:
-        SharedError: Some fact differs; every process says the same line.
+        SharedError: A fact differs; every process raises the same message.
     """
     first, *others = [json.loads(text) for text in gather(json.dumps(facts))]
     for number, other in enumerate(others, 1):
@@ -154,23 +154,24 @@ def require_same(facts: Mapping[str, object], hint: str) -> None:
 
 
 class Agreement:
-    """The largest number that any process gives, as all of them learn it one call later: so nobody waits for anybody.
-    One process alone learns it at once.
+    """Maximum of one number over all processes, delayed by one call so that no process waits for another.
+
+    With a single process there is no delay.
     """
 
     def __init__(self):
         devices = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
         self._each = NamedSharding(devices, PartitionSpec("all"))
         self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(devices, PartitionSpec()))
-        self._coming: jax.Array | None = None
+        self._pending: jax.Array | None = None
 
     def __call__(self, number: int) -> int:
-        """Gives a number and returns what is known by now, 0 at first."""
+        """Contributes a number; returns the maximum of the previous call's numbers, 0 in the first call."""
         if jax.process_count() == 1:
             return number
-        known = 0 if self._coming is None else int(self._coming)
+        known = 0 if self._pending is None else int(self._pending)
         shape, own = (jax.device_count(),), np.full(1, number, np.int32)
-        self._coming = self._largest(jax.make_array_from_callback(shape, self._each, lambda _: own))
+        self._pending = self._largest(jax.make_array_from_callback(shape, self._each, lambda _: own))
         return known
 
 
@@ -180,18 +181,18 @@ def _has_tpus() -> bool:
 
 
 def _connect_directly() -> None:
-    """Keeps gRPC from sending the messages between the processes through the machine's web proxy, which may hang."""
-    os.environ.setdefault("grpc_proxy", "")  # comes before http_proxy and https_proxy; empty: no proxy
-    jax.config.update("jax_check_proxy_envs", False)  # JAX's warning about just that
+    """Keeps gRPC from routing messages between processes through the machine's web proxy, which may hang."""
+    os.environ.setdefault("grpc_proxy", "")  # takes precedence over http_proxy and https_proxy; empty: no proxy
+    jax.config.update("jax_check_proxy_envs", False)  # turns off JAX's warning about proxies
 
 
 def _initialize(config: ClusterConfig, cluster: str) -> bool:
-    """Starts `jax.distributed`; false where a TPU turns out to be no part of a pod."""
-    told = {"coordinator_address": config.coordinator, "num_processes": config.num_processes}
-    told |= {"process_id": config.process_id, "cluster_detection_method": "deactivate"}
+    """Starts `jax.distributed`; returns False if a TPU turns out not to be part of a pod."""
+    options = {"coordinator_address": config.coordinator, "num_processes": config.num_processes}
+    options |= {"process_id": config.process_id, "cluster_detection_method": "deactivate"}
     try:
         jax.distributed.initialize(
-            **(told if config.coordinator else {}),
+            **(options if config.coordinator else {}),
             initialization_timeout=config.start_timeout,
             heartbeat_timeout_seconds=config.lost_timeout,
             shutdown_timeout_seconds=config.start_timeout,
@@ -205,7 +206,7 @@ def _initialize(config: ClusterConfig, cluster: str) -> bool:
 
 
 def _relay_errors(config: ClusterConfig) -> int:
-    """Puts a relay (see relay.py) before standard error; returns the standard error that was."""
+    """Redirects standard error through a relay (see relay.py); returns the original file descriptor."""
     before = os.dup(2)
     who = "gptjax: " if config.process_id < 0 else f"gptjax: process {config.process_id} of {config.num_processes}: "
     late = f"{who}not all processes came within cluster.start_timeout={config.start_timeout} seconds"
@@ -223,15 +224,15 @@ def _relay_errors(config: ClusterConfig) -> int:
 
 def _lost() -> str:
     return (
-        "another process of this run ended or cannot be reached, so this one stops; start all of them again, as many as"
-        " you like: the run goes on from its newest checkpoint"
+        "another process of this run ended or cannot be reached, so this one stops; start the run again, with any"
+        " number of processes: it resumes from its newest checkpoint"
     )
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error of JAX's runtime means that another process ended or cannot be reached."""
     status, _, text = str(error).partition(": ")
-    # A compiled program raises what the runtime says as a ValueError.
+    # A compiled program raises errors of the runtime as ValueError.
     of_runtime = isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and not isinstance(error, UserError)
     return of_runtime and (status in LOST_STATUS or (status.isupper() and any(word in text for word in LOST_WORDS)))
 
@@ -239,7 +240,7 @@ def is_lost(error: BaseException) -> bool:
 def _end(error: BaseException) -> None:
     status, line = 2, one_line(error)
     if is_lost(error):
-        status, line = EXIT_LOST, f"{_lost()} (the error was: {' '.join(str(error).split())[:MOST_OF_A_CAUSE]})"
+        status, line = EXIT_LOST, f"{_lost()} (the error was: {' '.join(str(error).split())[:MAX_CAUSE_LENGTH]})"
     if line is None:
         status = 1
         traceback.print_exception(error)

@@ -1,4 +1,4 @@
-"""Whether a run can be cut as its mesh says, asked before anything is compiled."""
+"""Checks before compilation that a run can be sharded over its mesh."""
 
 import jax
 
@@ -9,10 +9,10 @@ from gptjax.parallel.mesh import batch_shards
 
 
 def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Holds a run against its mesh.
+    """Checks that a run can be sharded over its mesh.
 
     Raises:
-        UserError: An axis does not divide what it cuts, or something cannot be cut.
+        UserError: An axis does not divide the dimension that it shards, or the run has a feature that it cannot shard.
     """
     model, train, size = config.model, config.train, mesh.shape
     if train.micro_batch % batch_shards(mesh):
@@ -29,7 +29,7 @@ def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
     for name, length in _lengths(config):
         if size["context"] > 1 and length % (2 * size["context"]):
             raise UserError(
-                f"{name} must be a multiple of {2 * size['context']}, two parts for each of"
+                f"{name} must be a multiple of {2 * size['context']}, two chunks for each of"
                 f" mesh.context={size['context']} devices"
             )
     if size["stage"] > 1:
@@ -37,7 +37,7 @@ def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def _lengths(config: Config) -> list[tuple[str, int]]:
-    """Lengths that rows may have, each with what sets it."""
+    """Lengths that sequences may have, each with the option that sets it."""
     found = [(f"model.block_size={config.model.block_size}", config.model.block_size)]
     for task in (config.task, *(part.task for part in config.parts)):
         longest = task.max_tokens or config.model.block_size
@@ -57,14 +57,20 @@ def _check_stages(config: Config, stages: str, layers: int) -> None:
             " model.attention_pattern names"
         )
     if config.model.n_expert:
-        raise UserError(f"{stages} does not go with model.n_expert: stages do not pass on the router's losses")
+        raise UserError(f"{stages} cannot be combined with model.n_expert: stages do not pass on the router's losses")
     if config.model.residual_mix:
-        raise UserError(f"{stages} does not go with model.residual_mix=true: later stages do not have the embeddings")
+        raise UserError(
+            f"{stages} cannot be combined with model.residual_mix=true: later stages do not have the embeddings"
+        )
     if config.task.kind == "multi":
-        raise UserError(f"{stages} does not go with task.kind=multi: its batches have no one row of micro-batches")
+        raise UserError(
+            f"{stages} cannot be combined with task.kind=multi: its batches are not a single list of micro-batches"
+        )
     if config.model.adapter.kind == "prompt":
         raise UserError(
-            f"{stages} does not go with model.adapter.kind=prompt: the prompt goes through all blocks before the text"
+            f"{stages} cannot be combined with model.adapter.kind=prompt: the prompt passes all blocks before the text"
         )
     if config.finetune.train == "top":
-        raise UserError(f"{stages} does not go with finetune.train=top: what learns would lie on the last stages alone")
+        raise UserError(
+            f"{stages} cannot be combined with finetune.train=top: only the last stages would have trainable parameters"
+        )

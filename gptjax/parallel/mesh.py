@@ -1,4 +1,4 @@
-"""The grid of devices."""
+"""The device mesh."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays devices, by default all there are, out along the axes of `config`, with -1 filled in.
+    """Arranges devices (default: all) along the axes of `config`; an axis of -1 takes the remaining devices.
 
     Raises:
         UserError: The axes do not multiply to the number of devices.
@@ -31,16 +31,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     shape = tuple(sizes.values())
     if math.prod(shape) != len(devices):
         wanted = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size != 1)
-        hint = "set mesh.data=-1 to use what is left"
+        hint = "set mesh.data=-1 to use the remaining devices"
         if config.size > len(devices):
-            hint = f"the axes take {config.size}, so give smaller ones"
-        raise UserError(f"{wanted} does not lay out {len(devices)} device(s); {hint}")
+            hint = f"the axes need {config.size}, so make them smaller"
+        raise UserError(f"{wanted} does not match {len(devices)} device(s); {hint}")
     # Auto axes: the compiler propagates shardings. `jax.make_mesh` defaults to Explicit since JAX 0.9.
     return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
 def traced_in(mesh: Mesh, function: Callable[Params, Result]) -> Callable[Params, Result]:
-    """Returns `function` that sees the mesh while it is traced, as kernels need that the compiler cannot cut."""
+    """Wraps `function` so that it is traced with the mesh set; kernels, which XLA cannot shard, need the mesh."""
 
     @functools.wraps(function)
     def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> Result:
@@ -51,15 +51,15 @@ def traced_in(mesh: Mesh, function: Callable[Params, Result]) -> Callable[Params
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many pieces the rows of a batch are cut into."""
+    """Number of shards of the batch dimension."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def batch_sharding(mesh: Mesh, leading_axes: int = 0) -> NamedSharding:
-    """Sharding of arrays `[..., rows, T]` with `leading_axes` axes before the rows."""
+    """Sharding of arrays `[..., B, T]` with `leading_axes` axes before the batch."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading_axes, BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of what every device holds whole."""
+    """Sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,6 +1,6 @@
-"""Arrays between this process and the devices of all of them.
+"""Moves arrays between this process and the devices of all processes.
 
-Shape suffixes: R rows of a batch, M micro-batch, B rows in one.
+Shape suffixes: M micro-batch, B sequences in a micro-batch.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from gptjax.parallel.mesh import replicated
 
 
 def rows_of_process(mesh: Mesh, batch_size: int, micro_batch: int) -> np.ndarray:
-    """Returns the numbers of the rows of a batch that this process's devices compute, ascending."""
+    """Returns the indices of the sequences of a batch that this process's devices compute, ascending."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))
     pieces = sharding.addressable_devices_indices_map((micro_batch,)).values()
     local_B = np.unique(np.concatenate([np.arange(micro_batch)[piece] for piece in pieces if piece is not None]))
@@ -22,7 +22,7 @@ def rows_of_process(mesh: Mesh, batch_size: int, micro_batch: int) -> np.ndarray
 
 
 def put_rows(rows: Any, sharding: NamedSharding, micro_batch: int) -> Any:
-    """Lays out a batch of which this process has its own rows: leaves `[M, rows of B, ...]` become `[M, B, ...]`."""
+    """Builds the global batch `[M, B, ...]` from this process's sequences, leaves `[M, part of B, ...]`."""
     if sharding.is_fully_addressable:
         return jax.device_put(rows, sharding)
 
@@ -33,7 +33,7 @@ def put_rows(rows: Any, sharding: NamedSharding, micro_batch: int) -> Any:
 
 
 def put(tree: Any, sharding: Any) -> Any:
-    """Lays out arrays that every process has whole; `sharding` is one for all leaves, or a tree of them."""
+    """Shards arrays that every process has whole; `sharding` is one sharding for all leaves, or a tree of them."""
     if isinstance(sharding, Sharding):
         sharding = jax.tree.map(lambda _: sharding, tree)
     if jax.process_count() == 1:
@@ -47,9 +47,9 @@ def put(tree: Any, sharding: Any) -> Any:
 
 
 def get(mesh: Mesh, tree: Any) -> Any:
-    """Returns arrays as NumPy's on process 0, and None in their place on the others. All processes must call it.
+    """Gathers sharded arrays: NumPy arrays on process 0, None instead on the others. All processes must call it.
 
-    One leaf after the other is put together, so that no device holds more than one of them whole.
+    Leaves are gathered one after the other, so that no device holds more than one of them whole.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)

@@ -1,8 +1,8 @@
-"""A small program between a process's standard error and the terminal: `relay.py LOST_LINE LATE_LINE`.
+"""A filter between a process's standard error and the terminal: `relay.py LOST_LINE LATE_LINE`.
 
-The coordination service of jaxlib ends a process with abort() when another one is lost, or does not come, and prints a
-page of its own log; there is no public hook. Whoever reads standard error shall find one line in its place. All else is
-passed on as it comes. Started as a file, so that it imports nothing but the standard library.
+When another process is lost or does not start, the coordination service of jaxlib prints a page of its log and calls
+abort(); there is no public hook. This program replaces that page by one line and passes everything else on. It runs as
+a separate file, so that it imports only the standard library.
 """
 
 import os
@@ -11,11 +11,11 @@ import sys
 ABORTED = b"Terminating process because the JAX distributed service detected fatal errors"
 NOISE = (b"coordination_service", b"] Polled an error from", b"The tasks have crashed. Check the task logs")
 LIST = b"The following tasks are unhealthy"
-"""Begins a message of several lines: each that follows is the number of a task, until one that is noise."""
+"""First line of a message of several lines. Each following line is the number of a task."""
 
 
 def main(lost: bytes, late: bytes) -> None:
-    """Copies standard input to standard error, line by line, until the service has ended the process."""
+    """Copies standard input to standard error, line by line, until the service aborts the process."""
     told = listing = False
     for line in sys.stdin.buffer:
         if ABORTED in line:

@@ -1,4 +1,7 @@
-"""One table from parameter path to sharding. Models do not use it: they only pin a few activations (`ops/axes.pin`)."""
+"""One table from parameter path to sharding.
+
+Models do not use it; they only constrain a few activations (`ops/axes.constrain_sharding`).
+"""
 
 import math
 import re
@@ -9,10 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.errors import UserError
 
-# A vocabulary that mesh.tensor does not divide keeps its size, is cut along its width, and is padded where it is used.
+# A table whose vocabulary mesh.tensor does not divide is sharded along its width, and padded where it is used.
 VOCABULARY = (PartitionSpec("tensor", ("fsdp", "stage")), PartitionSpec(None, ("fsdp", "stage", "tensor")))
-# First match wins; of several specs the first that divides. Paths end in the parameter's name, for parameters, Adam's
-# moments and averages alike; leaves of blocks and adapters have a leading layer axis.
+# The first matching pattern wins; of several specs, the first whose axes divide the shape. Paths end in the parameter's
+# name also for Adam's moments and averages. Leaves of blocks and adapters have a leading layer axis.
 RULES = (
     (r"(^|/)(v_row|v_col|v)/", PartitionSpec()),  # factored second moments: vectors
     (r"(^|/)adapters/", PartitionSpec("stage")),  # small: otherwise every device holds them whole
@@ -45,7 +48,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
     Raises:
         ValueError: No rule matches a leaf.
-        UserError: An axis of the mesh does not divide the dimension that it cuts.
+        UserError: An axis of the mesh does not divide the dimension that it shards.
     """
 
     def one(path, leaf):
@@ -62,10 +65,10 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def _misfit(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec) -> str | None:
-    """Says which axes of the mesh do not divide which dimension, where that is so."""
+    """Returns which mesh axes do not divide which dimension; None: all do."""
     for size, axes in zip(shape, spec, strict=False):
         names = [axes] if isinstance(axes, str) else list(axes or ())
-        cutting = {name: mesh.shape[name] for name in names if mesh.shape[name] > 1}
-        if size % math.prod(cutting.values()):
-            return f"{' x '.join(f'mesh.{name}={n}' for name, n in cutting.items())} does not divide {size}"
+        sharding = {name: mesh.shape[name] for name in names if mesh.shape[name] > 1}
+        if size % math.prod(sharding.values()):
+            return f"{' x '.join(f'mesh.{name}={n}' for name, n in sharding.items())} does not divide {size}"
     return None

@@ -104,7 +104,7 @@ def locked_by_first(run_dir: Path) -> Iterator[None]:
         UserError: Another run holds it, it cannot be written to, or it is not the same folder for all of them.
     """
     with contextlib.ExitStack() as stack:
-        with cluster.together():
+        with cluster.all_or_none():
             if cluster.is_first():
                 stack.enter_context(locked(run_dir))
         owners = cluster.gather(_owner(run_dir))

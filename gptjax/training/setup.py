@@ -122,7 +122,7 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
     """
     _check_same_program(config)
     config = dataclasses.replace(config, cluster=ClusterConfig())  # the run may resume in another one
-    with cluster.together():
+    with cluster.all_or_none():
         mesh = make_mesh(config.mesh)
         begin_kernels(mesh.size)
         config = with_compute_dtype(config, run_dir)
@@ -134,14 +134,14 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
         check_fits(config, mesh)
     checkpoints = Checkpoints(run_dir, config.train.keep_checkpoints, say, config.train.best_by)
     choice = checkpoints.newest(config.train.strict_checkpoints)
-    with cluster.together():
+    with cluster.all_or_none():
         config = with_extension(config, run_dir, choice.manifest)
         _check_run_dir(config, run_dir)
         parts = _assemble(config, run_dir, source, mesh, checkpoints)
     facts = {"the data": parts.task.data_hash, "the tokenizer": source.tokenizer.fingerprint}
     cluster.require_same(facts | {"train.compute_dtype": config.train.compute_dtype}, "give all of them the same files")
     state, loop = _start(parts, base, choice.manifest)
-    with cluster.together():
+    with cluster.all_or_none():
         try:
             if cluster.is_first() and not why_finished(parts, int(state.step), loop):
                 checkpoints.make_room(choice)
@@ -317,10 +317,10 @@ def _start(parts: Parts, base: LoadedRun | None, manifest: Manifest | None) -> t
         return _run_once(lambda given: init_state(config, given), where)(given), loop
     frozen = _run_once(lambda given: init_state(config, given).frozen, where.frozen)(given)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where)
-    with cluster.together():
+    with cluster.all_or_none():
         loop = _check_meta(parts, manifest.meta)
     state = parts.checkpoints.restore(manifest.step, dataclasses.replace(abstract, frozen=frozen))
-    with cluster.together():
+    with cluster.all_or_none():
         check_finite(state, f"{config.run_dir}, step {manifest.step}")
         in_a_row, limit = int(state.watch.in_a_row), config.train.max_skipped_in_a_row
         if in_a_row >= limit:

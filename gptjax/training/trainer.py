@@ -52,7 +52,7 @@ def train(config: Config) -> int:
     with Signals() as signals, locked_by_first(run_dir):
         parts, state, loop = build(config, run_dir)
         try:
-            with cluster.guarded():
+            with cluster.exit_on_unshared_error():
                 return _run(parts, state, loop, signals)
         finally:
             parts.checkpoints.close()
@@ -73,7 +73,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
         return agreement(signals.received or 0)
 
     if finished:
-        with cluster.together():
+        with cluster.all_or_none():
             signals.begin()
             log = Log(parts, state, first)
         try:
@@ -86,7 +86,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
     batch = next(batches)
     step_program = _program(parts, state, batch, programs)
     _describe(parts, state, step_program)
-    with cluster.together():  # nobody begins while another process still compiles
+    with cluster.all_or_none():  # nobody begins while another process still compiles
         signals.begin()
         log = Log(parts, state, first)
     step, stop, received = first, False, 0
@@ -130,7 +130,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
             if save or stop or improved:
                 _save(parts, state, loop, scores, log)
         parts.checkpoints.wait()
-        with cluster.together():
+        with cluster.all_or_none():
             if parts.checkpoints.problem:
                 raise UserError(parts.checkpoints.problem)
         if step < options.num_steps:

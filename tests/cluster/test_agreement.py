@@ -44,7 +44,7 @@ OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3", "OMPI_COMM_WORLD_SI
     ],
 )
 def test_a_cluster_is_found_by_what_it_sets_and_one_process_is_none(environment, name):
-    assert cluster.found(environment) == name
+    assert cluster.detect(environment) == name
 
 
 @pytest.mark.parametrize(
