@@ -120,12 +120,12 @@ def test_who_talks_with_whom_is_read_in_every_form(text, groups):
     program = hlo.parse(f"HloModule m\n\nENTRY %main (b: f32[8]) -> f32[8] {{\n{line}\n}}\n")
     [found] = collectives(program, 4)
     assert found.groups.tolist() == groups
-    assert found.leaves(2) == any(a // 2 != b // 2 for a, *rest in groups for b in rest)
+    assert found.crosses_nodes(2) == any(a // 2 != b // 2 for a, *rest in groups for b in rest)
     n = len(groups[0])
     assert found.sent == (32 if text.startswith("source") else 2 * 32 * (n - 1) / n)
 
 
-def test_the_models_flops_are_those_of_its_products():
+def test_model_flops_are_those_of_its_matmuls():
     """Counted in the traced gradient. Beyond the formula, attention computes its scores twice, and the gradient of a
     small table is a product.
     """
@@ -136,19 +136,19 @@ def test_the_models_flops_are_those_of_its_products():
         options = LossOptions(MODEL.vocab_size)
         return batch_loss(MODEL, options, Compute(unroll=1), params, batch, None).objective
 
-    counted = _products(jax.make_jaxpr(jax.grad(objective))(params).jaxpr)
+    counted = _matmul_flops(jax.make_jaxpr(jax.grad(objective))(params).jaxpr)
     D, T, L = MODEL.n_embd, MODEL.block_size, MODEL.n_layer
     expected = flops_per_token(MODEL, params) + 2 * L * T * D + 2 * D * (MODEL.vocab_size + T)
     assert counted == batch.inputs.size * expected
 
 
-def _products(jaxpr) -> int:
+def _matmul_flops(jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(value, "jaxpr", value)
-            total += times * _products(inner) if hasattr(inner, "eqns") else 0
+            total += times * _matmul_flops(inner) if hasattr(inner, "eqns") else 0
         if equation.primitive.name == "dot_general":
             contracted = equation.params["dimension_numbers"][0][0]
             shape = equation.invars[0].aval.shape
@@ -182,7 +182,7 @@ def test_every_suggestion_can_be_laid_out():
     for one in found:
         sizes = dataclasses.asdict(one.mesh)
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-        check_fits(one, mesh)  # pyright: ignore[reportArgumentType]: it asks for sizes alone
+        check_fits(one, mesh)  # pyright: ignore[reportArgumentType]: it reads only the sizes
     assert not suggest.suggestions(config, CHIPS["h100"], 24, 1e3, 1.0, 1e12)
 
 
@@ -192,9 +192,11 @@ def test_vocabularies_are_those_of_the_tokenizers():
     of_bytes = dataclasses.replace(without, tokenizer=TokenizerConfig(kind="bytes"))
     assert plan.resolve(of_bytes).model.vocab_size == ByteTokenizer().vocab_size
     assert plan.resolve(without).model.vocab_size == 50257
-    with pytest.raises(UserError, match=r"kind=chars: only the corpus tells the vocabulary; give --model.vocab_size"):
+    with pytest.raises(
+        UserError, match=r"kind=chars: the vocabulary size depends on the corpus; give --model.vocab_size"
+    ):
         plan.resolve(dataclasses.replace(without, tokenizer=TokenizerConfig(kind="chars")))
-    with pytest.raises(UserError, match=r"task.kind=instruct: plan knows runs of task.kind=pretrain"):
+    with pytest.raises(UserError, match=r"task.kind=instruct: plan supports only task.kind=pretrain"):
         plan.resolve(replace(CONFIG, task={"kind": "instruct"}))
 
 
@@ -325,7 +327,7 @@ def test_the_large_presets_can_be_laid_out_and_have_their_size(name):
     sizes = dataclasses.asdict(config.mesh)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     assert config.mesh.size == devices
-    check_fits(config, mesh)  # pyright: ignore[reportArgumentType]: it asks for sizes alone
+    check_fits(config, mesh)  # pyright: ignore[reportArgumentType]: it reads only the sizes
     state = abstract_state(config, mesh)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == pytest.approx(parameters, rel=0.01)
     assert device_bytes(state) < 0.5 * CHIPS["h100"].memory

@@ -1,1 +1,1 @@
-"""What a run would need on machines that are not here: compiled for virtual devices, never run."""
+"""Memory, communication and time of a run on other machines: compiled for virtual devices, never run."""

@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program."""
+"""Collectives in a compiled program: which devices communicate, how often, and how many bytes."""
 
 import dataclasses
 import re
@@ -12,26 +12,28 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction."""
+    """One collective instruction."""
 
     kind: str
-    """One of `KINDS`. What a CPU sums whole on every device, to keep a slice, is a reduce-scatter in other compilers'
-    programs, and counts as one.
+    """One of `KINDS`. An all-reduce of which each device reads only a slice counts as a reduce-scatter, because other
+    compilers emit a reduce-scatter in its place.
     """
     sent: float
-    """Bytes that a device sends each time, on a ring. What a CPU widens from bfloat16 to send it counts as bfloat16."""
+    """Bytes that a device sends in one call, with a ring algorithm. Arrays that XLA:CPU converts from bfloat16 to
+    float32 to send them count as bfloat16.
+    """
     times: float
-    """How often it runs."""
+    """Number of calls."""
     groups: np.ndarray
-    """Numbers of devices that talk, a row for each group."""
+    """Device numbers, one row for each group of devices that communicate."""
 
-    def leaves(self, node: int) -> bool:
-        """Whether some group has devices of several nodes of this size."""
+    def crosses_nodes(self, node: int) -> bool:
+        """Whether a group has devices of several nodes, with `node` devices in each node."""
         return bool(np.any(self.groups // node != self.groups[:, :1] // node))
 
 
 def collectives(program: Program, devices: int) -> list[Collective]:
-    """Every collective of a program that runs on so many devices."""
+    """Returns all collectives of a program that runs on `devices` devices."""
     found = []
     for name, times in program.times().items():
         computation = program.computations[name]
@@ -42,21 +44,21 @@ def collectives(program: Program, devices: int) -> list[Collective]:
 
 
 def _parts(program, computation, one: Instruction, times: float, groups: np.ndarray) -> list[Collective]:
-    """The collective, in two where of some of its results only slices are kept."""
+    """Splits a collective in two if only slices of some of its results are read."""
     n, sent = groups.shape[1], {}
     sliced = _sliced(program, computation, one) if one.op == "all-reduce" else [False] * len(one.sizes)
     for number, (size, only_slice) in enumerate(zip(one.sizes, sliced, strict=True)):
         kind = "reduce-scatter" if only_slice else one.op
         operand = one.operands[min(number, len(one.operands) - 1)]
-        size = size / 2 if _widened(program, computation, operand) else size
+        size = size / 2 if _was_bfloat16(program, computation, operand) else size
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
         share = n - 1.0 if one.op == "reduce-scatter" else share
         sent[kind] = sent.get(kind, 0.0) + share * size
     return [Collective(kind, size, times, groups) for kind, size in sent.items()]
 
 
-def _widened(program: Program, computation: Computation, operand: str) -> bool:
-    """Whether an array was bfloat16 until just before."""
+def _was_bfloat16(program: Program, computation: Computation, operand: str) -> bool:
+    """Whether an array was converted from bfloat16 to float32 directly before the collective."""
     source = computation.source(operand)
     if source is not None and source.op == "fusion":
         computation = program.computations[source.called("calls")]
@@ -68,7 +70,7 @@ def _widened(program: Program, computation: Computation, operand: str) -> bool:
 
 
 def _sliced(program: Program, computation: Computation, one: Instruction) -> list[bool]:
-    """Of which results nothing is read but a slice of the device's own."""
+    """For each result, whether the device reads only a slice of it."""
     users = computation.users[one.name]
     if not one.shape.startswith("("):
         return [_only_sliced(program, computation, one.name)]
@@ -96,7 +98,7 @@ def _slices(program: Program, computation: Computation, user: Instruction, name:
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:
-    """Reads any of the forms in which XLA writes who talks with whom."""
+    """Parses device groups in any of XLA's notations."""
     if found := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return np.array([[int(n) for n in pair.split(",")] for pair in re.findall(r"\{?(\d+,\d+)", found[1])])
     text = attributes[attributes.index("replica_groups=") + len("replica_groups=") :]
@@ -111,7 +113,7 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[8,64]T(1,0)`: the numbers from 0 in that shape, transposed, in a row."""
+    """Parses `[8,64]T(1,0)`: consecutive numbers from 0 in that shape, transposed and flattened."""
     shape, _, order = text.partition("T")
     shape = [int(n) for n in shape.strip("[]").split(",")]
     numbers = np.arange(np.prod(shape)).reshape(shape)
@@ -119,7 +121,7 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _mesh_groups(axes: str, ids: str | None, over: str, devices: int) -> np.ndarray:
-    """Groups over some axes of a mesh; an axis may be taken in part, `'a':(2)4` its middle 4 of 2 x 4 x rest."""
+    """Groups over some axes of a mesh. An axis may be used in part: `'a':(2)4` is the factor 4 of 2 x 4 x rest."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     parts = {name: [(size, False)] for name, size in sizes.items()}
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", over):
@@ -130,7 +132,7 @@ def _mesh_groups(axes: str, ids: str | None, over: str, devices: int) -> np.ndar
             parts[name] = [(sizes[name], True)]
     flat = [part for name in sizes for part in parts[name]]
     numbers = (_iota(ids) if ids else np.arange(devices)).reshape([n for n, _ in flat])
-    talking = [axis for axis, (_, talks) in enumerate(flat) if talks]
-    waiting = [axis for axis, (_, talks) in enumerate(flat) if not talks]
-    count = int(np.prod([flat[axis][0] for axis in talking]))
-    return numbers.transpose(*waiting, *talking).reshape(-1, count)
+    within = [axis for axis, (_, grouped) in enumerate(flat) if grouped]
+    across = [axis for axis, (_, grouped) in enumerate(flat) if not grouped]
+    count = int(np.prod([flat[axis][0] for axis in within]))
+    return numbers.transpose(*across, *within).reshape(-1, count)

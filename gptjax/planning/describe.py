@@ -1,4 +1,4 @@
-"""A plan as text and as plain values."""
+"""Formats a plan as text and as JSON-compatible values."""
 
 import dataclasses
 from typing import Any
@@ -11,10 +11,10 @@ from gptjax.report.cost import readable_bytes, readable_count
 
 
 def describe(given: Plan, suggested: Plan | None, options: PlanConfig) -> str:
-    """A few lines for people."""
+    """Formats a plan as a few lines of text."""
     chip, memory = CHIPS[options.chip], given.memory
     model, train = given.config.model, given.config.train
-    step = f"{train.batch_size:,} rows x {model.block_size:,} tokens in {train.batch_size // train.micro_batch}"
+    step = f"{train.batch_size:,} sequences x {model.block_size:,} tokens in {train.batch_size // train.micro_batch}"
     lines = [
         ("model", f"{readable_count(given.parameter_count)} parameters, vocabulary {model.vocab_size:,}"),
         ("step", f"{step} micro-batches, {train.compute_dtype}, remat {train.remat}"),
@@ -23,7 +23,7 @@ def describe(given: Plan, suggested: Plan | None, options: PlanConfig) -> str:
         *(("", f"{_bytes(getattr(memory, name))}  {words}") for name, words in PARTS),
         ("sent", f"{_bytes(sum(one.node + one.network for one in given.sent))}  per device and step:"),
         *(("", f"{_bytes(one.node + one.network)}  {_sent(one)}") for one in given.sent),
-        ("FLOPs", f"{given.model_flops:.3e} of the model per step, {given.work.flops:.3e} done on each device"),
+        ("FLOPs", f"{given.model_flops:.3e} of the model per step, {given.work.flops:.3e} executed on each device"),
         ("time", _time(given, chip)),
         ("assumed", _assumed(given, options.chip)),
     ]
@@ -35,13 +35,13 @@ PARTS = (
     ("parameters", "parameters"),
     ("optimizer", "optimizer state"),
     ("other", "batch, averages, counters"),
-    ("activations", "activations: kept of the forward pass for the backward pass"),
-    ("temporaries", "temporaries: gradients, gathered weights, what a layer works with"),
+    ("activations", "activations: saved in the forward pass for the backward pass"),
+    ("temporaries", "temporaries: gradients, gathered weights, buffers within a layer"),
 )
 
 
 def as_values(given: Plan, suggested: Plan | None, options: PlanConfig) -> dict[str, Any]:
-    """The same as plain values, in bytes, FLOPs and seconds."""
+    """Returns a plan as JSON-compatible values, in bytes, FLOPs and seconds."""
     return {
         "devices": options.devices,
         "chip": options.chip,
@@ -84,11 +84,11 @@ def _sent(one: Sent) -> str:
 
 
 def _time(plan: Plan, chip: Chip) -> str:
-    waits = f" (a stage waits {plan.work.bubble:.0%} of it)" if plan.work.bubble else ""
+    bubble = f" (pipeline bubble {plan.work.bubble:.0%})" if plan.work.bubble else ""
     return (
-        f"{plan.seconds:.3g} s a step = {plan.compute_seconds:.3g} s computing{waits} + {plan.link_seconds:.3g} s"
-        f" sending; {plan.shortest:.3g} s if one hides the other: {_share(plan, chip, plan.seconds):.0%}"
-        f" to {_share(plan, chip, plan.shortest):.0%} of the peak goes into the model"
+        f"{plan.seconds:.3g} s per step = {plan.compute_seconds:.3g} s compute{bubble} + {plan.link_seconds:.3g} s"
+        f" communication; {plan.shortest:.3g} s if they overlap: MFU {_share(plan, chip, plan.seconds):.0%}"
+        f" to {_share(plan, chip, plan.shortest):.0%}"
     )
 
 
@@ -101,28 +101,28 @@ def _share(plan: Plan, chip: Chip, seconds: float) -> float:
 
 def _assumed(plan: Plan, name: str) -> str:
     chip = CHIPS[name]
-    slow = "" if plan.config.train.compute_dtype != "float32" else "; float32, which is slower, takes longer than said"
+    slow = "" if plan.config.train.compute_dtype != "float32" else "; float32 takes longer than estimated here"
     return (
-        f"{name}: {chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, of which products reach {estimate.EFFICIENCY:.0%};"
+        f"{name}: {chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, of which matmuls reach {estimate.EFFICIENCY:.0%};"
         f" memory {chip.memory_rate / 1e12:.3g} TB/s; links {chip.link / 1e9:.3g} GB/s in a node of {chip.node},"
-        f" {chip.network / 1e9:.3g} GB/s between; devices numbered node after node; memory and what is sent are as"
-        f" XLA compiles the step for CPUs, with their kernels{slow}"
+        f" {chip.network / 1e9:.3g} GB/s between nodes; devices numbered node after node; memory and communication as"
+        f" XLA compiles the step for CPUs{slow}"
     )
 
 
 def _layout(plan: Plan) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
-    return f"{axes}, micro-batches of {plan.config.train.micro_batch:,} rows"
+    return f"{axes}, micro-batches of {plan.config.train.micro_batch:,} sequences"
 
 
 def _suggestion(given: Plan, suggested: Plan | None, options: PlanConfig) -> list[str]:
     chip = CHIPS[options.chip]
     if suggested is None:
         if given.fits:
-            return ["nothing better than what is given was found"]
+            return ["keep the given layout; nothing better was found"]
         return [f"nothing was found that fits {options.devices} x {options.chip}; give more devices or a smaller model"]
     if suggested is given or (given.fits and given.seconds <= suggested.seconds):
-        return ["what is given; nothing faster was found that fits"]
+        return ["keep the given layout; nothing faster was found that fits"]
     config = suggested.config
     flags = [f"--mesh.{name} {size}" for name, size in suggested.mesh.items() if size != given.mesh[name]]
     flags += [f"--train.micro_batch_size {config.train.micro_batch}"]
@@ -130,6 +130,6 @@ def _suggestion(given: Plan, suggested: Plan | None, options: PlanConfig) -> lis
         flags += [f"--train.remat {config.train.remat}", f"--train.unroll {config.train.unroll}"]
     return [
         " ".join(flags),
-        f"(compiled too: {_of_chip(suggested, chip)} {suggested.seconds:.3g} s a step,"
-        f" {suggested.shortest:.3g} s if hidden)",
+        f"(also compiled: {_of_chip(suggested, chip)} {suggested.seconds:.3g} s per step,"
+        f" {suggested.shortest:.3g} s with overlap)",
     ]

@@ -1,4 +1,4 @@
-"""What a step costs, from sizes alone: to choose what is worth compiling, and to turn bytes into seconds."""
+"""Estimates the cost of a step by formula: to choose layouts worth compiling, and to turn bytes into seconds."""
 
 import dataclasses
 
@@ -9,35 +9,35 @@ from gptjax.machine.chips import Chip
 from gptjax.parallel.pipeline import bubble
 
 EFFICIENCY = 0.6
-"""Share of its peak that a chip is taken to reach in matrix products."""
+"""Assumed share of a chip's peak that matmuls reach."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device computes, reads and writes in a step."""
+    """Computation and memory traffic of one device in a step."""
 
     flops: float
-    """Those of the model, and those that are done again to go backward."""
+    """FLOPs of the model, and of the recomputation in the backward pass."""
     memory: float
     """Bytes read and written."""
     bubble: float
-    """Share of the step in which a stage waits."""
+    """Share of the step in which a pipeline stage idles."""
 
     def seconds(self, chip: Chip) -> float:
-        """Without what devices send each other."""
+        """Time without communication."""
         return max(self.flops / (EFFICIENCY * chip.peak_flops), self.memory / chip.memory_rate) / (1 - self.bubble)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of a run on a mesh, for one device."""
+    """Sizes of a run on a mesh, for one device."""
 
     config: Config
     mesh: dict[str, int]
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes in a step."""
+        """Number of micro-batches in a step."""
         return self.config.train.batch_size // self.config.train.micro_batch
 
     @property
@@ -48,7 +48,7 @@ class Sizes:
 
     @property
     def layers(self) -> int:
-        """Blocks."""
+        """Number of blocks on a device."""
         return self.config.model.n_layer // self.mesh["stage"]
 
     @property
@@ -57,8 +57,8 @@ class Sizes:
         return 4 if self.config.train.compute_dtype == "float32" else 2
 
     @property
-    def again(self) -> int:
-        """How often the blocks are run forward once more to go backward."""
+    def recomputations(self) -> int:
+        """How many times the backward pass recomputes the blocks."""
         return (self.config.train.remat == "full") + (self.mesh["stage"] > 1)
 
     @property
@@ -74,22 +74,23 @@ class Sizes:
         return self.config.model.padded_vocab_size * self.config.model.n_embd / self.mesh["tensor"]
 
 
-def work(sizes: Sizes, model_flops: float, state: int, kept: float) -> Work:
-    """What one device does, from the model's FLOPs of a whole step and the bytes of its state and activations.
+def work(sizes: Sizes, model_flops: float, state: int, activations: float) -> Work:
+    """Estimates the work of one device from the model's FLOPs of a step and the bytes of state and activations.
 
-    State is read and written once; of every micro-batch weights are read in each pass, activations written and read.
+    A step reads and writes the state once. Each micro-batch reads the weights in every pass, and writes and reads the
+    activations.
     """
     devices = int(np.prod(list(sizes.mesh.values())))
-    weights = (sizes.layers * sizes.block + sizes.table) * sizes.width * (3 + sizes.again)
+    weights = (sizes.layers * sizes.block + sizes.table) * sizes.width * (3 + sizes.recomputations)
     return Work(
-        flops=model_flops * (3 + sizes.again) / 3 / devices,
-        memory=2 * state + sizes.micro_batches * (weights + 2 * kept),
+        flops=model_flops * (3 + sizes.recomputations) / 3 / devices,
+        memory=2 * state + sizes.micro_batches * (weights + 2 * activations),
         bubble=bubble(sizes.mesh["stage"], sizes.micro_batches),
     )
 
 
-def kept(sizes: Sizes) -> float:
-    """Bytes of activations: the residual stream in float32, and without `remat=full` what each product read."""
+def activations(sizes: Sizes) -> float:
+    """Bytes of activations: the residual stream in float32, and the inputs of every matmul unless `remat=full`."""
     D, tensor = sizes.config.model.n_embd, sizes.mesh["tensor"]
     of_layer = 4 * D
     if sizes.config.train.remat != "full":
@@ -101,7 +102,7 @@ def kept(sizes: Sizes) -> float:
 
 
 def temporaries(sizes: Sizes, parameters: int) -> float:
-    """Bytes of gradients, of one block's gathered weights and their gradients, of the table, and of its work."""
+    """Bytes of gradients, of one block's gathered weights and their gradients, of the table, and of work buffers."""
     D, F = sizes.config.model.n_embd, 4 * sizes.config.model.n_embd
     gradients = parameters * (2 if sizes.micro_batches > 1 else 1)
     return gradients + 8 * sizes.block + 12 * sizes.table + sizes.tokens * (40 * D + 16 * F / sizes.mesh["tensor"])
@@ -111,7 +112,7 @@ def sent(sizes: Sizes) -> dict[str, float]:
     """Bytes that a device sends along each axis of the mesh."""
     model, mesh, D = sizes.config.model, sizes.mesh, sizes.config.model.n_embd
     ticks = sizes.micro_batches + 2 * (mesh["stage"] - 1)
-    blocks, passes = sizes.layers * sizes.block, 2 + sizes.again
+    blocks, passes = sizes.layers * sizes.block, 2 + sizes.recomputations
     stream = 4 * sizes.tokens * D
     ring = {axis: (size - 1) / size for axis, size in mesh.items()}
     keys = 2 * sizes.tokens * model.kv_heads * model.head_width / mesh["tensor"] * sizes.width
@@ -119,13 +120,13 @@ def sent(sizes: Sizes) -> dict[str, float]:
         "data": ticks * 2 * ring["data"] * 4 * blocks / mesh["fsdp"],
         "fsdp": ticks * ring["fsdp"] * (passes * sizes.width + 4) * blocks,
         "tensor": ticks * sizes.layers * 4 * ring["tensor"] * passes * stream,
-        "context": ticks * sizes.layers * (mesh["context"] - 1) * (3 + sizes.again) * keys,
+        "context": ticks * sizes.layers * (mesh["context"] - 1) * (3 + sizes.recomputations) * keys,
         "stage": ticks * 2 * stream if mesh["stage"] > 1 else 0.0,
     }
 
 
 def seconds_sent(sizes: Sizes, chip: Chip) -> float:
-    """How long `sent` takes where devices are numbered along the mesh, its last axis first, node after node."""
+    """Time that `sent` takes if devices are numbered along the mesh, last axis fastest, node after node."""
     total, stride = 0.0, 1
     by_axis = sent(sizes)
     for axis in reversed(list(sizes.mesh)):

@@ -1,10 +1,11 @@
-"""The text of a program that XLA compiled: its computations, how often each runs, and how large its arrays are.
+"""Parses the text of a program that XLA compiled: its computations, how often each runs, and the sizes of its arrays.
 
 Array sizes are those of one device.
 """
 
 import collections
 import dataclasses
+import math
 import re
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
@@ -14,58 +15,58 @@ MOVES = ("bitcast", "copy", "transpose", "reshape")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line."""
+    """One instruction, which is one line of the text."""
 
     name: str
     shape: str
-    """Of one array, or of several in parentheses."""
+    """Shape of the result; a tuple of results is in parentheses."""
     op: str
     operands: tuple[str, ...]
     attributes: str
-    """Whatever follows the operands."""
+    """The text after the operands."""
     is_root: bool
 
     @property
     def arrays(self) -> list[tuple[str, int]]:
-        """Type and number of elements of each array that comes out."""
-        return [(kind, _product(sizes)) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", self.shape)]
+        """Type and number of elements of each result."""
+        return [(kind, _element_count(sizes)) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", self.shape)]
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes of each array that comes out."""
+        """Bytes of each result."""
         return [count * BYTES.get(kind, 4) for kind, count in self.arrays]
 
     @property
     def origin(self) -> str:
-        """Where in the traced function it comes from."""
+        """Name of the traced operation that it was compiled from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     def called(self, attribute: str) -> str:
-        """The computation that an attribute names."""
+        """Name of the computation that an attribute refers to."""
         found = re.search(rf"{attribute}=%([\w.\-]+)", self.attributes)
         return found[1] if found else ""
 
     def number(self, attribute: str) -> int:
-        """A whole number among the attributes."""
+        """Value of an integer attribute; 0 if it is absent."""
         found = re.search(rf"{attribute}=(\d+)", self.attributes)
         return int(found[1]) if found else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in their order, and who reads each."""
+    """Instructions by name, in order, and the users of each."""
 
     instructions: dict[str, Instruction]
     users: dict[str, list[Instruction]]
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
+        """The instruction that the computation returns."""
         return next(one for one in self.instructions.values() if one.is_root)
 
     def source(self, name: str) -> Instruction | None:
-        """What an array is before it is moved about; None: it comes from elsewhere."""
+        """Follows copies, transposes and reshapes to the instruction that computes an array; None: not in here."""
         found = self.instructions.get(name)
         while found is not None and found.op in MOVES:
             found = self.instructions.get(found.operands[0])
@@ -80,10 +81,10 @@ class Program:
     entry: str
 
     def times(self) -> dict[str, float]:
-        """How often each computation runs; those inside of fusions and reductions are left out.
+        """Number of runs of each computation; excludes computations inside fusions and reductions.
 
         Raises:
-            ValueError: A loop does not say how often it runs.
+            ValueError: XLA does not state a loop's trip count.
         """
         times: dict[str, float] = collections.defaultdict(float)
 
@@ -127,12 +128,9 @@ def _with_users(instructions: dict[str, Instruction]) -> Computation:
 def _trip_count(loop: Instruction) -> int:
     found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if found is None:
-        raise ValueError(f"{loop.name}: XLA does not say how often this loop runs")
+        raise ValueError(f"{loop.name}: XLA does not state the trip count of this loop")
     return int(found[1])
 
 
-def _product(sizes: str) -> int:
-    product = 1
-    for size in filter(None, sizes.split(",")):
-        product *= int(size)
-    return product
+def _element_count(sizes: str) -> int:
+    return math.prod(int(size) for size in sizes.split(",") if size)

@@ -1,4 +1,4 @@
-"""The plan of a run: memory, collectives and time on machines that are not here, and a mesh that fits them."""
+"""The plan of a run on other machines: memory, collectives, time, and a mesh that fits."""
 
 import collections
 import dataclasses
@@ -22,28 +22,28 @@ from gptjax.report import cost
 from gptjax.training.step import init_state
 
 USABLE = 0.9
-"""Share of a chip's memory that a step may take."""
+"""Share of a chip's memory that a step may use."""
 TRIES = 3
-"""Suggestions that are compiled until one fits."""
+"""Largest number of suggestions that are compiled to find one that fits."""
 VOCABULARIES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
-"""Tokens of tiktoken's encodings."""
+"""Vocabulary sizes of tiktoken's encodings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """What one device sends in a step, of one kind of collective."""
+    """Data that one device sends in a step, with one kind of collective."""
 
     kind: str
     count: float
     node: float
-    """Bytes over links of a node."""
+    """Bytes over links within a node."""
     network: float
     """Bytes between nodes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run on a mesh; bytes, FLOPs and seconds are those of one device and one step."""
+    """A run on a mesh; bytes, FLOPs and seconds are per device and step."""
 
     config: Config
     mesh: dict[str, int]
@@ -52,28 +52,29 @@ class Plan:
     fits: bool
     sent: list[Sent]
     model_flops: float
-    """Of all devices."""
+    """FLOPs of all devices together."""
     work: estimate.Work
     compute_seconds: float
-    """Computing and reading memory, waiting for other stages included."""
+    """Time of computation and memory traffic, including the pipeline bubble."""
     link_seconds: float
+    """Time of communication."""
 
     @property
     def seconds(self) -> float:
-        """Of a step in which nothing is sent while something is computed."""
+        """Time of a step without overlap of computation and communication."""
         return self.compute_seconds + self.link_seconds
 
     @property
     def shortest(self) -> float:
-        """Of a step in which all that can be is sent while something is computed."""
+        """Time of a step with perfect overlap of computation and communication."""
         return max(self.compute_seconds, self.link_seconds)
 
 
 def plan_run(config: Config, options: PlanConfig, notify: Callable[[str], None]) -> tuple[Plan, Plan | None]:
-    """Plans a run as its config has it, and with the best mesh and micro-batch found, None where none was.
+    """Plans a run with its own layout, and with the best mesh and micro-batch found (None: none fits).
 
     Raises:
-        UserError: The run cannot be laid out on so many devices, or its config needs what only data tell.
+        UserError: The run cannot be sharded over its mesh, or its vocabulary size depends on data.
     """
     config, chip = resolve(config), CHIPS[options.chip]
     given = plan_step(config, chip, notify)
@@ -81,31 +82,31 @@ def plan_run(config: Config, options: PlanConfig, notify: Callable[[str], None])
 
 
 def resolve(config: Config) -> Config:
-    """Fills in what a run would learn from its tokenizer and machine.
+    """Fills in the options that a run would derive from its tokenizer and machine.
 
     Raises:
-        UserError: Only data tell.
+        UserError: An option depends on data, or the run is not a pretraining run from the beginning.
     """
     if config.task.kind != "pretrain" or config.init_from:
         name = "init_from" if config.init_from else f"task.kind={config.task.kind}"
-        raise UserError(f"{name}: plan knows runs of task.kind=pretrain from their beginning; leave it out")
+        raise UserError(f"{name}: plan supports only task.kind=pretrain without init_from; leave it out")
     kind, size = config.tokenizer.kind, config.model.vocab_size
     if not size:
         of_kind = {"tiktoken": VOCABULARIES[config.tokenizer.name], "bytes": 257, "bpe": config.tokenizer.vocab_size}
         size = of_kind.get(kind, 0)
     if not size:
-        raise UserError(f"tokenizer.kind={kind}: only the corpus tells the vocabulary; give --model.vocab_size")
+        raise UserError(f"tokenizer.kind={kind}: the vocabulary size depends on the corpus; give --model.vocab_size")
     train = config.train
-    if train.compute_dtype == "auto":  # every chip in the table multiplies it
+    if train.compute_dtype == "auto":  # every chip in the table supports bfloat16
         train = dataclasses.replace(train, compute_dtype="bfloat16")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size), train=train)
 
 
 def plan_step(config: Config, chip: Chip, notify: Callable[[str], None]) -> Plan:
-    """Compiles a run's step for all devices there are, and says what it costs on `chip`.
+    """Compiles a run's step for all devices, and estimates its cost on `chip`.
 
     Raises:
-        UserError: The run cannot be laid out so.
+        UserError: The run cannot be sharded over its mesh.
     """
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
@@ -138,13 +139,13 @@ def plan_step(config: Config, chip: Chip, notify: Callable[[str], None]) -> Plan
 def _sent(step: CompiledStep, chip: Chip) -> list[Sent]:
     totals = collections.defaultdict(lambda: np.zeros(3))
     for one in step.collectives:
-        leaves, size = one.leaves(chip.node), one.sent * one.times
-        totals[one.kind] += [one.times, 0.0 if leaves else size, size if leaves else 0.0]
+        crosses, size = one.crosses_nodes(chip.node), one.sent * one.times
+        totals[one.kind] += [one.times, 0.0 if crosses else size, size if crosses else 0.0]
     return [Sent(kind, *map(float, totals[kind])) for kind in KINDS if kind in totals]
 
 
 def _suggested(given: Plan, chip: Chip, notify: Callable[[str], None]) -> Plan | None:
-    """Compiles the most promising others until one fits."""
+    """Compiles the most promising suggestions until one fits."""
     devices = int(np.prod(list(given.mesh.values())))
     sizes = estimate.Sizes(given.config, given.mesh)
     guess = estimate.temporaries(sizes, given.memory.parameters)

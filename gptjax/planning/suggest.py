@@ -1,4 +1,4 @@
-"""Meshes and micro-batches that should fit, the fastest first. By formula: `plan` compiles what it suggests."""
+"""Finds meshes and micro-batches that should fit, by formula; `plan.py` compiles the best ones."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,62 +13,64 @@ from gptjax.planning import estimate
 from gptjax.planning.compiled import abstract_state, device_bytes
 
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
-MOST_ROWS = 64
-"""Rows of a micro-batch on one device: more would not be faster."""
+MAX_LOCAL_BATCH = 64
+"""Largest number of sequences of a micro-batch on one device; more are not faster."""
 
 
 def suggestions(
     config: Config, chip: Chip, devices: int, limit: float, ratio: float, model_flops: float
 ) -> list[Config]:
-    """Returns the config with every mesh and micro-batch that should fit, the fastest first. Where none does, blocks
-    are run again to go backward.
+    """Returns the config with every mesh and micro-batch that should fit, fastest first.
+
+    If none fits, it tries again with `remat=full`.
 
     Args:
-        config: Its mesh and micro-batch do not matter.
-        chip: What it is to run on.
-        devices: How many of them.
-        limit: Bytes that a step may take on one.
-        ratio: What a compiled step's temporaries were, as a multiple of their estimate.
-        model_flops: Of a step.
+        config: The run; its mesh and micro-batch are ignored.
+        chip: Kind of device.
+        devices: Number of devices.
+        limit: Bytes that a step may use on a device.
+        ratio: Measured temporaries of a compiled step divided by their estimate.
+        model_flops: FLOPs of a step on all devices.
     """
     found = list(_rated(config, chip, devices, limit, ratio, model_flops))
     if not found and config.train.remat != "full":
-        again = dataclasses.replace(config.train, remat="full", unroll=1)
-        found = list(_rated(dataclasses.replace(config, train=again), chip, devices, limit, ratio, model_flops))
+        train = dataclasses.replace(config.train, remat="full", unroll=1)
+        found = list(_rated(dataclasses.replace(config, train=train), chip, devices, limit, ratio, model_flops))
     return [one for _, one in sorted(found, key=lambda rated: rated[0])]
 
 
 def _rated(config, chip, devices, limit, ratio, model_flops) -> Iterator[tuple[tuple[float, ...], Config]]:
     for sizes in _meshes(devices, len(AXES)):
         mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        if mesh.shape["tensor"] > chip.node or config.train.batch_size % rows:
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if mesh.shape["tensor"] > chip.node or config.train.batch_size % shards:
             continue
-        one = _with(config, sizes, rows)
+        one = _with_layout(config, sizes, shards)
         try:
-            check_fits(one, mesh)  # pyright: ignore[reportArgumentType]: it asks for sizes alone
+            check_fits(one, mesh)  # pyright: ignore[reportArgumentType]: it reads only the sizes
             state = abstract_state(one, mesh)
         except UserError:
             continue
         parameters, optimizer = device_bytes((state.params, state.frozen)), device_bytes(state.opt_state)
-        for local in range(1, min(MOST_ROWS, config.train.batch_size // rows) + 1):
-            if config.train.batch_size % (local * rows) == 0:
-                one = _with(config, sizes, local * rows)
-                cut = estimate.Sizes(one, dict(mesh.shape))
-                needs = device_bytes(state) + estimate.kept(cut) + ratio * estimate.temporaries(cut, parameters)
+        for local in range(1, min(MAX_LOCAL_BATCH, config.train.batch_size // shards) + 1):
+            if config.train.batch_size % (local * shards) == 0:
+                one = _with_layout(config, sizes, local * shards)
+                on_mesh = estimate.Sizes(one, dict(mesh.shape))
+                needs = device_bytes(state) + estimate.activations(on_mesh)
+                needs += ratio * estimate.temporaries(on_mesh, parameters)
                 if needs <= limit:
-                    yield (*_seconds(cut, chip, model_flops, parameters + optimizer), needs), one
+                    yield (*_seconds(on_mesh, chip, model_flops, parameters + optimizer), needs), one
 
 
 def _seconds(sizes: estimate.Sizes, chip: Chip, model_flops: float, state: int) -> tuple[float, int]:
-    """Of a step, to three digits; then how many axes are used, since of two that are as fast the simpler is better."""
-    work = estimate.work(sizes, model_flops, state, estimate.kept(sizes))
+    """Time of a step to three digits, then the number of mesh axes in use: of two equally fast layouts, the simpler."""
+    work = estimate.work(sizes, model_flops, state, estimate.activations(sizes))
     seconds = work.seconds(chip) + estimate.seconds_sent(sizes, chip)
     return float(f"{seconds:.3g}"), sum(size > 1 for size in sizes.mesh.values())
 
 
 def _meshes(devices: int, axes: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write `devices` as a product of so many sizes."""
+    """All ways to write `devices` as a product of `axes` sizes."""
     if axes == 1:
         yield (devices,)
         return
@@ -78,7 +80,7 @@ def _meshes(devices: int, axes: int) -> Iterator[tuple[int, ...]]:
                 yield size, *rest
 
 
-def _with(config: Config, sizes: tuple[int, ...], micro_batch: int) -> Config:
+def _with_layout(config: Config, sizes: tuple[int, ...], micro_batch: int) -> Config:
     return dataclasses.replace(
         config,
         mesh=MeshConfig(**dict(zip(AXES, sizes, strict=True))),

@@ -1,7 +1,7 @@
-"""What a compiled step keeps of its forward pass for its backward pass.
+"""Bytes of activations that a compiled step saves in its forward pass for its backward pass.
 
-JAX notes in each instruction where it comes from: `jvp(...)` is the forward pass, `transpose(jvp(...))` the backward
-pass, what it computes again included.
+JAX records the origin of each instruction: `jvp(...)` is the forward pass, `transpose(jvp(...))` the backward pass,
+including its recomputations.
 """
 
 import collections
@@ -11,15 +11,15 @@ from gptjax.planning.hlo import Computation, Instruction, Program
 VIEWS = ("bitcast", "tuple", "get-tuple-element")
 
 
-def kept_bytes(program: Program) -> int:
-    """Bytes on one device. Of several passes (a first micro-batch, the loop over the others) the one that keeps most
-    counts, since they do not run at once.
+def activation_bytes(program: Program) -> int:
+    """Bytes on one device. If there are several passes (the first micro-batch, the loop over the others), the largest
+    one counts, because they do not run at the same time.
     """
-    return max(max(_kept(program, program.computations[name]).values(), default=0) for name in program.times())
+    return max(max(_saved(program, program.computations[name]).values(), default=0) for name in program.times())
 
 
-def _kept(program: Program, computation: Computation) -> dict[str, int]:
-    """Bytes that stay within a computation, by the pass that they belong to."""
+def _saved(program: Program, computation: Computation) -> dict[str, int]:
+    """Bytes that a computation saves, by pass."""
     total = collections.defaultdict(int)
     for one in computation.instructions.values():
         if one.op in VIEWS or not _forward(one):
@@ -29,7 +29,7 @@ def _kept(program: Program, computation: Computation) -> dict[str, int]:
             for user in computation.users[one.name]:
                 number = user.number("index")
                 if user.op == "get-tuple-element" and _read_backward(computation, user):
-                    total[of_pass] += 0 if _passed_on(program, one, number) else one.sizes[number]
+                    total[of_pass] += 0 if _loop_invariant(program, one, number) else one.sizes[number]
         elif _read_backward(computation, one):
             total[of_pass] += sum(one.sizes)
     return total
@@ -53,8 +53,8 @@ def _read_backward(computation: Computation, one: Instruction) -> bool:
     return False
 
 
-def _passed_on(program: Program, loop: Instruction, number: int) -> bool:
-    """Whether a loop hands something on as it got it."""
+def _loop_invariant(program: Program, loop: Instruction, number: int) -> bool:
+    """Whether a loop returns one of its inputs unchanged."""
     if loop.op != "while":
         return False
     body = program.computations[loop.called("body")]
