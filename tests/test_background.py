@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.checkpoints import checkpoint
-from gptjax.checkpoints.background import STEPS_BACK, give_way, started_from_below
+from gptjax.checkpoints.background import NICENESS_INCREASE, call_at_low_priority, lower_priority
 from gptjax.checkpoints.checkpoint import Checkpoints
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
@@ -19,7 +19,7 @@ def niceness() -> int:
 
 
 def below(number: int) -> int:
-    return min(19, number + STEPS_BACK)
+    return min(19, number + NICENESS_INCREASE)
 
 
 def of_a_new_thread() -> int:
@@ -31,25 +31,25 @@ def of_a_new_thread() -> int:
 
 
 @linux
-def test_threads_that_are_started_from_below_give_way_and_the_caller_does_not():
+def test_threads_started_at_low_priority_inherit_it_and_the_caller_keeps_its_own():
     before = niceness()
-    assert started_from_below(of_a_new_thread) == below(before)
+    assert call_at_low_priority(of_a_new_thread) == below(before)
     assert niceness() == before == of_a_new_thread()
 
 
 def test_what_is_raised_below_arrives():
     with pytest.raises(ZeroDivisionError):
-        started_from_below(divmod, 1, 0)
+        call_at_low_priority(divmod, 1, 0)
 
 
 @linux
 def test_the_lowest_priority_can_be_asked_for_again():
     def three_times() -> int:
         for _ in range(3):
-            give_way()
+            lower_priority()
         return niceness()
 
-    assert started_from_below(three_times) == 19
+    assert call_at_low_priority(three_times) == 19
 
 
 @linux

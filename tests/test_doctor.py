@@ -88,4 +88,4 @@ def test_a_run_is_verified_with_its_checkpoints_and_its_data(prepared, tmp_path,
     (run_dir / "tokenizer.json").write_text((run_dir / "tokenizer.json").read_text().replace("bytes", "chars"))
     status, report = doctor(capsys, run_dir, *cache)
     assert status == 1 and "verdict     2 of 3 damaged" in report
-    assert f"{array.name} does not have the checksum" in report and "tokenizer.json: not a valid tokenizer" in report
+    assert f"{array.name} does not match its checksum" in report and "tokenizer.json: not a valid tokenizer" in report

@@ -525,7 +525,7 @@ def test_wrong_imports_to_a_run_are_refused(tmp_path):
         import_run(hf_dir, tmp_path / "run", "gpt3")
     assert not (tmp_path / "run").exists()
     import_run(hf_dir, tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         import_run(hf_dir, tmp_path / "run")
 
 

@@ -212,7 +212,7 @@ def test_an_adapter_of_another_base_is_refused(folder, trained, tmp_path):
     config = trained("lora")
     other = run_config(tmp_path, seed=7, train={"num_steps": 1})
     trainer.train(other)
-    with pytest.raises(UserError, match=r"was trained over another base than .*base.json identifies"):
+    with pytest.raises(UserError, match=r"was trained with another base than .*base.json identifies"):
         load_run(Path(config.run_dir), base_dir=other.run_dir)
     moved = tmp_path / "moved"
     shutil.copytree(folder / "base", moved)

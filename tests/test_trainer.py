@@ -318,7 +318,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     config = replace(CONFIG, run_dir=str(tmp_path))
     write_run(tmp_path, config, init_state(config).params, None)
     assert load_run(tmp_path).step == 0
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         write_run(tmp_path, config, init_state(config).params, None)
 
 

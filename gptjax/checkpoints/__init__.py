@@ -1,1 +1,1 @@
-"""A run directory and what is safe in it: writing, verifying and choosing checkpoints, loading models from them."""
+"""Run directories: writing, verifying and choosing checkpoints, and loading models from them."""

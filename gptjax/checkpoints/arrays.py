@@ -1,4 +1,4 @@
-"""Trees of arrays on the disk, in items of a folder: the only file that knows Orbax."""
+"""Writes and reads trees of arrays as items of a folder. The only file that uses Orbax."""
 
 import json
 import logging
@@ -13,44 +13,47 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
-from gptjax.checkpoints.background import started_from_below
+from gptjax.checkpoints.background import call_at_low_priority
 from gptjax.checkpoints.direct import write_direct
 from gptjax.errors import UserError
 from gptjax.parallel import cluster
 
 
 def checkpointer(for_all: bool = True, at_once: int = 0) -> ocp.AsyncCheckpointer:
-    """Reads and writes together with all processes of a run, or by itself; reads `at_once` bytes at a time, 0: any."""
-    for name in ("absl", "asyncio"):  # what goes wrong is told in our own words
+    """Returns a checkpointer for all processes of a run, or for this one alone if not `for_all`.
+
+    It reads at most `at_once` bytes at a time; 0: no limit.
+    """
+    for name in ("absl", "asyncio"):  # errors are reported by our own messages
         logging.getLogger(name).setLevel(logging.CRITICAL)
     options = ocp.options.MultiprocessingOptions()
     if not for_all and jax.process_count() > 1:
         own = jax.process_index()
         options = ocp.options.MultiprocessingOptions(own, {own}, f"process_{own}")
-    # Floats hardly get smaller, and compressing them takes more of the CPU than writing them.
-    how: dict[str, Any] = {"use_compression": False, "multiprocessing_options": options}
-    how["restore_concurrent_gb"] = 1.001 * at_once / 1e9 if at_once else None  # fractions work too
-    if jax.default_backend() == "cpu":  # whose cores have steps to take meanwhile
-        how["use_ocdbt"] = False
-        how["type_handler_registry"] = type_handlers.create_type_handler_registry((jax.Array, _DirectHandler()))
-    params, ema, rest = (ocp.PyTreeCheckpointHandler(**how) for _ in range(3))
-    together = ocp.CompositeOptions(multiprocessing_options=options)
-    composite = ocp.CompositeCheckpointHandler(composite_options=together, params=params, ema=ema, rest=rest)
+    # Compression hardly shrinks floats, and takes more CPU time than writing them.
+    settings: dict[str, Any] = {"use_compression": False, "multiprocessing_options": options}
+    settings["restore_concurrent_gb"] = 1.001 * at_once / 1e9 if at_once else None  # fractions are accepted
+    if jax.default_backend() == "cpu":  # training needs the cores at the same time
+        settings["use_ocdbt"] = False
+        settings["type_handler_registry"] = type_handlers.create_type_handler_registry((jax.Array, _DirectHandler()))
+    params, ema, rest = (ocp.PyTreeCheckpointHandler(**settings) for _ in range(3))
+    composite_options = ocp.CompositeOptions(multiprocessing_options=options)
+    composite = ocp.CompositeCheckpointHandler(composite_options=composite_options, params=params, ema=ema, rest=rest)
     return ocp.AsyncCheckpointer(composite, multiprocessing_options=options)
 
 
 def start_saving(writer: ocp.AsyncCheckpointer, folder: Path, items: dict[str, Any]) -> None:
-    """Starts threads that write items as `folder`; they give way to the caller's."""
+    """Starts threads with lower priority than the caller that write items into `folder`."""
     saved = {name: ocp.args.PyTreeSave(jax.tree.map(jnp.asarray, item)) for name, item in items.items()}
     args = ocp.args.Composite(**saved)
-    started_from_below(writer.save, folder, args=args)
+    call_at_low_priority(writer.save, folder, args=args)
 
 
 def restore(reader: ocp.AsyncCheckpointer, folder: Path, items: dict[str, Any]) -> dict[str, Any]:
-    """Loads items into the shapes, dtypes and shardings that are given.
+    """Loads items with the given shapes, dtypes and shardings.
 
     Raises:
-        UserError: The folder holds other arrays.
+        UserError: The arrays in the folder differ from the given shapes.
     """
     args = {
         name: ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
@@ -60,13 +63,13 @@ def restore(reader: ocp.AsyncCheckpointer, folder: Path, items: dict[str, Any]) 
         return dict(reader.restore(folder, args=ocp.args.Composite(**args)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: holds other arrays than the run's config describes: {reason}") from None
+        raise UserError(f"{folder}: its arrays do not match the run's config: {reason}") from None
 
 
 class _DirectHandler(type_handlers.ArrayHandler):
-    """Writes zarr arrays (version 2) with a chunk for each shard, past the page cache; reads as Orbax does.
+    """Writes zarr arrays (version 2) with one chunk for each shard, bypassing the page cache; reads as Orbax does.
 
-    The arrays must stay as they are until all is written.
+    The arrays must not change before they are written.
     """
 
     def __init__(self) -> None:
@@ -78,7 +81,7 @@ class _DirectHandler(type_handlers.ArrayHandler):
         infos: Sequence[type_handlers.ParamInfo],
         args: Sequence[type_handlers.SaveArgs] | None = None,
     ) -> Sequence[Future]:
-        """Starts a thread that writes the shards that this process has."""
+        """Starts a thread that writes this process's shards."""
         return [CommitFutureAwaitingContractedSignals(_write_arrays(values, infos), name="write_arrays")]
 
 
@@ -98,13 +101,13 @@ async def _write_arrays(values: Sequence[jax.Array], infos: Sequence[type_handle
 
 
 def _zarr_metadata(value: jax.Array, chunk_shape: tuple[int, ...]) -> dict[str, Any]:
-    """What the file .zarray holds (zarr.readthedocs.io, storage specification, version 2)."""
+    """Content of the file .zarray (zarr.readthedocs.io, storage specification, version 2)."""
     dtype = np.dtype(value.dtype)
     return {
         "zarr_format": 2,
         "shape": value.shape,
         "chunks": chunk_shape,
-        "dtype": dtype.name if dtype.kind == "V" else dtype.str,  # TensorStore knows bfloat16 by its name
+        "dtype": dtype.name if dtype.kind == "V" else dtype.str,  # TensorStore identifies bfloat16 by name
         "order": "C",
         "compressor": None,
         "filters": None,

@@ -1,4 +1,4 @@
-"""Work beside the training loop, done with what the loop leaves of the processor."""
+"""Background work at low priority, which uses the processor time that the training loop leaves."""
 
 import os
 import sys
@@ -7,22 +7,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-STEPS_BACK = 10
-"""Of niceness: a tenth of a core is left against a loop that wants all of it, because the work may be waited for."""
+NICENESS_INCREASE = 10
+"""Against a loop that uses all cores it leaves about a tenth of a core: training may have to wait for the work."""
 
 
-def give_way() -> None:
-    """Lowers the priority of this thread, and of those that it starts from now on. Linux has one for each thread."""
+def lower_priority() -> None:
+    """Lowers the priority of this thread and of threads that it starts later. On Linux each thread has its own."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
-        lower = min(19, os.getpriority(os.PRIO_PROCESS, thread) + STEPS_BACK)
+        lower = min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS_INCREASE)
         os.setpriority(os.PRIO_PROCESS, thread, lower)
 
 
-def started_from_below(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls `function` and returns its result; the threads that it starts give way, this thread does not.
+def call_at_low_priority(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls `function` in a low-priority thread and returns its result; threads that it starts inherit the priority.
 
-    An unprivileged thread cannot take its priority back, so another one makes the call.
+    A separate thread makes the call, because an unprivileged thread cannot raise its priority again.
     """
-    with ThreadPoolExecutor(1, "background", give_way) as caller:
+    with ThreadPoolExecutor(1, "background", lower_priority) as caller:
         return caller.submit(function, *args, **kwargs).result()

@@ -1,8 +1,8 @@
 """The checkpoints of a run directory.
 
-A checkpoint has the items `params`, `ema` (where the run averages) and `rest` (the other fields of the train state).
-Sampling and `init_from` read one of the first two. Its manifest, written last, has the checksums of all files and plain
-values: the loop's own state, the data's hash.
+A checkpoint has the items `params`, `ema` (if the run averages parameters) and `rest` (all other fields of the train
+state). Sampling and `init_from` read one of the first two. The manifest is written last. It contains the checksums of
+all files, and metadata: the state of the training loop and the data's hash.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.checkpoints.arrays import checkpointer, restore, start_saving
-from gptjax.checkpoints.background import give_way
-from gptjax.checkpoints.choice import NAME, REJECTED, UNFINISHED, Choice, best_first, choose, entries, step_folder
+from gptjax.checkpoints.background import lower_priority
+from gptjax.checkpoints.choice import NAME, REJECTED, UNFINISHED, Choice, best_first, choose, list_entries, step_folder
 from gptjax.checkpoints.manifest import (
     MANIFEST,
     DamagedError,
@@ -36,27 +36,27 @@ from gptjax.parallel import cluster
 
 State = TypeVar("State")  # training.step.TrainState, which comes later in the order of imports
 FOLDER = "checkpoints"
-ROOM = 2**20  # bytes that a checkpoint takes beside its arrays
-DELETED = ".deleted-"  # begins the name of a checkpoint that is on its way out
+OVERHEAD = 2**20  # bytes that a checkpoint takes besides its arrays
+DELETED = ".deleted-"  # prefix of a checkpoint that is being deleted
 
 
 class Checkpoints:
-    """The checkpoints that a run writes; keeps the newest few and the best.
+    """Writes the checkpoints of a run; keeps the newest few and the best.
 
-    A save is finished on a thread: Orbax writes the arrays, then the manifest acknowledges them, then older checkpoints
-    are deleted. A save that fails is reported in one line and changes no older checkpoint. Only one run at a time may
-    use the folder, see `guard.locked`.
+    A thread completes each save: Orbax writes the arrays, then the manifest acknowledges the checkpoint, then older
+    checkpoints are deleted. A save that fails is reported in one line and changes no older checkpoint. Only one run at
+    a time may use the folder (`guard.locked`).
 
-    Of several processes each writes its own arrays into the same folder; process 0 does everything else. A save that
-    fails there while arrays are written ends the process, because the others wait for it.
+    With several processes, each writes its own arrays into the same folder, and process 0 does everything else. A
+    failure while arrays are written ends the process, because the others wait for it.
     """
 
     def __init__(self, run_dir: Path, keep: int = 1, notify: Callable[[str], None] = print, best_by: str = "loss"):
         self.folder = (run_dir / FOLDER).absolute()
         self.acknowledged: int | None = None
-        """The newest step that this object has saved whole."""
+        """The newest step that this object has saved completely."""
         self.problem = ""
-        """Why the last save failed."""
+        """Why the last save failed; empty: it did not fail."""
         self._keep, self._notify, self._best_by = keep, notify, best_by
         self._checkpointer = checkpointer()
         self._copy: dict[str, Any] | None = None
@@ -65,10 +65,10 @@ class Checkpoints:
         self._committed = False
 
     def newest(self, strict: bool) -> Choice:
-        """Looks for the newest checkpoint that verifies; nothing on the disk is changed. Process 0 looks for all.
+        """Finds the newest checkpoint that verifies, without changing the disk. Process 0 searches for all processes.
 
         Raises:
-            UserError: There are checkpoints and none verifies; or, if `strict`, one does not.
+            UserError: There are checkpoints but none verifies; or, if `strict`, one does not.
         """
         with cluster.all_or_none():
             choice = self._choose(strict) if cluster.is_first() else Choice(None, None, ())
@@ -79,7 +79,7 @@ class Checkpoints:
         return choice
 
     def _chosen(self, folder: Path) -> Choice:
-        """The choice that process 0 has made."""
+        """Returns the choice that process 0 made."""
         try:
             return Choice(folder, read_manifest(folder), ())
         except DamagedError as error:
@@ -87,16 +87,16 @@ class Checkpoints:
 
     def _choose(self, strict: bool) -> Choice:
         choice = choose(self.folder, "latest", strict, self._notify)
-        if choice.folder is None and not _only_an_unfinished_first(choice.rejected):
+        if choice.folder is None and not _none_was_acknowledged(choice.rejected):
             raise UserError(
                 f"{self.folder}: none of its {len(choice.rejected)} checkpoints verifies, so the run cannot resume;"
                 " give another run_dir to start again"
             )
         return choice
 
-    def make_room(self, choice: Choice) -> None:
-        """Renames the damaged checkpoints that `newest` passed over, so that their steps can be saved again, and
-        deletes the remains of interrupted saves. For process 0.
+    def set_aside_damaged(self, choice: Choice) -> None:
+        """Renames the damaged checkpoints that `newest` rejected, so that their steps can be saved again, and deletes
+        the remains of interrupted saves. Only process 0 calls it.
         """
         for path in self.folder.glob("[!.]*"):
             if UNFINISHED in path.name and NAME.fullmatch(path.name.partition(UNFINISHED)[0]):
@@ -111,15 +111,15 @@ class Checkpoints:
                 self._notify(f"{path.name}: set aside as {aside.name}")
 
     def add_evaluation(self, step: int, val_loss: float, meta: dict) -> None:
-        """Notes the evaluation of a checkpoint that was saved without one. Process 0 does it for all."""
+        """Adds an evaluation to a checkpoint that was saved without one. Process 0 writes it."""
         if cluster.is_first():
             add_evaluation(step_folder(self.folder, step), val_loss, meta)
 
     def restore(self, step: int, abstract: State) -> State:
-        """Loads a step into the shapes, dtypes and shardings of `abstract`; what is frozen is taken from there.
+        """Loads a step with the shapes, dtypes and shardings of `abstract`; frozen parameters are those of `abstract`.
 
         Raises:
-            UserError: Its arrays are not those of `abstract`.
+            UserError: The arrays do not match `abstract`.
         """
         items = _items(abstract)
         loaded = restore(self._checkpointer, step_folder(self.folder, step), items)
@@ -127,28 +127,28 @@ class Checkpoints:
         return dataclasses.replace(state, params=loaded["params"], ema=loaded.get("ema"), **loaded["rest"])
 
     def save(self, state: Any, meta: dict, val_loss: float | None) -> None:
-        """Starts writing `state`; returns when it may be changed. See `save_items`."""
+        """Starts writing `state`; returns as soon as `state` may be changed. See `save_items`."""
         items = _items(state)
         if jax.default_backend() == "cpu":
-            # Orbax would hold the state's own buffers until they are written, and the next step, which takes them
-            # over, would wait for it. The copy's memory is kept: fresh pages cost more than what is put into them.
+            # A copy is written: the next step is donated the state's buffers, and would wait until Orbax has written
+            # them. Each save reuses the copy's memory, because allocating new pages takes longer than copying.
             self.wait()
             copied = jax.tree.map(jnp.copy, items) if self._copy is None else _copy_into(self._copy, items)
             items = self._copy = copied
         self.save_items(int(state.step), items, meta, val_loss)
 
     def save_items(self, step: int, items: dict[str, Any], meta: dict, val_loss: float | None) -> None:
-        """Starts writing trees of arrays as checkpoint `step`, after the save before it is finished.
+        """Waits for the previous save, then starts writing trees of arrays as checkpoint `step`.
 
-        A full disk and the like are reported and stored in `problem`; they raise nothing.
+        Errors such as a full disk are reported and stored in `problem`; they are not raised.
 
         Raises:
-            FileExistsError: There is a checkpoint of this step already.
+            FileExistsError: There is already a checkpoint of this step.
         """
         self.wait()
         folder = step_folder(self.folder, step)
         if folder.exists():
-            raise FileExistsError(f"{folder} exists already; a checkpoint is never written over")
+            raise FileExistsError(f"{folder} exists already; a checkpoint is never overwritten")
         self.problem = ""
         obstacle = self._obstacle(items)
         obstacles = [text for text in cluster.gather(str(obstacle or "")) if text]
@@ -165,7 +165,7 @@ class Checkpoints:
         thread.start()
 
     def wait(self) -> None:
-        """Returns when all that was started is on the disk, or has failed."""
+        """Returns when the save in progress is on the disk or has failed."""
         if self._finishing is None:
             return
         thread, folder = self._finishing
@@ -183,7 +183,7 @@ class Checkpoints:
 
     def _finish(self, folder: Path, step: int, val_loss: float | None, meta: dict) -> None:
         self._committed = False
-        give_way()
+        lower_priority()
         try:
             self._checkpointer.wait_until_finished()
             self._committed = True
@@ -199,10 +199,12 @@ class Checkpoints:
             self._error = error
 
     def _obstacle(self, items: dict[str, Any]) -> OSError | None:
-        """A disk that fills up half-way is survived too, but with much noise from the libraries below."""
+        """Checks for free disk space before a save. A disk that fills up during a save is handled too, but Orbax then
+        prints much noise.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + ROOM:
+            if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + OVERHEAD:
                 return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             return error
@@ -212,7 +214,7 @@ class Checkpoints:
         """Reports a failed save, frees its disk space, and makes the next save possible.
 
         Raises:
-            UserError: Other processes do not know of it (`shared` is false).
+            UserError: The other processes do not know of the failure (`shared` is false).
         """
         free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
         reason = " ".join(str(error).split())[:200]
@@ -235,9 +237,9 @@ class Checkpoints:
         self._checkpointer = checkpointer()
 
     def _prune(self) -> None:
-        """Removes checkpoints that are neither among the newest nor the best. What cannot be read stays."""
+        """Deletes checkpoints that are neither among the newest nor the best. Unreadable ones stay."""
         readable: dict[Path, Manifest] = {}
-        for path in entries(self.folder):
+        for path in list_entries(self.folder):
             try:
                 manifest = read_manifest(path)
                 check_sizes(path, manifest)
@@ -248,19 +250,19 @@ class Checkpoints:
         best = best_first(readable, self._best_by)[:1]
         for path in readable:
             if path not in [*newest, *best]:
-                going = path.with_name(f"{DELETED}{path.name}")
-                os.replace(path, going)
-                shutil.rmtree(going)
+                renamed = path.with_name(f"{DELETED}{path.name}")
+                os.replace(path, renamed)
+                shutil.rmtree(renamed)
 
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def _copy_into(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of `new` in the memory of `old`."""
+    """Copies `new` into the memory of `old`."""
     return jax.tree.map(jnp.copy, new)
 
 
-def _only_an_unfinished_first(rejected: tuple[Path, ...]) -> bool:
-    """Whether no checkpoint was ever acknowledged: at most one folder, from a run killed while it wrote its first."""
+def _none_was_acknowledged(rejected: tuple[Path, ...]) -> bool:
+    """Whether no checkpoint was ever acknowledged: there is at most one folder, of a run killed in its first save."""
     checkpoints = [path for path in rejected if NAME.fullmatch(path.name)]
     return not checkpoints or (len(checkpoints) == 1 and _never_finished(checkpoints[0]))
 
@@ -270,7 +272,7 @@ def _never_finished(path: Path) -> bool:
 
 
 def _free_name(path: Path) -> Path:
-    """A name for a checkpoint that is set aside."""
+    """An unused name for a checkpoint that is set aside."""
     aside, number = path.with_name(f"{path.name}{REJECTED}"), 1
     while aside.exists():
         number += 1
@@ -279,7 +281,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _items(state: Any) -> dict[str, Any]:
-    """The arrays of a state (or their shapes), by item; those that stay as they are belong to the base."""
+    """The arrays of a state (or their shapes), by item. Frozen parameters are left out; the base run has them."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "frozen"}
     items: dict[str, Any] = {"params": fields.pop("params"), "ema": fields.pop("ema"), "rest": fields}
     return {name: item for name, item in items.items() if item is not None}

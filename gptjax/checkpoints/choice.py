@@ -1,4 +1,4 @@
-"""Which checkpoint of a folder is used: the newest or the best one that verifies. Nothing here deletes or renames."""
+"""Chooses a checkpoint of a folder: the newest or the best one that verifies. Never deletes or renames."""
 
 import dataclasses
 import re
@@ -10,13 +10,13 @@ from gptjax.checkpoints.manifest import DamagedError, Manifest, read_manifest, v
 from gptjax.errors import UserError
 
 NAME = re.compile(r"\d{8,}")
-REJECTED = ".rejected"  # what stands in the name of a checkpoint that was set aside
-UNFINISHED = ".orbax-checkpoint-tmp"  # what stands in the name of a checkpoint while it is written
+REJECTED = ".rejected"  # part of the name of a checkpoint that was set aside
+UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint while it is written
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A checkpoint that verifies, if there is one, and those that were passed over before it was found."""
+    """A checkpoint that verifies (None: there is none), and the paths that were rejected before it."""
 
     folder: Path | None
     manifest: Manifest | None
@@ -30,17 +30,17 @@ def choose(
     notify: Callable[[str], None] = print,
     best_by: str = "loss",
 ) -> Choice:
-    """Looks for the newest checkpoint, or the best one, that verifies.
+    """Finds the newest or the best checkpoint that verifies.
 
     Args:
-        folder: Holds the checkpoints of a run; it need not exist.
-        which: best: see `best_first`; the newest where none was measured.
-        strict: Refuse instead of passing over one.
-        notify: Told in one line each what was rejected, and why.
+        folder: The checkpoints of a run; it need not exist.
+        which: "best": see `best_first`; the newest if none was evaluated.
+        strict: Raise an error instead of using another checkpoint.
+        notify: Called with one line for each rejected checkpoint, with the reason.
         best_by: As `train.best_by`.
 
     Raises:
-        UserError: `strict`, and one was rejected; or a newer gptjax wrote one.
+        UserError: A checkpoint was rejected and `strict` is true; or a newer gptjax wrote one.
     """
     rejected: list[Path] = []
 
@@ -63,12 +63,12 @@ def choose(
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Folder of a step's checkpoint."""
     return folder / f"{step:08}"
 
 
-def entries(folder: Path) -> list[Path]:
-    """What lies in a checkpoint folder, finished checkpoints and strangers: neither hidden nor set aside."""
+def list_entries(folder: Path) -> list[Path]:
+    """Lists checkpoints and foreign files of a folder, except those that are hidden, set aside or unfinished."""
     if not folder.is_dir():
         return []
     names = sorted(folder.iterdir())
@@ -76,10 +76,10 @@ def entries(folder: Path) -> list[Path]:
 
 
 def best_first(manifests: dict[Path, Manifest], best_by: str) -> list[Path]:
-    """Sorts measured checkpoints, the best first: by the score, then by validation loss, then the older one.
+    """Sorts evaluated checkpoints, best first: by the score, then by validation loss, then the older one first.
 
-    Only measurements on the same data can be compared. So checkpoints that were measured as the newest of them was
-    come before all others.
+    Only evaluations on the same data are comparable. So checkpoints that were evaluated on the same data as the newest
+    one come before all others.
     """
     measured = [path for path, manifest in manifests.items() if _rank(manifest, best_by)]
     if not measured:
@@ -95,7 +95,7 @@ def best_first(manifests: dict[Path, Manifest], best_by: str) -> list[Path]:
 
 
 def _rank(manifest: Manifest, best_by: str) -> tuple[float, ...]:
-    """The lower the better; empty: the checkpoint has no such score."""
+    """Sort key, lower is better; empty: the checkpoint has no such score."""
     if manifest.val_loss is None:
         return ()
     if best_by == "loss":
@@ -105,13 +105,13 @@ def _rank(manifest: Manifest, best_by: str) -> tuple[float, ...]:
 
 
 def _candidates(folder: Path, which: str, best_by: str, reject: Callable[[Path, object], None]) -> Iterator[Path]:
-    """Checkpoints in the order in which they are wanted."""
+    """Yields checkpoints in order of preference."""
     steps = {}
-    for path in entries(folder):
+    for path in list_entries(folder):
         if NAME.fullmatch(path.name):
             steps[int(path.name)] = path
         else:
-            reject(path, "is not named as a checkpoint is")
+            reject(path, "its name is not that of a checkpoint")
     newest_first = [steps[step] for step in sorted(steps, reverse=True)]
     if which == "latest":
         yield from newest_first

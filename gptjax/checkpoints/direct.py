@@ -1,8 +1,7 @@
-"""Files written and read past the page cache.
+"""Writes and reads files without the page cache (O_DIRECT).
 
-The kernel's copy of a checkpoint into the page cache, and from there to the disk, takes seconds of the processor that
-trains beside it (docs/reliability.md has figures). Where the platform or the file system has no direct access, the page
-cache is used.
+Copying a checkpoint through the page cache takes seconds of CPU time from training (docs/reliability.md has figures).
+If the platform or the file system does not support direct access, the page cache is used.
 """
 
 import errno
@@ -15,17 +14,17 @@ from pathlib import Path
 import numpy as np
 
 _PIECE = 2**22
-"""Bytes at a time."""
+"""Bytes of one read or write."""
 _UNIT = 4096
-"""Direct access starts and ends at multiples of a disk's block, in the file and in memory."""
+"""Direct access requires offsets, lengths and addresses that are multiples of a disk block."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def write_direct(path: Path, content: np.ndarray) -> None:
-    """Writes an array's bytes, in C order, to a new file. It is on the disk only after a sync.
+    """Writes an array's bytes, in C order, to a new file. The data are durable only after a sync.
 
     Raises:
-        OSError: There is such a file, or the disk is full.
+        OSError: The file exists, or the disk is full.
     """
     bytes_N = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
     file = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -42,7 +41,7 @@ def write_direct(path: Path, content: np.ndarray) -> None:
 
 
 def read_direct(path: Path) -> Iterator[memoryview]:
-    """Yields a file's bytes in pieces, as the disk has them. Each is overwritten by the next.
+    """Yields a file's bytes in pieces, read from the disk itself. Each piece overwrites the previous one.
 
     Raises:
         OSError: The file cannot be read.
@@ -57,7 +56,7 @@ def read_direct(path: Path) -> Iterator[memoryview]:
 
 
 def _aligned(size: int) -> memoryview:
-    """Memory for pieces of `size` bytes, which starts with a page."""
+    """Allocates page-aligned memory for pieces of a file of `size` bytes."""
     units = -(-min(max(size, 1), _PIECE) // _UNIT)
     return memoryview(mmap.mmap(-1, units * _UNIT))
 
@@ -68,7 +67,7 @@ def _open(path: Path, flags: int) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL or not _DIRECT:
             raise
-    # Such a file system may have made the file before it refused.
+    # A file system without direct access may have created the file before it returned the error.
     return os.open(path, flags & ~os.O_EXCL, 0o666)
 
 

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: every file's size and checksum, written last, so that damage is found before use.
+"""The manifest of a checkpoint: sizes and checksums of all files, written last, so that damage is found before use.
 
-A folder without a manifest is a checkpoint that was never finished. The checksums are XXH3-128: they find what disks,
-memory and networks do to files, not what an attacker does.
+A folder without a manifest is a checkpoint that was never finished. The checksums are XXH3-128: they detect errors of
+disks, memory and networks, not manipulation by an attacker.
 """
 
 import dataclasses
@@ -24,24 +24,24 @@ _PIECE = 2**22
 
 
 class DamagedError(Exception):
-    """A checkpoint that cannot be trusted; the message is the reason, in a few words."""
+    """A checkpoint is damaged; the message is the reason, in a few words."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """Content of a checkpoint's manifest."""
 
     step: int
     val_loss: float | None
-    """Validation loss of the step, where it was measured."""
+    """Validation loss of the step; None: not evaluated."""
     meta: dict[str, Any]
-    """Plain values that travel with the arrays."""
+    """JSON-compatible metadata: the state of the training loop, the data's hash, scores."""
     files: dict[str, tuple[int, str]]
     """Size in bytes and XXH3-128 of every file, by its path in the folder."""
 
     @property
     def scores(self) -> dict[str, float]:
-        """What the evaluation of this step found, by the names of `metrics.jsonl`; empty: nothing is known."""
+        """Scores of this step's evaluation, by their names in `metrics.jsonl`; empty: unknown."""
         return self.meta.get("evaluation", {}).get("scores", {})
 
     @property
@@ -51,7 +51,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, step: int, val_loss: float | None, meta: dict[str, Any]) -> None:
-    """Syncs all files below `folder`, computes their checksums, and writes the manifest beside them."""
+    """Syncs all files below `folder`, computes their checksums, and writes the manifest into `folder`."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sync(path)
@@ -71,7 +71,7 @@ def write_manifest(folder: Path, step: int, val_loss: float | None, meta: dict[s
 
 
 def add_evaluation(folder: Path, val_loss: float, meta: dict[str, Any]) -> None:
-    """Replaces validation loss and plain values of a manifest, for an evaluation that was made after the checkpoint."""
+    """Replaces validation loss and metadata of a manifest, for an evaluation that came after the checkpoint."""
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     del content["checksum"]
     _write(folder, content | {"val_loss": val_loss, "meta": meta})
@@ -83,14 +83,14 @@ def _write(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a checkpoint, without a look at the files that it names.
+    """Reads the manifest of a checkpoint without checking the files that it lists.
 
     Raises:
-        DamagedError: There is none, or it cannot be trusted.
+        DamagedError: The manifest is missing or damaged.
         UserError: A newer gptjax wrote it.
     """
     if not folder.is_dir():
-        raise DamagedError("is no folder")
+        raise DamagedError("is not a folder")
     path = folder / MANIFEST
     if not path.is_file():
         raise DamagedError(f"has no {MANIFEST}, so it was never finished")
@@ -101,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
         _check_version(folder, content)
         checksum = content.pop("checksum")
         if checksum != _content_checksum(content):
-            raise DamagedError(f"{MANIFEST} does not have the checksum that it states")
+            raise DamagedError(f"{MANIFEST} does not match its own checksum")
         files = {_inside(name): (int(size), str(checksum)) for name, (size, checksum) in content["files"].items()}
         return Manifest(int(content["step"]), content["val_loss"], dict(content["meta"]), files)
     except OSError as error:
@@ -113,10 +113,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Reads a checkpoint's manifest and holds every file against it.
+    """Reads a checkpoint's manifest and verifies the checksum of every file.
 
     Raises:
-        DamagedError: A file is missing or differs.
+        DamagedError: A file is missing or damaged.
         UserError: A newer gptjax wrote the checkpoint.
     """
     manifest = read_manifest(folder)
@@ -127,15 +127,15 @@ def verify(folder: Path) -> Manifest:
         except OSError as error:
             raise DamagedError(f"{name} cannot be read: {error.strerror}") from None
         if actual != checksum:
-            raise DamagedError(f"{name} does not have the checksum that {MANIFEST} states")
+            raise DamagedError(f"{name} does not match its checksum in {MANIFEST}")
     return manifest
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Holds what is quickly seen against the manifest: that every file is there and has its size.
+    """Checks that every file of the manifest exists and has the right size.
 
     Raises:
-        DamagedError: One is not, or has not.
+        DamagedError: A file is missing or has another size.
     """
     for name, (size, _) in manifest.files.items():
         path = folder / name
@@ -154,10 +154,10 @@ def _check_version(folder: Path, content: dict[str, Any]) -> None:
 
 
 def _inside(name: str) -> str:
-    """The path of a file, which must stay in its folder."""
+    """Returns a relative path of the manifest after checking that it stays in its folder."""
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or name.startswith("/") or "\\" in name or "\0" in name:
-        raise DamagedError(f"{MANIFEST} names {name!r}, which lies outside")
+        raise DamagedError(f"{MANIFEST} names {name!r}, which lies outside the checkpoint")
     return name
 
 
@@ -173,7 +173,7 @@ def _checksum(pieces: Iterable[bytes | memoryview]) -> str:
 
 
 def _read_cached(path: Path) -> Iterator[bytes]:
-    """Yields a file's bytes in pieces; what is loaded next is then at hand."""
+    """Yields a file's bytes in pieces, through the page cache, so that loading the arrays next is fast."""
     with open(path, "rb") as file:
         while piece := file.read(_PIECE):
             yield piece

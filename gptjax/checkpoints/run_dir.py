@@ -1,7 +1,7 @@
-"""Run directories: a config, a tokenizer and checkpoints, from which a model is loaded.
+"""Loads models from run directories, which contain a config, a tokenizer and checkpoints.
 
-A run that trains only some parameters (`finetune.train`) saves only those. The frozen ones are read from the run that
-it started from, which `base.json` identifies.
+A run that trains only some parameters (`finetune.train`) saves only those. The frozen parameters are loaded from the
+run that it started from, its base, which `base.json` identifies.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ TOKENIZER_FILE, BASE_FILE = "tokenizer.json", "base.json"
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A trained model, ready to be used."""
+    """A trained model with its config and tokenizer."""
 
     config: Config
     params: dict
     tokenizer: Tokenizer | None
     step: int
     val_loss: float | None = None
-    """Validation loss of the checkpoint, if it was evaluated."""
+    """Validation loss of the checkpoint; None: not evaluated."""
     data_hash: str = ""
     """Identity of the data that it was trained on; empty: unknown."""
 
@@ -49,7 +49,7 @@ def write_description(
     """Writes `config.yaml`, `tokenizer.json` and, if parameters of `base` stay frozen, `base.json`.
 
     Raises:
-        UserError: The run was started over another base.
+        UserError: The run was started from another base.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     if base is not None and config.finetune.train != "all":
@@ -70,18 +70,18 @@ def load_run(
     notify: Callable[[str], None] = print,
     base_dir: str = "",
 ) -> LoadedRun:
-    """Loads a run's parameters (averaged, where the run averages) on one device, its config and its tokenizer.
+    """Loads a run's parameters (the averaged ones, if the run averages) onto one device, with config and tokenizer.
 
     Args:
-        run_dir: The run; nothing in it is changed.
+        run_dir: The run; it is not changed.
         which: The best checkpoint by the run's `train.best_by`, or the newest.
-        strict: Refuse, instead of taking another checkpoint, where one is damaged.
+        strict: Raise an error instead of using another checkpoint if one is damaged.
         notify: Called with one line for each checkpoint that was rejected.
-        base_dir: Run with the frozen parameters; empty: the one that this run started from.
+        base_dir: Run with the frozen parameters; empty: the run that this one started from.
 
     Raises:
-        UserError: The folder is no run directory, or has no checkpoint that verifies and is finite, or the base is not
-            the one trained over.
+        UserError: The folder is not a run directory, no checkpoint verifies, parameters are not finite, or the base
+            differs from the one that was used in training.
     """
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE}); train one with gptjax train")
@@ -94,7 +94,7 @@ def load_run(
     item = "ema" if config.train.ema else "params"
     abstract = _abstract_params(config)
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    reader = checkpointer(for_all=False, at_once=largest)  # so that no second copy of all is held while reading
+    reader = checkpointer(for_all=False, at_once=largest)  # reads leaf by leaf, without a second copy of all
     try:
         params = restore(reader, choice.folder.absolute(), {item: abstract})[item]
     finally:
@@ -111,13 +111,13 @@ def load_run(
 
 
 def write_run(run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer | None) -> None:
-    """Makes a run directory of parameters alone, as checkpoint 0: something to sample from and to start from.
+    """Creates a run directory with parameters as checkpoint 0, for sampling and as a starting point for training.
 
     Raises:
-        UserError: The folder holds a run already, or cannot be written.
+        UserError: The folder already contains a run, or cannot be written.
     """
     if (run_dir / CONFIG_FILE).exists() or (run_dir / FOLDER).exists():
-        raise UserError(f"{run_dir}: holds a run already; name another folder")
+        raise UserError(f"{run_dir}: already contains a run; name another folder")
     write_description(run_dir, config, tokenizer)
     checkpoints = Checkpoints(run_dir, notify=lambda message: None)
     checkpoints.save_items(0, {"params": params}, {}, None)
@@ -127,17 +127,17 @@ def write_run(run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer 
 
 
 def check_finite(tree: Any, where: str) -> None:
-    """Refuses arrays with NaN or infinity: everything that is computed from them would be NaN too.
+    """Raises an error if an array contains NaN or infinity, since all results computed from it would be NaN.
 
     Raises:
-        UserError: The message names the first such leaf.
+        UserError: An array is not finite; the message names the first one.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     floats = [(path, leaf) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
     for (path, _), finite in zip(floats, jax.device_get(_all_finite([leaf for _, leaf in floats])), strict=True):
         if not finite:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UserError(f"{where}: {name} holds NaN or infinity; take an older checkpoint, or train again")
+            raise UserError(f"{where}: {name} contains NaN or infinity; use an older checkpoint, or train again")
 
 
 @jax.jit
@@ -146,7 +146,7 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def fingerprint(params: dict) -> str:
-    """Identity of parameters, heads left out: 32 hexadecimal digits, the same for the same names and bits."""
+    """Hash of names, shapes, dtypes and bits of parameters, without heads: 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
     leaves, _ = jax.tree_util.tree_flatten_with_path(without_heads(params))
     for path, leaf in leaves:
@@ -171,12 +171,12 @@ def _check_base(run_dir: Path, params: dict, base_dir: str) -> None:
     expected = json.loads((run_dir / BASE_FILE).read_text())["fingerprint"]
     if fingerprint(params) != expected:
         raise UserError(
-            f"{run_dir}: was trained over another base than {base_dir}: its parameters are not those that"
+            f"{run_dir}: was trained with another base than {base_dir}: its parameters are not those that"
             f" {BASE_FILE} identifies ({expected[:8]}); give the right run as base, or train again"
         )
 
 
 def on_one_device(shapes: Any) -> Any:
-    """Shapes and dtypes with the sharding of this process's first device."""
+    """Adds the sharding of this process's first device to shapes and dtypes."""
     where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)

@@ -144,7 +144,7 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
     with cluster.all_or_none():
         try:
             if cluster.is_first() and not why_finished(parts, int(state.step), loop):
-                checkpoints.make_room(choice)
+                checkpoints.set_aside_damaged(choice)
                 write_description(run_dir, config, source.tokenizer, base)
         except OSError as error:
             raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}") from None

@@ -15,7 +15,7 @@ import jax
 
 from gptjax import __version__
 from gptjax.checkpoints.checkpoint import FOLDER
-from gptjax.checkpoints.choice import entries
+from gptjax.checkpoints.choice import list_entries
 from gptjax.checkpoints.manifest import DamagedError, verify
 from gptjax.checkpoints.run_dir import CONFIG_FILE, TOKENIZER_FILE
 from gptjax.config.model import ModelConfig
@@ -105,7 +105,7 @@ def _run_checks(run_dir: Path, with_data: bool = True) -> Iterator[Callable[[], 
         return f"{run_dir}: {CONFIG_FILE}" + (f", {TOKENIZER_FILE}" if tokenizer else ", no tokenizer")
 
     yield check_description
-    for checkpoint in entries(run_dir / FOLDER):
+    for checkpoint in list_entries(run_dir / FOLDER):
         yield functools.partial(_check_checkpoint, checkpoint)
     if with_data:
         yield lambda: _check_data_of(load_config(run_dir / CONFIG_FILE), run_dir)

@@ -114,15 +114,15 @@ def fault(number, what, damage, reason):
     [
         fault(2, "kill -9 between the commit and the manifest", no_manifest, "has no manifest.json"),
         fault(9, "an array file is cut to half", cut, "bytes, must have"),
-        fault(10, "one bit of an array file is flipped", flip, "does not have the checksum"),
-        fault(11, "4 kB of an array file are zeroed", zero, "does not have the checksum"),
+        fault(10, "one bit of an array file is flipped", flip, "does not match its checksum"),
+        fault(11, "4 kB of an array file are zeroed", zero, "does not match its checksum"),
         fault(12, "an array file is deleted", delete, "is missing"),
         fault(13, "an array's .zarray is cut short", cut_metadata, ".zarray has"),
-        fault(13, "one digit of our manifest is changed", flip_manifest, "does not have the checksum that it states"),
+        fault(13, "one digit of our manifest is changed", flip_manifest, "does not match its own checksum"),
         fault(13, "our manifest is cut short", cut_manifest, "manifest.json is damaged"),
         fault(14, "_METADATA is deleted", delete_metadata, "_METADATA is missing"),
         fault(15, "an empty folder has the newest step's name", empty, "has no manifest.json"),
-        fault(17, "a file has the newest step's name", is_file, "is no folder"),
+        fault(17, "a file has the newest step's name", is_file, "is not a folder"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(config, damage, reason, seen):
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_passed_over(config, damage, reason, seen):
 def test_training_goes_on_from_the_newest_good_checkpoint(config, trained, capsys, seen):
     flip(config)
     damaged = largest(config).read_bytes()
-    with pytest.raises(UserError, match="does not have the checksum"):
+    with pytest.raises(UserError, match="does not match its checksum"):
         trainer.train(replace(config, train={"strict_checkpoints": True}))
     assert trainer.train(config) == 0
     printed = capsys.readouterr().out
@@ -197,8 +197,8 @@ def test_strange_names_are_passed_over(config, seen):
     said = []
     assert load_run(Path(config.run_dir), "latest", notify=said.append).step == NEWEST
     assert [line.split("/")[-1] for line in said] == [
-        "7: rejected: is not named as a checkpoint is",
-        "latest: rejected: is not named as a checkpoint is",
+        "7: rejected: its name is not that of a checkpoint",
+        "latest: rejected: its name is not that of a checkpoint",
         "using 00000006 instead",
     ]
     shutil.rmtree(folder(config))
@@ -212,7 +212,7 @@ def test_a_checkpoint_is_never_written_over(config, seen):
     state, meta = final_state(config)
     before = (folder(config) / MANIFEST).read_bytes()
     writer = Checkpoints(Path(config.run_dir))
-    with pytest.raises(FileExistsError, match="a checkpoint is never written over") as error:
+    with pytest.raises(FileExistsError, match="a checkpoint is never overwritten") as error:
         writer.save(state, meta, None)
     writer.close()
     assert (folder(config) / MANIFEST).read_bytes() == before

@@ -172,10 +172,10 @@ def test_a_restored_nan_is_refused(tmp_path, where, seen):
     writer = Checkpoints(Path(config.run_dir))
     writer.save(dataclasses.replace(state, **{where: broken}), meta, None)
     writer.close()
-    with pytest.raises(UserError, match="holds NaN or infinity") as error:
+    with pytest.raises(UserError, match="contains NaN or infinity") as error:
         trainer.train(config)
     if where == "params":
-        with pytest.raises(UserError, match="blocks/attn/w_out holds NaN"):
+        with pytest.raises(UserError, match="blocks/attn/w_out contains NaN"):
             load_run(Path(config.run_dir), "latest")
     seen(str(error.value).partition("run, ")[2])
 

@@ -367,7 +367,7 @@ def test_a_full_disk_leaves_older_checkpoints(tmp_path, seen):
 @pytest.mark.fault(7, "the disk fills up while arrays are written", "the save fails, older ones stay, no leftovers")
 def test_a_disk_that_fills_up_during_a_save(tmp_path, monkeypatch, unbroken, seen):
     _, _, (state, meta) = unbroken
-    monkeypatch.setattr(checkpoint, "ROOM", -(10**9))
+    monkeypatch.setattr(checkpoint, "OVERHEAD", -(10**9))
     said = []
     with small_disk(tmp_path / "small", "1m") as disk:
         writer = checkpoint.Checkpoints(disk / "run", 10, said.append)
@@ -382,7 +382,7 @@ def test_a_disk_that_fills_up_during_a_save(tmp_path, monkeypatch, unbroken, see
         writer.save(dataclasses.replace(state, step=np.int32(99)), meta, None)
         writer.close()
         assert writer.acknowledged == 99 and not writer.problem
-        checkpoint.Checkpoints(disk / "run", 10, said.append).make_room(choose(writer.folder, "latest", True))
+        checkpoint.Checkpoints(disk / "run", 10, said.append).set_aside_damaged(choose(writer.folder, "latest", True))
         assert all(NAME.fullmatch(path.name) for path in writer.folder.iterdir())
     seen(f"{len(names)} saves verify, {len(said)} failed ({said[0].partition('saved: ')[2]}); with room the next works")
 
