@@ -19,7 +19,7 @@ from gptjax.training.watch import (
     WINDOW,
     Watch,
     init_watch,
-    next_watch,
+    update_watch,
 )
 
 
@@ -40,7 +40,7 @@ def main():
             loss, norm = row["loss"], row["grad_norm"]
             if row["step"] > READY and watch.accepted > 1:
                 found.append((*distances(watch, loss, norm), row["step"]))
-            watch = next_watch(
+            watch = update_watch(
                 watch, jnp.int32(ACCEPTED), jnp.bool(True), jnp.float32(loss), jnp.float32(norm), jnp.float32(1)
             )
         by_loss, by_norm = max(found), max(found, key=lambda item: item[1])

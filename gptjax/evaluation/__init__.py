@@ -1,1 +1,1 @@
-"""What a trained model is worth: loss, perplexity, bits per byte."""
+"""Evaluation of a trained model: loss, perplexity, bits per byte, scores of labels."""

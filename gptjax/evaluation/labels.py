@@ -1,7 +1,6 @@
-"""How well labels are predicted: scores, a table and a figure.
+"""Evaluates predicted labels: scores, a table and a figure.
 
-Scores of labels are those of scikit-learn, by the same rules (`tests/test_label_scores.py`); those of spans come from
-seqeval.
+Scores of labels follow the definitions of scikit-learn (`tests/test_label_scores.py`); seqeval computes those of spans.
 
 Shape suffixes: E examples (texts or words), N labels.
 """
@@ -20,20 +19,20 @@ CALIBRATION_BINS = 15
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """Probabilities of labels and the truth."""
+    """Predicted probabilities, and the true labels."""
 
     probabilities_EN: np.ndarray
     targets: np.ndarray
-    """`[E]` numbers of labels; with several labels a text `[E, N]` of 0 and 1."""
+    """`[E]` label numbers; for multi-label texts `[E, N]` of 0 and 1."""
     labels: tuple[str, ...]
     sentences: tuple[int, ...] = ()
-    """Words in each sentence, where examples are words."""
+    """Number of words in each sentence, if examples are words."""
     cut: tuple[bool, ...] = ()
-    """Of each text or sentence, whether it has more tokens than the model reads."""
+    """For each text or sentence, whether it was truncated."""
 
     @property
     def chosen(self) -> np.ndarray:
-        """What is predicted, in the form of `targets`: the likeliest label, or those above one half."""
+        """Predicted labels, shaped like `targets`: the argmax, or for multi-label texts all above one half."""
         if self.targets.ndim == 2:
             return (self.probabilities_EN > 0.5).astype(np.int64)
         return self.probabilities_EN.argmax(axis=-1)
@@ -41,19 +40,19 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class LabelScores:
-    """What a run is judged by at each evaluation; the names are those of `metrics.jsonl`."""
+    """Scores of an evaluation, with their names in `metrics.jsonl`."""
 
     val_loss: float
     """Nats per label."""
     accuracy: float
-    """Share of examples that are right, all their labels where there are several."""
+    """Share of examples whose labels are all right."""
     macro_f1: float
-    """Mean over labels of F1, each weighing the same."""
+    """Unweighted mean of the labels' F1."""
     span_f1: float | None = None
-    """F1 of whole spans, for tags of the form B-, I- and O."""
+    """F1 of whole spans, for B-, I- and O tags; None for other labels."""
 
     def row(self) -> dict[str, float]:
-        """What there is, for `metrics.jsonl`."""
+        """Returns the scores that exist, for `metrics.jsonl`."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
@@ -63,15 +62,15 @@ class LabelScores:
 
 @dataclasses.dataclass(frozen=True)
 class MultiScores:
-    """What a run of several tasks is judged by."""
+    """Scores of a multi-task run."""
 
     val_loss: float
-    """Mean over tasks, by their weights."""
+    """Weighted mean over tasks."""
     parts: dict[str, Any]
     """Scores of each task."""
 
     def row(self) -> dict[str, float]:
-        """What there is, for `metrics.jsonl`: `spam/accuracy`."""
+        """Returns the scores for `metrics.jsonl`, with names such as `spam/accuracy`."""
         named = {f"{name}/{key}": value for name, scores in self.parts.items() for key, value in scores.row().items()}
         return {"val_loss": self.val_loss} | named
 
@@ -80,7 +79,7 @@ class MultiScores:
 
 
 def are_spans(labels: Sequence[str]) -> bool:
-    """Whether tags mark spans: each is O, or begins with B- or I-."""
+    """Whether tags mark spans: each is O or begins with B- or I-."""
     return bool(labels) and all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
 
 
@@ -99,8 +98,9 @@ def require_seqeval() -> None:
 
 
 def score(predictions: Predictions, val_loss: float) -> LabelScores:
-    """Scores predictions. A label that neither an example has nor the model predicts does not count in the mean F1,
-    except where texts have several labels.
+    """Scores predictions.
+
+    A label that no example has and that is never predicted is left out of the mean F1, except for multi-label texts.
     """
     truth, chosen = predictions.targets, predictions.chosen
     right = (truth == chosen).all(axis=-1) if truth.ndim == 2 else truth == chosen
@@ -111,19 +111,19 @@ def score(predictions: Predictions, val_loss: float) -> LabelScores:
 
 
 class LabelTable(NamedTuple):
-    """Scores of each label, `[N]`; a quotient of nothing is 0."""
+    """Scores of each label, `[N]`; 0 / 0 counts as 0."""
 
     precision: np.ndarray
     recall: np.ndarray
     f1: np.ndarray
     support: np.ndarray
-    """Examples that have the label."""
+    """Number of examples that have the label."""
     predicted: np.ndarray
-    """Examples for which it was predicted."""
+    """Number of examples for which the label was predicted."""
 
 
 def per_label(predictions: Predictions) -> LabelTable:
-    """Precision, recall and F1 of each label."""
+    """Computes precision, recall and F1 of each label."""
     truth_EN, chosen_EN = predictions.targets, predictions.chosen
     if truth_EN.ndim == 1:
         truth_EN, chosen_EN = (
@@ -142,7 +142,7 @@ def _quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def expected_calibration_error(predictions: Predictions) -> float:
     """Mean distance between confidence and accuracy over equal bins of confidence (arXiv:1706.04599, section 2)."""
     probabilities, truth = predictions.probabilities_EN, predictions.targets
-    if truth.ndim == 2:  # each yes-or-no answer by itself
+    if truth.ndim == 2:  # each label is a separate yes-or-no prediction
         confidence = np.maximum(probabilities, 1.0 - probabilities).ravel()
         right = (predictions.chosen == truth).ravel()
     else:
@@ -154,14 +154,14 @@ def expected_calibration_error(predictions: Predictions) -> float:
 
 
 def confusion(predictions: Predictions) -> np.ndarray:
-    """Counts `[N, N]`: row is the truth, column the prediction; one label for each example."""
+    """Confusion matrix `[N, N]` of counts: rows are true labels, columns predictions; single-label only."""
     counts = np.zeros((len(predictions.labels),) * 2, np.int64)
     np.add.at(counts, (predictions.targets, predictions.chosen), 1)
     return counts
 
 
 def table(predictions: Predictions, scores: LabelScores) -> str:
-    """Scores of all labels and of each, the confusion matrix, and calibration, as text."""
+    """Formats overall scores, scores of each label, calibration and the confusion matrix as text."""
     labels, each = predictions.labels, per_label(predictions)
     columns = zip(labels, each.precision, each.recall, each.f1, each.support, strict=True)
     width = max(5, *(len(label) for label in labels))
@@ -175,10 +175,10 @@ def table(predictions: Predictions, scores: LabelScores) -> str:
 
 
 def save_confusion(predictions: Predictions, path: Path) -> None:
-    """Draws the confusion matrix, each row as shares of its label.
+    """Draws the confusion matrix, with rows normalised to sum to 1.
 
     Raises:
-        UserError: matplotlib is missing, or examples have several labels.
+        UserError: matplotlib is missing, or texts are multi-label.
     """
     if predictions.targets.ndim == 2:
         raise UserError("figure: a text with several labels has no confusion matrix; leave the option out")
@@ -202,7 +202,7 @@ def save_confusion(predictions: Predictions, path: Path) -> None:
 
 
 def _confusions(predictions: Predictions, width: int) -> list[str]:
-    """The matrix of few labels; of many, the pairs that are taken for each other most often."""
+    """The confusion matrix; with more than 12 labels, the pairs that are confused most often."""
     counts, labels = confusion(predictions), predictions.labels
     if len(labels) <= 12:
         cells = max(width, len(str(counts.max())))
@@ -214,7 +214,7 @@ def _confusions(predictions: Predictions, width: int) -> list[str]:
         return [head, *rows]
     wrong = counts - np.diag(np.diag(counts))
     pairs = sorted(np.argwhere(wrong).tolist(), key=lambda pair: -wrong[tuple(pair)])[:20]
-    return ["taken for another most often (truth, predicted, times):"] + [
+    return ["most frequent confusions (true label, predicted label, count):"] + [
         f"{labels[i]:{width}}  {labels[j]:{width}}  {wrong[i, j]}" for i, j in pairs
     ]
 
@@ -234,6 +234,6 @@ def _span_f1(predictions: Predictions) -> float | None:
 
 
 def as_sentences(values: Sequence[Any], lengths: Sequence[int]) -> list[Sequence[Any]]:
-    """Cuts values of all words into those of each sentence."""
+    """Splits values of all words into one sequence for each sentence."""
     ends = np.cumsum(lengths)
     return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]

@@ -1,4 +1,4 @@
-"""The loss of a model on fixed windows of text."""
+"""Loss of a model on fixed windows of text."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,16 +16,16 @@ EvalStep = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
 
 
 class Evaluation(NamedTuple):
-    """What was measured; the names are those of `metrics.jsonl`."""
+    """Results of an evaluation, with their names in `metrics.jsonl`."""
 
     val_loss: float
     """Nats per target token."""
     perplexity: float
     bits_per_byte: float
-    """Of the UTF-8 text, so that models with different tokenizers can be compared."""
+    """Bits per byte of UTF-8 text, which are comparable between tokenizers."""
 
     def row(self) -> dict[str, float]:
-        """What there is, for `metrics.jsonl`."""
+        """Returns the results for `metrics.jsonl`."""
         return self._asdict()
 
     def __str__(self) -> str:
@@ -33,7 +33,9 @@ class Evaluation(NamedTuple):
 
 
 def make_eval_step(model: ModelConfig, compute: Compute) -> EvalStep:
-    """Returns `eval_step(params, batch) -> (nll, count)`, to be jitted: leaves `[B, T]`, no dropout, plain loss."""
+    """Returns `eval_step(params, batch) -> (nll, count)`, to be jitted: leaves `[B, T]`, no dropout, loss without
+    regularisers.
+    """
     options = loss_options(model)
 
     def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -50,23 +52,23 @@ def measure(
     sharding: jax.sharding.Sharding,
     bytes_per_token: float,
 ) -> Evaluation:
-    """Averages the loss over all targets of `batches`, summed before it is divided."""
+    """Averages the loss over all targets of all batches (sums first, then one division)."""
     return evaluation_of(*sum_loss(eval_step, params, batches, sharding), bytes_per_token)
 
 
 def sum_loss(
     eval_step: EvalStep, params: dict, batches: Iterable[Batch], sharding: jax.sharding.Sharding
 ) -> tuple[float, float]:
-    """Returns the loss of all targets of `batches` in nats, summed, and their number."""
+    """Returns the summed loss of all targets in nats, and the number of targets."""
     sums: list[tuple[jax.Array, jax.Array]] = []
     for batch in batches:
         sums.append(eval_step(params, put(batch, sharding)))
-        jax.block_until_ready(sums[-2:][0])  # so that few batches are on the device at once
+        jax.block_until_ready(sums[-2:][0])  # limits the number of batches on the device
     nll, count = (math.fsum(float(value) for value in values) for values in zip(*sums, strict=True))
     return nll, count
 
 
 def evaluation_of(nll: float, count: float, bytes_per_token: float) -> Evaluation:
-    """The measures that follow from a summed loss."""
+    """Computes loss, perplexity and bits per byte from a summed loss."""
     loss = nll / count
     return Evaluation(loss, math.exp(min(loss, 700.0)), loss / math.log(2) / bytes_per_token)

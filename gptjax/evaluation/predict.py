@@ -1,4 +1,4 @@
-"""Labels of texts and words from a model's heads.
+"""Predicts labels of texts and words with a model's heads.
 
 Shape suffixes: N labels.
 """
@@ -43,7 +43,7 @@ def predict_texts(
     batch_size: int,
     sharding: jax.sharding.Sharding,
 ) -> tuple[Predictions, float]:
-    """Predicts all texts; returns probabilities in their order, and the mean loss where labels are known."""
+    """Predicts all texts; returns probabilities in input order, and the mean loss over texts with known labels."""
     probabilities_EN = np.zeros((len(texts.tokens), len(labels)), np.float32)
     sums = np.zeros(2)
     for numbers, batch in ordered_batches(texts, batch_size):
@@ -62,7 +62,7 @@ def predict_words(
     batch_size: int,
     sharding: jax.sharding.Sharding,
 ) -> tuple[Predictions, float]:
-    """Predicts all words of sentences; returns probabilities in their order, and the mean loss where tags are known."""
+    """Predicts all words of sentences; returns probabilities in input order, and the mean loss over known tags."""
     packed = PackedSequences(words.sequences, words.max_tokens, seed=0)
     found: list[Any] = [None] * len(words.sequences)
     targets: list[Any] = [None] * len(words.sequences)

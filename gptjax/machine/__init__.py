@@ -1,1 +1,1 @@
-"""The machine: chips, processor, memory settings, compiled programs and C++ kernels. Knows nothing about models."""
+"""The machine: chips, processor, memory settings, compiled programs and C++ kernels; independent of models."""

@@ -1,4 +1,4 @@
-"""Whether JAX will find a GPU or TPU, answered before JAX is imported."""
+"""Detects, without importing JAX, whether JAX will find a GPU or TPU."""
 
 import importlib.util
 import os
@@ -11,11 +11,11 @@ DEVICES = {
     "accel[0-9]*": ("libtpu",),
     "vfio/[0-9]*": ("libtpu",),
 }
-"""Names below /dev, and the packages of which JAX needs one to use such a device."""
+"""Device files below /dev, and for each the packages of which JAX needs one."""
 
 
 def has_accelerator(environment: Mapping[str, str] = os.environ, folder: Path = Path("/dev")) -> bool:
-    """Whether a device and JAX's plugin for it are there, and `JAX_PLATFORMS` does not choose the CPU."""
+    """Whether a device and JAX's plugin for it exist, and `JAX_PLATFORMS` does not select the CPU."""
     if environment.get("JAX_PLATFORMS", "").partition(",")[0] == "cpu":
         return False
     return any(

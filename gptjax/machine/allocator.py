@@ -1,9 +1,9 @@
 """The memory settings of the process: huge pages, and a cache of large buffers.
 
-XLA allocates its temporary buffer anew in each step. With pages of 4 kB the page faults take up to a quarter of a CPU's
-step; if the kernel clears the pages of large buffers for each step, or the host of a virtual machine takes them away in
-between, that takes up to a fifth (docs/experiments/memory.md). Both settings are read when a process starts, so the
-programs that use a CPU for long restart themselves once.
+XLA allocates its temporary buffer again in each step. With 4 kB pages, page faults take up to a quarter of a step on a
+CPU. The kernel's clearing of pages of large buffers, or getting them from the host of a virtual machine, takes up to a
+fifth (docs/experiments/memory.md). Both settings are read when a process starts, so `train` and `sample` restart
+themselves once on a CPU.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 PRELOAD = "LD_PRELOAD"
 CACHE_BYTES = "GPTJAX_BUFFER_CACHE_BYTES"
 RESTARTED = "GPTJAX_RESTARTED"
-"""Names the variables that the restart has set, separated by commas, for the process that follows."""
+"""Lists, separated by commas, the variables that the restart has set; read by the restarted process."""
 CACHE_SHARE = 4
-"""The buffer cache may hold this part of the memory, shared among the processes of a run on this machine."""
+"""The buffer cache may hold one part in this many of the memory, divided among a run's processes on this machine."""
 LOCAL_PROCESSES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
-"""Variables of launchers that begin with the number of processes on this machine."""
+"""Variables of launchers whose values begin with the number of processes on this machine."""
 SOURCE = Path(compiler.__file__).with_name("buffer_cache.cc")
 THP_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 STATUS = Path("/proc/self/status")
@@ -41,11 +41,11 @@ _restarted = False
 
 
 def restart(cache_dir: str = Config.cache_dir, processes: int = 1) -> None:
-    """Starts this program again with faster memory settings, once; does nothing where `reason_to_stay` has a reason.
+    """Restarts this program once with faster memory settings; does nothing if `reason_to_stay` gives a reason.
 
     Args:
-        cache_dir: Where the library of the buffer cache is kept.
-        processes: How many processes of the run may be on this machine.
+        cache_dir: Folder of the buffer cache's library.
+        processes: Largest number of processes of the run on this machine.
     """
     take_settings()
     if reason_to_stay():
@@ -56,12 +56,12 @@ def restart(cache_dir: str = Config.cache_dir, processes: int = 1) -> None:
     environment = os.environ | settings | {RESTARTED: ",".join(settings)}
     sys.stdout.flush()
     sys.stderr.flush()
-    with contextlib.suppress(OSError):  # then it goes on as it is
+    with contextlib.suppress(OSError):  # the program then continues without the settings
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def take_settings() -> None:
-    """Takes what a restart has put into the environment out of it, so that child processes do not inherit it."""
+    """Removes the variables of a restart from the environment, so that child processes do not inherit them."""
     global _restarted, _asked_for_huge_pages
     names = os.environ.pop(RESTARTED, "")
     if names:
@@ -71,7 +71,7 @@ def take_settings() -> None:
 
 
 def reason_to_stay(environment: Mapping[str, str] = os.environ) -> str:
-    """Why this process does not restart with other memory settings; empty: it may."""
+    """Returns why this process does not restart with other memory settings; empty: it restarts."""
     if _restarted:
         return "it did already"
     if sys.platform != "linux" or _glibc() is None:
@@ -104,7 +104,7 @@ def state_after_restart(cache_dir: str) -> str:
 
 
 def uses_huge_pages() -> bool:
-    """Whether large buffers of this process have huge pages."""
+    """Whether large buffers of this process use huge pages."""
     asked = _asked_for_huge_pages or HUGE_PAGES in os.environ.get(TUNABLES, "")
     return _thp("always") or (asked and _can_ask_for_huge_pages())
 
@@ -118,7 +118,7 @@ def caches_buffers() -> bool:
 
 
 def usable_memory() -> int:
-    """Bytes that this process may use: the machine's, or fewer where a control group, as of a container, says so."""
+    """Bytes that this process may use: the machine's memory, or the limit of a control group (container) if lower."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for line in lines_of(OWN_GROUPS):
         _, controller, path = line.split(":", 2)
@@ -130,12 +130,12 @@ def usable_memory() -> int:
 
 
 def _huge_pages() -> dict[str, str]:
-    """The setting that asks for huge pages, where that changes something."""
+    """The setting that requests huge pages; empty if it has no effect here."""
     return {TUNABLES: HUGE_PAGES} if _can_ask_for_huge_pages() else {}
 
 
 def _can_ask_for_huge_pages() -> bool:
-    """glibc knows the setting since 2.35; the kernel gives huge pages on request if its own setting is madvise."""
+    """Whether huge pages can be requested: with glibc 2.35 or later, if the kernel's setting is madvise."""
     version = _glibc()
     return version is not None and version >= (2, 35) and _thp("madvise")
 
@@ -145,17 +145,17 @@ def _thp(setting: str) -> bool:
 
 
 def _buffer_cache(cache_dir: str, processes: int) -> dict[str, str]:
-    """Settings that load `native/buffer_cache.cc` before the C library; none, where that cannot be."""
+    """Settings that load `native/buffer_cache.cc` before the C library; empty if that is not possible."""
     program = compiler.find()
     if compiler.level() == "0" or not program:
         return {}
     try:
         options = ("-ldl", "-Wl,--as-needed")
         path = str(compiler.library(program, SOURCE, (), options, "", _folder(cache_dir)))
-        ctypes.CDLL(path)  # fails here rather than at each start, as where no file of the folder may be executed
+        ctypes.CDLL(path)  # fails here instead of at each start, for example if the folder is mounted noexec
     except (OSError, subprocess.SubprocessError):
         return {}
-    if " " in path or ":" in path:  # both separate names there
+    if " " in path or ":" in path:  # both are separators in LD_PRELOAD
         return {}
     processes = max(processes, *_local_processes(os.environ))
     return {PRELOAD: path, CACHE_BYTES: str(usable_memory() // (CACHE_SHARE * processes))}
@@ -169,13 +169,13 @@ def _folder(cache_dir: str) -> Path:
 
 
 def _local_processes(environment: Mapping[str, str]) -> list[int]:
-    """How many processes of this job launchers have started on this machine, as far as they say."""
+    """Numbers of this job's processes on this machine, according to the launchers' variables."""
     numbers = [re.match(r"\d+", environment.get(name, "")) for name in LOCAL_PROCESSES]
     return [1, *(int(number[0]) for number in numbers if number)]
 
 
 def _is_watched() -> bool:
-    """Whether a debugger, a tracer or a profiler watches this process, which would lose it or count its start twice."""
+    """Whether a debugger, tracer or profiler watches this process. A restart would detach it or be counted twice."""
     if sys.gettrace() is not None or sys.getprofile() is not None:
         return True
     tools = getattr(sys, "monitoring", None)  # Python 3.12
@@ -185,7 +185,7 @@ def _is_watched() -> bool:
 
 
 def _glibc() -> tuple[int, ...] | None:
-    """Its version; nothing with another C library or system."""
+    """Version of glibc; None with another C library or system."""
     try:
         library, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
         return tuple(map(int, version.split("."))) if library == "glibc" else None

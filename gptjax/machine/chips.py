@@ -1,4 +1,4 @@
-"""Published figures of chips: peak FLOP/s, memory, links."""
+"""Published specifications of chips: peak FLOP/s, memory, links."""
 
 import dataclasses
 import re
@@ -6,10 +6,10 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Rates are of one chip, and of links in one direction."""
+    """Specifications of one chip; rates of links are for one direction."""
 
     kinds: tuple[str, ...]
-    """Words of `device.device_kind` that identify it."""
+    """Words in `device.device_kind` that identify the chip."""
     peak_flops: float
     """Dense bfloat16, FLOP/s."""
     memory: float
@@ -17,7 +17,7 @@ class Chip:
     memory_rate: float
     """Bytes/s."""
     node: int
-    """Chips that the fast links join: those of a machine, or of a TPU's pod."""
+    """Number of chips that fast links connect: those of a machine, or of a TPU pod."""
     link: float
     """Bytes/s to chips of the same node."""
     network: float
@@ -26,8 +26,8 @@ class Chip:
 
 # Sources: NVIDIA's data sheets (DGX and HGX for nodes and networks), Google's pages "TPU v4" to "TPU v6e".
 # - NVIDIA's sheets print FLOP/s with sparsity; these are half of that.
-# - A link that is published for both directions counts half. Cards without NVLink between all of a machine: PCIe x16.
-# - The pods of v4 and v5p have more chips than can be planned.
+# - A rate published for both directions counts half. Machines whose cards are not all connected by NVLink: PCIe x16.
+# - Pods of v4 and v5p have more chips than `gptjax plan` supports.
 # - H100 NVL: data sheet "NVIDIA H100 NVL" (1,671 TFLOPS with sparsity, 94 GB, 3.9 TB/s). Bridges join pairs only.
 # - H200 NVL: nvidia.com/en-us/data-center/h200 (1,671 TFLOPS with sparsity; bridges of 900 GB/s join up to four).
 # - GH200: data sheet "NVIDIA GH200 Grace Hopper Superchip", 2705455 (990 TFLOPS dense; 96 GB of HBM3, 4 TB/s).
@@ -56,9 +56,9 @@ CHIPS = {
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip of a `device.device_kind`: the one with the longest name that it contains as whole words.
+    """Returns the chip whose name is the longest that `device.device_kind` contains as whole words.
 
-    None for a chip that is not in the table (so an L400 would not count as an L4), and for a part of one (MIG).
+    Returns None for chips that are not in the table (an L400 is not an L4) and for partitions of a chip (MIG).
     """
     if " MIG " in f" {kind} ":
         return None

@@ -1,10 +1,9 @@
 """The cache of compiled programs.
 
-JAX executes what it finds in its cache: of 36 programs with flipped bits it recognised 26 and compiled them again, 8
-did no harm, one gave a wrong result, and one crashed the process. So each process gives JAX a folder of its own, with
-links to the programs whose checksum is right. What the process compiles is published from there, signed with
-the key of the cache (`private.py`), after each training program and at the end. A process therefore signs only what it
-compiled, and nobody deletes what another one is using.
+JAX does not verify the programs in its cache: a damaged program can give wrong results or crash the process. So each
+process gives JAX a folder of its own, with links to the programs whose checksums are right. The process publishes the
+programs that it compiled from there, signed with the key of the cache (`private.py`), after each training program and
+at its end. So a process signs only programs that it compiled, and never deletes programs that another one uses.
 """
 
 import atexit
@@ -32,18 +31,18 @@ from gptjax.machine.private import (
 )
 
 PROGRAM = "-cache"
-"""How JAX ends the name of a program."""
+"""Suffix that JAX gives to names of programs."""
 RUNNING = "running"
-"""The folder, beside the programs, with a folder for each process, and a file that the process locks."""
+"""Subfolder with one folder for each running process, and a lock file that the process holds."""
 _own_folders: dict[Path, Path] = {}
-"""For each folder of programs the one of this process."""
+"""This process's own folder for each folder of programs."""
 
 
 def start(cache_dir: str = Config.cache_dir) -> None:
     """Turns on the cache of compiled programs and of kernels.
 
-    Where another user can write to `cache_dir` the default one is used instead, and where that cannot be used either
-    nothing is kept; each is one line on standard error.
+    If another user can write to `cache_dir`, the default folder is used instead; if that is not usable either, nothing
+    is cached. Each case prints one line on standard error.
 
     Raises:
         UserError: A folder was chosen and cannot be written, or `GPTJAX_NATIVE` has a wrong value.
@@ -62,7 +61,7 @@ def start(cache_dir: str = Config.cache_dir) -> None:
         return
     _own_folders[folder] = own
     jax.config.update("jax_compilation_cache_dir", str(own))
-    # With XLA's own caches the path of the folder would be part of each program's key.
+    # XLA's own caches would make the path of the folder part of each program's key.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -90,21 +89,21 @@ def compiled_folder(cache_dir: str) -> Path:
 
 
 def check_programs(folder: Path) -> tuple[list[Path], int]:
-    """Returns the programs in the cache that are not as they were signed, and how many there are in all."""
+    """Returns the programs in the cache whose signatures do not match, and the number of all programs."""
     key = signing_key(folder)
     programs = _programs(folder)
     return [path for path in programs if not is_sound(key, path)], len(programs)
 
 
 def sign_programs() -> None:
-    """Publishes the programs that this process compiled, signed, for the next processes."""
+    """Signs and publishes the programs that this process compiled, for later processes."""
     for folder, own in _own_folders.items():
         with contextlib.suppress(OSError):
             _publish(folder, own)
 
 
 def usable_folder(cache_dir: str) -> Path | None:
-    """The folder of compiled programs in `cache_dir`, or else in the default one; None: neither is private.
+    """Returns the folder of compiled programs in `cache_dir`, or else in the default folder; None: neither is private.
 
     Raises:
         UserError: A folder was chosen and cannot be written.
@@ -128,7 +127,7 @@ def _programs(folder: Path) -> list[Path]:
 
 
 def _make_own_folder(folder: Path) -> Path:
-    """Makes the folder that JAX uses in this process, with links to the programs of `folder` that are sound."""
+    """Creates the folder that JAX uses in this process, with links to the undamaged programs of `folder`."""
     damaged, _ = check_programs(folder)
     if damaged:
         print(
@@ -144,7 +143,7 @@ def _make_own_folder(folder: Path) -> Path:
     os.rename(own, _lock_of(own))
     own.mkdir(mode=0o700)
     for path in _programs(folder):
-        with contextlib.suppress(FileNotFoundError, FileExistsError):  # another process found it damaged; two versions
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # removed by another process; two versions
             _link(path, own / plain_name(path))
     atexit.register(_end, folder, own, os.getpid())
     return own
@@ -183,7 +182,7 @@ def _end(folder: Path, own: Path, process: int) -> None:
 
 
 def _remove_ended(running: Path) -> None:
-    """Removes what processes left that were killed: their locks are free."""
+    """Removes the folders of processes that were killed, recognised by their free locks."""
     for path in running.glob(".*.lock"):
         with contextlib.suppress(OSError), open(path, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

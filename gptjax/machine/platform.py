@@ -12,7 +12,7 @@ _planned = contextvars.ContextVar("planned", default=False)
 
 @contextlib.contextmanager
 def plan_for_accelerator():
-    """Programs traced inside stand for programs of a GPU or TPU, though they are compiled on a CPU."""
+    """Traces programs as for a GPU or TPU, although they are compiled on a CPU."""
     token = _planned.set(True)
     try:
         yield
@@ -21,7 +21,7 @@ def plan_for_accelerator():
 
 
 def target_platform() -> Platform:
-    """Where the program being traced will run; `planned`: on a GPU or TPU that is not here, see `gptjax plan`."""
+    """Platform of the program being traced; `planned`: a GPU or TPU of another machine (`gptjax plan`)."""
     if _planned.get():
         return "planned"
     backend = jax.default_backend()

@@ -1,10 +1,9 @@
-"""Files of this user that are executed, such as compiled programs and libraries: where they may lie, and a keyed
-checksum of each.
+"""Private folders and keyed checksums for files that are executed, such as compiled programs and libraries.
 
-A folder is private if it belongs to this user, nobody else may write to it, and no other user can exchange it: each
-folder on the way to it belongs to this user or to root and is writable by its owner alone. (A sticky folder such as
-/tmp will do: others cannot rename what is in it.) The key of the checksums is a file of the same folder, so that
-a file that was put there from elsewhere, or damaged, does not have the checksum that its name states.
+A folder is private if it belongs to this user, nobody else may write to it, and no other user can replace it: each
+parent folder belongs to this user or to root, and only its owner may write to it. (A sticky folder such as /tmp is
+allowed, because others cannot rename its entries.) The name of each file contains its checksum, and the key of the
+checksums is in the same folder. So a damaged file, or one that was copied from elsewhere, is recognised.
 """
 
 import contextlib
@@ -25,30 +24,30 @@ LIBRARY = ".so"
 SIGNED = re.compile(r"(.*)\.[0-9a-f]{32}((?:\.so)?)")
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 UID_MAP, OVERFLOW_UID = Path("/proc/self/uid_map"), Path("/proc/sys/kernel/overflowuid")
-MOST_LINKS = 40
-"""Symbolic links that are followed on the way to a folder, as in the kernel."""
+MAX_LINKS = 40
+"""Largest number of symbolic links in a path, as in the kernel."""
 
 
 class UntrustedError(PermissionError):
-    """Another user could have written what would be executed."""
+    """Another user could have written a file that would be executed."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(1, reason, str(path))
 
 
 def private_folder(path: Path) -> Path:
-    """Makes a folder that only this user can read and write, and those above it, which others may read; returns it.
+    """Creates a folder that only this user can read and write, and its parents, which others may read; returns it.
 
     Raises:
-        UntrustedError: It, or a folder on the way to it, can be changed by another user.
-        OSError: It cannot be made.
+        UntrustedError: Another user can change it or one of its parents.
+        OSError: It cannot be created.
     """
     path = path.absolute()
     for folder in (*reversed(path.parents), path):
         if not folder.exists():
-            _check_way(folder.parent)
+            _check_path(folder.parent)
             folder.mkdir(mode=0o700 if folder == path else 0o755, exist_ok=True)
-    _check_way(path)
+    _check_path(path)
     status = path.stat()
     if status.st_uid != os.geteuid():
         raise UntrustedError(path, "belongs to another user, who could put programs there")
@@ -60,10 +59,10 @@ def private_folder(path: Path) -> Path:
 
 
 def signing_key(folder: Path) -> bytes:
-    """The key of the checksums of a private folder; it is made when it is first asked for.
+    """Returns the key of the checksums of a private folder, and creates it on first use.
 
     Raises:
-        OSError: It cannot be made, or another user could have written it.
+        OSError: It cannot be created, or another user could have written it.
     """
     path = folder / KEY_FILE
     if not path.exists():
@@ -85,10 +84,10 @@ def signing_key(folder: Path) -> bytes:
 
 
 def read_private(path: Path, secret: bool = False) -> bytes:
-    """The content of a file that only this user can write; a `secret` one nobody else may read either.
+    """Reads a file that only this user can write and, if `secret`, only this user can read.
 
     Raises:
-        UntrustedError: Another user can, or it is not a file.
+        UntrustedError: Another user has access, or it is not a file.
         OSError: It cannot be read.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
@@ -103,24 +102,24 @@ def read_private(path: Path, secret: bool = False) -> bytes:
 
 
 def checksum(key: bytes, name: str, content: bytes) -> str:
-    """The keyed checksum of a file that has this name, as it stands in the name of the file on the disk."""
+    """Returns the keyed checksum of a file's name and content, as it appears in the name of the file on disk."""
     return hmac.digest(key, name.encode() + b"\0" + content, "sha256").hex()[:32]
 
 
 def signed_name(key: bytes, name: str, content: bytes) -> str:
-    """`name` with its checksum, before a `.so`: one name, so that file and checksum cannot come apart."""
+    """Adds the checksum to a name, before a `.so`. As part of the name, it cannot be separated from the file."""
     stem, suffix = (name.removesuffix(LIBRARY), LIBRARY) if name.endswith(LIBRARY) else (name, "")
     return f"{stem}.{checksum(key, name, content)}{suffix}"
 
 
 def plain_name(path: Path) -> str:
-    """What `signed_name` made a name of; empty, if it did not make it."""
+    """Inverse of `signed_name`; empty if the name has no checksum."""
     parts = SIGNED.fullmatch(path.name)
     return "".join(parts.groups()) if parts else ""
 
 
 def is_sound(key: bytes, path: Path) -> bool:
-    """Whether a file is what its name, made by `signed_name`, says, and only this user can write it."""
+    """Whether a file matches the checksum in its name, and only this user can write it."""
     try:
         name = plain_name(path)
         return bool(name) and hmac.compare_digest(signed_name(key, name, read_private(path)), path.name)
@@ -129,12 +128,12 @@ def is_sound(key: bytes, path: Path) -> bool:
 
 
 def signed_versions(folder: Path, name: str) -> list[Path]:
-    """The files of a folder that `signed_name` named so, sound or not."""
+    """Lists the signed files of a folder with this plain name, damaged or not."""
     return sorted(path for path in folder.iterdir() if plain_name(path) == name)
 
 
 def publish_signed(key: bytes, temporary: Path, name: str) -> Path:
-    """Gives a complete file its signed name in the same folder, and returns that."""
+    """Renames a complete file to its signed name in the same folder; returns the new path."""
     temporary.chmod(0o600)
     sync(temporary)
     path = temporary.with_name(signed_name(key, name, temporary.read_bytes()))
@@ -142,8 +141,8 @@ def publish_signed(key: bytes, temporary: Path, name: str) -> Path:
     return path
 
 
-def _check_way(path: Path) -> None:
-    """Checks every folder and symbolic link on the way to an existing folder, and the folder."""
+def _check_path(path: Path) -> None:
+    """Checks an existing folder, and every parent folder and symbolic link of its path."""
     current, names, links = Path(path.anchor), list(reversed(path.parts[1:])), 0
     _check_folder(current)
     while names:
@@ -151,7 +150,7 @@ def _check_way(path: Path) -> None:
         following = current.parent if name == ".." else current / name
         if following.is_symlink():
             links += 1
-            if links > MOST_LINKS:
+            if links > MAX_LINKS:
                 raise UntrustedError(path, "has too many symbolic links")
             _check_owner(following, following.lstat().st_uid)
             target = Path(os.readlink(following))
@@ -179,7 +178,7 @@ def _check_owner(path: Path, uid: int) -> None:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Whether this is the group that many systems make for each user, with nobody else in it."""
+    """Whether this is the private group that many systems create for each user, without other members."""
     try:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:
@@ -190,12 +189,12 @@ def _is_own_group(gid: int) -> bool:
 def _has_access_list(folder: Path) -> bool:
     try:
         return "system.posix_acl_access" in os.listxattr(folder)
-    except (OSError, AttributeError):  # a file system, or a system, without such lists
+    except (OSError, AttributeError):  # the file system, or the system, has no access lists
         return False
 
 
 def _is_outside(uid: int) -> bool:
-    """Whether this id stands for those of the host that a container's user namespace does not know, as root's."""
+    """Whether this is the overflow id, which a container's user namespace shows for unmapped users of the host."""
     try:
         if UID_MAP.read_text().split() == ["0", "0", str(2**32 - 1)]:
             return False

@@ -1,4 +1,4 @@
-"""What is written when a run stops because step after step made no update."""
+"""The report of a run that stopped because too many consecutive steps made no update."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ DUMP_FILE = "diverged.json"
 
 
 def write_dump(parts: Parts, state: TrainState, batch: Any, skips: list[dict]) -> Path:
-    """Writes the steps that made no update and, of the last one, the gradient's norm by layer; returns the file.
+    """Writes the steps without an update, and the gradient norm of each layer in the last one; returns the file.
 
     Args:
-        parts: Of the run.
-        state: After the skips; its parameters are still those that all of them saw.
-        batch: Of the last skip, on the devices.
-        skips: Step, reason, loss, gradient norm and documents of each, the last one last.
+        parts: Parts of the run.
+        state: State after the skips, whose parameters are those of the skipped steps.
+        batch: Batch of the last skip, on the devices.
+        skips: Step, reason, loss, gradient norm and documents of each skip, the last one last.
     """
     step = put(np.int32(skips[-1]["step"] - 1), replicated(parts.mesh))
     norms = make_gradient_norms(parts.config, parts.mesh)(dataclasses.replace(state, step=step), batch)

@@ -1,4 +1,4 @@
-"""Signals, and the lock that gives a run directory one writer."""
+"""Signal handling, and the lock that allows only one writer of a run directory."""
 
 import contextlib
 import fcntl
@@ -15,19 +15,19 @@ from gptjax.parallel import cluster
 
 LOCK_FILE = "lock"
 EXIT_DIVERGED = 3
-"""Exit status of a run that stopped because too many steps in a row made no update."""
+"""Exit status of a run that stopped because too many consecutive steps made no update."""
 
 
 class Abandoned(Exception):
-    """An evaluation or a sample was given up because a signal asked the run to stop."""
+    """An evaluation or a sample was interrupted because a signal asked the run to stop."""
 
 
 class Signals:
-    """Handles SIGTERM, SIGINT and SIGHUP. A SIGHUP that is ignored, as under nohup, stays ignored.
+    """Handles SIGTERM, SIGINT and SIGHUP. If SIGHUP is ignored, as under nohup, it stays ignored.
 
-    Before `begin` there is nothing to save: the first signal ends the process at once, with a line, even while a
-    program is compiled. After `begin` the first signal is announced and kept in `received`, so that the loop can
-    finish its step and save. A second signal ends the process at once, and nothing more is saved.
+    Before `begin` there is nothing to save: the first signal prints a line and ends the process at once, even during
+    compilation. After `begin` the first signal prints a line and is stored in `received`, so that the loop can finish
+    its step and save. A second signal ends the process at once without saving.
 
     Use as a context manager around a whole run, in the main thread.
     """
@@ -40,7 +40,7 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         # Python runs handlers in the main thread between two bytecodes, and a long step or a compilation is a single
-        # one. So the handler does nothing; a thread reads the numbers of signals from a pipe as they arrive.
+        # bytecode. So the handler does nothing, and a thread reads the signal numbers from a pipe as they arrive.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -53,7 +53,7 @@ class Signals:
         return self
 
     def begin(self) -> None:
-        """From now on there is something to save."""
+        """From now on the first signal stops the run after its step instead of at once."""
         self._begun = True
 
     def __exit__(self, *_) -> None:
@@ -72,7 +72,7 @@ class Signals:
     def _handle(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self._begun:
-            self._end(number, f"stopped by {name} before the first step; the next start uses what is prepared")
+            self._end(number, f"stopped by {name} before the first step; the next start reuses prepared data")
         elif self.received is not None:
             self._end(number, f"stopped by a second signal ({name}); nothing was saved since the first one")
         else:
@@ -86,22 +86,22 @@ class Signals:
 
 
 def _tell(message: str) -> None:
-    """Writes a line to standard error from any thread; below a live line of a terminal."""
+    """Writes a line to standard error from any thread; on a terminal, below the live progress line."""
     with contextlib.suppress(OSError):
         os.write(2, f"{chr(10) if os.isatty(2) else ''}gptjax: {message}\n".encode())
 
 
 def exit_status(received: int) -> int:
-    """128 + the signal's number, as shells report it; 0 where none came (0)."""
+    """Returns 128 + the signal's number, as shells report it; 0 if there was no signal (`received` is 0)."""
     return 128 + received if received else 0
 
 
 @contextlib.contextmanager
 def locked_by_first(run_dir: Path) -> Iterator[None]:
-    """Locks the run directory for all processes of a run: process 0 holds the lock, the others check that they see it.
+    """Locks the run directory for all processes of a run. Process 0 holds the lock; the others check that they see it.
 
     Raises:
-        UserError: Another run holds it, it cannot be written to, or it is not the same folder for all of them.
+        UserError: Another run holds the lock, the folder is not writable, or processes see different folders.
     """
     with contextlib.ExitStack() as stack:
         with cluster.all_or_none():
@@ -126,12 +126,12 @@ def _owner(run_dir: Path) -> str:
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Locks the run directory for this process; however the process ends, the lock is free again.
+    """Locks the run directory for this process. The system releases the lock when the process ends, even by a crash.
 
-    On an error the lock file is removed, and so is the directory if this call made it and it is empty.
+    On an error the lock file is removed, and also the directory if this call created it and it is empty.
 
     Raises:
-        UserError: Another process holds the lock, or the directory cannot be written to.
+        UserError: Another process holds the lock, or the directory is not writable.
     """
     missing = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     path = run_dir / LOCK_FILE
@@ -157,7 +157,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def _open_locked(path: Path) -> IO[str]:
-    """Opens and locks a file that may be removed by the process that holds its lock."""
+    """Opens and locks a file that the process holding the lock may remove."""
     while True:
         file = open(path, "a+")  # noqa: SIM115 (closed by the caller)
         try:

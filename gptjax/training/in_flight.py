@@ -1,7 +1,7 @@
-"""How far the host runs ahead of the device.
+"""Limits how far the host runs ahead of the device.
 
-A dispatched step cannot be cancelled, so a signal waits for all that were dispatched. A device needs a step ahead only
-while steps are short; long ones are dispatched one at a time.
+A dispatched step cannot be cancelled, so a signal must wait for all dispatched steps. Only short steps need to be
+dispatched ahead to keep the device busy; long steps are dispatched one at a time.
 """
 
 import math
@@ -13,11 +13,11 @@ from typing import Any
 import jax
 
 AHEAD = 0.25
-"""Seconds of work that may be dispatched and unfinished."""
+"""Seconds of work that may be dispatched but unfinished."""
 
 
 class InFlight:
-    """Results that were dispatched and are perhaps not computed yet."""
+    """Results that were dispatched and may not be computed yet."""
 
     def __init__(self):
         self._results: deque[Any] = deque()
@@ -25,11 +25,11 @@ class InFlight:
         self._finished = time.monotonic()
 
     def add(self, result: Any) -> None:
-        """Takes the arrays of a dispatched call; they must not be donated before they are computed."""
+        """Adds the result arrays of a dispatched call; they must not be donated before they are computed."""
         self._results.append(result)
 
     def wait(self) -> None:
-        """Returns when the unfinished calls will take no longer than `AHEAD`, as far as earlier ones tell."""
+        """Waits until the unfinished calls will take at most `AHEAD`, estimated from earlier calls."""
         while len(self._results) > AHEAD / self._seconds:
             jax.block_until_ready(self._results.popleft())
             now = time.monotonic()
@@ -37,13 +37,13 @@ class InFlight:
 
 
 class BatchHook:
-    """Wraps compiled functions so that `before_batch` is called before each of their calls."""
+    """Wraps compiled functions so that `before_batch` runs before each call."""
 
     def __init__(self):
         self.before_batch: Callable[[], None] = lambda: None
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns `function` with the hook; of its calls only a few are unfinished at a time."""
+        """Returns `function` with the hook; only a few of its calls are unfinished at a time."""
         in_flight = InFlight()
 
         def call(*args: Any) -> Any:

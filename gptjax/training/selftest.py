@@ -1,9 +1,9 @@
-"""Checks XLA before a run relies on it. (`machine/native/check.py` checks the C++ kernels.)
+"""Checks XLA's results before a run relies on them. (`machine/native/check.py` checks the C++ kernels.)
 
 On CPUs jaxlib 0.10.2 returns wrong numbers for a matmul without batch dimensions whose result is summed in the same
-fusion, if it has more than 32,768 rows (github.com/jax-ml/jax/issues/39103). Keeping sums out of all fusions avoids the
-bug and costs speed, so only a program that has such a fusion is compiled that way. Matmuls with batch dimensions, the
-only ones of attention on a CPU, are right; `check` tests that.
+fusion, if it has more than 32,768 rows (github.com/jax-ml/jax/issues/39103). Compiling without such fusions avoids the
+bug and costs speed, so only an affected program is compiled that way. Matmuls with batch dimensions, the only ones in
+attention on a CPU, are not affected; `check` tests that.
 """
 
 import re
@@ -16,15 +16,15 @@ from gptjax.errors import UserError
 from gptjax.ops.attention import attention
 
 ROWS = 32769
-SEQUENCES, LENGTH = 2049, 16  # as many rows in attention
-SAFE: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+SEQUENCES, LENGTH = 2049, 16  # more than 32,768 rows in attention, too
+SAFE_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 def check() -> None:
-    """Compares small programs with matmuls like those of attention with NumPy, in milliseconds.
+    """Compares small programs, with matmuls like those of attention, with NumPy; takes milliseconds.
 
     Raises:
-        UserError: They differ.
+        UserError: The results differ.
     """
     numbers = np.arange(ROWS * 4, dtype=np.float32) % 8
     x_BNC = numbers.reshape(-1, 1, 4)
@@ -33,9 +33,9 @@ def check() -> None:
     _compare(jax.jit(_weighted)(x_BNC, eye_BSC, weights_BNS), (x_BNC * weights_BNS).sum(-1), 0.0)
     if jax.default_backend() == "cpu":
         arrays = np.random.default_rng(0).normal(size=(4, SEQUENCES, LENGTH, 1, 4)).astype(np.float32)
-        found, expected = jax.jit(_attended)(*arrays), _attended_plainly(*arrays[:, :, :, 0])
+        found, expected = jax.jit(_attended)(*arrays), _attended_numpy(*arrays[:, :, :, 0])
         for a, e in zip(found, expected, strict=True):
-            _compare(a[:, :, 0], e, 1e-3)  # rounding gives 1e-6; a row that is wrong, its own size
+            _compare(a[:, :, 0], e, 1e-3)  # rounding errors are 1e-6, wrong rows are off by their size
 
 
 def _compare(found: jax.Array, expected: np.ndarray, tolerance: float) -> None:
@@ -48,23 +48,23 @@ def _compare(found: jax.Array, expected: np.ndarray, tolerance: float) -> None:
 
 
 def compile_safely(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a program, without the fusions that this jaxlib computes wrongly if it would have them."""
+    """Compiles a program; without certain fusions, if it is affected by this jaxlib's bug."""
     program = lowered.compile()
-    if jax.default_backend() == "cpu" and has_wrong_fusions() and may_be_wrong(program.as_text() or ""):
-        return lowered.compile(SAFE)
+    if jax.default_backend() == "cpu" and has_fusion_bug() and is_affected(program.as_text() or ""):
+        return lowered.compile(SAFE_OPTIONS)
     return program
 
 
-def has_wrong_fusions(options: dict[str, str | bool] | None = None) -> bool:
-    """Whether this jaxlib, with these compiler options, computes the smallest program that shows the bug wrongly."""
+def has_fusion_bug(options: dict[str, str | bool] | None = None) -> bool:
+    """Whether this jaxlib, with these compiler options, miscompiles the smallest program that shows the bug."""
     x_RC = np.zeros((ROWS, 3), np.float32)
     x_RC[:, 0] = np.arange(ROWS)
     program = jax.jit(_squared_lengths).lower(x_RC, np.eye(3, dtype=np.float32)).compile(options)
     return bool(np.any(np.asarray(program(x_RC, np.eye(3, dtype=np.float32))) != x_RC[:, 0] ** 2))
 
 
-def may_be_wrong(program: str) -> bool:
-    """Whether the text of a compiled program has a fusion of the kind that jaxlib 0.10.2 computes wrongly."""
+def is_affected(program: str) -> bool:
+    """Whether the text of a compiled program contains a fusion of the kind that jaxlib 0.10.2 miscompiles."""
     fused = set(re.findall(r"calls=%?([\w.\-]+)[^\n]*__ynn_fusion", program))
     for computation in re.split(r"\n(?=\S)", program):
         name = computation.lstrip("%").partition(" ")[0]
@@ -76,8 +76,8 @@ def may_be_wrong(program: str) -> bool:
 
 
 def _weighted(x_BNC: jax.Array, other_BSC: jax.Array, weights_BNS: jax.Array) -> jax.Array:
-    products = jnp.einsum("bnc,bsc->bns", x_BNC, other_BSC, preferred_element_type=jnp.float32)
-    return jnp.sum(products * weights_BNS, axis=-1)
+    logits_BNS = jnp.einsum("bnc,bsc->bns", x_BNC, other_BSC, preferred_element_type=jnp.float32)
+    return jnp.sum(logits_BNS * weights_BNS, axis=-1)
 
 
 def _squared_lengths(x_RC: jax.Array, matrix_CC: jax.Array) -> jax.Array:
@@ -85,13 +85,13 @@ def _squared_lengths(x_RC: jax.Array, matrix_CC: jax.Array) -> jax.Array:
 
 
 def _attended(q_BTHC: jax.Array, k_BTHC: jax.Array, v_BTHC: jax.Array, dy_BTHC: jax.Array) -> tuple[jax.Array, ...]:
-    """Attention and its gradients."""
+    """Attention and its gradients, computed by JAX."""
     y_BTHC, pull = jax.vjp(attention, q_BTHC, k_BTHC, v_BTHC)
     return y_BTHC, *pull(dy_BTHC)
 
 
-def _attended_plainly(q_BTC: np.ndarray, k_BTC: np.ndarray, v_BTC: np.ndarray, dy_BTC: np.ndarray) -> tuple:
-    """The same of one head."""
+def _attended_numpy(q_BTC: np.ndarray, k_BTC: np.ndarray, v_BTC: np.ndarray, dy_BTC: np.ndarray) -> tuple:
+    """Attention and its gradients for one head, computed by NumPy."""
     scale = q_BTC.shape[-1] ** -0.5
     scores = q_BTC @ k_BTC.swapaxes(1, 2) * scale + np.triu(np.full((LENGTH, LENGTH), -1e30, np.float32), 1)
     weights = np.exp(scores - scores.max(-1, keepdims=True))

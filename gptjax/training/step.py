@@ -23,7 +23,7 @@ from gptjax.tasks.registry import make_loss, make_states_loss
 from gptjax.tasks.trainable import forward_params, init_split, join, rates
 from gptjax.training.optim import make_optimizer, make_schedule, rate_factors
 from gptjax.training.precision import LossScale, compute_dtype, init_loss_scale, next_loss_scale
-from gptjax.training.watch import ACCEPTED, HALTED, NOT_FINITE, Watch, init_watch, judge, next_watch
+from gptjax.training.watch import ACCEPTED, HALTED, NOT_FINITE, Watch, init_watch, judge, update_watch
 
 Metrics = dict[str, jax.Array]
 
@@ -139,7 +139,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Any], tuple[TrainSt
             counts &= (verdict != NOT_FINITE) | (loss_scale.scale <= 1.0)
             loss_scale = next_loss_scale(loss_scale, verdict != NOT_FINITE)
         skipped = state.skipped + jnp.where(accepted, 0, 1)
-        watch = next_watch(state.watch, verdict, counts, loss, grad_norm, sums.count)
+        watch = update_watch(state.watch, verdict, counts, loss, grad_norm, sums.count)
         metrics |= {"skipped": skipped, "verdict": verdict, "in_a_row": watch.in_a_row}
         return TrainState(state.step + 1, skipped, params, opt_state, loss_scale, ema, watch, state.frozen), metrics
 

@@ -1,9 +1,9 @@
-"""Which steps make no update: gradients that are not finite, and spikes. All of it on the device, as part of the step.
+"""Decides on the device, as part of the step, which steps make no update: gradients that are not finite, and spikes.
 
-A spike is a loss or a gradient norm that lies more than `sigma` standard deviations above the running mean of the steps
-that were accepted. Mean and variance forget exponentially, over about `WINDOW` steps, and nothing is called a spike
-before `READY` were accepted: by then the fall of the first steps is forgotten. A steady run has a tiny deviation, so
-that harmless steps would lie far outside of it: deviations count for at least `MIN_LOSS_DEVIATION` nats and
+A spike is a loss or a gradient norm more than `sigma` standard deviations above the running mean of accepted steps.
+Mean and variance are exponential moving averages over about `WINDOW` steps. Nothing is a spike before `READY` steps
+were accepted; by then the averages no longer contain the falling loss of the first steps. In a steady run the deviation
+becomes so small that harmless steps would be outliers, so it counts as at least `MIN_LOSS_DEVIATION` nats, or
 `MIN_NORM_DEVIATION` of the mean norm.
 """
 
@@ -27,7 +27,7 @@ REASONS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """Running statistics of accepted steps, and how many steps in a row were not accepted. Scalars."""
+    """Running statistics of accepted steps, and the number of consecutive steps that were not accepted. Scalars."""
 
     accepted: jax.Array
     loss_mean: jax.Array
@@ -38,23 +38,23 @@ class Watch:
 
 
 def init_watch() -> Watch:
-    """Returns what stands before the first step."""
+    """Returns the statistics before the first step."""
     zero = jnp.float32(0.0)
     return Watch(jnp.int32(0), zero, zero, zero, zero, jnp.int32(0))
 
 
 def judge(watch: Watch, sigma: float, limit: int, loss: jax.Array, norm: jax.Array) -> jax.Array:
-    """Returns `ACCEPTED` or why a step makes no update, int32.
+    """Returns `ACCEPTED`, or the reason why a step makes no update, int32.
 
-    After `limit` steps in a row without an update the verdict stays `HALTED`, so that the state is that of the last
-    accepted step whenever the host looks.
+    After `limit` consecutive steps without an update the verdict stays `HALTED`. So the state is that of the last
+    accepted step when the host, which runs behind, stops the run.
 
     Args:
-        watch: Before this step.
-        sigma: Deviations above the mean that make a spike; 0: none does.
-        limit: Steps in a row without an update that end a run.
+        watch: Statistics before this step.
+        sigma: Threshold of a spike, in standard deviations above the mean; 0: no spikes.
+        limit: Number of consecutive steps without an update that ends a run.
         loss: Nats per target.
-        norm: Of the whole gradient.
+        norm: Norm of the whole gradient.
     """
     verdict = jnp.int32(ACCEPTED)
     if sigma:
@@ -67,19 +67,19 @@ def judge(watch: Watch, sigma: float, limit: int, loss: jax.Array, norm: jax.Arr
     return jnp.where(watch.in_a_row >= limit, HALTED, verdict).astype(jnp.int32)
 
 
-def next_watch(
+def update_watch(
     watch: Watch, verdict: jax.Array, counts: jax.Array, loss: jax.Array, norm: jax.Array, targets: jax.Array
 ) -> Watch:
-    """Takes an accepted step into the statistics, if it had targets.
+    """Updates the statistics with an accepted step that had targets, and the count of rejected steps.
 
     Args:
-        watch: Before the step.
-        verdict: Of the step.
-        counts: Whether a step that is not accepted counts as one in a row; a float16 step that only finds its scale
-            does not.
-        loss: Of the step.
-        norm: Of the step.
-        targets: How many targets the loss is the mean of.
+        watch: Statistics before the step.
+        verdict: Verdict on the step.
+        counts: Whether a rejected step increases `in_a_row`; false for a float16 overflow that only lowers the loss
+            scale.
+        loss: Loss of the step.
+        norm: Gradient norm of the step.
+        targets: Number of targets of the step.
     """
     take = (verdict == ACCEPTED) & (targets > 0)
     share = 1.0 / jnp.minimum(watch.accepted + 1, WINDOW).astype(jnp.float32)

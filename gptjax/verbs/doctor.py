@@ -1,4 +1,4 @@
-"""Looks at this machine, and verifies prepared data and runs in full."""
+"""`gptjax doctor`: describes this machine, and verifies prepared data and runs completely."""
 
 import contextlib
 import functools
@@ -34,63 +34,63 @@ from gptjax.text.tokenizer import load_tokenizer
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken", "tokenizers")
 
-Say = Callable[[str, str], object]
-"""Takes a line's heading and its text."""
+PrintRow = Callable[[str, str], object]
+"""Prints a line from its heading and its text."""
 
 
 def run_doctor(options: DoctorConfig) -> int:
-    """Prints what `examine` finds; status 1: something is damaged."""
+    """Prints the report of `examine`; returns status 1 if something is damaged."""
     return 0 if examine(options) else 1
 
 
 def examine(options: DoctorConfig, print_line: Callable[[str], object] = print) -> bool:
-    """Describes the machine and verifies what `options.check` names; returns whether nothing is damaged.
+    """Describes the machine and verifies the paths of `options.check`; returns whether nothing is damaged.
 
     Args:
         options: Config files, run directories and folders of prepared data to verify.
-        print_line: Gets the report, line by line.
+        print_line: Called with each line of the report.
 
     Raises:
-        UserError: A place is of none of these kinds.
+        UserError: A path is none of these.
     """
-    places = [Path(place).expanduser() for place in options.check]
-    checks = [check for place in places for check in _checks(place)]
+    paths = [Path(path).expanduser() for path in options.check]
+    checks = [check for path in paths for check in _checks(path)]
     if options.all_data:
         checks += [_data_check(path.parent) for path in _prepared_folders(options.cache_dir)]
 
-    def say(heading: str, text: str) -> None:
+    def print_row(heading: str, text: str) -> None:
         print_line(f"{heading:12}{text}")
 
-    with contextlib.suppress(OSError):  # told with the cache
+    with contextlib.suppress(OSError):  # `_describe_cache` reports it
         build.keep_in(compile_cache.compiled_folder(options.cache_dir))
-    _describe_machine(say, options.cache_dir)
-    _describe_cache(say, Path(options.cache_dir).expanduser())
+    _describe_machine(print_row, options.cache_dir)
+    _describe_cache(print_row, Path(options.cache_dir).expanduser())
     damaged = 0
     for check in checks:
         try:
-            say("ok", check())
+            print_row("ok", check())
         except UserError as error:
             damaged += 1
-            say("DAMAGED", str(error))
+            print_row("DAMAGED", str(error))
     if checks:
-        say("verdict", f"{damaged} of {len(checks)} damaged" if damaged else f"all {len(checks)} good")
+        print_row("verdict", f"{damaged} of {len(checks)} damaged" if damaged else f"all {len(checks)} good")
     return not damaged
 
 
-def _checks(place: Path) -> Iterator[Callable[[], str]]:
-    """What there is to verify at a place; a check returns what it found good, or raises `UserError`."""
-    if (place / MANIFEST).exists():
-        yield _data_check(place)
-    elif (place / CONFIG_FILE).exists():
-        yield from _run_checks(place)
-    elif place.is_file():
-        config = load_config(place)
+def _checks(path: Path) -> Iterator[Callable[[], str]]:
+    """Yields the checks of a path. A check returns a description of undamaged data, or raises `UserError`."""
+    if (path / MANIFEST).exists():
+        yield _data_check(path)
+    elif (path / CONFIG_FILE).exists():
+        yield from _run_checks(path)
+    elif path.is_file():
+        config = load_config(path)
         yield lambda: _check_data_of(config)
         run_dir = Path(config.run_dir).expanduser()
         if (run_dir / CONFIG_FILE).exists():
             yield from _run_checks(run_dir, with_data=False)
     else:
-        raise UserError(f"{place}: neither a config file, nor a run directory, nor a folder of prepared data")
+        raise UserError(f"{path}: neither a config file, nor a run directory, nor a folder of prepared data")
 
 
 def _run_checks(run_dir: Path, with_data: bool = True) -> Iterator[Callable[[], str]]:
@@ -100,7 +100,7 @@ def _run_checks(run_dir: Path, with_data: bool = True) -> Iterator[Callable[[], 
         if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
             raise UserError(
                 f"{run_dir / TOKENIZER_FILE}: has {tokenizer.vocab_size:,} ids,"
-                f" the model knows {config.model.vocab_size:,}"
+                f" the model has {config.model.vocab_size:,}"
             )
         return f"{run_dir}: {CONFIG_FILE}" + (f", {TOKENIZER_FILE}" if tokenizer else ", no tokenizer")
 
@@ -121,7 +121,7 @@ def _check_checkpoint(folder: Path) -> str:
 
 
 def _check_data_of(config: Config, run_dir: Path | None = None) -> str:
-    """Verifies the data that a config trains on, as far as it is prepared."""
+    """Verifies the prepared data of a config, if there are any."""
     run_dir = run_dir or Path(config.run_dir).expanduser()
     if not (config.data.path or config.data.source or config.data.hf_dataset):
         return f"{run_dir}: its config names no data"
@@ -151,35 +151,35 @@ def _prepared_folders(cache_dir: str) -> list[Path]:
     return sorted((Path(cache_dir).expanduser() / "data").glob(f"*/{MANIFEST}"))
 
 
-def _describe_machine(say: Say, cache_dir: str) -> None:
+def _describe_machine(print_row: PrintRow, cache_dir: str) -> None:
     memory = allocator.usable_memory()
     cores = core_count()
-    say("gptjax", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
-    say("machine", f"{platform.system()} {platform.machine()}, {cores} cores, {readable_bytes(memory)} of memory")
-    say("libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES))
+    print_row("gptjax", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
+    print_row("machine", f"{platform.system()} {platform.machine()}, {cores} cores, {readable_bytes(memory)} of memory")
+    print_row("libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES))
     devices = jax.devices()
-    say("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
-    say("XLA_FLAGS", os.environ.get("XLA_FLAGS", "not set"))
-    say("allocator", allocator.state_after_restart(cache_dir))
+    print_row("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
+    print_row("XLA_FLAGS", os.environ.get("XLA_FLAGS", "not set"))
+    print_row("allocator", allocator.state_after_restart(cache_dir))
     if jax.default_backend() == "cpu":
-        say("kernels", build.state())
+        print_row("kernels", build.state())
     for dtype in ("bfloat16", "float32"):
-        say("attention", f"{dtype}: {explain_attention(ModelConfig(), 1, dtype, True, False)}")
+        print_row("attention", f"{dtype}: {explain_attention(ModelConfig(), 1, dtype, True, False)}")
 
 
-def _describe_cache(say: Say, cache_dir: Path) -> None:
+def _describe_cache(print_row: PrintRow, cache_dir: Path) -> None:
     try:
         folder = compile_cache.compiled_folder(str(cache_dir))
         damaged, count = compile_cache.check_programs(folder)
-        state = f"{len(damaged)} damaged: the next run removes them" if damaged else "all as they were written"
-        say("compiled", f"{folder}: {count} programs, {state}")
+        state = f"{len(damaged)} damaged: the next run removes them" if damaged else "none damaged"
+        print_row("compiled", f"{folder}: {count} programs, {state}")
     except OSError as error:
-        say("compiled", f"not kept: {error.filename}: {error.strerror}")
+        print_row("compiled", f"not kept: {error.filename}: {error.strerror}")
     folders = _prepared_folders(str(cache_dir))
     size = sum(path.stat().st_size for folder in folders for path in folder.parent.glob("*.bin"))
-    say("prepared", f"{len(folders)} data sets, {readable_bytes(size)}, in {cache_dir / 'data'}")
+    print_row("prepared", f"{len(folders)} data sets, {readable_bytes(size)}, in {cache_dir / 'data'}")
     place = next((folder for folder in (cache_dir, *cache_dir.parents) if folder.is_dir()), Path("/"))
-    say("disk", f"{readable_bytes(shutil.disk_usage(place).free)} free at {place}")
+    print_row("disk", f"{readable_bytes(shutil.disk_usage(place).free)} free at {place}")
 
 
 def _version(library: str) -> str:

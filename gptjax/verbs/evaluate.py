@@ -1,4 +1,4 @@
-"""`gptjax evaluate`: a trained run, measured on its own validation data or on other text or rows."""
+"""`gptjax evaluate`: measures a trained run on text or labels."""
 
 import dataclasses
 import math
@@ -65,7 +65,7 @@ class Measured(NamedTuple):
 
 
 def run_evaluate(options: EvaluateConfig) -> int:
-    """Prints what `evaluate_run` measures."""
+    """Prints the results of `evaluate_run`."""
     compile_cache.start()
     print(evaluate_run(options, notify))
     return 0
@@ -81,7 +81,7 @@ def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
         also its size, the checkpoint, and a line for each of several paths.
 
     Raises:
-        UserError: There is no such run, or its data cannot be read.
+        UserError: The run does not exist, or its data cannot be read.
     """
     run = load_run(Path(options.run_dir).expanduser(), options.checkpoint, options.strict, notify, options.base)
     tokenizer = run.tokenizer
@@ -203,10 +203,10 @@ def _evaluate_chats(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfi
 
 
 def one_task(run: LoadedRun, part: str, where: str) -> tuple[LoadedRun, str]:
-    """The run as one that learned a single task, and the name of its head.
+    """Returns a run restricted to a single task, and the name of its head.
 
     Raises:
-        UserError: The run has no such part, or several and none is named.
+        UserError: The run has no such part, or it has several and `part` is empty.
     """
     tasks = parts_of(run.config)
     if part not in tasks and (part or len(tasks) > 1):
@@ -218,9 +218,9 @@ def one_task(run: LoadedRun, part: str, where: str) -> tuple[LoadedRun, str]:
 def predict_labels(run: LoadedRun, name: str, examples: list, batch_size: int) -> tuple[Predictions, float]:
     """The predictions of head `name` of a run for examples, and the mean loss where their labels are known."""
     config, task, tokenizer = run.config, run.config.task, run.tokenizer
-    assert tokenizer is not None  # labels were learned with one
+    assert tokenizer is not None  # labelled tasks always have one
     predict = TASKS[task.kind].predict
-    assert predict is not None  # checked by those who call
+    assert predict is not None  # callers check it
     return predict(config, name, run.params, tokenizer, examples, batch_size, compute_options(config), _device())
 
 

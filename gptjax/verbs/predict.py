@@ -1,4 +1,4 @@
-"""`gptjax predict`: labels for texts, as a stream of JSON objects."""
+"""`gptjax predict`: predicts labels of texts, and writes them as JSON lines."""
 
 import dataclasses
 import itertools
@@ -30,13 +30,13 @@ from gptjax.text.rows import read_rows
 from gptjax.verbs.evaluate import one_task, predict_labels
 
 CHUNK = 1024
-"""Rows in memory at a time."""
+"""Number of rows in memory at a time."""
 OUTPUTS = ("predicted", "probabilities", "cut")
-"""Fields that are added to each row; a field of the input with one of these names becomes "input.NAME"."""
+"""Fields that are added to each row; an input field with one of these names is renamed to "input.NAME"."""
 
 
 def run_predict(options: PredictConfig) -> int:
-    """Labels texts, and prints how many where they are written to a file."""
+    """Predicts labels; if the output is a file, prints the number of rows."""
     compile_cache.start()
     count = predict_run(options, notify)
     if options.out:
@@ -45,19 +45,18 @@ def run_predict(options: PredictConfig) -> int:
 
 
 def predict_run(options: PredictConfig, notify: Callable[[str], None] = print) -> int:
-    """Writes each row with what the run predicts for it, in the order of the input; returns how many.
+    """Writes each row with its predictions, in input order; returns the number of rows.
 
-    `notify` gets one line for each of: damaged checkpoints, rows left out, texts that were cut, fields that got
-    another name.
+    `notify` is called with one line about damaged checkpoints, skipped rows, truncated texts and renamed fields.
 
     Raises:
-        UserError: The run predicts no labels, or a row is wrong.
+        UserError: The run predicts no labels, or a row is invalid.
     """
     run = load_run(Path(options.run_dir).expanduser(), options.checkpoint, options.strict, notify, options.base)
     run, name = one_task(run, options.part, options.run_dir)
     task = run.config.task
     if task.kind not in LABELLED:
-        raise UserError(f"{options.run_dir}: has task.kind={task.kind} and names no labels; use gptjax sample")
+        raise UserError(f"{options.run_dir}: has task.kind={task.kind}, which has no labels; use gptjax sample")
     data = _data_config(run.config.data, options, task)
     counts: Counter[str] = Counter()
     rows = read_rows([options.file], "file", data, counts) if options.file else _given_rows(options.text, task, data)
@@ -71,18 +70,18 @@ def predict_run(options: PredictConfig, notify: Callable[[str], None] = print) -
 def predicted_rows(
     run: LoadedRun, name: str, rows: Iterator[Row], data: DataConfig, batch_size: int, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the values of each row together with what head `name` predicts for it.
+    """Yields the values of each row together with the predictions of head `name`.
 
     Args:
-        run: As one that learned a single task.
-        name: Of the head.
-        rows: Without labels, or with labels that are not read.
+        run: A run restricted to a single task (`one_task`).
+        name: Name of the head.
+        rows: Rows; their labels are not read.
         data: Names the text field.
-        batch_size: Texts at a time.
-        counts: Gets "cut" and "renamed" (rows).
+        batch_size: Number of texts in a batch.
+        counts: Its entries "cut" and "renamed" are increased for each such row.
 
     Raises:
-        UserError: A row is wrong.
+        UserError: A row is invalid.
     """
     while chunk := list(itertools.islice(rows, CHUNK)):
         examples = list(parse(chunk, run.config.task, data, labelled=False))
@@ -94,7 +93,7 @@ def predicted_rows(
 
 
 def _data_config(own: DataConfig, options: PredictConfig, task: TaskConfig) -> DataConfig:
-    """How rows are read and normalised: as in training, but for what the options say of the file."""
+    """Reading and normalisation as in training, except the options of the input file."""
     given = options.data
     if given.text_field and task.kind == "tag":
         raise UserError("data.text_field has no effect on a run with task.kind=tag; it reads task.tokens_field")
@@ -110,7 +109,7 @@ def _given_rows(texts: Iterable[str], task: TaskConfig, data: DataConfig) -> Ite
 
 
 def _renamed(row: Row, counts: Counter[str]) -> dict[str, Any]:
-    """The row's values, under names that the outputs do not have."""
+    """Renames the row's fields that have names of outputs."""
     clash = [name for name in OUTPUTS if name in row.values]
     if not clash:
         return row.values
@@ -133,7 +132,7 @@ def _notes(counts: Counter[str], count: int, max_tokens: int) -> list[str]:
 
 
 def _write_file(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    """Writes a file that is complete or not there."""
+    """Writes a file atomically: it is complete or does not exist."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -159,7 +158,7 @@ def _write(rows: Iterable[dict[str, Any]], file: TextIO) -> int:
 
 
 def _without_nan(value: Any) -> Any:
-    """Nested plain values with None in place of NaN and infinity, which JSON does not have."""
+    """Replaces NaN and infinity, which JSON does not have, by None in nested values."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (list, tuple)):
@@ -177,7 +176,7 @@ def _of_texts(predictions: Predictions) -> Iterator[dict[str, Any]]:
 
 
 def _of_sentences(predictions: Predictions) -> Iterator[dict[str, Any]]:
-    """A tag for each word and its probability; those of all other tags would be many times the text."""
+    """Yields the tag of each word and its probability. The probabilities of all tags would be many times the text."""
     chosen, best = predictions.chosen.tolist(), predictions.probabilities_EN.max(axis=-1).tolist()
     for end, length in zip(np.cumsum(predictions.sentences).tolist(), predictions.sentences, strict=True):
         here = slice(end - length, end)

@@ -1,7 +1,7 @@
-"""Whether a run that is killed and goes on has the bits of one that never was: `gptjax verify-resume`.
+"""`gptjax verify-resume`: checks that a run that is killed and resumed equals an uninterrupted run, bit for bit.
 
-Runs are processes of their own, killed by SIGKILL at random moments. What is compared is the arrays of the last
-checkpoint, bit by bit, and the metrics, but for what depends on the clock.
+Each run is a separate process. SIGKILL kills it at random moments. The arrays of the last checkpoint are compared bit
+by bit, and so are all metrics that do not depend on the clock.
 """
 
 import dataclasses
@@ -34,23 +34,23 @@ KILL_WITHIN = 0.6  # seconds
 
 
 class Process(Protocol):
-    """What is asked of a process that trains."""
+    """A training process."""
 
     def poll(self) -> int | None:
-        """Its exit status, None while it runs."""
+        """Exit status, None while it runs."""
         ...
 
     def wait(self) -> int:
-        """Waits for its end; its exit status."""
+        """Waits for the end of the process; returns its exit status."""
         ...
 
     def kill(self) -> None:
-        """SIGKILL, if it still runs."""
+        """Sends SIGKILL, if the process still runs."""
         ...
 
 
 def run_verify_resume(config: Config, options: VerifyResumeConfig) -> int:
-    """Prints whether a run that is killed ends with the bits of one that is not; status 1: it does not."""
+    """Prints whether a killed and resumed run equals an uninterrupted one; returns status 1 if not."""
     compile_cache.start(config.cache_dir)
     difference = verify_resume(config, options)
     if difference:
@@ -61,12 +61,12 @@ def run_verify_resume(config: Config, options: VerifyResumeConfig) -> int:
 
 
 def verify_resume(config: Config, options: VerifyResumeConfig, notify: Callable[[str], None] = print) -> str:
-    """Trains twice for `options.steps` steps, once with kills; names the first difference, empty where there is none.
+    """Trains twice for `options.steps` steps, once with kills; returns the first difference, empty if there is none.
 
-    Both runs lie in a temporary folder, which is removed.
+    Both runs are in a temporary folder, which is removed.
 
     Raises:
-        UserError: A run fails by itself, or a run goes on from an older step than it had acknowledged.
+        UserError: A run fails by itself, or resumes from an older step than it had acknowledged.
     """
     train = dataclasses.replace(
         config.train,
@@ -81,7 +81,7 @@ def verify_resume(config: Config, options: VerifyResumeConfig, notify: Callable[
             dataclasses.replace(config, run_dir=str(Path(folder) / name), train=train)
             for name in ("unbroken", "killed")
         ]
-        notify(f"a run of {options.steps} steps that is left alone")
+        notify(f"an uninterrupted run of {options.steps} steps")
         _finish(_start(configs[0]), configs[0])
         kill_often(configs[1], options.kills, random.Random(options.kill_seed), notify)
         return first_difference(*(Path(c.run_dir) for c in configs))
@@ -94,20 +94,20 @@ def kill_often(
     notify: Callable[[str], None],
     start: Callable[[Config], Process] | None = None,
 ) -> list[int]:
-    """Trains `config` to its end, killed `kills` times; returns the newest acknowledged step at each kill.
+    """Trains `config` to its end and kills it `kills` times; returns the newest acknowledged step at each kill.
 
-    Every other kill comes at any moment, start-up included; the others soon after a save was acknowledged, so that the
-    run gets on.
+    Every other kill comes at a random moment, possibly during start-up. The others come soon after a save was
+    acknowledged, so that the run makes progress.
 
     Args:
         config: The run.
-        kills: How many.
+        kills: Number of kills.
         chance: Draws the moments.
-        notify: Told of each kill.
-        start: Starts a process that trains; None: the command line.
+        notify: Called with one line for each kill.
+        start: Starts a training process; None: uses the command line.
 
     Raises:
-        UserError: A run failed by itself, or went on from an older step than was acknowledged.
+        UserError: A run failed by itself, or resumed from an older step than was acknowledged.
     """
     run_dir, start = Path(config.run_dir), start or _start
     steps: list[int] = []
@@ -128,25 +128,25 @@ def kill_often(
 
 
 def hint() -> str:
-    """What to try where bits differ: on a GPU they do unless one asks, since attention is then slower."""
+    """Suggests deterministic operations if bits differ on a GPU. They are not the default, because they are slower."""
     if jax.default_backend() != "gpu" or deterministic_ops_requested():
         return ""
     return "; a GPU gives the same bits with XLA_FLAGS=--xla_gpu_deterministic_ops=true"
 
 
 def first_difference(expected: Path, actual: Path) -> str:
-    """Names the first array or row of metrics in which two runs differ, in words; empty: none."""
+    """Describes the first array or row of metrics in which two runs differ; empty: they are equal."""
     states = [load_state(run_dir)[0] for run_dir in (expected, actual)]
     leaves = [jax.tree_util.tree_leaves_with_path(jax.device_get(state)) for state in states]
     for (path, one), (other_path, other) in zip(*leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if path != other_path or one.dtype != other.dtype or one.shape != other.shape:
-            return f"{name}: another array"
+            return f"{name}: another path, dtype or shape"
         differs = np.asarray(one).reshape(-1).view(np.uint8) != np.asarray(other).reshape(-1).view(np.uint8)
         if differs.any():
             largest = float(np.max(np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64))))
             return f"{name}: differs by up to {largest:.3g}"
-    rows = [[_timeless(row) for row in read_metrics(run_dir)] for run_dir in (expected, actual)]
+    rows = [[_without_clock(row) for row in read_metrics(run_dir)] for run_dir in (expected, actual)]
     for one, other in zip(*rows, strict=False):
         if one != other:
             return f"{METRICS_FILE}, step {one['step']}: {one} and {other}"
@@ -154,14 +154,14 @@ def first_difference(expected: Path, actual: Path) -> str:
 
 
 def acknowledged(run_dir: Path) -> int:
-    """The newest step whose checkpoint has its manifest; 0: none."""
+    """Returns the newest step whose checkpoint has a manifest; 0: none."""
     folder = run_dir / FOLDER
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return max((int(name) for name in names if NAME.fullmatch(name) and (folder / name / MANIFEST).exists()), default=0)
 
 
 def log_file(config: Config) -> Path:
-    """Where a run's process writes what it prints."""
+    """File with the output of a run's process."""
     return Path(config.run_dir).with_suffix(".log")
 
 
@@ -178,25 +178,25 @@ def _finish(process: Process, config: Config, acknowledged_before: int = 0) -> N
     try:
         status = process.wait()
     finally:
-        process.kill()  # where the waiting is interrupted
+        process.kill()  # if an exception interrupted the wait
     _check(config, status, acknowledged_before)
 
 
 def _check(config: Config, status: int, acknowledged_before: int) -> None:
-    """Holds what a run printed against what must be.
+    """Checks the exit status and the output of a run.
 
     Raises:
-        UserError: It failed by itself, or went on from an older step than was acknowledged.
+        UserError: It failed by itself, or resumed from an older step than was acknowledged.
     """
     lines = log_file(config).read_text(encoding="utf-8", errors="replace").splitlines()
     if status:
         raise UserError(f"the run ended by itself with status {status}: {lines[-1] if lines else ''}")
     resumed = [int(line.rpartition(" ")[2]) for line in lines if line.startswith("resuming from step ")]
     if resumed and resumed[0] < acknowledged_before:
-        raise UserError(f"the run went on from step {resumed[0]}, though step {acknowledged_before} was acknowledged")
+        raise UserError(f"the run resumed from step {resumed[0]}, though step {acknowledged_before} was acknowledged")
     if not resumed and any(line.startswith("device ") for line in lines) and acknowledged_before:
-        raise UserError(f"the run began anew, though step {acknowledged_before} was acknowledged")
+        raise UserError(f"the run started again from the beginning, though step {acknowledged_before} was acknowledged")
 
 
-def _timeless(row: dict) -> dict:
+def _without_clock(row: dict) -> dict:
     return {key: value for key, value in row.items() if key not in CLOCK}

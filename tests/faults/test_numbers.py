@@ -17,7 +17,7 @@ from gptjax.training import selftest, trainer
 from gptjax.training.guard import EXIT_DIVERGED
 from gptjax.training.precision import LossScale
 from gptjax.training.watch import ACCEPTED, HALTED, LOSS_SPIKE, NORM_SPIKE, NOT_FINITE, READY, WINDOW, init_watch, judge
-from gptjax.training.watch import next_watch as update
+from gptjax.training.watch import update_watch as update
 from tests.faults.runs import process_config, run, write_config
 from tests.tiny import (
     CONFIG,
@@ -216,9 +216,9 @@ def test_wrong_fusions_are_found_and_avoided(seen):
     wrong = int(np.sum(np.asarray(lowered.compile()(x_RC, eye)) != x_RC[:, 0] ** 2))
     safe = selftest.compile_safely(lowered)
     np.testing.assert_array_equal(safe(x_RC, eye), x_RC[:, 0] ** 2)
-    assert selftest.has_wrong_fusions() == bool(wrong)
+    assert selftest.has_fusion_bug() == bool(wrong)
     step = jax.jit(lambda state, batch: train_step(CONFIG)(state, batch)).lower(init_state(CONFIG), make_batch())
-    assert not selftest.may_be_wrong(step.compile().as_text() or ""), "the step has none of them"
+    assert not selftest.is_affected(step.compile().as_text() or ""), "the step has none of them"
     seen(
         f"jaxlib {jax.lib.__version__}: {wrong} wrong sums of {selftest.ROWS:,} as it compiles by default,"
         " 0 as compile_safely does; the training step has no such fusion"

@@ -133,10 +133,10 @@ def test_verify_resume_says_what_a_gpu_needs(monkeypatch):
 def test_a_run_that_goes_on_from_too_early_is_found(tmp_path):
     config = process_config(tmp_path)
     verify_resume.log_file(config).write_text("device      1 x cpu\n")
-    with pytest.raises(UserError, match="began anew, though step 5 was acknowledged"):
+    with pytest.raises(UserError, match="started again from the beginning, though step 5 was acknowledged"):
         verify_resume._check(config, 0, 5)
     verify_resume.log_file(config).write_text("resuming from step 3\n")
-    with pytest.raises(UserError, match="went on from step 3, though step 5"):
+    with pytest.raises(UserError, match="resumed from step 3, though step 5"):
         verify_resume._check(config, 0, 5)
     with pytest.raises(UserError, match="ended by itself with status 1"):
         verify_resume._check(config, 1, 0)

@@ -1,4 +1,4 @@
-"""The library of kernels in C++, which XLA calls by their names."""
+"""Compiles, checks and loads the library of C++ kernels, which XLA calls by name."""
 
 import ctypes
 import functools
@@ -17,7 +17,7 @@ NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_
 TILES = {"amx_tile", "amx_bf16", "amx_int8"}
 WITHOUT_TILES = "-DGPTJAX_WITHOUT_TILES"
 NO_TILES, USES_TILES = 0, 1
-"""What `gptjax_prepare` returns."""
+"""Return values of `gptjax_prepare`."""
 SOURCE = Path(__file__).with_name("kernels.cc")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 TARGETS = (
@@ -30,13 +30,13 @@ _folder: Path | None = None
 
 
 def keep_in(folder: Path) -> None:
-    """Names the private folder of the library, before it is first asked for. The first call counts."""
+    """Sets the private folder of the library; must be called before the library is used. Later calls have no effect."""
     global _folder
     _folder = _folder or folder
 
 
 def begin(devices: int) -> None:
-    """Compiles the library beside other work, for a step on so many devices. `ready` waits for the end of that."""
+    """Starts to compile the library in a thread, for a step on `devices` devices; `ready` waits for the result."""
     import jax
 
     if jax.default_backend() == "cpu" and devices == 1:  # XLA cannot partition a kernel
@@ -44,17 +44,17 @@ def begin(devices: int) -> None:
 
 
 def ready() -> bool:
-    """Whether kernels can be called by name; compiles the library and loads it when it is first asked."""
+    """Whether the kernels can be used; the first call compiles and loads the library."""
     return not _loaded().problem
 
 
 def has_tiles() -> bool:
-    """Whether kernels use AMX, by which they are faster than XLA's matmuls in float32 too."""
+    """Whether the kernels use AMX; with AMX they are faster than XLA also in float32."""
     return _loaded().tiles
 
 
 def state(devices: int = 1) -> str:
-    """Says which kernels a step on so many devices uses, and if none, why."""
+    """Describes which kernels a step on `devices` devices uses, or why it uses none."""
     if devices > 1:
         return f"none: XLA partitions the step over {devices} devices"
     if _loaded().problem:
@@ -63,7 +63,7 @@ def state(devices: int = 1) -> str:
 
 
 def missing() -> str:
-    """What this machine lacks, or its user does not want, so that there can be no kernels; empty: nothing."""
+    """Returns why there can be no kernels on this machine; empty: there can."""
     if compiler.level() == "0":
         return f"{SWITCH}=0"
     if sys.platform != "linux" or not processor_flags() >= NEEDED:
@@ -75,7 +75,7 @@ def missing() -> str:
 
 class _Library(NamedTuple):
     problem: str
-    """Why it is not there; empty: it is."""
+    """Why there are no kernels; empty: they are loaded."""
     tiles: bool = False
 
 
@@ -100,7 +100,7 @@ def _load() -> _Library:
         return _Library(f"they could not be compiled: {next((line for line in said if 'error' in line), said[0])}")
     wrong = check.wrong_kernel(library, float32=tiles)
     if wrong:
-        problem = f"they compute wrong numbers here ({wrong}), so XLA computes all"
+        problem = f"they compute wrong numbers here ({wrong}), so XLA is used for everything"
         print(f"gptjax: kernels are turned off: {problem}", file=sys.stderr)
         return _Library(problem)
     for name in TARGETS:
@@ -109,7 +109,7 @@ def _load() -> _Library:
 
 
 def _prepared_library(folder: Path) -> "tuple[ctypes.CDLL, bool]":
-    """The library and whether it uses AMX: where the processor has it and the system gives it to this process."""
+    """Returns the library, and whether it uses AMX: if the processor has it and the system permits it."""
     if processor_flags() >= TILES and compiler.level() == "auto":
         library = ctypes.CDLL(str(_built(folder)))
         if library.gptjax_prepare() == USES_TILES:

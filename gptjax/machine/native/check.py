@@ -27,14 +27,14 @@ CODES = {
 PLANES = {BFLOAT16: 1, FLOAT32: 3}
 """Number of bfloat16 terms that represent one value in a kernel."""
 TOLERANCE = {BFLOAT16: 0.03, FLOAT32: 2e-5}
-"""Of a number, relative to its size plus the root mean square of its array: several roundings of 8 and of 24 bits."""
+"""Allowed error, relative to a number's size plus the root mean square of its array, after several roundings."""
 MESSAGE_BYTES = 256
 NONE = np.zeros(0, np.float32)
 Spec = tuple[tuple[int, ...], np.dtype]
 
 
 class KernelError(RuntimeError):
-    """A kernel refused its arguments."""
+    """A kernel rejected its arguments."""
 
 
 class _Buffer(ctypes.Structure):
@@ -68,10 +68,10 @@ def call(
     options: Mapping[str, np.generic] | None = None,
     threads: int = 1,
 ) -> list[np.ndarray]:
-    """Calls a kernel of a `ctypes` library on so many threads. Results are given as shapes and dtypes.
+    """Calls a kernel of a `ctypes` library on `threads` threads; `results` gives the shapes and dtypes of its results.
 
     Raises:
-        KernelError: It refuses the arguments.
+        KernelError: The kernel rejects the arguments.
     """
     return call_and_count(library, name, arguments, results, options, threads)[0]
 
@@ -84,7 +84,7 @@ def call_and_count(
     options: Mapping[str, np.generic] | None = None,
     threads: int = 1,
 ) -> tuple[list[np.ndarray], int]:
-    """`call`, and how many threads helped with the largest piece of its work."""
+    """Like `call`; also returns how many threads helped with the largest piece of work."""
     arrays = [np.ascontiguousarray(argument) for argument in arguments]
     arrays += [np.zeros(shape, dtype) for shape, dtype in results]
     values = {key: np.array(value) for key, value in sorted((options or {}).items())}
@@ -110,17 +110,17 @@ def call_and_count(
 
 
 class Case(NamedTuple):
-    """A call of a kernel, and what it should give."""
+    """A call of a kernel, and the expected results."""
 
     name: str
     arguments: tuple[np.ndarray, ...]
     results: tuple[Spec, ...]
-    """With the workspace, if there is one, at the end."""
+    """The last one is the workspace, if the kernel has one."""
     options: Mapping[str, np.generic]
     expected: tuple[np.ndarray, ...]
-    """Of the first results."""
+    """Expected values of the first results."""
     precision: np.dtype | float
-    """Of the kernel's arithmetic; or a tolerance of its own, see `TOLERANCE`."""
+    """Precision of the kernel's arithmetic (see `TOLERANCE`), or a tolerance."""
 
     @property
     def tolerance(self) -> float:
@@ -128,11 +128,11 @@ class Case(NamedTuple):
 
 
 def wrong_kernel(library, float32: bool) -> str:
-    """Names the first kernel that does not compute what NumPy does, and how far it is off; empty: all are right.
+    """Describes the first kernel whose results differ from NumPy's; empty: all are right.
 
     Args:
         library: The loaded library.
-        float32: Whether its kernels for float32 are used too.
+        float32: Whether its float32 kernels are used.
     """
     for case in cases((BFLOAT16, FLOAT32) if float32 else (BFLOAT16,)):
         try:
@@ -147,14 +147,14 @@ def wrong_kernel(library, float32: bool) -> str:
 
 
 def count_wrong(found: np.ndarray, expected: np.ndarray, tolerance: float) -> int:
-    """How many numbers are farther off than `tolerance` allows; NaN is."""
+    """Counts the numbers that differ by more than `tolerance` allows; NaN counts as different."""
     found, expected = found.astype(np.float64).reshape(expected.shape), expected.astype(np.float64)
     allowed = tolerance * (np.abs(expected) + np.sqrt(np.mean(expected**2)))
     return int(np.sum(~(np.abs(found - expected) <= allowed)))
 
 
 def cases(dtypes: Sequence[np.dtype]) -> Iterator[Case]:
-    """One or two calls of each kernel for each precision; those for decoding have their own dtypes."""
+    """Yields one or two calls of each kernel for each precision; kernels for decoding have their own dtypes."""
     for dtype in dtypes:
         yield from _linear(dtype)
         yield from _mlp(dtype)

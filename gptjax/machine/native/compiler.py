@@ -1,4 +1,4 @@
-"""Libraries in C++, compiled for the processor at hand and kept, signed, in the private folder of compiled programs."""
+"""Compiles C++ libraries for this processor and stores them, signed, in the private folder of compiled programs."""
 
 import atexit
 import contextlib
@@ -21,17 +21,17 @@ from gptjax.machine.private import is_sound, publish_signed, signed_versions, si
 
 SWITCH = "GPTJAX_NATIVE"
 LEVELS = ("auto", "avx512", "0")
-"""Values of the switch: the best kernels that the processor has, those for AVX-512, or no library at all."""
+"""Values of the switch: the best kernels for the processor, those for AVX-512, or no library."""
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
-MOST_SECONDS = 300
-"""How long the compiler may take, and a process waits for another one that compiles the same."""
+TIMEOUT = 300
+"""Seconds that the compiler may take, and that a process waits for another one that compiles the same library."""
 
 
 def level() -> str:
-    """What `GPTJAX_NATIVE` says.
+    """Value of `GPTJAX_NATIVE`.
 
     Raises:
-        UserError: It is none of `LEVELS`.
+        UserError: The value is not one of `LEVELS`.
     """
     value = os.environ.get(SWITCH, LEVELS[0])
     if value not in LEVELS:
@@ -40,22 +40,22 @@ def level() -> str:
 
 
 def find() -> str | None:
-    """The user's compiler, if there is one."""
+    """Path of a C++ compiler; None: there is none."""
     return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 def library(
     compiler: str, source: Path, headers: Sequence[Path], options: Sequence[str], made_with: str, folder: Path
 ) -> Path:
-    """The library of a source in a private folder; it is compiled if it is not there for this compiler, or is damaged.
+    """Returns the path of a compiled library; compiles it if it is missing for this compiler, or damaged.
 
-    Its name says for which processor and with which compiler it was compiled.
+    The file name identifies the processor and the compiler.
 
     Args:
-        made_with: What else it depends on.
+        made_with: Version of another dependency, for example jaxlib.
 
     Raises:
-        OSError: It cannot be written, or another user could have written what is there.
+        OSError: It cannot be written, or another user could have written the existing file.
         SubprocessError: The compiler failed.
     """
     key = signing_key(folder)
@@ -81,30 +81,30 @@ def _sound_version(key: bytes, folder: Path, name: str) -> Path | None:
 
 @functools.cache
 def _version(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=MOST_SECONDS)
+    done = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT)
     return done.stdout.partition("\n")[0]
 
 
 def _short_name(compiler: str) -> str:
-    """The compiler and its version, as they may stand in a file's name."""
+    """The compiler and its version, as part of a file name."""
     number = re.search(r"\d+(\.\d+)+", _version(compiler))
     return re.sub(r"[^\w+.]", "_", f"{Path(compiler).name}_{number[0] if number else ''}")
 
 
 def _compile(command: Sequence[str], result: Path) -> None:
-    """Runs the compiler; if this process ends meanwhile, the compiler does too, and leaves nothing behind."""
+    """Runs the compiler. If this process ends first, the compiler is killed and its output is removed."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
 
         def stop() -> None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with the programs that the compiler has started
+                os.killpg(process.pid, signal.SIGKILL)  # also kills the programs that the compiler has started
             result.unlink(missing_ok=True)
 
         atexit.register(stop)
         try:
-            said, _ = process.communicate(timeout=MOST_SECONDS)
+            said, _ = process.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             stop()
             raise
@@ -117,8 +117,8 @@ def _compile(command: Sequence[str], result: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Waits until no other process is inside, for a while: two that compile the same do no harm."""
-    deadline = time.monotonic() + MOST_SECONDS
+    """Holds a lock against other processes, or continues without it after `TIMEOUT`: compiling twice is harmless."""
+    deadline = time.monotonic() + TIMEOUT
     with open(os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         while time.monotonic() < deadline:
             try:
