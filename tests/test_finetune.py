@@ -278,7 +278,7 @@ def test_wrong_input_to_predict_is_one_line(folder, trained, capsys, args, messa
     assert main(["predict", "--run_dir", trained("head").run_dir, *filled]) == 2
     assert message in capsys.readouterr().err
     assert main(["predict", "--run_dir", str(folder / "base"), "--text", "a"]) == 2
-    assert "names no labels; use gptjax sample" in capsys.readouterr().err
+    assert "which has no labels; use gptjax sample" in capsys.readouterr().err
 
 
 def test_evaluate_prints_the_table(folder, trained, tmp_path, capsys):
