@@ -60,7 +60,7 @@ def test_a_program_restarts_itself_once_and_leaves_its_environment_as_it_was():
         ({"CXX": "no-such", "PATH": "/nowhere"}, [str(has_huge_pages()), "False"]),
     ],
 )
-def test_settings_of_the_users_own_are_left_alone(setting, expected):
+def test_settings_of_the_user_are_not_changed(setting, expected):
     words = start(REPORT, **setting)[0]
     assert words[:2] == expected
     assert words[3] == str(len(setting) if setting.keys() & set(OURS) else 0)
@@ -75,7 +75,7 @@ def test_settings_of_the_users_own_are_left_alone(setting, expected):
         "from pathlib import Path; import gptjax.machine.allocator as a; a.STATUS = Path('traced')",
     ],
 )
-def test_a_process_that_is_watched_does_not_restart(watch, tmp_path, monkeypatch):
+def test_a_process_under_a_debugger_does_not_restart(watch, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("traced").write_text("Name:\tpython\nTracerPid:\t4242\n")
     words = start(f"{watch}\n{REPORT.replace('print(', 'sys.settrace(None); print(', 1)}")[0]
@@ -94,7 +94,7 @@ def test_a_process_that_is_watched_does_not_restart(watch, tmp_path, monkeypatch
         ({"accelerator": "yes"}, "a GPU or TPU is used"),
     ],
 )
-def test_why_a_process_stays_as_it_is(environment, reason, monkeypatch):
+def test_the_reason_against_a_restart_is_stated(environment, reason, monkeypatch):
     if allocator._glibc() is None:
         pytest.skip("needs Linux with glibc")
     monkeypatch.setattr(allocator, "has_accelerator", lambda environment: "accelerator" in environment)
@@ -133,7 +133,7 @@ def test_processes_on_one_machine_share_the_memory_of_the_cache(environment, pro
 
 
 @pytest.mark.parametrize(("setting", "huge"), [("[always] madvise never", True), ("always madvise [never]", False)])
-def test_huge_pages_that_the_kernel_gives_to_all_need_no_restart(tmp_path, monkeypatch, setting, huge):
+def test_kernel_wide_huge_pages_need_no_restart(tmp_path, monkeypatch, setting, huge):
     (tmp_path / "thp").write_text(setting)
     monkeypatch.setattr(allocator, "THP_SETTING", tmp_path / "thp")
     assert allocator._huge_pages() == {} and allocator.uses_huge_pages() == huge
@@ -258,7 +258,7 @@ print(c.gptjax_cached_bytes() // MB, resident())
     assert words == ["0", "3", "192", "3"]
 
 
-def test_no_more_is_cached_than_is_allowed():
+def test_the_cache_has_a_size_limit():
     words = caching(
         """
 one, two = written(128 * MB), written(128 * MB)
@@ -271,7 +271,7 @@ print(c.gptjax_cached_bytes() // MB, resident())
     assert words == ["128", "2"]
 
 
-def test_a_request_waits_a_moment_for_a_buffer_that_is_about_to_be_freed():
+def test_a_request_waits_briefly_for_a_buffer_that_is_about_to_be_freed():
     words = caching("""
 import threading
 
@@ -342,7 +342,7 @@ print(len(wrong), c.gptjax_cached_bytes() <= 8 * 40 * MB)
 
 
 @pytest.mark.parametrize("name", ["with space", "with:colon"])
-def test_a_folder_that_cannot_be_named_is_left_out(name, tmp_path):
+def test_a_folder_with_separators_in_its_name_is_not_used(name, tmp_path):
     assert start(REPORT, str(tmp_path / name))[0][1] == "False"
     assert start(REPORT, str(tmp_path / "plain"))[0][1] == str(can_cache())
 

@@ -1,4 +1,4 @@
-"""Arrays on the disk: direct access gives the bytes back, with and without the file system's help."""
+"""Arrays on disk: they are read back as written, with and without direct access."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ def random_bytes(size: int) -> np.ndarray:
 
 
 def refuse_to_open(monkeypatch):
-    """As a file system without direct access does."""
+    """Behaves like a file system without direct access."""
     real = os.open
 
     def open_file(path, flags, mode=0o777, **more):
@@ -33,7 +33,7 @@ def refuse_to_open(monkeypatch):
 
 
 def refuse_to_transfer(monkeypatch):
-    """As one with larger blocks does."""
+    """Behaves like a file system with larger blocks."""
     for name in ("write", "readv"):
         real = getattr(os, name)
 
@@ -47,7 +47,7 @@ def refuse_to_transfer(monkeypatch):
 
 @pytest.mark.parametrize("refuse", [None, refuse_to_open, refuse_to_transfer])
 @pytest.mark.parametrize("size", SIZES)
-def test_bytes_come_back(tmp_path, monkeypatch, size, refuse):
+def test_bytes_are_read_as_written(tmp_path, monkeypatch, size, refuse):
     if refuse:
         refuse(monkeypatch)
     content = random_bytes(size)
@@ -56,7 +56,7 @@ def test_bytes_come_back(tmp_path, monkeypatch, size, refuse):
     assert b"".join(bytes(piece) for piece in read_direct(tmp_path / "file")) == content.tobytes()
 
 
-def test_an_existing_file_is_not_written_over(tmp_path):
+def test_an_existing_file_is_not_overwritten(tmp_path):
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(FileExistsError):
         write_direct(tmp_path / "file", random_bytes(5))
@@ -84,14 +84,14 @@ def save_and_load(folder, items, reader=None):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool"])
-def test_every_dtype_and_shape_comes_back(tmp_path, dtype):
+def test_every_dtype_and_shape_is_restored(tmp_path, dtype):
     values = jnp.asarray(np.random.default_rng(0).normal(0, 10, (3, 5, 7)).astype(jnp.dtype(dtype)))
     items = {"params": {"cube": values, "scalar": values[0, 0, 0], "row": values[0, 0]}}
     jax.tree.map(np.testing.assert_array_equal, save_and_load(tmp_path / "saved", items), items)
 
 
 @pytest.mark.parametrize(("writes", "reads"), [("cpu", "gpu"), ("gpu", "cpu")])
-def test_what_one_kind_of_machine_writes_another_reads(tmp_path, monkeypatch, writes, reads):
+def test_arrays_of_one_platform_are_read_on_another(tmp_path, monkeypatch, writes, reads):
     monkeypatch.setattr(jax, "default_backend", lambda: reads)
     reader = checkpointer()
     monkeypatch.setattr(jax, "default_backend", lambda: writes)
@@ -101,7 +101,7 @@ def test_what_one_kind_of_machine_writes_another_reads(tmp_path, monkeypatch, wr
     assert (tmp_path / "saved" / "params" / "manifest.ocdbt").exists() == (writes == "gpu")
 
 
-def test_the_arrays_are_zarr_that_others_read(tmp_path):
+def test_the_arrays_are_standard_zarr(tmp_path):
     value = jnp.arange(60.0).reshape(3, 4, 5)
     writer = checkpointer()
     start_saving(writer, tmp_path / "saved", {"params": {"layer": {"weight": value}}})

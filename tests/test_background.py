@@ -1,4 +1,4 @@
-"""Saving gives way to training."""
+"""Saving has a lower priority than training."""
 
 import os
 import sys
@@ -37,13 +37,13 @@ def test_threads_started_at_low_priority_inherit_it_and_the_caller_keeps_its_own
     assert niceness() == before == of_a_new_thread()
 
 
-def test_what_is_raised_below_arrives():
+def test_exceptions_of_the_low_priority_thread_reach_the_caller():
     with pytest.raises(ZeroDivisionError):
         call_at_low_priority(divmod, 1, 0)
 
 
 @linux
-def test_the_lowest_priority_can_be_asked_for_again():
+def test_lowering_the_lowest_priority_is_harmless():
     def three_times() -> int:
         for _ in range(3):
             lower_priority()
@@ -53,7 +53,7 @@ def test_the_lowest_priority_can_be_asked_for_again():
 
 
 @linux
-def test_a_save_is_finished_from_below(tmp_path, monkeypatch):
+def test_a_save_is_completed_at_low_priority(tmp_path, monkeypatch):
     found, write = [], checkpoint.write_manifest
     monkeypatch.setattr(checkpoint, "write_manifest", lambda *args: (found.append(niceness()), write(*args)))
     checkpoints = Checkpoints(tmp_path)

@@ -1,4 +1,4 @@
-"""The doctor: what it says of a machine, and that it finds what is damaged."""
+"""`gptjax doctor`: its description of a machine, and detection of damage."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_the_machine_is_described_without_any_argument(prepared, capsys):
     assert "1 data sets" in report and "verdict" not in report
 
 
-def test_data_is_found_by_config_by_folder_and_in_the_cache_and_verified_in_full(prepared, capsys):
+def test_data_is_verified_by_config_by_folder_and_in_the_cache(prepared, capsys):
     config, folder, cache = prepared
     shard = folder / "train-00000.bin"
     for args in ([config], [folder], ["--all_data", "true"], [config, folder]):
@@ -56,14 +56,14 @@ def test_data_is_found_by_config_by_folder_and_in_the_cache_and_verified_in_full
         assert status == 1 and f"DAMAGED     {shard}: damaged" in report and "verdict     1 of 1 damaged" in report
 
 
-def test_a_config_without_prepared_data_is_no_damage(tmp_path, capsys):
+def test_a_config_without_prepared_data_is_not_damaged(tmp_path, capsys):
     config = run_config(tmp_path, cache_dir=str(tmp_path / "nothing"))
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     status, report = doctor(capsys, tmp_path / "c.yaml", "--cache_dir", tmp_path / "nothing")
     assert status == 0 and "not prepared yet" in report
 
 
-def test_a_place_that_is_nothing_of_this_is_named(tmp_path, capsys):
+def test_other_paths_are_an_error_that_names_them(tmp_path, capsys):
     for place in (tmp_path, tmp_path / "nowhere"):
         assert main(["doctor", str(place)]) == 2
         assert f"{place}: neither a config file" in capsys.readouterr().err

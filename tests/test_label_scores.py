@@ -29,7 +29,7 @@ def random_predictions(seed: int, several: bool) -> Predictions:
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_scores_are_those_of_scikit_learn(seed, several):
+def test_scores_equal_scikit_learn(seed, several):
     predictions = random_predictions(seed, several)
     truth, chosen = predictions.targets, predictions.chosen
     found = score(predictions, 0.5)
@@ -43,7 +43,7 @@ def test_scores_are_those_of_scikit_learn(seed, several):
         np.testing.assert_array_equal(confusion(predictions), confusion_matrix(truth, chosen, labels=range(6)))
 
 
-def test_tags_of_spans_are_known_by_their_form():
+def test_span_tags_are_recognised():
     assert are_spans(("B-X", "I-X", "O")) and not are_spans(("B-X", "NOUN")) and not are_spans(())
 
 
@@ -89,7 +89,7 @@ def test_spans_need_seqeval_and_other_tags_do_not(tmp_path):
         assert done.returncode == (2 if refused else 0)
 
 
-def test_the_score_that_chooses_the_best_decides_before_the_loss():
+def test_best_by_takes_precedence_over_the_loss():
     loop = setup.Loop(best_by="accuracy")
     assert loop.take(1.0, 0.5) and not loop.take(0.1, 0.4) and loop.evaluations_since_best == 1
     assert loop.take(0.9, 0.5), "of equal scores the lower loss is better"

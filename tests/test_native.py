@@ -48,7 +48,7 @@ def same(dtype: str, used: set[str], fast, plain, *args: jax.Array) -> None:
     assert [gradient.dtype for gradient in found[1:]] == [arg.dtype for arg in args]
 
 
-def test_a_few_wrong_numbers_are_seen():
+def test_a_few_wrong_numbers_are_detected():
     expected = draw(1000, 1000)
     assert_close(expected, expected, "bfloat16")
     for wrong in (expected.at[77, 16:32].set(0.0), expected.at[3, 3].set(jnp.nan)):
@@ -164,7 +164,7 @@ def test_the_loss_over_a_large_vocabulary(dtype, B, T, D, V, options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_norm_beside_the_stream(dtype, biased):
+def test_layer_norm_with_residual(dtype, biased):
     need(dtype)
     x, scale, bias = 3.0 + draw(5, 30, 96), 1.0 + draw(96, scale=0.2), (draw(96),) * biased
 
@@ -186,7 +186,7 @@ def test_a_norm_beside_the_stream(dtype, biased):
     )
 
 
-def test_products_in_float32_are_as_exact_as_float32_is():
+def test_float32_matmuls_have_float32_accuracy():
     need("float32")
     x, w = draw(64, 512), draw(512, 64)
     x = x * jnp.exp(draw(64, 1, scale=5.0))  # rows of all sizes
@@ -199,7 +199,7 @@ def test_products_in_float32_are_as_exact_as_float32_is():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_stays_so(dtype):
+def test_nan_and_infinity_propagate(dtype):
     need(dtype)
     x, qkv = draw(64, 64, dtype=dtype).at[3, 5].set(jnp.nan), draw(1, 32, 1, 3, 32, dtype=dtype)
     w, biases = draw(64, 64).astype(dtype), (jnp.zeros(64), jnp.zeros(64))
@@ -223,7 +223,7 @@ def test_a_row_does_not_depend_on_the_others_and_bits_stay_the_same(dtype):
     assert (first == again).all()
 
 
-def test_kernels_are_left_alone_where_they_do_not_fit(need_kernels):
+def test_kernels_are_not_used_for_unsupported_sizes(need_kernels):
     assert kernels.usable("bfloat16", 32, 64)
     assert not kernels.usable("bfloat16", 32, 65)
     assert not kernels.usable("float16", 32, 64)
@@ -233,7 +233,7 @@ def test_kernels_are_left_alone_where_they_do_not_fit(need_kernels):
         assert not kernels.usable("bfloat16", 32, 64)
 
 
-def test_a_batch_of_calls_is_each_of_them(need_kernels):
+def test_a_vmapped_call_equals_separate_calls(need_kernels):
     x, w = draw(2, 32, 64, dtype="bfloat16"), draw(64, 96)
     each = jnp.stack([linear(x[0], w, None, "float32"), linear(x[1], w, None, "float32")])
     assert (jax.vmap(lambda x: linear(x, w, None, "float32"))(x) == each).all()
@@ -265,7 +265,7 @@ def zeros(like):
 
 
 @pytest.mark.parametrize("name", WITH_WORKSPACE)
-def test_a_kernel_refuses_a_small_workspace(name, monkeypatch, need_kernels):
+def test_a_kernel_rejects_a_small_workspace(name, monkeypatch, need_kernels):
     call, likes = WITH_WORKSPACE[name]
     sizes = []
     jax.block_until_ready(jax.jit(call)(*zeros(likes)))
@@ -310,7 +310,7 @@ def test_a_kernel_refuses_a_small_workspace(name, monkeypatch, need_kernels):
         ("small_batch_matmul", lambda x, y: (x.astype("float32"), y, kernels.NO_VECTOR)),
     ],
 )
-def test_a_kernel_refuses_buffers_that_do_not_fit_one_another(name, args, need_kernels):
+def test_a_kernel_rejects_buffers_with_mismatched_shapes(name, args, need_kernels):
     like, vector, room = kernels._shape, kernels._shape((64,), "float32"), kernels._shape((2**20,), "bfloat16")
     square, stream = like((64, 64), "bfloat16"), like((64, 64), "float32")
     out, options = {
@@ -332,7 +332,7 @@ def test_a_kernel_refuses_buffers_that_do_not_fit_one_another(name, args, need_k
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_attention_refuses_buffers_that_do_not_fit_one_another(gradient, need_kernels):
+def test_attention_rejects_buffers_with_mismatched_shapes(gradient, need_kernels):
     qkv, logs = jnp.ones((2, 64, 2, 3, 32), "bfloat16"), jnp.ones((2, 2, 64))
     y = jnp.ones((2, 64, 2, 32), "bfloat16")
     short = jnp.zeros((1, 64), "int32")  # the documents of one row of two
@@ -344,7 +344,7 @@ def test_attention_refuses_buffers_that_do_not_fit_one_another(gradient, need_ke
 
 
 @pytest.mark.parametrize(("cores", "used"), [(2, True), (16, True), (64, False)])
-def test_attention_is_left_to_xla_where_most_cores_would_wait(cores, used, monkeypatch, need_kernels):
+def test_xla_computes_attention_if_most_cores_would_be_idle(cores, used, monkeypatch, need_kernels):
     monkeypatch.setattr(kernel_attention, "core_count", lambda: cores)
     qkv_BTGEC = draw(3, 32, 4, 3, 32, dtype="bfloat16")  # 12 pairs of a sequence and a key head
     assert bool(kernels_of(lambda qkv: self_attention(AttentionSpec(), qkv), qkv_BTGEC)) == used

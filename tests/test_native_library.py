@@ -53,7 +53,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(library):
 
 @pytest.mark.parametrize("name", ["linear", "weight_gradient", "mlp", "mlp_gradient", "cross_entropy_gradient"])
 @pytest.mark.parametrize(("threads", "helpers"), [(2, 1), (16, 15), (64, 31)])
-def test_many_threads_get_something_to_do(name, threads, helpers, library):
+def test_work_is_divided_among_many_threads(name, threads, helpers, library):
     """At the size of a small step: 2,048 rows, of which kernels have blocks of 256 on two threads."""
     N, D, F = 2048, 96, 288
     x, w, dy = np.zeros((N, D), np.float32), np.zeros((D, F), np.float32), np.zeros((N, F), np.float32)
@@ -96,7 +96,7 @@ def test_a_kernel_that_computes_wrongly_is_found(case, library, monkeypatch):
     assert check.wrong_kernel(library, float32=False).startswith(f"{case.name} of ")
 
 
-def test_a_kernel_that_refuses_its_arguments_is_found(library):
+def test_a_kernel_that_rejects_its_arguments_is_found(library):
     with pytest.raises(check.KernelError, match="linear: buffers do not fit one another"):
         check.call(
             library,
@@ -140,7 +140,7 @@ def test_wrong_kernels_are_turned_off_with_one_line(monkeypatch, capsys):
     assert said.count("\n") == 1 and said.startswith("gptjax: kernels are turned off: ")
 
 
-def test_tiles_that_the_system_refuses_leave_avx512(monkeypatch):
+def test_avx512_is_used_if_the_system_denies_amx(monkeypatch):
     need()
     tried, system = [], {}
 
@@ -198,14 +198,14 @@ def state_of(folder: Path, *options: str, **environment: str) -> str:
         ((), {"GPTJAX_NATIVE": "1"}, "gptjax.errors.UserError: GPTJAX_NATIVE='1' must be one of auto, avx512, 0"),
     ],
 )
-def test_where_there_are_no_kernels_it_says_why_and_computes_without(tmp_path, options, environment, expected):
+def test_without_kernels_the_reason_is_stated_and_xla_computes(tmp_path, options, environment, expected):
     need()
     assert state_of(tmp_path, *options, **environment).startswith(expected)
     assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob("*.tmp-*"))
 
 
 @pytest.mark.parametrize("value", ["1", "AVX512", "off", ""])
-def test_a_wrong_level_is_told_at_once(value, monkeypatch):
+def test_a_wrong_level_is_an_error_at_once(value, monkeypatch):
     monkeypatch.setenv(compiler.SWITCH, value)
     with pytest.raises(UserError, match=r"must be one of auto, avx512, 0"):
         compile_cache.start()
@@ -232,9 +232,7 @@ def built(program: Path, folder: Path) -> Path:
     return compiler.library(str(program), build.SOURCE, build.HEADERS, (), "", folder)
 
 
-def test_a_library_is_named_after_processor_and_compiler_and_made_again_where_these_change(
-    tmp_path, folder, monkeypatch
-):
+def test_a_library_is_compiled_again_for_another_processor_or_compiler(tmp_path, folder, monkeypatch):
     program = fake_compiler(tmp_path)
     path = built(program, folder)
     assert path.read_text() == "new\n" and built(program, folder) == path
@@ -247,7 +245,7 @@ def test_a_library_is_named_after_processor_and_compiler_and_made_again_where_th
     assert "x86_64-of-another" in built(program, folder).name
 
 
-def test_a_damaged_library_is_made_again(tmp_path, folder):
+def test_a_damaged_library_is_compiled_again(tmp_path, folder):
     program = fake_compiler(tmp_path)
     path = built(program, folder)
     path.write_text("damaged\n")
@@ -386,7 +384,7 @@ extern "C" void exponential(const float* x, float* y) { _mm512_storeu_ps(y, gptj
 """
 
 
-def test_the_exponential_is_as_exact_as_its_comment_says(tmp_path):
+def test_the_exponential_has_the_accuracy_of_its_comment(tmp_path):
     need()
     source = tmp_path / "exponential.cc"
     source.write_text(EXPONENTIAL)

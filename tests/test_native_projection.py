@@ -61,7 +61,7 @@ def test_weights_are_those_of_the_layout_for_xla(without_kernels, dtype, K, F, o
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("K", "F"), SIZES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_products_are_those_of_numpy(dtype, K, F, rows):
+def test_small_batch_matmuls_equal_numpy(dtype, K, F, rows):
     random = np.random.default_rng(rows)
     projection = make_projection(jnp.asarray(random.standard_normal((K, F), np.float32)), dtype, rows == 1)
     x_NK = random.standard_normal((rows, K), np.float32) * np.exp(random.standard_normal((rows, 1), np.float32))
@@ -77,7 +77,7 @@ def test_products_are_those_of_numpy(dtype, K, F, rows):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_a_row_does_not_depend_on_how_many_there_are(dtype):
+def test_a_row_does_not_depend_on_the_number_of_rows(dtype):
     x_NK = jax.random.normal(jax.random.key(0), (37, 96))
     projection = make_projection(jax.random.normal(jax.random.key(1), (96, 70)), dtype, False)
     whole_NF = project(x_NK, projection)
@@ -85,7 +85,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(dtype):
         np.testing.assert_array_equal(project(x_NK[:rows], projection), whole_NF[:rows])
 
 
-def test_not_a_number_in_a_row_shows_in_that_row_only():
+def test_nan_in_a_row_stays_in_that_row():
     x_NK = jnp.ones((3, 64)).at[1, 5].set(jnp.nan)
     y_NF = project(x_NK, make_projection(jnp.ones((64, 40)), "int8", False))
     np.testing.assert_array_equal(jnp.isnan(y_NF).all(1), [False, True, False])
@@ -94,7 +94,7 @@ def test_not_a_number_in_a_row_shows_in_that_row_only():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("B", "G", "R", "S", "C"), [(3, 2, 1, 70, 64), (2, 1, 3, 5, 80), (1, 2, 2, 128, 16)])
-def test_one_position_attends_to_what_it_sees_of_the_cache(dtype, B, G, R, S, C):
+def test_one_position_attends_to_the_visible_slots_of_the_cache(dtype, B, G, R, S, C):
     random = np.random.default_rng(0)
     q_B1HC = random.standard_normal((B, 1, G * R, C), np.float32) * 3
     k_BGSC, v_BGSC = (jnp.asarray(random.standard_normal((B, G, S, C)), dtype) for _ in range(2))

@@ -33,7 +33,7 @@ from gptjax.ops.scheduling import deterministic_ops_requested
 from gptjax.ops.triton_attention import triton_attention
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-# Relative to the largest value: float32 sums in another order; bfloat16 has 8 bits, rounded a few times on the way.
+# Relative to the largest value: float32 sums in another order; bfloat16 has 8 bits and is rounded several times.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 DTYPES = ["float32", "bfloat16"]
 
@@ -44,7 +44,7 @@ def normal(seed: int, *shape: int, dtype="float32"):
 
 @pytest.fixture(params=["cpu", "gpu"])
 def backend(request, monkeypatch):
-    """The programs of both platforms, whichever runs them."""
+    """Traces the programs of both platforms, on any platform."""
     monkeypatch.setattr(jax, "default_backend", lambda: request.param)
     if request.param == "gpu":
         monkeypatch.setattr("gptjax.ops.scheduling.LARGE", 1)
@@ -95,9 +95,9 @@ def test_layer_norm(dtype, biased, backend):
     assert_same(with_bias(layer_norm), with_bias(layer_norm_reference), arguments, dtype)
 
 
-# In pieces, whole, and with more rows than jaxlib 0.10.2 sums rightly where there is a product too.
+# Partial blocks, whole blocks, and more rows than jaxlib 0.10.2 sums correctly in a fusion with a matmul.
 @pytest.mark.parametrize("rows", [FUSED_ROWS - 1, FUSED_ROWS, 33_000])
-def test_layer_norm_of_many_rows(rows):
+def test_layer_norm_with_more_rows_than_jaxlib_sums_correctly(rows):
     x, dy, scale, bias = normal(0, rows, 8), normal(1, rows, 8), 1.0 + 0.1 * normal(2, 8), normal(3, 8)
     y, pull = jax.vjp(jax.jit(lambda *arrays: layer_norm(*arrays, jnp.float32)), x, scale, bias)
 
@@ -107,18 +107,18 @@ def test_layer_norm_of_many_rows(rows):
     along = normed * (dnormed * normed).mean(axis=-1, keepdims=True)
     dx = (dnormed - dnormed.mean(axis=-1, keepdims=True) - along) / deviation
     expected = (normed * scale + bias, dx, (dy * normed).sum(axis=0), dy.sum(axis=0))
-    # float32 sums, of so many rows for the last two
+    # Float32 sums; the last two are over many rows.
     for actual, exact in zip((y, *pull(jnp.asarray(dy, jnp.float32))), expected, strict=True):
         np.testing.assert_allclose(actual, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu(dtype, backend):
-    # not beyond 4, where the reference's own derivative is 4e-6 off
+    # Only up to 4: beyond it the reference's own derivative has an error of 4e-6.
     assert_same(gelu, gelu_reference, (normal(0, 4, 64, dtype=dtype),), dtype)
 
 
-def test_gelu_is_exact_to_float32_wherever_it_is_read():
+def test_gelu_has_float32_accuracy_for_every_input():
     x = np.concatenate([np.linspace(-8, 8, 100_001), [-1e4, -100, -1e-20, 0, 1e-20, 100, 1e4]]).astype(np.float32)
     y, pull = jax.vjp(gelu, jnp.asarray(x))
     (slope,) = pull(jnp.ones_like(y))
@@ -126,12 +126,12 @@ def test_gelu_is_exact_to_float32_wherever_it_is_read():
     x64 = x.astype(np.float64)
     tanh = np.tanh(np.sqrt(2 / np.pi) * (x64 + 0.044715 * x64**3))
     inner = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x64**2)
-    # a few roundings of numbers of the size of x, and of 1
+    # A few roundings of numbers of the size of x, and of 1.
     np.testing.assert_allclose(y, 0.5 * x64 * (1 + tanh), rtol=2e-7, atol=1e-6)
     np.testing.assert_allclose(slope, 0.5 * (1 + tanh) + 0.5 * x64 * (1 - tanh**2) * inner, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("vocabulary", [50, 3000])  # a product with one-hot rows; a scatter, or ordered sums
+@pytest.mark.parametrize("vocabulary", [50, 3000])  # a one-hot matmul; a scatter, or ordered sums
 def test_embedding(vocabulary, backend, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", DETERMINISTIC)
     tokens = jax.random.randint(jax.random.key(1), (3, 20), 0, vocabulary)
@@ -142,7 +142,7 @@ def test_embedding(vocabulary, backend, monkeypatch):
     assert_same(lambda w: embedding(w, tokens), one_hot_product, (normal(0, vocabulary, 8),), "float32")
 
 
-# Every token once, all the same, tokens that go on over several tiles, and a last tile that is not full.
+# Every token once; all equal; tokens that span several tiles; a last tile that is not full.
 @pytest.mark.parametrize(("rows", "tokens"), [(300, None), (300, 1), (1000, 5), (128, 40), (1, 1)])
 def test_sum_by_token(rows, tokens):
     ids = jax.random.permutation(jax.random.key(0), rows) if tokens is None else jnp.arange(rows) % tokens
@@ -153,7 +153,7 @@ def test_sum_by_token(rows, tokens):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("length", [5, 128, 300])  # less than a block, one block, several with a rest
+@pytest.mark.parametrize("length", [5, 128, 300])  # less than a block, one block, several blocks and a partial one
 @pytest.mark.parametrize(("segmented", "window"), [(False, 0), (True, 0), (False, 100), (True, 3)])
 def test_attention(dtype, kv_heads, length, segmented, window):
     assert_attention_is_plain(2, length, kv_heads, dtype, segmented, window)
@@ -162,13 +162,13 @@ def test_attention(dtype, kv_heads, length, segmented, window):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(("segmented", "window"), [(False, 0), (True, 3)])
-def test_attention_of_so_many_rows_that_xla_fuses_its_products(dtype, kv_heads, segmented, window):
+def test_attention_with_enough_rows_for_fused_matmuls(dtype, kv_heads, segmented, window):
     assert FUSED_ROWS == 8 * 4 * 128
     assert_attention_is_plain(8, 300, kv_heads, dtype, segmented, window)
 
 
 @pytest.mark.parametrize("window", [0, 100])
-def test_attention_of_a_power_of_two(window):
+def test_attention_with_a_power_of_two_length(window):
     assert_attention_is_plain(1, ALIASING, 2, "float32", False, window)
 
 
@@ -186,14 +186,14 @@ def assert_attention_is_plain(B, length, kv_heads, dtype, segmented, window):
     )
 
 
-def test_attention_dropout_drops_the_right_share_and_keeps_the_mean():
+def test_attention_dropout_has_its_rate_and_preserves_the_mean():
     B, T, H, C = 2, 300, 2, 4
     q, v = jnp.zeros((B, T, H, C)), jnp.ones((B, T, H, C))
     plain = attention(q, q, v)
     keys = jax.random.split(jax.random.key(0), 32)
     dropped = jax.jit(jax.vmap(lambda key: attention(q, q, v, AttentionSpec(dropout=0.25), key=key)))(keys)
     np.testing.assert_allclose(plain, 1.0, rtol=1e-6)
-    # 32 draws of weights that are even: position t averages over t + 1 of them, so the last are close to 1
+    # The weights of position t are equal, so its output is a mean over t + 1 draws; the last positions are close to 1.
     np.testing.assert_allclose(jnp.mean(dropped, axis=(0, 1, 3, 4))[-50:], 1.0, atol=0.02)
     np.testing.assert_allclose(jnp.mean(dropped[..., 0, :, :] == 0), 0.25, atol=0.1)
 
@@ -209,12 +209,12 @@ def test_attention_dropout_uses_the_same_mask_in_the_backward_pass(B):
         return jnp.sum(attention(q, k, v, AttentionSpec(dropout=0.5), key=key) ** 2)
 
     direction = normal(7, B, T, H, C)
-    # The loss is quadratic in v, so a central difference has no error but rounding, about 1e-7 * loss / step.
+    # The loss is quadratic in v, so a central difference only has rounding errors, about 1e-7 * loss / step.
     numeric = (loss(v + 0.1 * direction) - loss(v - 0.1 * direction)) / 0.2
     np.testing.assert_allclose(jnp.sum(jax.grad(loss)(v) * direction), numeric, rtol=1e-3)
 
 
-def test_a_window_makes_attention_cheaper():
+def test_a_window_reduces_the_flops_of_attention():
     def flops(window):
         x = jax.ShapeDtypeStruct((1, 1024, 2, 16), jnp.float32)
         return (
@@ -238,7 +238,7 @@ def test_attention_memory_grows_linearly():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_backward_pass_keeps_what_a_layer_reads_alone(dtype):
+def test_the_backward_pass_stores_only_the_inputs_of_a_layer(dtype):
     N, D, layers = 1024, 768, 8
 
     def loss(x_ND, w_LDD):
@@ -250,12 +250,12 @@ def test_the_backward_pass_keeps_what_a_layer_reads_alone(dtype):
 
     x_ND = normal(0, N, D)
     compiled = jax.jit(jax.grad(loss)).lower(x_ND, normal(1, layers, D, D)).compile()
-    # What the norm and GELU read; with what they make of it, or with cast weights, it would be twice as much.
+    # The inputs of the norm and of GELU. With their outputs, or with cast weights, it would be twice as much.
     kept = layers * (x_ND.nbytes + N * D * jnp.dtype(dtype).itemsize)
     assert kept < compiled.memory_analysis().temp_size_in_bytes < 1.2 * kept
 
 
-def test_attention_on_a_gpu_falls_back_where_cudnn_is_missing(monkeypatch, capsys):
+def test_attention_on_a_gpu_falls_back_without_cudnn(monkeypatch, capsys):
     q = normal(0, 1, 16, 2, 8, dtype="bfloat16")
     expected = attention_reference(q, q, q)
     cudnn_attention.cudnn_works.cache_clear()
@@ -266,7 +266,7 @@ def test_attention_on_a_gpu_falls_back_where_cudnn_is_missing(monkeypatch, capsy
 
 
 @pytest.mark.parametrize(("segmented", "window"), [(False, 0), (True, 0), (False, 5), (True, 5)])
-def test_attention_on_a_gpu_asks_cudnn_for_the_same_while_a_step_is_traced(segmented, window, monkeypatch, capsys):
+def test_attention_on_a_gpu_calls_cudnn_with_equal_arguments_while_tracing(segmented, window, monkeypatch, capsys):
     asked = []
 
     def in_place_of_cudnn(*arrays, implementation, **options):
@@ -289,7 +289,7 @@ def test_attention_on_a_gpu_asks_cudnn_for_the_same_while_a_step_is_traced(segme
 
 
 @pytest.mark.parametrize("flag", [DETERMINISTIC, "--a=b --xla_gpu_exclude_nondeterministic_ops"])
-def test_attention_on_a_gpu_of_which_the_same_bits_are_asked(flag, monkeypatch):
+def test_attention_on_a_gpu_with_deterministic_operations(flag, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setenv("XLA_FLAGS", flag)
 
@@ -306,7 +306,7 @@ def test_attention_on_a_gpu_of_which_the_same_bits_are_asked(flag, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["", "--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops_of_mine"])
-def test_the_same_bits_are_not_asked(flag, monkeypatch):
+def test_other_flags_do_not_request_deterministic_operations(flag, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flag)
     assert not deterministic_ops_requested()
 
@@ -325,7 +325,7 @@ def test_triton_attention_in_interpret_mode(kv_heads, segmented):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}])
-@pytest.mark.parametrize("chunk_logits", [2**26, 400])  # one visit, and several
+@pytest.mark.parametrize("chunk_logits", [2**26, 400])  # one chunk, and several
 def test_cross_entropy(dtype, options, chunk_logits, backend, monkeypatch):
     monkeypatch.setattr("gptjax.ops.cross_entropy.CHUNK_LOGITS", chunk_logits)
     monkeypatch.setattr("gptjax.ops.cross_entropy.DEVICE_CHUNK_LOGITS", chunk_logits)
@@ -338,14 +338,14 @@ def test_cross_entropy(dtype, options, chunk_logits, backend, monkeypatch):
 
     assert_same(objective(cross_entropy), objective(cross_entropy_reference), (x, w), dtype)
     actual, expected = (
-        jax.jit(lambda x, w, f=f: f(loss_options, x, w, targets))(x, w)  # a function that was not traced before
+        jax.jit(lambda x, w, f=f: f(loss_options, x, w, targets))(x, w)  # a new function, so that it is traced again
         for f in (cross_entropy, cross_entropy_reference)
     )
     np.testing.assert_allclose(actual.nll, expected.nll, rtol=1e-5)
     assert actual.count == expected.count == 19
 
 
-def test_a_plan_counts_with_the_larger_plan_for_accelerator(monkeypatch):
+def test_a_plan_uses_the_chunk_size_of_accelerators(monkeypatch):
     monkeypatch.setattr("gptjax.ops.cross_entropy.CHUNK_LOGITS", 400)
 
     def loops():
@@ -360,7 +360,7 @@ def test_a_plan_counts_with_the_larger_plan_for_accelerator(monkeypatch):
     assert loops() == 1
 
 
-def test_cross_entropy_of_nothing_is_zero():
+def test_cross_entropy_without_targets_is_zero():
     x, w = normal(0, 1, 4, 8), normal(1, 16, 8)
     loss, grads = jax.value_and_grad(
         lambda x, w: cross_entropy(LossOptions(16), x, w, jnp.full((1, 4), -1)).objective, argnums=(0, 1)

@@ -130,7 +130,7 @@ ELSEWHERE = {
         "optim.factored_decay",
     ),
     "test_step::test_step_does_not_depend_on_the_mesh": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
-    "test_parallel::test_what_cannot_be_cut_is_refused": ("mesh.context", "mesh.stage"),
+    "test_parallel::test_unshardable_runs_are_rejected": ("mesh.context", "mesh.stage"),
     "cluster/test_agreement::test_wrong_options_are_named": (
         *("cluster.coordinator", "cluster.num_processes", "cluster.process_id", "cluster.detect"),
     ),

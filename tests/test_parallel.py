@@ -1,4 +1,4 @@
-"""Runs cut over eight devices against the same run on one (`bench/equality.py`), and what cannot be cut."""
+"""Runs on eight devices compared with the same run on one (`bench/equality.py`), and runs that cannot be sharded."""
 
 import fcntl
 import functools
@@ -38,7 +38,7 @@ MESHES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 @functools.cache
 def rows(*names: str) -> dict[str, equality.Row]:
-    """What `bench/equality.py` says of one device and of these meshes, by mesh; the workers of a run share it."""
+    """Results of `bench/equality.py` for one device and these meshes, by mesh; shared by the test workers."""
     cache = ROOT / ".pytest_cache"
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled")}
@@ -57,13 +57,13 @@ def rows(*names: str) -> dict[str, equality.Row]:
 
 
 def row_of(name: str) -> tuple[equality.Row, equality.Row]:
-    """Of a mesh and of one device; the slow ones share one process."""
+    """Results for a mesh and for one device; slow meshes share one process."""
     found = rows(*(FAST if name in FAST else SLOW))
     return found[name], found["one device"]
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_a_run_does_not_depend_on_how_it_is_cut(name):
+def test_a_run_does_not_depend_on_its_sharding(name):
     row, alone = row_of(name)
     assert len(row.losses) == 20 and row.losses[-1] < row.losses[0]
     # float32 sums in another order, 20 steps of Adam on
@@ -72,22 +72,22 @@ def test_a_run_does_not_depend_on_how_it_is_cut(name):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_parameters_and_moments_are_cut(name):
+def test_parameters_and_moments_are_sharded(name):
     row, alone = row_of(name)
     mesh = equality.parse(name)
     parts = mesh.fsdp * mesh.tensor * mesh.stage
     params = init_state(equality.CONFIG).params
     named = [(path[-1].key, leaf.nbytes) for path, leaf in jax.tree.leaves_with_path(params)]
     small = ("scale", "bias", "positions") if mesh.tensor > 1 else ("scale", "bias")
-    whole = sum(size for name, size in named if name.startswith("b_") or name in small)  # need not be cut
+    whole = sum(size for name, size in named if name.startswith("b_") or name in small)  # may stay unsharded
     assert alone.param_bytes == jax.tree.reduce(lambda total, leaf: total + leaf.nbytes, params, 0)
     assert alone.param_bytes / parts <= row.param_bytes <= (alone.param_bytes - whole) / parts + whole
-    moments, counter = alone.moment_bytes - 4, 4  # of updates, which every device has
+    moments, counter = alone.moment_bytes - 4, 4  # the update count, which every device has
     assert moments / parts <= row.moment_bytes - counter <= (moments - 2 * whole) / parts + 2 * whole
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_nothing_is_gathered_that_need_not_be(name):
+def test_no_array_is_gathered_unnecessarily(name):
     row, alone = row_of(name)
     mesh = equality.parse(name)
     assert not alone.collectives
@@ -108,8 +108,8 @@ def test_nothing_is_gathered_that_need_not_be(name):
     )  # a weight of a layer, or the table
 
 
-def test_the_ring_is_attention(monkeypatch):
-    """Windows, segments, grouped heads, dropout, and both halves of each device cut into blocks."""
+def test_ring_attention_equals_the_reference(monkeypatch):
+    """Windows, segments, grouped heads, dropout, and several blocks in both halves of each device."""
     monkeypatch.setattr(ring_attention, "LARGEST_BLOCK", 2)
     B, T, H, G, C = 2, 24, 4, 2, 8
     q, k, v = (jax.random.normal(jax.random.key(i), (B, T, n, C)) for i, n in enumerate((H, G, G)))
@@ -138,8 +138,8 @@ def test_the_ring_is_attention(monkeypatch):
             np.testing.assert_allclose(a, e, atol=1e-5)  # float32 sums in another order
 
 
-def test_layers_on_stages_are_the_same_layers():
-    """The forward pass alone, as evaluation has it: rows go through the stages in parts."""
+def test_layers_on_stages_compute_the_same_function():
+    """The forward pass alone, as in evaluation: micro-batches pass through the stages."""
     config = replace(CONFIG, model={"n_layer": 4}).model
     mesh = make_mesh(MeshConfig(data=1, stage=4))
     params = init_state(replace(CONFIG, model={"n_layer": 4})).params
@@ -158,7 +158,7 @@ def test_layers_on_stages_are_the_same_layers():
 
 
 def test_every_rule_matches_a_parameter():
-    """Of a model with all that a model may have, and its optimizer's state."""
+    """For a model with every optional part, and its optimizer's state."""
     new = {"init_from": "base", "finetune": {"train": "new"}}
     variants = [
         {"tied_embeddings": False, "embedding_norm": True, "output_bias": True, "positions": "t5", "gated": True},
@@ -199,22 +199,22 @@ def test_every_rule_matches_a_parameter():
         ),
     ],
 )
-def test_what_cannot_be_cut_is_refused(axes, change, message):
+def test_unshardable_runs_are_rejected(axes, change, message):
     mesh = make_mesh(MeshConfig(**({"data": 1} | axes)), jax.devices()[: MeshConfig(**({"data": 1} | axes)).size])
     with pytest.raises(UserError, match=message) as error:
         check_fits(replace(CONFIG, **change), mesh)
     assert "\n" not in str(error.value)
 
 
-def test_the_bubble():
+def test_the_pipeline_bubble_follows_its_formula():
     assert bubble(1, 8) == 0.0
-    assert bubble(4, 1) == 0.75  # one micro-batch: one stage of four is at work
+    assert bubble(4, 1) == 0.75  # with one micro-batch, one stage of four is busy
     assert bubble(4, 9) == 0.25
 
 
 @pytest.mark.slow
 def test_a_whole_run_on_every_axis_of_four_devices(tmp_path, capsys):
-    """Trains, evaluates, samples, saves, and goes on under another mesh."""
+    """Trains, evaluates, samples, saves, and resumes with another mesh."""
     config = run_config(tmp_path, mesh={"data": 1, "context": 2, "stage": 2}, train={"micro_batch_size": 2})
     config = replace(config, train={"sample_tokens": 4, "num_steps": 4})
     assert train(config) == 0
@@ -243,7 +243,7 @@ CHANGES: dict[str, dict] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["context=2,stage=2", "fsdp=2,tensor=2"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_every_way_to_compute_works_on_every_axis(name, mesh):
+def test_every_dtype_and_option_works_on_every_axis(name, mesh):
     config: Config = replace(equality.CONFIG, **CHANGES[name])
     losses, first, _, _ = equality.run(config, equality.parse(""), 2)
     row = equality.compare(mesh, config, 2, (losses, equality.gradients(first)))

@@ -1,4 +1,4 @@
-"""What a plan says, against what is counted or held in another way."""
+"""Plans compared with independent counts, and with the arrays of real steps."""
 
 import dataclasses
 import inspect
@@ -41,7 +41,7 @@ DEEP = replace(CONFIG, model={"n_layer": 4, "n_head": 4}, train={"batch_size": 1
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
-    """`gptjax plan` in a process of its own, where the number of devices can be chosen."""
+    """Runs `gptjax plan` in a separate process, so that the number of devices can be chosen."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "gptjax", "plan", *args]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
@@ -57,7 +57,7 @@ def step_of(config: Config, **axes: int):
     return compile_step(replace(config, mesh={"data": 1} | axes), make_mesh(MeshConfig(**({"data": 1} | axes))))
 
 
-def test_the_state_takes_what_it_really_takes_on_a_device():
+def test_state_bytes_equal_the_real_arrays():
     config = replace(DEEP, train={"ema": 0.9, "compute_dtype": "float16"})
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
@@ -65,11 +65,11 @@ def test_the_state_takes_what_it_really_takes_on_a_device():
     held = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(t)) for t in (state.params, state)]
     memory = step_of(config, fsdp=2, tensor=2).memory
     assert memory.parameters == held[0]
-    batch = 4 * 16 * 16 * 4 // 2  # four arrays of int32, rows cut in two
+    batch = 4 * 16 * 16 * 4 // 2  # four int32 arrays, sharded over two devices
     assert memory.parameters + memory.optimizer + memory.other == held[1] + batch
 
 
-def test_activations_are_the_residual_stream_of_each_layer_where_blocks_run_again():
+def test_activations_with_full_remat_are_the_residual_streams():
     deep, deeper = (
         step_of(replace(DEEP, model={"n_layer": n}, train={"remat": "full", "unroll": 1}), data=2, tensor=2).memory
         for n in (4, 7)
@@ -79,24 +79,24 @@ def test_activations_are_the_residual_stream_of_each_layer_where_blocks_run_agai
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 4}], ids=str)
-def test_what_is_sent_does_not_depend_on_loops(axes):
-    """Loops over layers and over micro-batches against the same without loops."""
+def test_communication_does_not_depend_on_unrolling(axes):
+    """Compares loops over layers and micro-batches with unrolled programs."""
     config = replace(DEEP, train={"batch_size": 12})
     rolled = step_of(replace(config, train={"unroll": 1}), **axes).collectives
     unrolled = step_of(replace(config, train={"unroll": 0}), **axes).collectives
     assert max(one.times for one in rolled) > 1
-    # Without a loop some weights are gathered once for both directions.
+    # Without a loop some weights are gathered once for the forward and the backward pass.
     kinds = {"all-reduce", "reduce-scatter"} | ({"all-gather"} if "fsdp" not in axes else set())
     total, expected = (sum(one.sent * one.times for one in each if one.kind in kinds) for each in (rolled, unrolled))
     np.testing.assert_allclose(total, expected, rtol=0.01)
 
 
-def test_what_is_kept_in_slices_alone_is_a_reduce_scatter():
+def test_an_all_reduce_read_in_slices_is_a_reduce_scatter():
     sent = step_of(DEEP, fsdp=4).collectives
     P = 12 * MODEL.n_embd**2 * 4  # weights of the blocks
     scattered = sum(one.sent * one.times for one in sent if one.kind == "reduce-scatter")
     gathered = sum(one.sent * one.times for one in sent if one.kind == "all-gather")
-    assert scattered >= 4 * 3 / 4 * 4 * P  # four micro-batches, float32, all but the own quarter
+    assert scattered >= 4 * 3 / 4 * 4 * P  # four micro-batches, float32, without the device's own quarter
     assert gathered >= 2 * scattered * 0.9  # forward and backward
 
 
@@ -113,7 +113,7 @@ def test_what_is_kept_in_slices_alone_is_a_reduce_scatter():
         ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
     ],
 )
-def test_who_talks_with_whom_is_read_in_every_form(text, groups):
+def test_device_groups_are_parsed_in_every_notation(text, groups):
     line = f"  %a = f32[8]{{0}} all-reduce(%b), {text}"
     if text.startswith("source"):
         line = line.replace("all-reduce", "collective-permute")
@@ -159,7 +159,7 @@ def _matmul_flops(jaxpr) -> int:
 TOY = Chip(kinds=(), peak_flops=1e9, memory=1e5, memory_rate=1e9, node=2, link=1e8, network=1e7)
 
 
-def test_what_does_not_fit_gets_a_suggestion_that_does(monkeypatch):
+def test_a_layout_that_does_not_fit_gets_a_suggestion_that_does(monkeypatch):
     given = replace(DEEP, mesh={"data": 4}, model={"n_embd": 64}, train={"micro_batch_size": 16})
     whole = plan.plan_step(given, TOY, print).memory.total
     monkeypatch.setitem(CHIPS, "h100", dataclasses.replace(TOY, memory=0.7 * whole))
@@ -175,7 +175,7 @@ def test_what_does_not_fit_gets_a_suggestion_that_does(monkeypatch):
     assert second is None and "nothing was found that fits 4 x h100" in describe(first, second, options)
 
 
-def test_every_suggestion_can_be_laid_out():
+def test_every_suggestion_can_be_sharded():
     config = replace(DEEP, model={"n_layer": 6, "n_kv_head": 2, "n_embd": 48})
     found = suggest.suggestions(config, CHIPS["h100"], 24, 1e9, 1.0, 1e12)
     assert {one.mesh.size for one in found} == {24}
@@ -234,14 +234,14 @@ def test_the_vocabulary_of_gpt2_is_as_large_as_the_published_one():
         ("TPU v6 lite", "v6e"),
     ],
 )
-def test_a_chip_is_told_by_the_name_that_its_driver_gives(kind, name):
+def test_a_chip_is_recognised_by_its_drivers_name(kind, name):
     assert chip_of(kind) is CHIPS[name]
 
 
 @pytest.mark.parametrize(
     "kind", ["cpu", "NVIDIA L400", "NVIDIA H1000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "Tesla V100-SXM2-16GB"]
 )
-def test_a_chip_that_is_not_in_the_table_is_none_of_its_chips(kind):
+def test_a_chip_outside_the_table_is_not_recognised(kind):
     assert chip_of(kind) is None
 
 
@@ -267,11 +267,11 @@ def test_a_chip_that_is_not_in_the_table_is_none_of_its_chips(kind):
 )
 def test_rates_are_those_of_the_data_sheets(name, teraflops, gigabytes, gigabytes_per_second):
     chip = CHIPS[name]
-    assert chip.peak_flops == pytest.approx(teraflops * 1e12, rel=0.015)  # sheets round, and L40S has 362 and 733
+    assert chip.peak_flops == pytest.approx(teraflops * 1e12, rel=0.015)  # sheets round; L40S has 362 and 733
     assert (chip.memory, chip.memory_rate) == (gigabytes * 1e9, gigabytes_per_second * 1e9)
 
 
-def test_the_names_of_chips_are_those_that_plan_takes_and_lists():
+def test_plan_accepts_and_lists_exactly_the_chips_of_the_table():
     assert tuple(CHIPS) == CHIP_NAMES
     kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
     assert len(set(kinds)) == len(kinds)
@@ -297,7 +297,7 @@ def test_mistakes_get_one_line(tmp_path, capsys, flags, message):
     assert re.search(message, error)
 
 
-def test_what_cannot_be_laid_out_gets_one_line(tmp_path):
+def test_an_impossible_mesh_gets_a_one_line_error(tmp_path):
     path = written(tmp_path, CONFIG)
     done = run(path, "--devices", "8", "--chip", "v5e", "--mesh.data", "3")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -306,7 +306,7 @@ def test_what_cannot_be_laid_out_gets_one_line(tmp_path):
     assert done.returncode == 2 and "mesh.tensor=8 does not divide model.n_head=2" in done.stderr
 
 
-def test_a_plan_is_printed_for_people_and_for_programs(tmp_path):
+def test_a_plan_is_printed_as_text_and_as_json(tmp_path):
     path = written(tmp_path, CONFIG)
     flags = ("--devices", "8", "--chip", "h100", "--train.compute_dtype", "bfloat16")
     done = run(path, *flags)
@@ -321,7 +321,7 @@ def test_a_plan_is_printed_for_people_and_for_programs(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_large_presets_can_be_laid_out_and_have_their_size(name):
+def test_the_large_presets_can_be_sharded_and_have_their_size(name):
     devices, parameters = PRESETS[name]
     config = plan.resolve(load_config(ROOT / "configs" / f"{name}.yaml"))
     sizes = dataclasses.asdict(config.mesh)
@@ -343,6 +343,6 @@ def test_the_large_presets_plan_and_fit(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(reality.CASES)), ids=[name for name, _ in reality.CASES])
-def test_a_plan_holds_what_the_step_really_holds(number):
+def test_a_plans_memory_is_that_of_the_real_step(number):
     planned, held = reality.measure(number)
     assert planned == pytest.approx(held, rel=0.1)

@@ -13,7 +13,7 @@ from gptjax.machine import processor
         ("model name\t: a processor that tells nothing", False),
     ],
 )
-def test_processors_that_multiply_bfloat16_are_known(tmp_path, monkeypatch, line, known):
+def test_processors_with_bfloat16_matmuls_are_recognised(tmp_path, monkeypatch, line, known):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
     assert processor.multiplies_bfloat16() == known

@@ -1,4 +1,4 @@
-"""Weights laid out for decoding, against the plain product. Shape suffixes: N rows, K contracted, F outputs."""
+"""Weights laid out for decoding, compared with a plain matmul. Shape suffixes: N rows, K contracted, F outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +9,25 @@ from gptjax.machine.native import build
 from gptjax.ops.projection import dequantized, make_projection, project, project_reference
 from gptjax.ops.single_row import CACHE_WAY, striped
 
-K, F = 50, 40  # 50 rows are no whole number of stripes
+K, F = 50, 40  # 50 rows are not a multiple of the number of stripes
 
 
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
-    """The forms that XLA compiles; those of kernels are tested in `test_native_projection.py`."""
+    """Tests the layouts for XLA; `test_native_projection.py` tests those of the C++ kernel."""
     monkeypatch.setattr(build, "ready", lambda: False)
 
 
 @pytest.fixture(scope="module")
 def w_KF():
-    scales = jnp.exp(jax.random.normal(jax.random.key(1), (1, F)))  # outputs of unlike size
+    scales = jnp.exp(jax.random.normal(jax.random.key(1), (1, F)))  # outputs of different sizes
     return jax.random.normal(jax.random.key(0), (K, F)) * scales
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 20, 130])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    # of the largest output: float32 rounds sums; bfloat16 rounds activations to 8 bits; two int8 hold 16 bits of them
+    # Relative to the largest output. Float32 rounds sums, bfloat16 rounds activations to 8 bits, two int8 to 16 bits.
     [("float32", 1e-6), ("bfloat16", 1e-2), ("int8", 1e-4)],
 )
 def test_projection(w_KF, dtype, tolerance, rows):
@@ -39,7 +39,7 @@ def test_projection(w_KF, dtype, tolerance, rows):
     np.testing.assert_allclose(actual, expected, atol=tolerance * float(jnp.max(jnp.abs(expected))))
 
 
-def test_int8_weights_are_off_by_at_most_half_a_step_of_their_output(w_KF):
+def test_int8_weights_are_off_by_at_most_half_a_quantization_step(w_KF):
     error_KF = jnp.abs(dequantized(make_projection(w_KF, "int8", False), K) - w_KF)
     step_F = jnp.max(jnp.abs(w_KF), axis=0) / 127
     assert jnp.all(error_KF <= step_F[None] * 0.5001)
@@ -47,7 +47,7 @@ def test_int8_weights_are_off_by_at_most_half_a_step_of_their_output(w_KF):
 
 @pytest.mark.parametrize("one_row", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_a_layout_holds_the_same_numbers_whichever_way_the_matrix_was_stored(w_KF, dtype, one_row):
+def test_a_layout_does_not_depend_on_how_the_matrix_was_stored(w_KF, dtype, one_row):
     projections = make_projection(w_KF, dtype, one_row), make_projection(w_KF.T, dtype, one_row, True)
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, *projections)))
     several = make_projection(w_KF, dtype, False)
@@ -55,14 +55,14 @@ def test_a_layout_holds_the_same_numbers_whichever_way_the_matrix_was_stored(w_K
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_a_prompt_meets_the_weights_of_a_single_row(w_KF, dtype):
+def test_prompts_and_single_rows_use_the_same_weights(w_KF, dtype):
     x_NK = jax.random.normal(jax.random.key(2), (20, K))
     one, several = (project(x_NK, make_projection(w_KF, dtype, one_row)) for one_row in (True, False))
     np.testing.assert_allclose(one, several, atol=1e-5 * float(jnp.max(jnp.abs(several))))  # sums in another order
 
 
 @pytest.mark.parametrize(("K", "F"), [(768, 3072), (3072, 768), (768, 768), (768, 50257), (13, 7), (1, 1)])
-def test_stripes_begin_at_different_places_of_the_cache(K, F):
+def test_stripes_start_in_different_cache_sets(K, F):
     w_JGF = jax.eval_shape(striped, jax.ShapeDtypeStruct((K, F), jnp.int8))
     J, G, _ = w_JGF.shape
     assert J * G >= K
@@ -70,7 +70,7 @@ def test_stripes_begin_at_different_places_of_the_cache(K, F):
 
 
 def test_a_single_row_converts_weights_in_the_loop_over_tokens():
-    """Converted before the loop they would be read as float32, four bytes each."""
+    """If XLA converted them before the loop, it would read four bytes for each weight."""
     projection = make_projection(jax.random.normal(jax.random.key(0), (384, 384)), "int8", True)
 
     def four_tokens(x, projection):
@@ -80,7 +80,7 @@ def test_a_single_row_converts_weights_in_the_loop_over_tokens():
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 384 * 384
 
 
-def test_nothing_times_int8_is_nothing(w_KF):
+def test_zero_times_int8_is_zero(w_KF):
     zeros = make_projection(jnp.zeros((K, F)), "int8", True)
     assert not jnp.any(project(jnp.ones((1, K)), zeros))
     assert not jnp.any(project(jnp.zeros((1, K)), make_projection(w_KF, "int8", True)))

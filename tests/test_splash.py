@@ -1,4 +1,4 @@
-"""The TPU's attention kernel in interpret mode, against the plain form."""
+"""The TPU's attention kernel in interpret mode, compared with the plain implementation."""
 
 import functools
 
@@ -49,18 +49,18 @@ def test_splash_attention_on_a_mesh():
     mesh = jax.make_mesh(
         (2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:4]
     )
-    cut = PartitionSpec(BATCH, None, HEADS)
+    spec = PartitionSpec(BATCH, None, HEADS)
 
     def call(q, k, v, segments):
         return splash_attention(AttentionSpec(), q, k, v, Mask(segments), None, None, interpret=True)
 
     with jax.set_mesh(mesh):
-        actual = jax.jit(per_device(call, (cut, cut, cut, PartitionSpec(BATCH)), cut))(q, k, v, segments)
+        actual = jax.jit(per_device(call, (spec, spec, spec, PartitionSpec(BATCH)), spec))(q, k, v, segments)
     np.testing.assert_allclose(actual, attention_reference(q, k, v, mask=Mask(segments)), atol=1e-5)
     assert len(actual.sharding.device_set) == 4
 
 
-def test_what_the_kernel_cannot_do_is_known(monkeypatch):
+def test_unsupported_requests_have_a_reason(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
 
     def reason(T, rate=0.0, key=None):

@@ -1,4 +1,4 @@
-"""What one process can know of several: which cluster it is in, its rows, what is compared, what is said."""
+"""Functions for several processes, tested in one: detection of clusters, batches, comparisons, messages."""
 
 import json
 import os
@@ -43,7 +43,7 @@ OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3", "OMPI_COMM_WORLD_SI
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ""),
     ],
 )
-def test_a_cluster_is_found_by_what_it_sets_and_one_process_is_none(environment, name):
+def test_a_cluster_is_detected_by_its_variables(environment, name):
     assert cluster.detect(environment) == name
 
 
@@ -66,13 +66,13 @@ def test_wrong_options_are_named(flags, message):
         cluster_options.ClusterConfig(**flags)
 
 
-def test_one_process_joins_nothing():
+def test_a_single_process_connects_to_no_other():
     with cluster.joined(ClusterConfig(coordinator="nowhere.invalid:1", num_processes=1, process_id=0)):
         assert cluster.is_first() and cluster.gather("text") == ["text"]
         assert [cluster.Agreement()(number) for number in (0, 15)] == [0, 15]
 
 
-def test_a_cluster_that_says_too_little_is_told(tmp_path, monkeypatch, capsys):
+def test_a_cluster_with_missing_variables_is_an_error(tmp_path, monkeypatch, capsys):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     path = tmp_path / "c.yaml"
@@ -102,18 +102,18 @@ def sequences() -> PackedSequences:
     [text_batches(), sequences(), MultiBatches({"a": text_batches(), "b": sequences()}, {"a": 1.0, "b": 2.0})],
     ids=["texts", "sequences", "several tasks"],
 )
-def test_the_rows_of_a_process_are_those_of_the_whole_batch(windows):
+def test_the_sequences_of_all_processes_form_the_batch(windows):
     rows = np.array([0, 1, 4, 5])
     for step in (0, 3):
         assert_trees_equal(windows.batch(step, 8, rows), take_rows(windows.batch(step, 8), rows))
 
 
-def test_a_process_alone_has_all_rows_in_order():
+def test_a_single_process_has_all_sequences_in_order():
     for axes in ({"data": 4}, {"data": 2, "tensor": 2}, {"data": 1, "fsdp": 4}):
         np.testing.assert_array_equal(rows_of_process(make_mesh(MeshConfig(**axes)), 16, 8), np.arange(16))
 
 
-def test_what_differs_is_named_with_both_values(monkeypatch):
+def test_disagreements_are_reported_with_both_values(monkeypatch):
     def gathered(text: str) -> list[str]:
         return [text, text, json.dumps(json.loads(text) | {"train.batch_size": 16})]
 
@@ -149,7 +149,7 @@ RPC: /xla.coordination.CoordinationService/%s
         ("no end of line", "no end of line"),
     ],
 )
-def test_jaxlibs_last_words_become_one_line(text, expected):
+def test_the_abort_log_of_jaxlib_becomes_one_line(text, expected):
     command = [sys.executable, "-S", str(Path(relay.__file__)), "LOST", "LATE"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, env=os.environ)
     assert (done.returncode, done.stderr) == (0, expected)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_layout():
+def test_a_run_resumes_with_other_process_and_device_counts():
     layouts = {"--from": ("4", "5"), "--to": ("0", "1", "6", "7")}  # see LAYOUTS in bench/elastic.py
     flags = [word for name, numbers in layouts.items() for word in (name, *numbers)]
     command = [sys.executable, str(ROOT / "bench" / "elastic.py"), *flags]

@@ -26,7 +26,7 @@ GLOO = "FAILED_PRECONDITION: Gloo all-reduce failed: [pair.cc:534] Connection cl
         (UserError("NCCL_CANCELLED.jsonl: no such file"), False),
     ],
 )
-def test_only_errors_of_the_runtime_about_others_are_a_lost_process(error, lost, monkeypatch, capsys):
+def test_only_connection_errors_of_the_runtime_mean_a_lost_process(error, lost, monkeypatch, capsys):
     statuses = []
     monkeypatch.setattr(os, "_exit", statuses.append)
     assert cluster.is_lost(error) == lost

@@ -51,7 +51,7 @@ def test_processes_that_disagree_stop_before_anything_is_compiled(tmp_path, monk
 
 
 @pytest.mark.slow
-def test_other_data_under_the_same_name_is_told(tmp_path):
+def test_other_data_under_the_same_name_is_an_error(tmp_path):
     config = process_config(tmp_path, train={"num_steps": 2})
     process_config(tmp_path / "other")
     (tmp_path / "other" / "corpus" / "000.txt").write_text("another text\n" * 50)
@@ -64,7 +64,7 @@ def test_other_data_under_the_same_name_is_told(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_one_process_refuses_all_refuse(tmp_path):
+def test_a_user_error_of_one_process_is_raised_on_all(tmp_path):
     config = process_config(tmp_path, train={"num_steps": 2})
     config = replace(config, data={"path": ("corpus",)})
     (tmp_path / "empty").mkdir()
@@ -75,7 +75,7 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_directory_that_is_not_shared_is_told(tmp_path):
+def test_a_run_directory_that_is_not_shared_is_an_error(tmp_path):
     config = replace(process_config(tmp_path), run_dir="run")
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(config))
