@@ -43,7 +43,7 @@ CASES = (
     ("average, grouped heads", "--mesh.fsdp 4 --model.n_kv_head 2 --train.ema 0.99 --train.unroll 1"),
     ("bfloat16, 4 micro-batches", "--mesh.fsdp 2 --mesh.tensor 2 --train.micro_batch_size 4"
      " --train.compute_dtype bfloat16"),
-    ("positions cut", "--mesh.context 2 --mesh.fsdp 2 --train.batch_size 8 --train.unroll 1"),
+    ("positions sharded", "--mesh.context 2 --mesh.fsdp 2 --train.batch_size 8 --train.unroll 1"),
     ("stages", "--mesh.stage 4 --train.micro_batch_size 4 --train.unroll 1"),
     ("124 M, lion", "--model.n_layer 12 --model.n_head 12 --model.n_embd 768 --model.vocab_size 50257 --mesh.fsdp 4"
      " --optim.name lion --train.batch_size 4 --train.remat full --train.unroll 1"),
