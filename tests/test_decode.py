@@ -11,8 +11,9 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation import decode
-from gptjax.generation.choose import choice_rule, choose
-from gptjax.generation.decode import _decode, _prefilled, generate, stream
+from gptjax.generation.choose import choice_numbers, choice_rule, choose
+from gptjax.generation.controls import History, Tables
+from gptjax.generation.decode import DecodingModel, _decode, generate, prefilled, stream
 from gptjax.generation.sample import sample_texts
 from gptjax.generation.weights import decoding_weights
 from gptjax.model.gpt import hidden_states, logits
@@ -53,27 +54,27 @@ def make_params(model: ModelConfig) -> dict:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def next_token(model, params, context_T, last, rule, key, temperature, top_p):
+def next_token(model, params, context_T, last, rule, key, numbers):
     """The token after position `last`, from a whole forward pass."""
     T = context_T.shape[0]
     x_1TD = hidden_states(model, params, context_T[None], jnp.arange(T)[None])
     logits_1V = logits(model, params, jax.lax.dynamic_slice_in_dim(x_1TD, last, 1, axis=1))[:, 0]
-    return choose(logits_1V, key[None], rule, temperature, top_p)[0]
+    return choose(logits_1V, key[None], rule, numbers)[0]
 
 
 def uncached(model, params, prompt, options, prompt_number=0, sample=0, end_of_text=None):
     """What `generate` does for one row, one full forward pass per token; slides as the documentation says."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(options.seed), prompt_number), sample)
+    numbers = choice_numbers(options, 1)
     tokens, start, new = list(prompt), max(0, len(prompt) - model.block_size), []
     for number in range(options.max_new_tokens):
         if len(tokens) - start > model.block_size:
             start = len(tokens) - model.block_size // 2
         context = np.zeros(model.block_size, np.int32)
         context[: len(tokens) - start] = tokens[start:]
-        heat = np.float32(options.temperature or 1), np.float32(options.top_p)
         token_key = jax.random.fold_in(key, number)
         last = len(tokens) - start - 1
-        token = int(next_token(model, params, context, last, choice_rule(options), token_key, *heat))
+        token = int(next_token(model, params, context, last, choice_rule(options), token_key, numbers))
         if token == end_of_text:
             break
         tokens.append(token)
@@ -174,7 +175,7 @@ def test_the_loop_ends_when_all_rows_have_stopped():
     first = endless[0][0].tolist().index(stop)
     pieces = list(stream(MODEL, make_params(MODEL), [prompt], options, end_of_text=stop))
     assert len(pieces) == 1
-    assert pieces[0][0].tolist() == endless[0][0][:first].tolist()
+    assert pieces[0][0].tokens_N.tolist() == endless[0][0][:first].tolist()
 
 
 def test_end_of_text_can_be_ignored():
@@ -192,7 +193,7 @@ def test_streamed_pieces_join_to_what_generate_returns(piece_length):
     prompts, params = make_prompts(3, 11), make_params(MODEL)
     whole = generate(MODEL, params, prompts, options, end_of_text=3)
     pieces = list(stream(MODEL, params, prompts, options, end_of_text=3, piece_length=piece_length))
-    joined = [np.concatenate(row) for row in zip(*pieces, strict=True)]
+    joined = [np.concatenate([piece.tokens_N for piece in row]) for row in zip(*pieces, strict=True)]
     assert [row.tolist() for row in joined] == [sample.tolist() for samples in whole for sample in samples]
 
 
@@ -248,9 +249,11 @@ def _compiled_decode(model):
     weights = decoding_weights(model, make_params(model), "float32", one_row=False)
     cache = init_cache(model, jnp.zeros(rows, jnp.int32), 64, "float32")
     keys = jax.random.split(jax.random.key(0), rows)
-    arguments = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), keys, *map(jnp.int32, (0, 9, -1)), 1.0, 1.0
-    rule = choice_rule(SampleConfig(temperature=0))
-    return _decode.lower(model, "float32", rule, weights, cache, *arguments).compile().as_text()
+    arguments = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), keys, *map(jnp.int32, (0, 9, -1))
+    options = SampleConfig(temperature=0)
+    rest = choice_numbers(options, rows), Tables()
+    lowered = _decode.lower(model, "float32", choice_rule(options), weights, cache, History(), *arguments, *rest)
+    return lowered.compile().as_text()
 
 
 @pytest.mark.parametrize("options", [{"compute_dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bfloat16", "int8"])
@@ -268,7 +271,7 @@ def test_rounded_weights_give_nearly_the_same_logits(options, lengths):
 def last_logits(model, params, dtype, lengths):
     weights = decoding_weights(model, params, dtype, one_row=len(lengths) == 1)
     contexts = [np.append(prompt, 0) for prompt in make_prompts(*lengths)]  # the last token is left for the loop
-    cache = _prefilled(model, "float32", weights, contexts, 64, "float32")
+    cache = prefilled(DecodingModel(model, weights, "float32", "float32"), contexts, 64)
     x_B1D, _ = extend(model, weights.params, jnp.zeros((len(lengths), 1), jnp.int32), cache, "float32")
     return np.asarray(project(x_B1D, weights.readout)[:, 0])
 
@@ -298,6 +301,8 @@ def test_params_that_lie_on_several_devices_decode_the_same():
         ([np.array([1]), np.array([1, 37])], {}, "prompt 2 holds token 37, outside model.vocab_size=37"),
         ([np.array([-1])], {}, "prompt 1 holds token -1"),
         ([np.array([1])], {"top_k": 38}, "top_k=38 must be at most model.vocab_size=37"),
+        ([np.array([1])], {"logprobs": 38}, "logprobs=38 must be at most model.vocab_size=37"),
+        ([np.array([1])], {"logit_bias": ("37=1",)}, "logit_bias: token 37 is outside model.vocab_size=37"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_runs(prompts, options, message):

@@ -15,6 +15,8 @@ CHIP_NAMES = (
 """The names of `machine.chips.CHIPS`."""
 MOST_ROWS = 2**16
 """Largest number of continuations in one call."""
+LARGEST_BIAS = 10_000
+"""Largest absolute value of a bias of logits."""
 MOST_DEVICES = 512
 """Virtual devices that a step is compiled for."""
 
@@ -56,6 +58,34 @@ class SampleConfig(CheckpointConfig):
     """Sample among this many most likely tokens; 0: all."""
     top_p: float = 1.0
     """Sample among the fewest tokens whose probabilities sum to this (nucleus sampling, arXiv:1904.09751)."""
+    min_p: float = 0.0
+    """Leave out tokens whose probability is below this share of the largest one (arXiv:2407.01082)."""
+    typical_p: float = 1.0
+    """Sample among the most typical tokens whose probabilities sum to this (arXiv:2202.00666)."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that prompt or sample already have become less likely (arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the sample already has."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that the sample already has it."""
+    no_repeat_ngram: int = 0
+    """Never repeat an n-gram of this many tokens, prompt included; 0: n-grams may repeat."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that are not written, each also with a space before it, as the tokenizer splits them."""
+    logit_bias: tuple[str, ...] = ()
+    """Added to logits: TOKEN_ID=VALUE, one or several."""
+    min_new_tokens: int = 0
+    """End-of-text is not chosen before this many new tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a sample; the sample is cut before them."""
+    num_beams: int = 1
+    """Continuations that beam search keeps at each step; 1: no beam search."""
+    length_penalty: float = 1.0
+    """Beam search divides a sum of log-probabilities by the length to this power; above 0 favours long samples."""
+    logprobs: int = 0
+    """Show the log-probability of each chosen token and of this many most likely ones."""
+    json: bool = False
+    """Print one JSON object per sample."""
     seed: int = 0
     """Random seed; the same seed gives the same text, whatever else is in the batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -84,8 +114,56 @@ class SampleConfig(CheckpointConfig):
             raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.prompt and self.prompt_file:
             raise UserError("prompt and prompt_file are both set; give one")
-        for name in ("top_k", "top_p"):
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={self.min_p} must lie in [0, 1]")
+        if not 0 < self.typical_p <= 1:
+            raise UserError(f"typical_p={self.typical_p} must lie in (0, 1]")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing")
+        not_negative("", self, "no_repeat_ngram", "min_new_tokens", "logprobs")
+        for name in ("bad_words", "stop"):
+            if "" in getattr(self, name):
+                raise UserError(f"{name} holds an empty text; give at least one character, or leave it out")
+        token_biases(self)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}"
+            )
+        no_effect("", self, "min_new_tokens", not self.ignore_end_of_text, "ignore_end_of_text=false")
+        positive("", self, "num_beams")
+        no_effect("", self, "length_penalty", self.num_beams > 1, "num_beams above 1")
+        if self.num_beams > 1:
+            if self.temperature > 0:
+                raise UserError(f"num_beams={self.num_beams} needs temperature=0: beam search draws nothing")
+            if self.num_samples > self.num_beams:
+                raise UserError(f"num_samples={self.num_samples} must be at most num_beams={self.num_beams}")
+            for name in ("stop", "logprobs"):
+                no_effect("", self, name, False, "num_beams=1")
+        for name in ("top_k", "top_p", "min_p", "typical_p"):
             no_effect("", self, name, self.temperature > 0, "temperature above 0")
+
+
+def token_biases(options: SampleConfig) -> dict[int, float]:
+    """The bias of each token id that `logit_bias` names.
+
+    Raises:
+        UserError: An entry has another form, is not finite, or names a token twice.
+    """
+    biases: dict[int, float] = {}
+    for entry in options.logit_bias:
+        token, _, value = entry.partition("=")
+        try:
+            number, bias = int(token), float(value)
+        except ValueError:
+            raise UserError(f"logit_bias: {entry!r} must be TOKEN_ID=VALUE, such as 50256=-5") from None
+        if number < 0 or not abs(bias) <= LARGEST_BIAS:
+            raise UserError(
+                f"logit_bias: {entry!r} needs an id from 0 on and a value in [-{LARGEST_BIAS}, {LARGEST_BIAS}]"
+            )
+        if number in biases:
+            raise UserError(f"logit_bias: token {number} is given twice")
+        biases[number] = bias
+    return biases
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

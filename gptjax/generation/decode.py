@@ -9,15 +9,17 @@ Shape suffixes: B row (one sample of one prompt), T position, N new token, V voc
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs import SampleConfig, token_biases
 from gptjax.errors import UserError
-from gptjax.generation.choose import Rule, choice_rule, choose
+from gptjax.generation.choose import Numbers, Rule, choice_numbers, choice_rule, choose, log_probabilities
+from gptjax.generation.controls import History, Tables, control, make_history, make_tables, remember
 from gptjax.generation.weights import DecodingWeights, decoding_weights
 from gptjax.machine.platform import target_platform
 from gptjax.model.cache import Cache, grow_cache, init_cache
@@ -32,6 +34,37 @@ LARGE = 2**25  # bytes of a cache that grows as it fills: to read less is worth 
 NOTHING = -1  # stands in the buffer where a row has no token
 
 
+class DecodingModel(NamedTuple):
+    """A model laid out for decoding."""
+
+    config: ModelConfig
+    weights: DecodingWeights
+    dtype: str
+    """Of activations."""
+    stored: str
+    """Of the cache."""
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of new tokens, by the model's own logits, before any control and the temperature."""
+
+    chosen_N: np.ndarray | jax.Array
+    """Of the tokens that were chosen."""
+    ids_NK: np.ndarray | jax.Array
+    """The most likely tokens at each place, the most likely first."""
+    top_NK: np.ndarray | jax.Array
+    """Their log-probabilities."""
+
+
+class Piece(NamedTuple):
+    """New tokens of one row."""
+
+    tokens_N: np.ndarray
+    """Token ids, int32."""
+    logprobs: Logprobs | None
+    """None unless `options.logprobs` asks for them."""
+
+
 def generate(
     config: ModelConfig,
     params: dict,
@@ -39,6 +72,7 @@ def generate(
     options: SampleConfig,
     *,
     end_of_text: int | None = None,
+    bad_words: Sequence[Sequence[int]] = (),
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[list[np.ndarray]]:
     """Returns the new token ids of every sample, `[prompt][sample]`, without prompt and end-of-text.
@@ -46,9 +80,18 @@ def generate(
     Arguments and errors are those of `stream`.
     """
     rows: list[list[np.ndarray]] = [[] for _ in range(len(prompts) * options.num_samples)]
-    for pieces in stream(config, params, prompts, options, end_of_text=end_of_text, notify=notify, piece_length=BUFFER):
+    for pieces in stream(
+        config,
+        params,
+        prompts,
+        options,
+        end_of_text=end_of_text,
+        bad_words=bad_words,
+        notify=notify,
+        piece_length=BUFFER,
+    ):
         for row, piece in zip(rows, pieces, strict=True):
-            row.append(piece)
+            row.append(piece.tokens_N)
     samples = [np.concatenate([np.zeros(0, np.int32), *row]) for row in rows]
     return [samples[i : i + options.num_samples] for i in range(0, len(samples), options.num_samples)]
 
@@ -60,10 +103,12 @@ def stream(
     options: SampleConfig,
     *,
     end_of_text: int | None = None,
+    bad_words: Sequence[Sequence[int]] = (),
+    is_finished: Callable[[int], bool] = lambda row: False,
     notify: Callable[[str], None] = lambda message: None,
     piece_length: int = 8,
-) -> Iterator[list[np.ndarray]]:
-    """Yields new token ids as they come: for every row (prompt by prompt, sample by sample) an int32 array.
+) -> Iterator[list[Piece]]:
+    """Yields new tokens as they come: for every row (prompt by prompt, sample by sample) a piece.
 
     A row's tokens depend on its prompt, the seed, its prompt's number and its sample's number, not on other rows.
 
@@ -71,29 +116,43 @@ def stream(
         config: Shape of the model.
         params: As `init_params` returns them.
         prompts: Token ids, one array each, none empty.
-        options: How many samples, how long, how tokens are chosen, in which precision.
+        options: How many samples, how long, how tokens are chosen, in which precision; texts in it are not read.
         end_of_text: Id that ends a row; None: none does. `options.ignore_end_of_text` overrides it.
-        notify: Told in one line when a prompt is cut and, once, when contexts slide.
+        bad_words: Sequences of token ids that are never completed.
+        is_finished: Asked after each piece whether a row, by its number, ends here.
+        notify: Gets one line when a prompt is cut and, once, when contexts slide.
         piece_length: New tokens per row in one piece, at most 64.
 
     Raises:
-        UserError: A prompt is empty or holds an id outside the vocabulary, or `options.top_k` passes it.
+        UserError: A prompt is empty or holds an id outside the vocabulary, or an option names such an id.
     """
-    _check(config, prompts, options)
-    return _stream(config, params, prompts, options, end_of_text, notify, min(piece_length, BUFFER))
+    check_prompts(config, prompts, options)
+    return _stream(
+        config, params, prompts, options, end_of_text, bad_words, is_finished, notify, min(piece_length, BUFFER)
+    )
 
 
-def _stream(config, params, prompts, options, end_of_text, notify, piece_length):
+def prepare(config: ModelConfig, params: dict, options: SampleConfig, rows: int) -> DecodingModel:
+    """Lays out a model to decode so many rows at once, in the precision that the options name."""
     config, params = for_decoding(config, params)
     weight_dtype = options.compute_dtype if options.quantize == "none" else options.quantize
-    weights = decoding_weights(config, params, weight_dtype, len(prompts) * options.num_samples == 1)
     dtype = "float32" if target_platform() == "cpu" else options.compute_dtype
     stored = options.compute_dtype if kernels.usable_for_a_cache(options.compute_dtype, config.head_width) else dtype
-    rule = choice_rule(options)
+    return DecodingModel(config, decoding_weights(config, params, weight_dtype, rows == 1), dtype, stored)
+
+
+def _stream(config, params, prompts, options, end_of_text, bad_words, is_finished, notify, piece_length):
+    rows = len(prompts) * options.num_samples
+    model = prepare(config, params, options, rows)
+    config = model.config
+    rule = choice_rule(options, words=bool(bad_words))
     stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
     contexts = [context for context in _cut(config, prompts, notify) for _ in range(options.num_samples)]
     keys_B = _row_keys(np.uint32(options.seed), len(prompts), options.num_samples)
-    done_B = np.zeros(len(contexts), bool)
+    tables = make_tables(rule, token_biases(options), bad_words, config.vocab_size)
+    history = make_history(rule, contexts, options.max_new_tokens, config.vocab_size)
+    numbers = choice_numbers(options, rows)
+    done_B = np.zeros(rows, bool)
     cache, number, used, slots, most, told = None, 0, 0, 0, 0, False
     while number < options.max_new_tokens and not done_B.all():
         room = min(config.block_size + 1 - len(c) for c, done in zip(contexts, done_B, strict=True) if not done)
@@ -107,66 +166,104 @@ def _stream(config, params, prompts, options, end_of_text, notify, piece_length)
                 told = True
             contexts = [_window(config, c, done) for c, done in zip(contexts, done_B, strict=True)]
             used = _prefill_length(contexts)
-            most = max(most, _slots(config, contexts, options.max_new_tokens - number))
-            slots = max(slots, _first_slots(config, stored, len(contexts), used, most))
-            cache = _prefilled(config, dtype, weights, contexts, slots, stored)
+            most = max(most, window_slots(config, contexts, options.max_new_tokens - number))
+            slots = max(slots, _first_slots(config, model.stored, len(contexts), used, most))
+            cache = prefilled(model, contexts, slots)
             continue
         if used == slots:
             slots = min(2 * slots, most)
             cache = _grown(cache, slots)
         limit = min(piece_length, room, options.max_new_tokens - number, slots - used)
         last_B = np.array([c[-1] for c in contexts], np.int32)
-        scalars = np.int32(number), np.int32(limit), np.int32(stop), np.float32(options.temperature or 1)
-        cache, new_BN = _decode(
-            config, dtype, rule, weights, cache, last_B, done_B, keys_B, *scalars, np.float32(options.top_p)
+        places = np.int32(number), np.int32(limit), np.int32(stop)
+        cache, history, new_BN, logprobs = _decode(
+            *(config, model.dtype, rule, model.weights, cache, history),
+            *(last_B, done_B, keys_B, *places, numbers, tables),
         )
         new_BN = np.asarray(new_BN)[:, :limit]
-        pieces = [row[row != NOTHING] for row in new_BN]
-        contexts = [np.concatenate([c, piece]) for c, piece in zip(contexts, pieces, strict=True)]
+        pieces = _pieces(new_BN, jax.device_get(logprobs))
+        contexts = [np.concatenate([c, piece.tokens_N]) for c, piece in zip(contexts, pieces, strict=True)]
         done_B = new_BN[:, -1] == NOTHING
         number += limit
         used += limit
         yield pieces
+        done_B |= [is_finished(row) for row in range(rows)]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "rule"), donate_argnames="cache")
+def _pieces(new_BN: np.ndarray, logprobs: Logprobs | None) -> list[Piece]:
+    pieces = []
+    for row, tokens_N in enumerate(new_BN):
+        count = int(np.sum(tokens_N != NOTHING))  # a row that has ended has nothing behind its end
+        mine = None if logprobs is None else Logprobs(*(part[row, :count] for part in logprobs))
+        pieces.append(Piece(tokens_N[:count], mine))
+    return pieces
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "rule"), donate_argnames=("cache", "history"))
 def _decode(
     config: ModelConfig,
     dtype: str,
     rule: Rule,
     weights: DecodingWeights,
     cache: Cache,
+    history: History,
     last_B: jax.Array,
     done_B: jax.Array,
     keys_B: jax.Array,
     number: jax.Array,
     limit: jax.Array,
     stop: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-) -> tuple[Cache, jax.Array]:
-    """Adds up to `limit` tokens to every row that is not done; returns them as `[B, BUFFER]` and the longer cache.
+    numbers: Numbers,
+    tables: Tables,
+) -> tuple[Cache, History, jax.Array, Logprobs | None]:
+    """Adds up to `limit` tokens to every row that is not done.
 
     `last_B` are the newest tokens, not in the cache yet; `number` says how many new tokens came before.
+
+    Returns:
+        The longer cache and history; the new tokens, `[B, BUFFER]`; and their log-probabilities, as long.
     """
+    B, K = last_B.shape[0], rule.logprobs
 
     def step(carry):
-        n, cache, last_B, done_B, new_BN = carry
-        x_B1D, cache = extend(config, weights.params, last_B[:, None], cache, dtype)
-        logits_BV = finish_logits(config, weights.params, project(x_B1D, weights.readout)[:, 0])
+        n, cache, history, last_B, done_B, new_BN, logprobs = carry
+        logits_BV, cache = next_logits(config, dtype, weights, last_B, cache)
         token_keys_B = keys_B if rule.greedy else jax.vmap(jax.random.fold_in, (0, None))(keys_B, number + n)
-        next_B = choose(logits_BV, token_keys_B, rule, temperature, top_p)
+        controlled_BV = control(logits_BV, rule, numbers, tables, history, number + n, stop)
+        next_B = choose(controlled_BV, token_keys_B, rule, numbers)
+        if logprobs is not None:
+            found = log_probabilities(logits_BV, next_B, K)
+            logprobs = jax.tree.map(lambda all, new: _put(all, new, n), logprobs, Logprobs(*found))
+        history = remember(history, next_B)
         done_B = done_B | (next_B == stop)
-        new_BN = jax.lax.dynamic_update_slice(new_BN, jnp.where(done_B, NOTHING, next_B)[:, None], (0, n))
-        return n + 1, cache, jnp.where(done_B, last_B, next_B), done_B, new_BN
+        new_BN = _put(new_BN, jnp.where(done_B, NOTHING, next_B), n)
+        return n + 1, cache, history, jnp.where(done_B, last_B, next_B), done_B, new_BN, logprobs
 
     def unfinished(carry):
-        n, _, _, done_B, _ = carry
+        n, _, _, _, done_B, _, _ = carry
         return (n < limit) & ~jnp.all(done_B)
 
-    new_BN = jnp.full((last_B.shape[0], BUFFER), NOTHING, jnp.int32)
-    _, cache, _, _, new_BN = jax.lax.while_loop(unfinished, step, (jnp.int32(0), cache, last_B, done_B, new_BN))
-    return cache, new_BN
+    new_BN = jnp.full((B, BUFFER), NOTHING, jnp.int32)
+    logprobs = None
+    if K:
+        floats, ids = jnp.zeros((B, BUFFER, K)), jnp.zeros((B, BUFFER, K), jnp.int32)
+        logprobs = Logprobs(jnp.zeros((B, BUFFER)), ids, floats)
+    carry = (jnp.int32(0), cache, history, last_B, done_B, new_BN, logprobs)
+    _, cache, history, _, _, new_BN, logprobs = jax.lax.while_loop(unfinished, step, carry)
+    return cache, history, new_BN, logprobs
+
+
+def next_logits(
+    config: ModelConfig, dtype: str, weights: DecodingWeights, last_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Logits `[B, V]` of the tokens that follow `last_B`, which are put into the cache."""
+    x_B1D, cache = extend(config, weights.params, last_B[:, None], cache, dtype)
+    return finish_logits(config, weights.params, project(x_B1D, weights.readout)[:, 0]), cache
+
+
+def _put(all: jax.Array, new: jax.Array, n: jax.Array) -> jax.Array:
+    """Writes `new`, `[B, ...]`, as number `n` of the second axis."""
+    return jax.lax.dynamic_update_slice(all, new[:, None], (0, n, *(0,) * (new.ndim - 1)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
@@ -179,16 +276,17 @@ def _extend_cache(
 _grown = jax.jit(grow_cache, static_argnums=1)
 
 
-def _prefilled(config, dtype, weights, contexts, slots, stored) -> Cache:
-    """Returns a cache, of dtype `stored`, of every context but its last token, which the decoding loop reads."""
+def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int) -> Cache:
+    """Returns a cache of every context but its last token, which the decoding loop reads."""
     length = _prefill_length(contexts)
     padding_B = np.array([length - (len(c) - 1) for c in contexts], np.int32)
     tokens_BT = np.zeros((len(contexts), length), np.int32)
     for row, context, padding in zip(tokens_BT, contexts, padding_B, strict=True):
         row[padding:] = context[:-1]
-    cache = init_cache(config, jnp.asarray(padding_B), slots, stored)
+    cache = init_cache(model.config, jnp.asarray(padding_B), slots, model.stored)
     for start in range(0, length, PREFILL):
-        cache = _extend_cache(config, dtype, weights, tokens_BT[:, start : start + PREFILL], cache)
+        chunk_BT = tokens_BT[:, start : start + PREFILL]
+        cache = _extend_cache(model.config, model.dtype, model.weights, chunk_BT, cache)
     return cache
 
 
@@ -200,7 +298,7 @@ def _prefill_length(contexts) -> int:
     return max(16, 1 << (longest - 1).bit_length()) if longest else 0
 
 
-def _slots(config: ModelConfig, contexts, new: int) -> int:
+def window_slots(config: ModelConfig, contexts, new: int) -> int:
     """Slots until the last token, or until the first context is full."""
     longest = max(len(c) for c in contexts)
     return _round_up(_prefill_length(contexts) + min(new, config.block_size + 1 - longest), SLOTS_MULTIPLE)
@@ -244,9 +342,21 @@ def _row_keys(seed: jax.Array, prompts: int, samples: int) -> jax.Array:
     return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row // samples), row % samples))(rows)
 
 
-def _check(config: ModelConfig, prompts, options: SampleConfig) -> None:
-    if options.top_k > config.vocab_size:
-        raise UserError(f"top_k={options.top_k} must be at most model.vocab_size={config.vocab_size}; 0 takes all")
+def check_prompts(config: ModelConfig, prompts: Sequence[np.ndarray], options: SampleConfig) -> None:
+    """Refuses prompts and options that name what the model has not.
+
+    Raises:
+        UserError: A prompt is empty or holds an id outside the vocabulary, or an option names such an id.
+    """
+    for name in ("top_k", "logprobs"):
+        if getattr(options, name) > config.vocab_size:
+            raise UserError(
+                f"{name}={getattr(options, name)} must be at most model.vocab_size={config.vocab_size}"
+                + ("; 0 takes all" if name == "top_k" else "")
+            )
+    for token in token_biases(options):
+        if token >= config.vocab_size:
+            raise UserError(f"logit_bias: token {token} is outside model.vocab_size={config.vocab_size}")
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) == 0:
             raise UserError(f"prompt {number} is empty; the model continues at least one token")

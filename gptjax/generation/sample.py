@@ -2,17 +2,32 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from gptjax.config.model import ModelConfig
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
-from gptjax.generation.decode import BUFFER, stream
-from gptjax.generation.stream import make_text_stream
+from gptjax.generation.beam import beam_search
+from gptjax.generation.decode import BUFFER, Logprobs, Piece, stream
+from gptjax.generation.stream import StopFilter, make_text_stream
 from gptjax.text.tokenizer import Tokenizer
 
 STREAM_LENGTH = 8  # tokens between two pieces of text
+
+
+class Sample(NamedTuple):
+    """One continuation of a prompt."""
+
+    text: str
+    """Without the prompt, cut before a stop string."""
+    finish: Literal["stop", "length"]
+    """stop: by end-of-text or a stop string; length: by `max_new_tokens`."""
+    tokens: list[int]
+    """Those that begin in the text."""
+    logprobs: Logprobs | None
+    """Of these tokens, where `options.logprobs` asks for them."""
 
 
 def sample_texts(
@@ -26,7 +41,23 @@ def sample_texts(
     on_text: Callable[[int, int, str], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[list[str]]:
-    """Returns the continuations of every prompt, `[prompt][sample]`, without the prompt.
+    """Returns the text of every `Sample` of `samples`, whose arguments and errors these are."""
+    found = samples(config, params, tokenizer, prompts, options, at_start=at_start, on_text=on_text, notify=notify)
+    return [[sample.text for sample in row] for row in found]
+
+
+def samples(
+    config: ModelConfig,
+    params: dict,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    options: SampleConfig,
+    *,
+    at_start: bool = False,
+    on_text: Callable[[int, int, str], None] | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> list[list[Sample]]:
+    """Returns the continuations of every prompt, `[prompt][sample]`.
 
     Args:
         config: Shape of the model.
@@ -40,21 +71,25 @@ def sample_texts(
         notify: Gets one line about a prompt that is cut or a context that slides.
 
     Raises:
-        UserError: A prompt is empty or cannot be encoded, or `options.top_k` passes the vocabulary.
+        UserError: A prompt is empty or cannot be encoded, or an option names a token outside the vocabulary.
     """
     ids = [_encode(tokenizer, text, options.allow_special, number) for number, text in enumerate(prompts, 1)]
     if at_start and tokenizer.end_of_text is not None:
         ids = [np.concatenate([[tokenizer.end_of_text], tokens]) for tokens in ids]
     if tokenizer.vocab_size < config.vocab_size:  # ids that only the model has are never chosen: they have no text
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    feeds = [make_text_stream() for _ in range(len(prompts) * options.num_samples)]
-    texts = [""] * len(feeds)
+    bad_words = bad_word_ids(tokenizer, options.bad_words)
+    if options.num_beams > 1:
+        found = beam_search(
+            config, params, ids, options, end_of_text=tokenizer.end_of_text, bad_words=bad_words, notify=notify
+        )
+        return [[_whole(tokenizer, tokens, options) for tokens in row] for row in found]
+    rows = [_Row(tokenizer, options) for _ in range(len(prompts) * options.num_samples)]
+    piece_length = STREAM_LENGTH if on_text or options.stop else BUFFER
 
-    def take(row: int, new: bytes, final: bool) -> None:
-        piece = feeds[row](new, final)
-        texts[row] += piece
-        if piece and on_text:
-            on_text(*divmod(row, options.num_samples), piece)
+    def take(row: int, text: str) -> None:
+        if text and on_text:
+            on_text(*divmod(row, options.num_samples), text)
 
     for pieces in stream(
         config,
@@ -62,14 +97,91 @@ def sample_texts(
         ids,
         options,
         end_of_text=tokenizer.end_of_text,
+        bad_words=bad_words,
+        is_finished=lambda row: rows[row].stopped,
         notify=notify,
-        piece_length=STREAM_LENGTH if on_text else BUFFER,
+        piece_length=piece_length,
     ):
-        for row, new in enumerate(pieces):
-            take(row, tokenizer.decode_bytes(new), False)
-    for row in range(len(feeds)):
-        take(row, b"", True)
-    return [texts[i : i + options.num_samples] for i in range(0, len(texts), options.num_samples)]
+        for row, piece in enumerate(pieces):
+            take(row, rows[row].add(piece))
+    for number, row in enumerate(rows):
+        take(number, row.end())
+    found = [row.sample() for row in rows]
+    return [found[i : i + options.num_samples] for i in range(0, len(found), options.num_samples)]
+
+
+def _whole(tokenizer: Tokenizer, tokens: np.ndarray, options: SampleConfig) -> Sample:
+    """The sample of tokens that came at once."""
+    row = _Row(tokenizer, options)
+    row.add(Piece(tokens, None))
+    row.end()
+    return row.sample()
+
+
+class _Row:
+    """Collects the pieces of one sample."""
+
+    def __init__(self, tokenizer: Tokenizer, options: SampleConfig):
+        self._tokenizer, self._options = tokenizer, options
+        self._decode, self._filter = make_text_stream(), StopFilter(options.stop)
+        self._pieces: list[Piece] = []
+        self._text = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self._filter.found
+
+    def add(self, piece: Piece) -> str:
+        """Takes new tokens; returns the text that is certain by now."""
+        if not self.stopped:
+            self._pieces.append(piece)
+        return self._take(self._filter.feed(self._decode(self._tokenizer.decode_bytes(piece.tokens_N), False)))
+
+    def end(self) -> str:
+        """Returns what was held back."""
+        return self._take(self._filter.feed(self._decode(b"", True), final=True))
+
+    def sample(self) -> Sample:
+        """What was collected."""
+        tokens = np.concatenate([np.zeros(0, np.int32), *(piece.tokens_N for piece in self._pieces)])
+        ended = self.stopped or len(tokens) < self._options.max_new_tokens
+        if self.stopped:
+            tokens = tokens[: tokens_of(self._tokenizer, tokens, len(self._text))]
+        parts = [piece.logprobs for piece in self._pieces if piece.logprobs is not None]
+        logprobs = (
+            Logprobs(*(np.concatenate(part)[: len(tokens)] for part in zip(*parts, strict=True))) if parts else None
+        )
+        return Sample(self._text, "stop" if ended else "length", tokens.tolist(), logprobs)
+
+    def _take(self, text: str) -> str:
+        self._text += text
+        return text
+
+
+def tokens_of(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, characters: int) -> int:
+    """How many tokens begin within the first characters of their text, up to `characters`."""
+    decode, begin = make_text_stream(), 0
+    for number, token in enumerate(tokens):
+        if begin >= characters:
+            return number
+        begin += len(decode(tokenizer.decode_bytes([token]), False))
+    return len(tokens)
+
+
+def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
+    """The token sequences of texts, alone and after a space; those that a tokenizer cannot write are left out.
+
+    A sequence that ends in another one is left out too.
+    """
+    found: set[tuple[int, ...]] = set()
+    for word in words:
+        for text in (word, f" {word}"):
+            try:
+                found.add(tuple(tokenizer.encode(text).tolist()))
+            except UserError:  # characters that the model cannot write
+                continue
+    return sorted(list(word) for word in found if not any(word[-len(w) :] == w for w in found if len(w) < len(word)))
 
 
 def _encode(tokenizer: Tokenizer, text: str, allow_special: bool, number: int) -> np.ndarray:

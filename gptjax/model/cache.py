@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax.config.model import ModelConfig
 
@@ -44,6 +45,12 @@ def grow_cache(cache: Cache, slots: int) -> Cache:
         return jnp.pad(old_BGSC, ((0, 0), (0, 0), (0, slots - old_BGSC.shape[2]), (0, 0)))
 
     return cache._replace(layers=jax.tree.map(put, cache.layers))
+
+
+def select_rows(cache: Cache, rows: jax.Array | np.ndarray) -> Cache:
+    """Returns a cache of these rows of another one, in this order; a row may be taken several times."""
+    layers = jax.tree.map(lambda leaf: leaf[rows], cache.layers)
+    return cache._replace(layers=layers, padding_B=cache.padding_B[rows])
 
 
 def visible_slots(cache: Cache, new: int, window: int) -> jax.Array:

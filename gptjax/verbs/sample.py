@@ -1,18 +1,19 @@
 """`gptjax sample`."""
 
+import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from gptjax.checkpoints.run_dir import LoadedRun, load_run
+from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
-from gptjax.generation.sample import sample_texts
+from gptjax.generation.sample import Sample, samples
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
+from gptjax.report.tokens import TokenRow, print_tokens
 from gptjax.tasks.instruct import chat_template
-from gptjax.tasks.multi import parts_of
 from gptjax.text.chats import USER, Message, render_prompt
+from gptjax.text.tokenizer import Tokenizer
 from gptjax.text.unicode import has_surrogate
 
 
@@ -22,49 +23,66 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
     run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, notify, config.base)
     if run.tokenizer is None:
         raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
-    prompts, at_start = render_prompts(run, prompts, config.raw, config.run_dir)
-    one = len(prompts) * config.num_samples == 1
+    template = None if config.raw else chat_template(run.config)
+    if config.raw and chat_template(run.config) is None:
+        raise UserError(f"raw=True has no effect: {config.run_dir} has task.kind={run.config.task.kind}, no template")
+    if template is not None:
+        prompts = [render_prompt([Message(USER, prompt)], template) for prompt in prompts]
+    one = len(prompts) * config.num_samples == 1 and not config.json and not config.logprobs
     if one:
         _write(prompts[0])
-    texts = sample_texts(
+    found = samples(
         run.config.model,
         run.params,
         run.tokenizer,
         prompts,
         config,
-        at_start=at_start,
+        at_start=template is not None,
         on_text=(lambda _prompt, _sample, piece: _write(piece)) if one else None,
         notify=notify,
     )
     if one:
         _write("\n")
-    else:
-        for prompt, continuations in zip(prompts, texts, strict=True):
-            for text in continuations:
-                _write(f"{prompt}{text}\n---------------\n")
+        return 0
+    for number, (prompt, row) in enumerate(zip(prompts, found, strict=True)):
+        for sample in row:
+            if config.json:
+                _write(json.dumps({"prompt": number} | describe(run.tokenizer, sample), ensure_ascii=False) + "\n")
+            elif config.logprobs:
+                print_tokens(prompt, token_rows(run.tokenizer, sample))
+            else:
+                _write(f"{prompt}{sample.text}\n---------------\n")
     return 0
 
 
-def render_prompts(run: LoadedRun, prompts: Sequence[str], raw: bool, where: str) -> tuple[list[str], bool]:
-    """Returns the prompts as the model reads them, and whether they begin a document.
+def describe(tokenizer: Tokenizer, sample: Sample) -> dict:
+    """A sample as JSON values: text, how it ended, token ids and, where asked for, log-probabilities of each token."""
+    values = {"text": sample.text, "finish_reason": sample.finish, "tokens": sample.tokens}
+    if sample.logprobs is None:
+        return values
+    rows = [
+        {
+            "text": row.text,
+            "logprob": row.logprob,
+            "top": [dict(zip(("text", "logprob"), t, strict=True)) for t in row.top],
+        }
+        for row in token_rows(tokenizer, sample)
+    ]
+    return values | {"logprobs": rows}
 
-    To a run that learned chats, each prompt is the user's message in the run's template.
 
-    Args:
-        run: The trained run.
-        prompts: As given.
-        raw: Whether the prompts stay as they are.
-        where: Of the run, for error messages.
-
-    Raises:
-        UserError: `raw` has no effect, or the run has chats of several templates.
-    """
-    if raw and not any(part.task.kind == "instruct" for part in parts_of(run.config).values()):
-        raise UserError(f"raw=True has no effect: {where} has task.kind={run.config.task.kind}, which has no template")
-    template = None if raw else chat_template(run.config)
-    if template is None:
-        return list(prompts), False
-    return [render_prompt([Message(USER, prompt)], template) for prompt in prompts], True
+def token_rows(tokenizer: Tokenizer, sample: Sample) -> list[TokenRow]:
+    """The tokens of a sample with their log-probabilities and those of the most likely ones."""
+    if sample.logprobs is None:
+        return []
+    return [
+        TokenRow(
+            tokenizer.decode([token]),
+            round(float(chosen), 6),
+            tuple((tokenizer.decode([id]), round(float(logprob), 6)) for id, logprob in zip(ids, top, strict=True)),
+        )
+        for token, chosen, ids, top in zip(sample.tokens, *sample.logprobs, strict=True)
+    ]
 
 
 def read_prompts(config: SampleConfig) -> list[str]:

@@ -1,0 +1,153 @@
+"""Changes of logits before a token is chosen: biases, penalties of repetition, and tokens that are banned.
+
+Shape suffixes: B row, V vocabulary, L token of a row's history, W banned sequence, N token of it but the last.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.generation.choose import Numbers, Rule
+
+BANNED = -1e30
+"""Logit of a banned token: finite, so that a row in which every token is banned has probabilities."""
+NO_TOKEN, ANY_TOKEN = -1, -2
+ROUND = 256  # lengths of histories, so that few programs compile
+
+
+class Tables(NamedTuple):
+    """Arrays that do not change while tokens are added; those that no rule reads are None."""
+
+    bias_BV: jax.Array | None = None
+    """Added to the logits; one row may stand for all."""
+    before_WN: jax.Array | None = None
+    """Banned sequences without their last token, aligned on their right; `ANY_TOKEN` before a short one."""
+    last_W: jax.Array | None = None
+    """Their last tokens."""
+
+
+class History(NamedTuple):
+    """What is known of a row's tokens so far; parts that no rule reads are None."""
+
+    in_prompt_BV: jax.Array | None = None
+    """Whether the prompt has a token."""
+    counts_BV: jax.Array | None = None
+    """How often a token was chosen, int32."""
+    tokens_BL: jax.Array | None = None
+    """Prompt and new tokens, from the left."""
+    length_B: jax.Array | None = None
+    """How many of `tokens_BL` there are."""
+
+
+def make_tables(rule: Rule, bias: dict[int, float], words: Sequence[Sequence[int]], vocab_size: int) -> Tables:
+    """Lays out a bias by token id, the same for every row, and banned sequences of token ids."""
+    bias_1V = np.zeros((1, vocab_size), np.float32)
+    for token, value in bias.items():
+        bias_1V[0, token] = value
+    before_WN = np.full((len(words), max((len(word) for word in words), default=1) - 1), ANY_TOKEN, np.int32)
+    for row, word in zip(before_WN, words, strict=True):
+        row[len(row) - len(word) + 1 :] = word[:-1]
+    last_W = np.array([word[-1] for word in words], np.int32)
+    return Tables(
+        jnp.asarray(bias_1V) if rule.bias else None,
+        *((jnp.asarray(before_WN), jnp.asarray(last_W)) if rule.words else (None, None)),
+    )
+
+
+def make_history(rule: Rule, prompts: Sequence[np.ndarray], new: int, vocab_size: int) -> History:
+    """The history of rows that have their prompts alone, with room for so many new tokens."""
+    rows, history = len(prompts), History()
+    if rule.penalties:
+        in_prompt_BV = np.zeros((rows, vocab_size), bool)
+        for row, prompt in zip(in_prompt_BV, prompts, strict=True):
+            row[prompt] = True
+        counts_BV = jnp.zeros((rows, vocab_size), jnp.int32)
+        history = history._replace(in_prompt_BV=jnp.asarray(in_prompt_BV), counts_BV=counts_BV)
+    if rule.ngram or rule.words:
+        lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+        tokens_BL = np.full((rows, -(-(int(lengths_B.max()) + new) // ROUND) * ROUND), NO_TOKEN, np.int32)
+        for row, prompt in zip(tokens_BL, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        history = history._replace(tokens_BL=jnp.asarray(tokens_BL), length_B=jnp.asarray(lengths_B))
+    return history
+
+
+def remember(history: History, next_B: jax.Array) -> History:
+    """The history with one more token of each row; a row without room, which is done, keeps what it has."""
+    rows_B = jnp.arange(next_B.shape[0])
+    if history.counts_BV is not None:
+        history = history._replace(counts_BV=history.counts_BV.at[rows_B, next_B].add(1))
+    if history.tokens_BL is not None and history.length_B is not None:
+        tokens_BL = history.tokens_BL.at[rows_B, history.length_B].set(next_B, mode="drop")
+        history = history._replace(tokens_BL=tokens_BL, length_B=history.length_B + 1)
+    return history
+
+
+def control(
+    logits_BV: jax.Array,
+    rule: Rule,
+    numbers: Numbers,
+    tables: Tables,
+    history: History,
+    count: jax.Array,
+    end_of_text: jax.Array,
+) -> jax.Array:
+    """Applies what the rule names, in this order: bias, repetition, presence and frequency, n-grams, words, end.
+
+    Args:
+        logits_BV: The model's own, float32.
+        rule: What is on.
+        numbers: Penalties of each row. Repetition divides positive logits of tokens in the history, prompt included,
+            and multiplies negative ones. Presence and frequency are subtracted for new tokens: once, and for each time.
+        tables: Biases and banned sequences.
+        history: Tokens so far.
+        count: New tokens so far, a scalar or `[B]`.
+        end_of_text: Its id; `NO_TOKEN`: there is none.
+
+    Source: repetition is arXiv:1909.05858, section 4.1; presence and frequency as in OpenAI's API.
+    """
+    V = logits_BV.shape[1]
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    if tables.bias_BV is not None and rule.bias:
+        logits_BV = logits_BV + tables.bias_BV
+    if history.counts_BV is not None and history.in_prompt_BV is not None and rule.penalties:
+        new_BV, repetition_B1 = history.counts_BV > 0, numbers.repetition[:, None]
+        repeated_BV = jnp.where(logits_BV < 0, logits_BV * repetition_B1, logits_BV / repetition_B1)
+        logits_BV = jnp.where(new_BV | history.in_prompt_BV, repeated_BV, logits_BV)
+        logits_BV = logits_BV - numbers.frequency[:, None] * history.counts_BV.astype(jnp.float32)
+        logits_BV = jnp.where(new_BV, logits_BV - numbers.presence[:, None], logits_BV)
+    if history.tokens_BL is not None and history.length_B is not None:
+        if rule.ngram:
+            repeats_BL = _repeats(history.tokens_BL, history.length_B, rule.ngram)
+            banned_BL = jnp.where(repeats_BL, history.tokens_BL, V)
+            logits_BV = logits_BV.at[rows_B1, banned_BL].set(BANNED, mode="drop")
+        if tables.before_WN is not None and tables.last_W is not None and rule.words:
+            matches_BW = _matches(history.tokens_BL, history.length_B, tables.before_WN)
+            banned_BW = jnp.where(matches_BW, tables.last_W[None], V)
+            logits_BV = logits_BV.at[rows_B1, banned_BW].set(BANNED, mode="drop")
+    if rule.min_new:
+        early_B1 = (count < numbers.min_new)[:, None]
+        logits_BV = jnp.where(early_B1 & (jnp.arange(V)[None] == end_of_text), BANNED, logits_BV)
+    return logits_BV
+
+
+def _repeats(tokens_BL: jax.Array, length_B: jax.Array, n: int) -> jax.Array:
+    """Whether a token ends an n-gram whose first n - 1 tokens are the newest of the row, `[B, L]`."""
+    place_1L = jnp.arange(tokens_BL.shape[1])[None]
+    repeats_BL = (place_1L >= n - 1) & (place_1L < length_B[:, None])
+    for back in range(1, n):
+        newest_B1 = jnp.take_along_axis(tokens_BL, jnp.maximum(length_B - back, 0)[:, None], axis=1)
+        repeats_BL &= jnp.roll(tokens_BL, back, axis=1) == newest_B1
+    return repeats_BL
+
+
+def _matches(tokens_BL: jax.Array, length_B: jax.Array, before_WN: jax.Array) -> jax.Array:
+    """Whether the newest tokens of a row are those of a sequence, `[B, W]`."""
+    N = before_WN.shape[1]
+    place_BN = length_B[:, None] - N + jnp.arange(N)[None]
+    recent_BN = jnp.where(place_BN >= 0, jnp.take_along_axis(tokens_BL, jnp.maximum(place_BN, 0), axis=1), NO_TOKEN)
+    same_BWN = (before_WN[None] == recent_BN[:, None]) | (before_WN[None] == ANY_TOKEN)
+    return jnp.all(same_BWN, axis=-1)
