@@ -74,7 +74,7 @@ def test_controlled_logits_are_those_of_transformers(case):
     tables = make_tables(rule, token_biases(options), words, V)
     run = jax.jit(control, static_argnums=1)
     # six of the twelve tokens are the prompt
-    ours = np.asarray(run(logits_BV, rule, choice_numbers(options, 5), tables, history, np.int32(6), np.int32(END)))
+    ours = np.asarray(run(logits_BV, rule, choice_numbers(options, 5), tables, history, np.int32(6), np.full(5, END)))
     assert not np.array_equal(expected, logits_BV), "the test needs logits that change"
     np.testing.assert_array_equal(ours <= BANNED / 2, np.isinf(expected))
     np.testing.assert_allclose(
@@ -122,7 +122,9 @@ def test_presence_and_frequency_are_subtracted_for_new_tokens_alone():
     history = make_history(rule, [np.array([1, 2, 2])], 4, V)
     history = history._replace(counts_BV=jnp.zeros((1, V), jnp.int32).at[0, 3].set(2).at[0, 2].set(1))
     logits_1V = np.linspace(-1, 1, V, dtype=np.float32)[None]
-    ours = control(logits_1V, rule, choice_numbers(options, 1), make_tables(rule, {}, (), V), history, 3, -1)
+    ours = control(
+        logits_1V, rule, choice_numbers(options, 1), make_tables(rule, {}, (), V), history, 3, jnp.full(1, -1)
+    )
     expected = logits_1V.copy()
     expected[0, 3] -= 0.7 + 2 * 0.2
     expected[0, 2] -= 0.7 + 0.2

@@ -13,7 +13,7 @@ from gptjax.errors import UserError
 from gptjax.generation import decode
 from gptjax.generation.choose import choice_numbers, choice_rule, choose
 from gptjax.generation.controls import History, Tables
-from gptjax.generation.decode import DecodingModel, _decode, generate, prefilled, stream
+from gptjax.generation.decode import DecodingModel, generate, prefilled, stream
 from gptjax.generation.sample import sample_texts
 from gptjax.generation.weights import decoding_weights
 from gptjax.model.gpt import hidden_states, logits
@@ -227,11 +227,11 @@ def test_short_rows_go_on_after_the_longest_has_stopped(monkeypatch):
 def test_lengths_seeds_and_heat_share_one_compiled_program():
     model = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=37)
     params = make_params(model)
-    before = _decode._cache_size()
+    before = decode.decode._cache_size()
     for length, new, seed, temperature in ((3, 20, 0, 0.7), (14, 31, 1, 1.3), (16, 5, 2, 0.9)):
         options = SampleConfig(max_new_tokens=new, seed=seed, temperature=temperature, top_p=0.9)
         generate(model, params, make_prompts(length), options)
-    assert _decode._cache_size() == before + 1
+    assert decode.decode._cache_size() == before + 1
 
 
 def test_the_compiled_loop_does_not_copy_the_cache():
@@ -249,10 +249,15 @@ def _compiled_decode(model):
     weights = decoding_weights(model, make_params(model), "float32", one_row=False)
     cache = init_cache(model, jnp.zeros(rows, jnp.int32), 64, "float32")
     keys = jax.random.split(jax.random.key(0), rows)
-    arguments = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), keys, *map(jnp.int32, (0, 9, -1))
+    arguments = (
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros(rows, bool),
+        keys,
+        *(jnp.full(rows, 0), jnp.int32(9), jnp.full(rows, -1)),
+    )
     options = SampleConfig(temperature=0)
     rest = choice_numbers(options, rows), Tables()
-    lowered = _decode.lower(model, "float32", choice_rule(options), weights, cache, History(), *arguments, *rest)
+    lowered = decode.decode.lower(model, "float32", choice_rule(options), weights, cache, History(), *arguments, *rest)
     return lowered.compile().as_text()
 
 

@@ -63,7 +63,7 @@ def beam_search(
     numbers, last_B = choice_numbers(options, len(rows)), np.array([row[-1] for row in rows], np.int32)
     for number in range(options.max_new_tokens):
         scores_B = np.concatenate([search.scores for search in searches])
-        places = np.int32(number), np.int32(stop)
+        places = np.int32(number), np.full(len(rows), stop, np.int32)
         cache, sums_PN, places_PN = _best(
             *(model.config, model.dtype, rule, beams, model.weights, cache, history, last_B, scores_B),
             *(*places, numbers, tables),
@@ -136,7 +136,7 @@ def _best(
     last_B: jax.Array,
     scores_B: jax.Array,
     number: jax.Array,
-    stop: jax.Array,
+    stop_B: jax.Array,
     numbers: Numbers,
     tables: Tables,
 ) -> tuple[Cache, jax.Array, jax.Array]:
@@ -145,7 +145,7 @@ def _best(
     Twice as many as beams: should all of the first ones end, there are as many to continue.
     """
     logits_BV, cache = next_logits(config, dtype, weights, last_B, cache)
-    log_p_BV = control(jax.nn.log_softmax(logits_BV), rule, numbers, tables, history, number, stop)
+    log_p_BV = control(jax.nn.log_softmax(logits_BV), rule, numbers, tables, history, number, stop_B)
     sums = (log_p_BV + scores_B[:, None]).reshape(-1, beams * logits_BV.shape[1])
     return cache, *jax.lax.top_k(sums, min(2 * beams, sums.shape[1]))
 

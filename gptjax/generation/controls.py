@@ -93,7 +93,7 @@ def control(
     tables: Tables,
     history: History,
     count: jax.Array,
-    end_of_text: jax.Array,
+    end_B: jax.Array,
 ) -> jax.Array:
     """Applies what the rule names, in this order: bias, repetition, presence and frequency, n-grams, words, end.
 
@@ -105,7 +105,7 @@ def control(
         tables: Biases and banned sequences.
         history: Tokens so far.
         count: New tokens so far, a scalar or `[B]`.
-        end_of_text: Its id; `NO_TOKEN`: there is none.
+        end_B: Id of end-of-text; `NO_TOKEN`: there is none.
 
     Source: repetition is arXiv:1909.05858, section 4.1; presence and frequency as in OpenAI's API.
     """
@@ -130,7 +130,7 @@ def control(
             logits_BV = logits_BV.at[rows_B1, banned_BW].set(BANNED, mode="drop")
     if rule.min_new:
         early_B1 = (count < numbers.min_new)[:, None]
-        logits_BV = jnp.where(early_B1 & (jnp.arange(V)[None] == end_of_text), BANNED, logits_BV)
+        logits_BV = jnp.where(early_B1 & (jnp.arange(V)[None] == end_B[:, None]), BANNED, logits_BV)
     return logits_BV
 
 

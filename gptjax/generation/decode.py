@@ -175,13 +175,13 @@ def _stream(config, params, prompts, options, end_of_text, bad_words, is_finishe
             cache = _grown(cache, slots)
         limit = min(piece_length, room, options.max_new_tokens - number, slots - used)
         last_B = np.array([c[-1] for c in contexts], np.int32)
-        places = np.int32(number), np.int32(limit), np.int32(stop)
-        cache, history, new_BN, logprobs = _decode(
+        places = np.full(rows, number, np.int32), np.int32(limit), np.full(rows, stop, np.int32)
+        cache, history, new_BN, logprobs = decode(
             *(config, model.dtype, rule, model.weights, cache, history),
             *(last_B, done_B, keys_B, *places, numbers, tables),
         )
         new_BN = np.asarray(new_BN)[:, :limit]
-        pieces = _pieces(new_BN, jax.device_get(logprobs))
+        pieces = split_rows(new_BN, jax.device_get(logprobs))
         contexts = [np.concatenate([c, piece.tokens_N]) for c, piece in zip(contexts, pieces, strict=True)]
         done_B = new_BN[:, -1] == NOTHING
         number += limit
@@ -190,7 +190,8 @@ def _stream(config, params, prompts, options, end_of_text, bad_words, is_finishe
         done_B |= [is_finished(row) for row in range(rows)]
 
 
-def _pieces(new_BN: np.ndarray, logprobs: Logprobs | None) -> list[Piece]:
+def split_rows(new_BN: np.ndarray, logprobs: Logprobs | None) -> list[Piece]:
+    """The new tokens of each row, as `decode` returns them on the host."""
     pieces = []
     for row, tokens_N in enumerate(new_BN):
         count = int(np.sum(tokens_N != NOTHING))  # a row that has ended has nothing behind its end
@@ -200,7 +201,7 @@ def _pieces(new_BN: np.ndarray, logprobs: Logprobs | None) -> list[Piece]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "rule"), donate_argnames=("cache", "history"))
-def _decode(
+def decode(
     config: ModelConfig,
     dtype: str,
     rule: Rule,
@@ -210,15 +211,16 @@ def _decode(
     last_B: jax.Array,
     done_B: jax.Array,
     keys_B: jax.Array,
-    number: jax.Array,
+    count_B: jax.Array,
     limit: jax.Array,
-    stop: jax.Array,
+    stop_B: jax.Array,
     numbers: Numbers,
     tables: Tables,
 ) -> tuple[Cache, History, jax.Array, Logprobs | None]:
     """Adds up to `limit` tokens to every row that is not done.
 
-    `last_B` are the newest tokens, not in the cache yet; `number` says how many new tokens came before.
+    `last_B` are the newest tokens, not in the cache yet; `count_B` says how many new tokens came before, and `stop_B`
+    which token ends a row.
 
     Returns:
         The longer cache and history; the new tokens, `[B, BUFFER]`; and their log-probabilities, as long.
@@ -227,15 +229,18 @@ def _decode(
 
     def step(carry):
         n, cache, history, last_B, done_B, new_BN, logprobs = carry
+        used = cache.used
         logits_BV, cache = next_logits(config, dtype, weights, last_B, cache)
-        token_keys_B = keys_B if rule.greedy else jax.vmap(jax.random.fold_in, (0, None))(keys_B, number + n)
-        controlled_BV = control(logits_BV, rule, numbers, tables, history, number + n, stop)
+        if used.ndim:  # a row that is done keeps what it has, so that it may begin again
+            cache = cache._replace(used=jnp.where(done_B, used, cache.used))
+        token_keys_B = keys_B if rule.greedy else jax.vmap(jax.random.fold_in)(keys_B, count_B + n)
+        controlled_BV = control(logits_BV, rule, numbers, tables, history, count_B + n, stop_B)
         next_B = choose(controlled_BV, token_keys_B, rule, numbers)
         if logprobs is not None:
             found = log_probabilities(logits_BV, next_B, K)
             logprobs = jax.tree.map(lambda all, new: _put(all, new, n), logprobs, Logprobs(*found))
         history = remember(history, next_B)
-        done_B = done_B | (next_B == stop)
+        done_B = done_B | (next_B == stop_B)
         new_BN = _put(new_BN, jnp.where(done_B, NOTHING, next_B), n)
         return n + 1, cache, history, jnp.where(done_B, last_B, next_B), done_B, new_BN, logprobs
 
@@ -337,9 +342,14 @@ def _cut(config: ModelConfig, prompts, notify) -> list[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _row_keys(seed: jax.Array, prompts: int, samples: int) -> jax.Array:
-    key = jax.random.key(seed)
     rows = jnp.arange(prompts * samples)
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row // samples), row % samples))(rows)
+    return jax.vmap(lambda row: row_key(seed, row // samples, row % samples))(rows)
+
+
+@jax.jit
+def row_key(seed: jax.Array, prompt: jax.Array | int, sample: jax.Array | int) -> jax.Array:
+    """The random key of a row, from the numbers of its prompt and of its sample."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[np.ndarray], options: SampleConfig) -> None:

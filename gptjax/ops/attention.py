@@ -147,7 +147,7 @@ def cached_attention(
         visible_BTS: True for slots that a query may attend to. It already includes the window and the segments.
         spec: Scale and soft cap; its other fields are not read.
         bias: Added to the logits, by distance.
-        first: Slot of the first query.
+        first: Slot of the first query, a scalar or `[B]`.
     """
     plain_logits = bias is None and not spec.softcap and not spec.scale
     if q_BTHC.shape[1] == 1 and plain_logits and kernels.usable_for_a_cache(k_BGSC.dtype, q_BTHC.shape[3]):
@@ -196,8 +196,10 @@ def cached_attention_reference(
         logits = spec.softcap * jnp.tanh(logits / spec.softcap)
     logits = logits.reshape(B, G, R, T, S)
     if bias is not None:
-        added = jnp.broadcast_to(bias_HTS(bias, first + jnp.arange(T), jnp.arange(S)), (H, T, S))
-        logits = logits + added.reshape(1, G, R, T, S)
+        query_NT = jnp.atleast_1d(first)[:, None] + jnp.arange(T)[None]  # N: 1, or B where rows differ
+        added = jax.vmap(lambda query_T: bias_HTS(bias, query_T, jnp.arange(S)))(query_NT)
+        N = query_NT.shape[0]
+        logits = logits + jnp.broadcast_to(added, (N, H, T, S)).reshape(N, G, R, T, S)
     weights = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], logits, HIDDEN), axis=-1)
     weights = weights.astype(q_BTHC.dtype).reshape(B, G, R * T, S)
     y_BGNC = jnp.einsum("bgns,bgsc->bgnc", weights, v_BGSC, preferred_element_type=jnp.float32)

@@ -1,0 +1,363 @@
+"""Continuous batching: sequences that come and go share one compiled loop, each in a slot of the cache.
+
+Prompts are read in chunks between the steps of sequences that are decoded, so a long prompt delays these by one chunk
+at a time. A slot keeps its tokens when its sequence has ended, and a later prompt that begins with them reads only the
+rest. Contexts do not slide: a prompt and its new tokens fit in `block_size`.
+
+Shape suffixes: B slot, P prompt of a chunk, T position, V vocabulary, K most likely tokens.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config.model import ModelConfig
+from gptjax.config.verbs import SampleConfig, token_biases
+from gptjax.errors import UserError
+from gptjax.generation.choose import Rule, choice_numbers, log_probabilities
+from gptjax.generation.controls import History, Tables, make_history, make_tables
+from gptjax.generation.decode import (
+    NOTHING,
+    PREFILL,
+    DecodingModel,
+    Logprobs,
+    Piece,
+    check_prompts,
+    decode,
+    row_key,
+    split_rows,
+)
+from gptjax.generation.weights import DecodingWeights
+from gptjax.model.cache import Cache, init_cache, replace_rows, select_rows
+from gptjax.model.gpt import extend, finish_logits
+from gptjax.ops.projection import project
+
+CHUNKS = ((8, 16), (4, 32), (1, PREFILL))
+"""Prompts and tokens of each that are read at once: 128 tokens, of many short prompts or of a long one."""
+BURST = 4
+"""Tokens of each sequence between two looks at what has come; one token while prompts wait."""
+WORTH_COPYING = 64
+"""Tokens of a common beginning from which on it is copied from another slot."""
+SLOTS_MULTIPLE = 64
+MOST_LOGPROBS = 20
+"""Most likely tokens that are returned where log-probabilities are asked for."""
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A sequence that is decoded in a slot."""
+
+    prompt: np.ndarray
+    """Token ids, int32, at least one."""
+    options: SampleConfig
+    """How tokens are chosen and how many; what `check_options` refuses is not supported."""
+    end_of_text: int | None = None
+    number: tuple[int, int] = (0, 0)
+    """Of the prompt and of the sample, which belong to the seed as in `decode.stream`."""
+    score_prompt: bool = False
+    """Return log-probabilities of the prompt's tokens too."""
+    score_only: bool = False
+    """End when the prompt is read."""
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    """Prompt and new tokens."""
+    slot: int = -1
+    read: int = 0
+    """Tokens in the cache."""
+
+    def __post_init__(self):
+        self.tokens = self.prompt.tolist()
+
+    @property
+    def new(self) -> int:
+        """New tokens so far."""
+        return len(self.tokens) - len(self.prompt)
+
+
+class Event(NamedTuple):
+    """What a step gives for one row."""
+
+    row: Row
+    piece: Piece
+    """New tokens."""
+    ended: bool
+    prompt_logprobs: Logprobs | None = None
+    """Of some tokens of the prompt, from the second on, where the row asks for them."""
+
+
+def check_options(options: SampleConfig) -> None:
+    """Refuses options that slots do not support.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    for name, off in (("no_repeat_ngram", 0), ("bad_words", ()), ("num_beams", 1)):
+        if getattr(options, name) != off:
+            raise UserError(f"{name}={getattr(options, name)!r} works in gptjax sample only; leave it at {off!r}")
+    if options.logprobs > MOST_LOGPROBS:
+        raise UserError(f"logprobs={options.logprobs} must be at most {MOST_LOGPROBS}")
+
+
+class SlotDecoder:
+    """Decodes up to `slots` sequences together; for one thread at a time."""
+
+    def __init__(self, model: DecodingModel, slots: int):
+        config = model.config
+        self._model, self._slots, self.prompt_tokens_read = model, slots, 0
+        size = -(-(config.block_size + PREFILL) // SLOTS_MULTIPLE) * SLOTS_MULTIPLE  # a last chunk may be padded
+        self._cache = init_cache(config, jnp.zeros(slots, jnp.int32), size, model.stored, own_lengths=True)
+        self._keys_B = jax.random.split(jax.random.key(0), slots)
+        self._numbers = choice_numbers(SampleConfig(), slots)
+        self._history, self._tables = History(), Tables()
+        self._rows: list[Row | None] = [None] * slots
+        self._kept: list[list[int]] = [[] for _ in range(slots)]  # tokens in the cache of a free slot
+        self._freed = [0] * slots  # when: smaller is longer ago
+        self._clock = 0
+        self._fresh: set[Row] = set()  # rows whose beginning has not been looked for in other slots
+
+    @property
+    def free(self) -> int:
+        """Slots without a sequence."""
+        return sum(row is None for row in self._rows)
+
+    @property
+    def rows(self) -> list[Row]:
+        """Sequences in slots."""
+        return [row for row in self._rows if row is not None]
+
+    def start(self, row: Row) -> None:
+        """Puts a sequence into the free slot whose tokens begin most like it.
+
+        Raises:
+            UserError: The prompt is empty, has ids outside the vocabulary or does not fit with the new tokens, or an
+                option is not supported.
+        """
+        config, options = self._model.config, row.options
+        check_prompts(config, [row.prompt], options)
+        check_options(options)
+        new = 0 if row.score_only else options.max_new_tokens
+        if len(row.prompt) + new > config.block_size + 1:
+            raise UserError(
+                f"the prompt has {len(row.prompt):,} tokens, and {new:,} new ones do not fit in"
+                f" model.block_size={config.block_size}"
+            )
+        free = [slot for slot, other in enumerate(self._rows) if other is None]
+        row.slot = max(free, key=lambda slot: (_common(self._kept[slot], row.prompt), -self._freed[slot]))
+        self._rows[row.slot] = row
+        self._fresh.add(row)
+        new_rows = row_key(np.uint32(options.seed), *row.number)[None], choice_numbers(options, 1)
+        self._keys_B, self._numbers = _set_row((self._keys_B, self._numbers), row.slot, new_rows)
+        if _controls(options):
+            self._set_controls(row)
+
+    def stop(self, row: Row) -> None:
+        """Frees a sequence's slot; its tokens stay in the cache until another one needs it."""
+        if row.slot >= 0 and self._rows[row.slot] is row:
+            self._kept[row.slot] = row.tokens[: row.read]
+            self._clock += 1
+            self._freed[row.slot] = self._clock
+            self._rows[row.slot] = None
+            self._fresh.discard(row)
+
+    def step(self) -> list[Event]:
+        """Reads one chunk of prompts, if there are any to read, and adds tokens to the sequences whose prompt is read.
+
+        Sequences that ended are stopped.
+        """
+        waiting = [row for row in self.rows if row.read < len(row.prompt) - 1 or row in self._fresh]
+        events = self._read(waiting) if waiting else []
+        ready = [row for row in self.rows if row.read >= len(row.prompt) - 1 and row not in self._fresh]
+        events += [Event(row, _NO_TOKENS, True) for row in ready if row.score_only]
+        if decoded := [row for row in ready if not row.score_only]:
+            events += self._decode(decoded, 1 if len(decoded) < len(self.rows) else BURST)
+        for event in events:
+            if event.ended:
+                self.stop(event.row)
+        return events
+
+    def _read(self, waiting: list[Row]) -> list[Event]:
+        first = self._begin(waiting)
+        if not first:
+            return []
+        missing = len(first[0].prompt) - 1 - first[0].read
+        P, T = next((shape for shape in CHUNKS if shape[1] >= missing), CHUNKS[-1])
+        chosen = first[:P]
+        slots_P, used_P = np.full(P, self._slots, np.int32), np.zeros(P, np.int32)
+        tokens_PT, next_PT = np.zeros((P, T), np.int32), np.zeros((P, T), np.int32)
+        for n, row in enumerate(chosen):
+            end = min(row.read + T, len(row.prompt) - 1)
+            slots_P[n], used_P[n] = row.slot, row.read
+            tokens_PT[n, : end - row.read] = row.prompt[row.read : end]
+            next_PT[n, : end - row.read] = row.prompt[row.read + 1 : end + 1]
+        K = min(MOST_LOGPROBS, self._model.config.vocab_size) if any(row.score_prompt for row in chosen) else 0
+        self._cache, logprobs = _read_chunk(
+            *(self._model.config, self._model.dtype, K, self._model.weights),
+            *(self._cache, slots_P, tokens_PT, used_P, next_PT),
+        )
+        logprobs = jax.device_get(logprobs)
+        events = []
+        for n, row in enumerate(chosen):
+            count = min(T, len(row.prompt) - 1 - row.read)
+            row.read += count
+            self.prompt_tokens_read += count
+            if row.score_prompt:
+                mine = Logprobs(*(part[n, :count, ...] for part in logprobs))
+                events.append(Event(row, _NO_TOKENS, False, mine))
+        return events
+
+    def _begin(self, waiting: list[Row]) -> list[Row]:
+        """Rows to read, oldest first; rows that may copy their beginning from one that is being read wait for it."""
+        ready: list[Row] = []
+        for row in waiting:
+            if row in self._fresh:
+                others = (other for other in ready if not row.score_prompt)
+                if any(_common(other.tokens, row.prompt) >= WORTH_COPYING + other.read for other in others):
+                    continue
+                self._fresh.discard(row)
+                self._reuse(row)
+            if row.read < len(row.prompt) - 1:
+                ready.append(row)
+        return ready
+
+    def _reuse(self, row: Row) -> None:
+        """Takes the beginning of a prompt from the row's slot or from another one."""
+        if row.score_prompt:
+            return
+        lengths = [
+            _common(kept if other is None or other is row else other.tokens[: other.read], row.prompt)
+            for kept, other in zip(self._kept, self._rows, strict=True)
+        ]
+        best = int(np.argmax(lengths))
+        if lengths[best] >= lengths[row.slot] + WORTH_COPYING:
+            self._cache = _copy_slot(self._cache, np.int32(best), np.int32(row.slot))
+            row.read = lengths[best]
+        else:
+            row.read = lengths[row.slot]
+        row.read = min(row.read, len(row.prompt) - 1)
+
+    def _decode(self, decoded: list[Row], limit: int) -> list[Event]:
+        limit = min(limit, max(row.options.max_new_tokens - row.new for row in decoded))
+        done_B, last_B, count_B = np.ones(self._slots, bool), *np.zeros((2, self._slots), np.int32)
+        stop_B, used_B = np.full(self._slots, NOTHING, np.int32), np.zeros(self._slots, np.int32)
+        for slot, row in enumerate(self._rows):
+            used_B[slot] = len(self._kept[slot]) if row is None else row.read
+        for row in decoded:
+            done_B[row.slot], last_B[row.slot], count_B[row.slot] = False, row.tokens[-1], row.new
+            if row.end_of_text is not None and not row.options.ignore_end_of_text:
+                stop_B[row.slot] = row.end_of_text
+        rule = self._rule(decoded)
+        history, tables = (self._history, self._tables) if rule.penalties else (History(), Tables())
+        model, cache = self._model, self._cache._replace(used=jnp.asarray(used_B))
+        self._cache, history, new_BN, logprobs = decode(
+            *(model.config, model.dtype, rule, model.weights, cache, history),
+            *(last_B, done_B, self._keys_B, count_B, np.int32(limit), stop_B, self._numbers, tables),
+        )
+        if rule.penalties:
+            self._history = history
+        pieces = split_rows(np.asarray(new_BN)[:, :limit], jax.device_get(logprobs))
+        events = []
+        for row in decoded:
+            piece = pieces[row.slot]
+            ended = len(piece.tokens_N) < limit
+            left = row.options.max_new_tokens - row.new
+            mine = None
+            if piece.logprobs is not None and row.options.logprobs:
+                chosen_N, ids_NK, top_NK = piece.logprobs
+                K = row.options.logprobs
+                mine = Logprobs(chosen_N[:left], ids_NK[:left, :K], top_NK[:left, :K])
+            piece = Piece(piece.tokens_N[:left], mine)
+            row.tokens += piece.tokens_N.tolist()
+            row.read = len(row.tokens) - 1
+            events.append(Event(row, piece, ended or row.new == row.options.max_new_tokens))
+        return events
+
+    def _rule(self, rows: list[Row]) -> Rule:
+        """One of few rules, so that few programs compile: filters and controls are all on where one is needed."""
+        options = [row.options for row in rows]
+        filters = any(o.temperature > 0 and (o.top_k or o.top_p < 1 or o.min_p or o.typical_p < 1) for o in options)
+        controls = any(map(_controls, options))
+        return Rule(
+            greedy=False,
+            mixed=True,
+            **dict.fromkeys(("nucleus", "min_p", "typical", "row_top_k"), filters),
+            **dict.fromkeys(("bias", "penalties", "min_new"), controls),
+            logprobs=min(MOST_LOGPROBS, self._model.config.vocab_size) if any(o.logprobs for o in options) else 0,
+        )
+
+    def _set_controls(self, row: Row) -> None:
+        B, V = self._slots, self._model.config.vocab_size
+        if self._history.counts_BV is None:
+            self._history = History(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32))
+            self._tables = Tables(jnp.zeros((B, V)))
+        rule = Rule(greedy=False, bias=True, penalties=True)
+        new_rows = (
+            make_history(rule, [row.prompt], row.options.max_new_tokens, V),
+            make_tables(rule, token_biases(row.options), (), V),
+        )
+        self._history, self._tables = _set_row((self._history, self._tables), row.slot, new_rows)
+
+
+_NO_TOKENS = Piece(np.zeros(0, np.int32), None)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "K"), donate_argnames="cache")
+def _read_chunk(
+    config: ModelConfig,
+    dtype: str,
+    K: int,
+    weights: DecodingWeights,
+    cache: Cache,
+    slots_P: jax.Array,
+    tokens_PT: jax.Array,
+    used_P: jax.Array,
+    next_PT: jax.Array,
+) -> tuple[Cache, Logprobs | None]:
+    """Puts tokens of prompts into slots; a slot's number that is too large is left out.
+
+    Args:
+        config: Shape of the model.
+        dtype: Of activations.
+        K: Most likely tokens at each position to return, with log-probabilities of `next_PT`; 0: return none.
+        weights: Laid out for decoding.
+        cache: Of all slots.
+        slots_P: Slot of each prompt.
+        tokens_PT: Its next tokens; padded at the end, where later tokens overwrite the padding.
+        used_P: How many came before.
+        next_PT: The token after each one.
+    """
+    part = select_rows(cache, slots_P)._replace(used=used_P)
+    x_PTD, part = extend(config, weights.params, tokens_PT, part, dtype)
+    cache = replace_rows(cache, slots_P, part)
+    if not K:
+        return cache, None
+    P, T = tokens_PT.shape
+    logits_PTV = finish_logits(config, weights.params, project(x_PTD, weights.readout))
+    found = log_probabilities(logits_PTV.reshape(P * T, -1), next_PT.reshape(-1), K)
+    return cache, Logprobs(*(part.reshape(P, T, *part.shape[1:]) for part in found))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy_slot(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
+    """The cache with the keys and values of one slot in another one too."""
+    return replace_rows(cache, target[None], select_rows(cache, source[None]))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_row(arrays: Any, row: jax.Array | int, new: Any) -> Any:
+    """Arrays with one row replaced by the only one of others."""
+    return jax.tree.map(lambda old, new: old.at[row].set(new[0]), arrays, new)
+
+
+def _controls(options: SampleConfig) -> bool:
+    penalties = (options.repetition_penalty, options.presence_penalty, options.frequency_penalty) != (1, 0, 0)
+    return penalties or bool(options.logit_bias) or options.min_new_tokens > 0
+
+
+def _common(kept: list[int], prompt: np.ndarray) -> int:
+    """Tokens at the beginning that two sequences share."""
+    length = min(len(kept), len(prompt))
+    differs = np.flatnonzero(np.asarray(kept[:length], np.int32) != prompt[:length])
+    return int(differs[0]) if len(differs) else length
