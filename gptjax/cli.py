@@ -18,6 +18,7 @@ from gptjax.config.run import Config
 from gptjax.config.start import Start, start_config
 from gptjax.config.synonyms import suggest_verb
 from gptjax.config.verbs import (
+    ChatConfig,
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
@@ -62,12 +63,25 @@ def prepare(args: Sequence[str]) -> int:
 
 
 def sample(args: Sequence[str], restart: Restart = stay) -> int:
-    """Continues prompts: gptjax sample --run_dir DIR --prompt TEXT [--option VALUE ...]."""
+    """Continues prompts: gptjax sample --run_dir DIR --prompt TEXT, or --prompt_file IN.jsonl --out OUT.jsonl."""
     config = _flags(SampleConfig, args)
     restart(Config.cache_dir, 1)
+    if config.out:
+        from gptjax.verbs.sample_rows import run_sample_rows
+
+        return run_sample_rows(config)
     from gptjax.verbs.sample import read_prompts, run_sample
 
     return run_sample(config, read_prompts(config))
+
+
+def chat(args: Sequence[str], restart: Restart = stay) -> int:
+    """Talks with a model: gptjax chat --run_dir DIR [--system TEXT] [--option VALUE ...]."""
+    config = _flags(ChatConfig, args)
+    restart(Config.cache_dir, 1)
+    from gptjax.verbs.chat import run_chat
+
+    return run_chat(config)
 
 
 def evaluate(args: Sequence[str]) -> int:
@@ -133,12 +147,13 @@ def doctor(args: Sequence[str]) -> int:
     return run_doctor(config)
 
 
-RESTARTING = (train, sample)
+RESTARTING = (train, sample, chat)
 """Verbs that compute on a CPU for long."""
 VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "prepare": (prepare, Config),
     "train": (train, Config),
     "sample": (sample, SampleConfig),
+    "chat": (chat, ChatConfig),
     "evaluate": (evaluate, EvaluateConfig),
     "predict": (predict, PredictConfig),
     "import": (import_model, ImportConfig),

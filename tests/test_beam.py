@@ -21,24 +21,25 @@ from tests.test_decode import MODEL, make_params, make_prompts
 
 
 @pytest.mark.parametrize(
-    ("beams", "penalty", "controls", "theirs"),
+    ("beams", "penalty", "controls", "theirs", "count"),
     [
-        (2, 1.0, {}, {}),
-        (4, 0.0, {}, {}),
-        (4, 2.5, {}, {}),
-        (3, -1.0, {}, {}),
+        (2, 1.0, {}, {}, 20),
+        (4, 0.0, {}, {}, 4),
+        (4, 2.5, {}, {}, 4),
+        (3, -1.0, {}, {}, 4),
         (
             3,
             1.0,
             {"repetition_penalty": 1.4, "no_repeat_ngram": 2},
             {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+            4,
         ),
     ],
 )
-def test_beams_are_those_of_transformers(beams, penalty, controls, theirs):
+def test_beams_are_those_of_transformers(beams, penalty, controls, theirs, count):
     torch = pytest.importorskip("torch")
     model, params = our_model()
-    prompts = make_prompts(*range(4, 14), *range(3, 13), seed=4)
+    prompts = make_prompts(*range(4, 14), *range(3, 13), seed=4)[:count]
     options = SampleConfig(
         **{"max_new_tokens": 12, "temperature": 0, "num_beams": beams, "num_samples": beams, "length_penalty": penalty},
         **controls,

@@ -26,7 +26,7 @@ from gptjax.files import write_atomic
 from gptjax.tasks.trainable import init_split, join, without_heads
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
-TOKENIZER_FILE, BASE_FILE = "tokenizer.json", "base.json"
+TOKENIZER_FILE, BASE_FILE, CHAT_TEMPLATE_FILE = "tokenizer.json", "base.json", "chat_template.jinja"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,8 @@ class LoadedRun:
     """Validation loss of the checkpoint; None: not evaluated."""
     data_hash: str = ""
     """Identity of the data that it was trained on; empty: unknown."""
+    chat_template: str = ""
+    """Source of the Jinja template that an imported model writes chats in; empty: it came with none."""
 
 
 def write_description(
@@ -106,8 +108,11 @@ def load_run(
         raise UserError(f"{run_dir}: trained all of its parameters and needs no base; leave out base={base_dir}")
     tokenizer_path = run_dir / TOKENIZER_FILE
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
+    template_path = run_dir / CHAT_TEMPLATE_FILE
+    chat_template = template_path.read_text(encoding="utf-8") if template_path.is_file() else ""
     manifest = choice.manifest
-    return LoadedRun(config, params, tokenizer, manifest.step, manifest.val_loss, manifest.meta.get("data_hash", ""))
+    data_hash = manifest.meta.get("data_hash", "")
+    return LoadedRun(config, params, tokenizer, manifest.step, manifest.val_loss, data_hash, chat_template)
 
 
 def write_run(run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer | None) -> None:

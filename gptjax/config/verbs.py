@@ -37,19 +37,11 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig(CheckpointConfig):
-    """Continues prompts with a trained model."""
+class DecodingConfig(CheckpointConfig):
+    """How tokens are chosen, how many, and in which precision: options that sample and chat share."""
 
     run_dir: str = ""
     """Run directory of the model."""
-    prompt: tuple[str, ...] = ()
-    """One or several texts to continue; standard input where neither this nor prompt_file is given."""
-    prompt_file: str = ""
-    """File whose whole text is the prompt."""
-    raw: bool = False
-    """Give the prompt as it is to a run with task.kind=instruct, instead of as the user's message in its template."""
-    num_samples: int = 1
-    """Continuations of each prompt."""
     max_new_tokens: int = 256
     """Largest number of new tokens; a sample ends earlier at end-of-text."""
     temperature: float = 1.0
@@ -68,16 +60,70 @@ class SampleConfig(CheckpointConfig):
     """Subtracted from the logit of each token that the sample already has."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time that the sample already has it."""
-    no_repeat_ngram: int = 0
-    """Never repeat an n-gram of this many tokens, prompt included; 0: n-grams may repeat."""
-    bad_words: tuple[str, ...] = ()
-    """Texts that are not written, each also with a space before it, as the tokenizer splits them."""
     logit_bias: tuple[str, ...] = ()
     """Added to logits: TOKEN_ID=VALUE, one or several."""
     min_new_tokens: int = 0
     """End-of-text is not chosen before this many new tokens."""
     stop: tuple[str, ...] = ()
     """Texts that end a sample; the sample is cut before them."""
+    seed: int = 0
+    """Random seed; the same seed gives the same text, whatever else is in the batch."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of matmul operands; on a GPU or TPU also of activations and the cache, which are float32 on a CPU."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights are rounded to 8 bits with a scale for each output; faster for one sequence on a CPU."""
+    ignore_end_of_text: bool = False
+    """Continue after end-of-text."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        usable_paths("", self, "run_dir")
+        positive("", self, "max_new_tokens")
+        not_negative("", self, "temperature", "top_k", "min_new_tokens")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
+        if 0 < self.temperature < 1e-3:
+            raise UserError(f"temperature={self.temperature} must be 0 (the most likely token) or at least 0.001")
+        for name in ("top_p", "typical_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} must lie in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={self.min_p} must lie in [0, 1]")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing")
+        no_empty_text(self, "stop")
+        token_biases(self)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}"
+            )
+        no_effect("", self, "min_new_tokens", not self.ignore_end_of_text, "ignore_end_of_text=false")
+        for name in ("top_k", "top_p", "min_p", "typical_p"):
+            no_effect("", self, name, self.temperature > 0, "temperature above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig(DecodingConfig):
+    """Continues prompts with a trained model."""
+
+    prompt: tuple[str, ...] = ()
+    """One or several texts to continue; standard input where neither this nor prompt_file is given."""
+    prompt_file: str = ""
+    """File whose whole text is the prompt; with `out`, rows of .jsonl .csv .tsv or .parquet, of which each has one."""
+    out: str = ""
+    """JSONL file to write: the rows of prompt_file with their samples."""
+    prompt_template: str = "{prompt}"
+    """Prompt of a row of prompt_file: {NAME} stands for the row's field, {{ and }} for braces."""
+    batch_size: int = 16
+    """Prompts of rows that are continued together."""
+    raw: bool = False
+    """Give the prompt as it is to a run with task.kind=instruct, instead of as the user's message in its template."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    no_repeat_ngram: int = 0
+    """Never repeat an n-gram of this many tokens, prompt included; 0: n-grams may repeat."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that are not written, each also with a space before it, as the tokenizer splits them."""
     num_beams: int = 1
     """Continuations that beam search keeps at each step; 1: no beam search."""
     length_penalty: float = 1.0
@@ -86,51 +132,26 @@ class SampleConfig(CheckpointConfig):
     """Show the log-probability of each chosen token and of this many most likely ones."""
     json: bool = False
     """Print one JSON object per sample."""
-    seed: int = 0
-    """Random seed; the same seed gives the same text, whatever else is in the batch."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of matmul operands; on a GPU or TPU also of activations and the cache, which are float32 on a CPU."""
-    quantize: Literal["none", "int8"] = "none"
-    """int8: weights are rounded to 8 bits with a scale for each output; faster for one sequence on a CPU."""
     allow_special: bool = False
     """Read the tokenizer's end token, such as <|endoftext|>, in a prompt as that token instead of plain text."""
-    ignore_end_of_text: bool = False
-    """Continue after end-of-text."""
 
     def __post_init__(self):
         super().__post_init__()
-        positive("", self, "num_samples", "max_new_tokens")
-        not_negative("", self, "temperature", "top_k")
-        usable_paths("", self, "run_dir", "prompt_file")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed} must lie in [0, 2**32)")
+        positive("", self, "num_samples", "num_beams")
+        not_negative("", self, "no_repeat_ngram", "logprobs")
+        usable_paths("", self, "prompt_file", "out")
+        positive("", self, "batch_size")
+        no_effect("", self, "out", bool(self.prompt_file), "prompt_file")
+        no_effect("", self, "json", not self.out, "standard output")
+        for name in ("prompt_template", "batch_size"):
+            no_effect("", self, name, bool(self.out), "out")
         if max(1, len(self.prompt)) * self.num_samples > MOST_ROWS:
             raise UserError(
                 f"num_samples={self.num_samples} of {max(1, len(self.prompt))} prompts: at most {MOST_ROWS}"
             )
-        if 0 < self.temperature < 1e-3:
-            raise UserError(f"temperature={self.temperature} must be 0 (the most likely token) or at least 0.001")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.prompt and self.prompt_file:
             raise UserError("prompt and prompt_file are both set; give one")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p={self.min_p} must lie in [0, 1]")
-        if not 0 < self.typical_p <= 1:
-            raise UserError(f"typical_p={self.typical_p} must lie in (0, 1]")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing")
-        not_negative("", self, "no_repeat_ngram", "min_new_tokens", "logprobs")
-        for name in ("bad_words", "stop"):
-            if "" in getattr(self, name):
-                raise UserError(f"{name} holds an empty text; give at least one character, or leave it out")
-        token_biases(self)
-        if self.min_new_tokens > self.max_new_tokens:
-            raise UserError(
-                f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}"
-            )
-        no_effect("", self, "min_new_tokens", not self.ignore_end_of_text, "ignore_end_of_text=false")
-        positive("", self, "num_beams")
+        no_empty_text(self, "bad_words")
         no_effect("", self, "length_penalty", self.num_beams > 1, "num_beams above 1")
         if self.num_beams > 1:
             if self.temperature > 0:
@@ -139,11 +160,32 @@ class SampleConfig(CheckpointConfig):
                 raise UserError(f"num_samples={self.num_samples} must be at most num_beams={self.num_beams}")
             for name in ("stop", "logprobs"):
                 no_effect("", self, name, False, "num_beams=1")
-        for name in ("top_k", "top_p", "min_p", "typical_p"):
-            no_effect("", self, name, self.temperature > 0, "temperature above 0")
 
 
-def token_biases(options: SampleConfig) -> dict[int, float]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig(DecodingConfig):
+    """Talks with a trained model."""
+
+    system: str = ""
+    """First message, of role system."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.run_dir:
+            raise UserError("run_dir is missing; name the folder of a trained run")
+
+
+def no_empty_text(config, name: str) -> None:
+    """Refuses a list with an empty text.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    if "" in getattr(config, name):
+        raise UserError(f"{name} holds an empty text; give at least one character, or leave it out")
+
+
+def token_biases(options: DecodingConfig) -> dict[int, float]:
     """The bias of each token id that `logit_bias` names.
 
     Raises:

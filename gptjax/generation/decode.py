@@ -104,6 +104,7 @@ def stream(
     *,
     end_of_text: int | None = None,
     bad_words: Sequence[Sequence[int]] = (),
+    numbers: Sequence[int] | None = None,
     is_finished: Callable[[int], bool] = lambda row: False,
     notify: Callable[[str], None] = lambda message: None,
     piece_length: int = 8,
@@ -119,6 +120,7 @@ def stream(
         options: How many samples, how long, how tokens are chosen, in which precision; texts in it are not read.
         end_of_text: Id that ends a row; None: none does. `options.ignore_end_of_text` overrides it.
         bad_words: Sequences of token ids that are never completed.
+        numbers: Of the prompts; None: 0, 1, 2 ...
         is_finished: Asked after each piece whether a row, by its number, ends here.
         notify: Gets one line when a prompt is cut and, once, when contexts slide.
         piece_length: New tokens per row in one piece, at most 64.
@@ -127,8 +129,10 @@ def stream(
         UserError: A prompt is empty or holds an id outside the vocabulary, or an option names such an id.
     """
     check_prompts(config, prompts, options)
+    numbers = range(len(prompts)) if numbers is None else numbers
     return _stream(
-        config, params, prompts, options, end_of_text, bad_words, is_finished, notify, min(piece_length, BUFFER)
+        *(config, params, prompts, options, end_of_text, bad_words, numbers, is_finished, notify),
+        min(piece_length, BUFFER),
     )
 
 
@@ -141,14 +145,16 @@ def prepare(config: ModelConfig, params: dict, options: SampleConfig, rows: int)
     return DecodingModel(config, decoding_weights(config, params, weight_dtype, rows == 1), dtype, stored)
 
 
-def _stream(config, params, prompts, options, end_of_text, bad_words, is_finished, notify, piece_length):
+def _stream(
+    config, params, prompts, options, end_of_text, bad_words, prompt_numbers, is_finished, notify, piece_length
+):
     rows = len(prompts) * options.num_samples
     model = prepare(config, params, options, rows)
     config = model.config
     rule = choice_rule(options, words=bool(bad_words))
     stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
     contexts = [context for context in _cut(config, prompts, notify) for _ in range(options.num_samples)]
-    keys_B = _row_keys(np.uint32(options.seed), len(prompts), options.num_samples)
+    keys_B = _row_keys(np.uint32(options.seed), np.array(prompt_numbers, np.int32), options.num_samples)
     tables = make_tables(rule, token_biases(options), bad_words, config.vocab_size)
     history = make_history(rule, contexts, options.max_new_tokens, config.vocab_size)
     numbers = choice_numbers(options, rows)
@@ -340,10 +346,10 @@ def _cut(config: ModelConfig, prompts, notify) -> list[np.ndarray]:
     return [np.asarray(prompt, np.int32)[-config.block_size :] for prompt in prompts]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _row_keys(seed: jax.Array, prompts: int, samples: int) -> jax.Array:
-    rows = jnp.arange(prompts * samples)
-    return jax.vmap(lambda row: row_key(seed, row // samples, row % samples))(rows)
+@functools.partial(jax.jit, static_argnums=2)
+def _row_keys(seed: jax.Array, numbers_P: jax.Array, samples: int) -> jax.Array:
+    rows = jnp.arange(numbers_P.shape[0] * samples)
+    return jax.vmap(lambda row: row_key(seed, numbers_P[row // samples], row % samples))(rows)
 
 
 @jax.jit

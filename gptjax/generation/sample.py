@@ -54,6 +54,7 @@ def samples(
     options: SampleConfig,
     *,
     at_start: bool = False,
+    numbers: Sequence[int] | None = None,
     on_text: Callable[[int, int, str], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[list[Sample]]:
@@ -66,6 +67,7 @@ def samples(
         prompts: Texts, none empty; the tokenizer's end token in them is plain text unless `options.allow_special`.
         options: How many, how long, how chosen, in which precision; `prompt` and `run_dir` are not read here.
         at_start: Whether each prompt begins a document, so that end-of-text stands before it as in training.
+        numbers: Of the prompts, which belong to the seed; None: 0, 1, 2 ...
         on_text: Called with prompt number, sample number (both from 0) and the next piece of text, always whole
             characters, as they come; the pieces join to what is returned.
         notify: Gets one line about a prompt that is cut or a context that slides.
@@ -73,7 +75,7 @@ def samples(
     Raises:
         UserError: A prompt is empty or cannot be encoded, or an option names a token outside the vocabulary.
     """
-    ids = [_encode(tokenizer, text, options.allow_special, number) for number, text in enumerate(prompts, 1)]
+    ids = encode_prompts(tokenizer, prompts, options.allow_special)
     if at_start and tokenizer.end_of_text is not None:
         ids = [np.concatenate([[tokenizer.end_of_text], tokens]) for tokens in ids]
     if tokenizer.vocab_size < config.vocab_size:  # ids that only the model has are never chosen: they have no text
@@ -84,7 +86,7 @@ def samples(
             config, params, ids, options, end_of_text=tokenizer.end_of_text, bad_words=bad_words, notify=notify
         )
         return [[_whole(tokenizer, tokens, options) for tokens in row] for row in found]
-    rows = [_Row(tokenizer, options) for _ in range(len(prompts) * options.num_samples)]
+    rows = [TextCollector(tokenizer, options) for _ in range(len(prompts) * options.num_samples)]
     piece_length = STREAM_LENGTH if on_text or options.stop else BUFFER
 
     def take(row: int, text: str) -> None:
@@ -98,6 +100,7 @@ def samples(
         options,
         end_of_text=tokenizer.end_of_text,
         bad_words=bad_words,
+        numbers=numbers,
         is_finished=lambda row: rows[row].stopped,
         notify=notify,
         piece_length=piece_length,
@@ -112,14 +115,14 @@ def samples(
 
 def _whole(tokenizer: Tokenizer, tokens: np.ndarray, options: SampleConfig) -> Sample:
     """The sample of tokens that came at once."""
-    row = _Row(tokenizer, options)
-    row.add(Piece(tokens, None))
-    row.end()
-    return row.sample()
+    collector = TextCollector(tokenizer, options)
+    collector.add(Piece(tokens, None))
+    collector.end()
+    return collector.sample()
 
 
-class _Row:
-    """Collects the pieces of one sample."""
+class TextCollector:
+    """Collects the pieces of one sample: tokens as they come, text as it is certain."""
 
     def __init__(self, tokenizer: Tokenizer, options: SampleConfig):
         self._tokenizer, self._options = tokenizer, options
@@ -182,6 +185,15 @@ def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
             except UserError:  # characters that the model cannot write
                 continue
     return sorted(list(word) for word in found if not any(word[-len(w) :] == w for w in found if len(w) < len(word)))
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], allow_special: bool) -> list[np.ndarray]:
+    """Returns the token ids of prompts; `allow_special`: the end token in a text stands for itself.
+
+    Raises:
+        UserError: A prompt is empty or cannot be encoded.
+    """
+    return [_encode(tokenizer, text, allow_special, number) for number, text in enumerate(prompts, 1)]
 
 
 def _encode(tokenizer: Tokenizer, text: str, allow_special: bool, number: int) -> np.ndarray:

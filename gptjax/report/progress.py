@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.text import Text
 
 from gptjax.report.cost import readable_time
@@ -35,6 +37,24 @@ def silence_output() -> None:
 def notify(message: str) -> None:
     """Prints a line to standard error, where it does not mix with results."""
     print(f"gptjax: {message}", file=sys.stderr)
+
+
+class RowProgress:
+    """A bar of rows on standard error, where that is a terminal; elsewhere nothing."""
+
+    def __init__(self, total: int, done: int, unit: str):
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Bars(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty())
+        self._task = self._bar.add_task("", total=total, completed=done)
+        self._bar.start()
+
+    def advance(self, rows: int) -> None:
+        """Tells of rows that are done."""
+        self._bar.advance(self._task, rows)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.stop()
 
 
 class Progress:

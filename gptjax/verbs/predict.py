@@ -2,14 +2,11 @@
 
 import dataclasses
 import itertools
-import json
-import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +16,6 @@ from gptjax.config.task import LABELLED, TaskConfig
 from gptjax.config.verbs import PredictConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import Predictions
-from gptjax.files import publish, temporary_name
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.tasks.registry import parse
@@ -28,6 +24,7 @@ from gptjax.text.counts import counted
 from gptjax.text.formats import Row
 from gptjax.text.rows import read_rows
 from gptjax.verbs.evaluate import one_task, predict_labels
+from gptjax.verbs.output_rows import renamed, write_file, write_rows
 
 CHUNK = 1024
 """Number of rows in memory at a time."""
@@ -61,7 +58,7 @@ def predict_run(options: PredictConfig, notify: Callable[[str], None] = print) -
     counts: Counter[str] = Counter()
     rows = read_rows([options.file], "file", data, counts) if options.file else _given_rows(options.text, task, data)
     found = predicted_rows(run, name, rows, data, options.batch_size, counts)
-    count = _write_file(found, Path(options.out).expanduser()) if options.out else _write(found, sys.stdout)
+    count = write_file(found, Path(options.out).expanduser()) if options.out else write_rows(found, sys.stdout)
     for line in _notes(counts, count, longest(run.config)):
         notify(line)
     return count
@@ -89,7 +86,7 @@ def predicted_rows(
         values = _of_sentences(predictions) if run.config.task.kind == "tag" else _of_texts(predictions)
         for row, predicted, cut in zip(chunk, values, predictions.cut, strict=True):
             counts["cut"] += cut
-            yield _renamed(row, counts) | predicted | {"cut": cut}
+            yield renamed(row, OUTPUTS, counts) | predicted | {"cut": cut}
 
 
 def _data_config(own: DataConfig, options: PredictConfig, task: TaskConfig) -> DataConfig:
@@ -108,19 +105,6 @@ def _given_rows(texts: Iterable[str], task: TaskConfig, data: DataConfig) -> Ite
         yield Row(values, f"text {number}")
 
 
-def _renamed(row: Row, counts: Counter[str]) -> dict[str, Any]:
-    """Renames the row's fields that have names of outputs."""
-    clash = [name for name in OUTPUTS if name in row.values]
-    if not clash:
-        return row.values
-    if taken := next((name for name in clash if f"input.{name}" in row.values), None):
-        raise UserError(
-            f"{row.where}: has both {taken!r} and 'input.{taken}'; rename one, the output has {taken!r} too"
-        )
-    counts["renamed"] += 1
-    return {f"input.{name}" if name in clash else name: value for name, value in row.values.items()}
-
-
 def _notes(counts: Counter[str], count: int, max_tokens: int) -> list[str]:
     notes = counted(counts)
     if counts["cut"]:
@@ -129,41 +113,6 @@ def _notes(counts: Counter[str], count: int, max_tokens: int) -> list[str]:
         names = " or ".join(OUTPUTS)
         notes.append(f'{counts["renamed"]:,} rows have a field named {names}; the output has it as "input.NAME"')
     return notes
-
-
-def _write_file(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    """Writes a file atomically: it is complete or does not exist."""
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            count = _write(rows, file)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
-
-
-def _write(rows: Iterable[dict[str, Any]], file: TextIO) -> int:
-    count = 0
-    for count, row in enumerate(rows, 1):
-        file.write(json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
-        if count % CHUNK == 0:
-            file.flush()
-    file.flush()
-    return count
-
-
-def _without_nan(value: Any) -> Any:
-    """Replaces NaN and infinity, which JSON does not have, by None in nested values."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return {key: _without_nan(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _of_texts(predictions: Predictions) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from gptjax.checkpoints.run_dir import load_run
+from gptjax.checkpoints.run_dir import LoadedRun, load_run
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import Sample, samples
@@ -19,13 +19,7 @@ from gptjax.text.unicode import has_surrogate
 
 def run_sample(config: SampleConfig, prompts: list[str]) -> int:
     """Prints continuations of prompts; a single one as it is made."""
-    compile_cache.start()
-    run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, notify, config.base)
-    if run.tokenizer is None:
-        raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
-    template = None if config.raw else chat_template(run.config)
-    if config.raw and chat_template(run.config) is None:
-        raise UserError(f"raw=True has no effect: {config.run_dir} has task.kind={run.config.task.kind}, no template")
+    run, tokenizer, template = load_for_prompts(config)
     if template is not None:
         prompts = [render_prompt([Message(USER, prompt)], template) for prompt in prompts]
     one = len(prompts) * config.num_samples == 1 and not config.json and not config.logprobs
@@ -34,7 +28,7 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
     found = samples(
         run.config.model,
         run.params,
-        run.tokenizer,
+        tokenizer,
         prompts,
         config,
         at_start=template is not None,
@@ -47,12 +41,28 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
     for number, (prompt, row) in enumerate(zip(prompts, found, strict=True)):
         for sample in row:
             if config.json:
-                _write(json.dumps({"prompt": number} | describe(run.tokenizer, sample), ensure_ascii=False) + "\n")
+                _write(json.dumps({"prompt": number} | describe(tokenizer, sample), ensure_ascii=False) + "\n")
             elif config.logprobs:
-                print_tokens(prompt, token_rows(run.tokenizer, sample))
+                print_tokens(prompt, token_rows(tokenizer, sample))
             else:
                 _write(f"{prompt}{sample.text}\n---------------\n")
     return 0
+
+
+def load_for_prompts(config: SampleConfig) -> tuple[LoadedRun, Tokenizer, str | None]:
+    """The run, its tokenizer, and the template in which it gets prompts; None: as they are.
+
+    Raises:
+        UserError: The run has no tokenizer, or `config.raw` has no effect.
+    """
+    compile_cache.start()
+    run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, notify, config.base)
+    if run.tokenizer is None:
+        raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
+    template = chat_template(run.config)
+    if config.raw and template is None:
+        raise UserError(f"raw=True has no effect: {config.run_dir} has task.kind={run.config.task.kind}, no template")
+    return run, run.tokenizer, None if config.raw else template
 
 
 def describe(tokenizer: Tokenizer, sample: Sample) -> dict:
