@@ -119,9 +119,9 @@ def test_a_base_model_continues_the_text_so_far():
 @pytest.mark.parametrize(
     ("template", "stops", "header_end"),
     [
-        ("### {role}\n{content}\n\n", ("\n\n### user", "\n\n### assistant", "\n\n### system"), "\n"),
+        ("### {role}\n{content}\n\n", ("\n\n### user", "\n\n### assistant", "\n\n### system"), ""),
         ("<{role}>{content}</s>\n", ("</s>",), ">"),
-        ("{role}: {content}\n", ("\nuser:", "\nassistant:", "\nsystem:"), ": "),
+        ("{role}: {content}\n", ("\nuser:", "\nassistant:", "\nsystem:"), " "),
     ],
 )
 def test_an_answer_ends_where_its_template_does(template, stops, header_end):

@@ -1,6 +1,7 @@
 """A prompt of each row of a file: templates, order, and resuming."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -43,7 +44,7 @@ def options(run_dir, tmp_path):
 
 
 def read(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def test_rows_are_written_in_order_with_the_samples_of_their_prompts(options):

@@ -86,16 +86,24 @@ def test_each_sequence_keeps_its_own_options_beside_others():
         Row(np.arange(5, dtype=np.int32), SampleConfig(max_new_tokens=20, seed=4, **options))
         for options in (
             {"temperature": 0},
-            {"top_k": 3},
             {"top_p": 0.5, "temperature": 1.3},
             {"presence_penalty": 3.0},
             {"typical_p": 0.5},
             {},
         )
     ]
-    found = run(decoder(slots=6), rows)
+    found = run(decoder(slots=5), rows)
     for row, tokens in zip(rows, found, strict=True):
         assert tokens == alone(MODEL, row)
+
+
+def test_a_rows_top_k_bounds_its_tokens_beside_others():
+    """The tokens are other ones than those of `generate`, which draws among `top_k` candidates alone."""
+    prompt = np.arange(5, dtype=np.int32)
+    rows = [Row(prompt, SampleConfig(max_new_tokens=1, seed=seed, top_k=k)) for seed in range(40) for k in (0, 2)]
+    found = run(decoder(slots=8), rows)
+    assert len({tokens[0] for tokens in found[1::2]}) == 2
+    assert len({tokens[0] for tokens in found[::2]}) > 2
 
 
 def test_samples_of_one_prompt_differ_and_are_those_of_generate():
@@ -145,7 +153,8 @@ def test_the_beginning_of_a_running_sequence_is_copied():
     ]
     slot_decoder = decoder(LONG)
     assert run(slot_decoder, rows) == [alone(LONG, row) for row in rows]
-    assert slot_decoder.prompt_tokens_read == 151 + 2  # of the others only the token that differs
+    # The others wait for the first chunk of 128, copy it, and read what is left.
+    assert slot_decoder.prompt_tokens_read == 151 + 2 * (151 - 128)
 
 
 def test_a_stopped_sequence_frees_its_slot_and_leaves_the_others_alone():
@@ -198,8 +207,8 @@ def test_a_prompt_may_be_scored_alone():
     row = Row(np.arange(20, dtype=np.int32), SampleConfig(logprobs=1), score_prompt=True, score_only=True)
     slot_decoder = decoder()
     slot_decoder.start(row)
-    events = slot_decoder.step() + slot_decoder.step()
-    assert [len(event.prompt_logprobs.chosen_N) for event in events if event.prompt_logprobs] == [16, 3]
+    events = slot_decoder.step()
+    assert [len(event.prompt_logprobs.chosen_N) for event in events if event.prompt_logprobs] == [19]
     assert events[-1].ended
     assert slot_decoder.free == 3
 

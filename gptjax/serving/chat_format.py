@@ -105,9 +105,7 @@ def compile_template(source: str) -> Callable[[Sequence[Message], str], str]:
         import jinja2.sandbox
     except ImportError:
         raise UserError("the run's chat template needs jinja2; install it with pip install 'gptjax[chat]'") from None
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
-    )
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
