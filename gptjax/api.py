@@ -34,7 +34,7 @@ from gptjax.tasks.registry import parse
 from gptjax.text.formats import Row
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.verbs.evaluate import one_task, predict_labels
-from gptjax.verbs.sample import render_prompts
+from gptjax.verbs.sample import in_template, prompt_template
 from gptjax.verbs.train import run_train
 
 WIDTHS = 64
@@ -177,7 +177,8 @@ class Model:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         config = from_dict(SampleConfig, options, "generate()")
-        prompts, at_start = render_prompts(self.run, prompts, config.raw, "this run")
+        template = prompt_template(self.run, config.raw, "this run")
+        prompts, at_start = in_template(prompts, template), template is not None
         return sample_texts(
             self.config.model, self.params, self.tokenizer, prompts, config, at_start=at_start, notify=notify
         )

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax.checkpoints.run_dir import LoadedRun, load_run
@@ -12,6 +13,7 @@ from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.report.tokens import TokenRow, print_tokens
 from gptjax.tasks.instruct import chat_template
+from gptjax.tasks.multi import parts_of
 from gptjax.text.chats import USER, Message, render_prompt
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.text.unicode import has_surrogate
@@ -20,8 +22,7 @@ from gptjax.text.unicode import has_surrogate
 def run_sample(config: SampleConfig, prompts: list[str]) -> int:
     """Prints continuations of prompts; a single one as it is made."""
     run, tokenizer, template = load_for_prompts(config)
-    if template is not None:
-        prompts = [render_prompt([Message(USER, prompt)], template) for prompt in prompts]
+    prompts = in_template(prompts, template)
     one = len(prompts) * config.num_samples == 1 and not config.json and not config.logprobs
     if one:
         _write(prompts[0])
@@ -59,10 +60,30 @@ def load_for_prompts(config: SampleConfig) -> tuple[LoadedRun, Tokenizer, str | 
     run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, notify, config.base)
     if run.tokenizer is None:
         raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
-    template = chat_template(run.config)
-    if config.raw and template is None:
-        raise UserError(f"raw=True has no effect: {config.run_dir} has task.kind={run.config.task.kind}, no template")
-    return run, run.tokenizer, None if config.raw else template
+    return run, run.tokenizer, prompt_template(run, config.raw, config.run_dir)
+
+
+def prompt_template(run: LoadedRun, raw: bool, where: str) -> str | None:
+    """The template in which a run gets prompts; None: as they are.
+
+    Args:
+        run: The trained run.
+        raw: Whether the prompts stay as they are.
+        where: Of the run, for error messages.
+
+    Raises:
+        UserError: `raw` has no effect, or the run has chats of several templates.
+    """
+    if raw and not any(part.task.kind == "instruct" for part in parts_of(run.config).values()):
+        raise UserError(f"raw=True has no effect: {where} has task.kind={run.config.task.kind}, which has no template")
+    return None if raw else chat_template(run.config)
+
+
+def in_template(prompts: Sequence[str], template: str | None) -> list[str]:
+    """Each prompt as the user's message in a template; None: as it is."""
+    if template is None:
+        return list(prompts)
+    return [render_prompt([Message(USER, prompt)], template) for prompt in prompts]
 
 
 def describe(tokenizer: Tokenizer, sample: Sample) -> dict:
