@@ -46,6 +46,8 @@ MORE = [
     (Config, {"task": TaskConfig(kind="classify", multi_label=True)}),
     (ClusterConfig, {"coordinator": "node:1", "num_processes": 2, "process_id": 0}),
     (SampleConfig, {"temperature": 0.0}),
+    (SampleConfig, {"temperature": 0.0, "num_beams": 2}),
+    (SampleConfig, {"prompt_file": "p", "out": "o"}),
     (ModelConfig, {"n_expert": 4, "bias": False, "expert_width": 8}),
 ]
 
@@ -125,7 +127,8 @@ def rules() -> list[Rule]:
                 if asked_by is config:  # not a section of it, which is built by itself too
                     holder = "".join(field for field in names_of(cls) if getattr(config, field) is section)
                     found.append(Rule(file, line, cls, values, holder, name, option, needs))
-    # One config is enough for each rule and option: the first, which changes least.
+    # One config is enough for each rule and option: the first, which changes least, of those that no other rule refuses.
+    found.sort(key=lambda rule: build(rule.cls, rule.values) is None)
     return list({(r.file, r.line, r.cls, r.name): r for r in reversed(found)}.values())
 
 
