@@ -1,5 +1,6 @@
 """Conversations: templates, what is left out, and the command."""
 
+import contextlib
 import io
 import json
 import os
@@ -143,7 +144,7 @@ def test_what_belongs_to_the_template_is_no_part_of_an_answer(text, expected, si
 
 def special_tokenizer():
     ranks = {bytes([i]): i for i in range(256)}
-    return bpe_tokenizer_from_ranks(ranks, ".", {"<|im_start|>": 256, "<|im_end|>": 257, "</s>": 258}, "</s>")
+    return bpe_tokenizer_from_ranks(ranks, r"[\s\S]", {"<|im_start|>": 256, "<|im_end|>": 257, "</s>": 258}, "</s>")
 
 
 def test_a_jinja_template_gives_the_ids_of_transformers():
@@ -164,7 +165,7 @@ def test_a_jinja_template_gives_the_ids_of_transformers():
 
 def test_a_template_of_the_run_is_used_and_special_tokens_in_messages_are_refused():
     config = Config(model=MODEL)
-    run = LoadedRun(config, {}, special_tokenizer(), 0, CHATML)
+    run = LoadedRun(config, {}, special_tokenizer(), 0, chat_template=CHATML)
     format = chat_format(run)
     assert format.stops == ("<|im_start|>", "<|im_end|>")
     with pytest.raises(UserError, match=r"a message holds <\|im_end\|>"):
@@ -253,7 +254,7 @@ def test_a_terminal_has_history_and_answers_as_they_come(run_dir):
                 seen += os.read(leader, 4096).decode(errors="replace")
 
     try:
-        wait_for(lambda text: "> " in text)
+        wait_for(lambda text: ">" in text)
         [[answer]] = sample_texts(
             *(MODEL, make_params(MODEL), ByteTokenizer(), ["<|endoftext|>[user]hello\n[assistant"]),
             SampleConfig(max_new_tokens=8, temperature=0, allow_special=True, logit_bias=options().logit_bias),
@@ -262,8 +263,13 @@ def test_a_terminal_has_history_and_answers_as_they_come(run_dir):
         wait_for(lambda text: answer in text)
         os.write(leader, b"\x1b[A\r")  # arrow up: "hello" again
         wait_for(lambda text: text.count("hello") >= 2)
-        os.write(leader, b"\x04")  # Ctrl-D
-        assert process.wait(60) == 0
+        end = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end:  # what is written is read, or the program waits
+            os.write(leader, b"\x04")  # Ctrl-D, which only a prompt takes
+            if select.select([leader], [], [], 0.3)[0]:
+                with contextlib.suppress(OSError):  # the program has ended
+                    os.read(leader, 4096)
+        assert process.wait(1) == 0
     finally:
         process.kill()
         process.wait()

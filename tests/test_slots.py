@@ -69,7 +69,7 @@ def make_rows(count, seed=0, longest=40, **options):
         {"temperature": 0},
         {},
         {"temperature": 0.8, "top_p": 0.8, "min_p": 0.01},
-        {"repetition_penalty": 1.4, "frequency_penalty": 0.3, "logit_bias": ("7=2", "3=-1"), "min_new_tokens": 1},
+        {"repetition_penalty": 1.4, "frequency_penalty": 0.3, "logit_bias": ("7=2", "3=2"), "min_new_tokens": 1},
     ],
     ids=["greedy", "plain", "filters", "controls"],
 )
