@@ -23,12 +23,12 @@ from gptjax.config.start import Start
 from gptjax.config.task import LABELLED
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
+from gptjax.evaluation.embeddings import EmbeddingOptions, Pooling, embed_ids
 from gptjax.exchange.runs import import_run
 from gptjax.generation.sample import sample_texts
 from gptjax.machine import compile_cache
 from gptjax.model import gpt
 from gptjax.model.gpt import Compute
-from gptjax.model.heads import pool
 from gptjax.report.progress import notify
 from gptjax.tasks.registry import parse
 from gptjax.text.formats import Row
@@ -140,15 +140,24 @@ class Model:
         return found[0] if one else found
 
     def embed(
-        self, texts: Texts | Ids, pooling: Literal["mean", "last"] = "mean", normalized: bool = False
+        self, texts: Texts | Ids, pooling: Pooling = "mean", normalized: bool = False, layer: int = -1
     ) -> np.ndarray:
-        """One float32 vector for each text: its final hidden states, pooled. `[D]`, of several texts `[N, D]`."""
+        """One float32 vector for each text: its hidden states, pooled. `[D]`, of several texts `[N, D]`.
+
+        Args:
+            texts: None longer than the context.
+            pooling: The mean over a text's positions, or the last one.
+            normalized: Make vectors of length 1.
+            layer: Hidden states after this many blocks, 0: the token embeddings; -1: after all blocks and the final
+                norm.
+
+        Raises:
+            UserError: A text is longer than the context, or the model has no such layer.
+        """
         one, rows = self._rows(texts)
-        found = []
-        for ids, x_BTD in self._each(_states, rows):
-            vector_D = np.asarray(pool(jnp.asarray(x_BTD), jnp.array([len(ids)]), pooling))[0]
-            found.append(vector_D / np.linalg.norm(vector_D) if normalized else vector_D)
-        return found[0] if one else np.stack(found)
+        options, compute = EmbeddingOptions(layer, pooling, normalized), Compute(self.compute_dtype, unroll=1)
+        vectors_ND = embed_ids(self.config.model, self.params, rows, options, compute)
+        return vectors_ND[0] if one else vectors_ND
 
     def loss(self, texts: Texts | Ids) -> float | list[float]:
         """Mean negative log-likelihood of the tokens of each text in nats, the first token left out."""
@@ -229,12 +238,6 @@ class Model:
             tokens_1T = np.zeros((1, width), np.int32)
             tokens_1T[0, : len(ids)] = ids
             yield ids, np.asarray(function(model, compute, self.params, tokens_1T))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _states(model: ModelConfig, compute: Compute, params: dict, tokens_BT: jax.Array) -> jax.Array:
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-    return gpt.hidden_states(model, params, tokens_BT, positions_BT, compute=compute).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -20,6 +20,7 @@ from gptjax.config.synonyms import suggest_verb
 from gptjax.config.verbs import (
     ChatConfig,
     DoctorConfig,
+    EmbedConfig,
     EvaluateConfig,
     ExportConfig,
     ImportConfig,
@@ -27,6 +28,7 @@ from gptjax.config.verbs import (
     PredictConfig,
     PrepareConfig,
     SampleConfig,
+    ServeConfig,
     VerifyResumeConfig,
 )
 from gptjax.errors import UserError, one_line
@@ -84,6 +86,15 @@ def chat(args: Sequence[str], restart: Restart = stay) -> int:
     return run_chat(config)
 
 
+def serve(args: Sequence[str], restart: Restart = stay) -> int:
+    """Serves a model over HTTP, with a web page: gptjax serve --run_dir DIR [--port N] [--option VALUE ...]."""
+    config = _flags(ServeConfig, args)
+    restart(Config.cache_dir, 1)
+    from gptjax.verbs.serve import run_serve
+
+    return run_serve(config)
+
+
 def evaluate(args: Sequence[str]) -> int:
     """Measures a run on its validation data or other text: gptjax evaluate --run_dir DIR [--data.path ...]."""
     config = _flags(EvaluateConfig, args)
@@ -98,6 +109,14 @@ def predict(args: Sequence[str]) -> int:
     from gptjax.verbs.predict import run_predict
 
     return run_predict(config)
+
+
+def embed(args: Sequence[str]) -> int:
+    """Writes a vector for each text: gptjax embed --run_dir DIR --file IN.jsonl --out OUT.parquet."""
+    config = _flags(EmbedConfig, args)
+    from gptjax.verbs.embed import run_embed
+
+    return run_embed(config)
 
 
 def import_model(args: Sequence[str]) -> int:
@@ -147,15 +166,17 @@ def doctor(args: Sequence[str]) -> int:
     return run_doctor(config)
 
 
-RESTARTING = (train, sample, chat)
+RESTARTING = (train, sample, chat, serve)
 """Verbs that compute on a CPU for long."""
 VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "prepare": (prepare, Config),
     "train": (train, Config),
     "sample": (sample, SampleConfig),
     "chat": (chat, ChatConfig),
+    "serve": (serve, ServeConfig),
     "evaluate": (evaluate, EvaluateConfig),
     "predict": (predict, PredictConfig),
+    "embed": (embed, EmbedConfig),
     "import": (import_model, ImportConfig),
     "export": (export_model, ExportConfig),
     "verify-resume": (verify_resume, VerifyResumeConfig),

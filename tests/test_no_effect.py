@@ -33,6 +33,8 @@ CLASSES = [
 REQUIRED = {
     "EvaluateConfig": {"run_dir": "r"},
     "PredictConfig": {"run_dir": "r", "text": ("a",)},
+    "ServeConfig": {"run_dir": "r"},
+    "EmbedConfig": {"run_dir": "r", "file": "f", "out": "o.npy"},
     "ImportConfig": {"to": "t"},
     "ExportConfig": {"to": "t"},
     "PlanConfig": {"devices": 1, "chip": "h100"},
@@ -127,7 +129,7 @@ def rules() -> list[Rule]:
                 if asked_by is config:  # not a section of it, which is built by itself too
                     holder = "".join(field for field in names_of(cls) if getattr(config, field) is section)
                     found.append(Rule(file, line, cls, values, holder, name, option, needs))
-    # One config is enough for each rule and option: the first, which changes least, of those that no other rule refuses.
+    # One config is enough for each rule and option: the first, which changes least, that no other rule refuses.
     found.sort(key=lambda rule: build(rule.cls, rule.values) is None)
     return list({(r.file, r.line, r.cls, r.name): r for r in reversed(found)}.values())
 

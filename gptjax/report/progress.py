@@ -42,7 +42,8 @@ def notify(message: str) -> None:
 class RowProgress:
     """A bar of rows on standard error, where that is a terminal; elsewhere nothing."""
 
-    def __init__(self, total: int, done: int, unit: str):
+    def __init__(self, total: int | None, done: int, unit: str):
+        """See the class; `total` is None where it is not known."""
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Bars(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty())
         self._task = self._bar.add_task("", total=total, completed=done)

@@ -1,0 +1,128 @@
+"""Vectors of texts: the hidden states of a layer, pooled over each text.
+
+Shape suffixes: B texts in a batch, T position, D n_embd, E texts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.batches.labelled import TextBatch, TextSet, ordered_batches
+from gptjax.config.model import ModelConfig
+from gptjax.errors import UserError
+from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, hidden_states
+from gptjax.model.heads import pool
+from gptjax.model.inputs import BlockInputs
+from gptjax.text.tokenizer import Tokenizer
+
+Pooling = Literal["mean", "last"]
+BATCH = 16
+"""Texts in a batch, where the caller does not choose."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingOptions:
+    """Which vector stands for a text."""
+
+    layer: int = -1
+    """Hidden states after this many blocks, 0: the token embeddings; -1: after all blocks and the final norm."""
+    pooling: Pooling = "mean"
+    """The mean over the text's positions, or the last one."""
+    normalized: bool = False
+    """Vectors have length 1."""
+
+
+def check_layer(model: ModelConfig, layer: int) -> None:
+    """Refuses a layer that the model does not have.
+
+    Raises:
+        UserError: Naming the range.
+    """
+    if not -1 <= layer <= model.n_layer:
+        raise UserError(f"layer={layer} must lie in [-1, {model.n_layer}]: model.n_layer={model.n_layer}")
+
+
+def document(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """The ids of a text, int32, after an end-of-text token as in training, where the tokenizer has one."""
+    start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    return np.concatenate([np.array(start, np.int32), ids.astype(np.int32)])
+
+
+def embed_ids(
+    model: ModelConfig,
+    params: dict,
+    texts: Sequence[np.ndarray],
+    options: EmbeddingOptions,
+    compute: Compute,
+    batch_size: int = BATCH,
+) -> np.ndarray:
+    """Returns one float32 vector for each text, `[E, D]`.
+
+    Args:
+        model: Shape of the model.
+        params: As `init_params` returns them.
+        texts: Token ids of each, 1 to `block_size`.
+        options: Which vectors.
+        compute: Precision.
+        batch_size: Texts at a time; texts of similar length share a batch.
+
+    Raises:
+        UserError: The model has no such layer.
+    """
+    check_layer(model, options.layer)
+    count = len(texts)
+    text_set = TextSet(texts, np.full(count, -1, np.int32), np.zeros(count, bool), model.block_size)
+    vectors_ED = np.zeros((count, model.n_embd), np.float32)
+    embed = _compiled(model, options, compute)
+    for numbers, batch in ordered_batches(text_set, batch_size if count > 1 else 1):
+        found_BD = np.asarray(embed(params, batch))
+        vectors_ED[numbers[numbers >= 0]] = found_BD[numbers >= 0]
+    return vectors_ED
+
+
+@functools.cache
+def _compiled(
+    model: ModelConfig, options: EmbeddingOptions, compute: Compute
+) -> Callable[[dict, TextBatch], jax.Array]:
+    return jax.jit(functools.partial(_embed, model, options, compute))
+
+
+def _embed(
+    model: ModelConfig, options: EmbeddingOptions, compute: Compute, params: dict, batch: TextBatch
+) -> jax.Array:
+    positions_BT = jnp.broadcast_to(jnp.arange(batch.inputs.shape[1])[None], batch.inputs.shape)
+    if options.layer == -1:
+        x_BTD = hidden_states(model, params, batch.inputs, positions_BT, compute=compute)
+    else:
+        x_BTD = embed_tokens(model, params, batch.inputs, positions_BT)
+        if options.layer:
+            lower = dataclasses.replace(model, n_layer=options.layer)
+            x_BTD, _ = apply_blocks(
+                lower, _first_layers(params, options.layer), x_BTD, BlockInputs(positions_BT), compute=compute
+            )
+    vectors_BD = pool(x_BTD, batch.lengths, options.pooling)
+    if options.normalized:
+        vectors_BD = vectors_BD / jnp.maximum(jnp.linalg.norm(vectors_BD, axis=1, keepdims=True), 1e-12)
+    return vectors_BD
+
+
+def _first_layers(params: dict, count: int) -> dict:
+    """Parameters without the layers from `count` on."""
+
+    def first(stacked: Any, count: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[:count], stacked)
+
+    kept = params | {"adapters": first(params["adapters"], count)} if "adapters" in params else dict(params)
+    if not isinstance(params["blocks"], tuple):
+        return kept | {"blocks": first(params["blocks"], count)}
+    stacks = []
+    for stack in params["blocks"]:
+        if count > 0:
+            stacks.append(first(stack, count))
+            count -= len(jax.tree.leaves(stack)[0])
+    return kept | {"blocks": tuple(stacks)}

@@ -1,0 +1,235 @@
+"""Answers to completions and chats: the sequences to decode, and the objects made of what comes."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from gptjax.generation.slots import Row
+from gptjax.generation.stream import make_text_stream
+from gptjax.serving import protocol
+from gptjax.serving.chat_format import AnswerFilter, ChatFormat
+from gptjax.serving.engine import Token, Update, pairs
+from gptjax.serving.protocol import Asked
+from gptjax.text.tokenizer import Tokenizer
+
+CHUNK = "chat.completion.chunk"
+
+
+class Answer(Protocol):
+    """What the server needs to know of an answer."""
+
+    prompts: Sequence[np.ndarray]
+
+    @property
+    def stream(self) -> bool:
+        """Whether it is given in pieces."""
+        ...
+
+    def rows(self) -> list[Row]:
+        """The sequences to decode; their places are the indices below."""
+        ...
+
+    def take(self, index: int, update: Update) -> None:
+        """Adds what has come for a sequence."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, when all sequences have ended."""
+        ...
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """The first pieces of a stream."""
+        ...
+
+    def chunks(self, index: int, update: Update) -> Iterator[dict[str, Any]]:
+        """The pieces for what has come."""
+        ...
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        """The last pieces."""
+        ...
+
+
+@dataclasses.dataclass
+class _Choice:
+    text: str = ""
+    tokens: list[Token] = dataclasses.field(default_factory=list)
+    prompt_tokens: list[Token] = dataclasses.field(default_factory=list)
+    finish: str | None = None
+    begun: bool = False
+
+
+class CompletionAnswer:
+    """The continuations of prompts, in the order of prompts and samples."""
+
+    def __init__(self, asked: Asked, prompts: Sequence[np.ndarray], tokenizer: Tokenizer, model: str):
+        self._asked, self.prompts, self._tokenizer, self._model = asked, prompts, tokenizer, model
+        self._id = protocol.new_id("cmpl")
+        self._choices = [_Choice() for _ in range(len(prompts) * asked.samples)]
+        self._texts = [tokenizer.decode(prompt) if asked.echo else "" for prompt in prompts]
+        if asked.echo and asked.logprobs is not None:
+            for number, choice in enumerate(self._choices):
+                choice.prompt_tokens = self._tokens_of_prompt(prompts[number // asked.samples])
+
+    @property
+    def stream(self) -> bool:
+        return self._asked.stream
+
+    def rows(self) -> list[Row]:
+        asked = self._asked
+        score = asked.echo and asked.logprobs is not None
+        return [
+            Row(prompt, asked.options, self._tokenizer.end_of_text, (number, sample), score, asked.score_only)
+            for number, prompt in enumerate(self.prompts)
+            for sample in range(asked.samples)
+        ]
+
+    def take(self, index: int, update: Update) -> None:
+        choice = self._choices[index]
+        if update.prompt_logprobs is not None:
+            chosen_N, ids_NK, top_NK = update.prompt_logprobs
+            first = next(n for n, token in enumerate(choice.prompt_tokens) if n and token.logprob is None)
+            for n, (logprob, ids_K, top_K) in enumerate(zip(chosen_N, ids_NK, top_NK, strict=True), first):
+                top = pairs(ids_K, top_K)
+                choice.prompt_tokens[n] = choice.prompt_tokens[n]._replace(logprob=float(logprob), top=top)
+        choice.text += update.text
+        choice.tokens += update.tokens
+        choice.finish = update.finish or choice.finish
+
+    def whole(self) -> dict[str, Any]:
+        asked, choices = self._asked, []
+        for index, choice in enumerate(self._choices):
+            before = self._texts[index // asked.samples]
+            tokens = [*choice.prompt_tokens, *_moved(choice.tokens, len(before))]
+            choices.append(self._choice(index, before + choice.text, tokens, choice.finish))
+        return self._envelope() | {"choices": choices, "usage": self._usage()}
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        return iter(())
+
+    def chunks(self, index: int, update: Update) -> Iterator[dict[str, Any]]:
+        choice = self._choices[index]
+        self.take(index, update)
+        missing = choice.prompt_tokens and any(token.logprob is None for token in choice.prompt_tokens[1:])
+        if missing and update.finish is None:
+            return
+        before = self._texts[index // self._asked.samples]
+        text, tokens = update.text, _moved(update.tokens, len(before))
+        if not choice.begun:
+            choice.begun = True
+            text, tokens = before + text, [*choice.prompt_tokens, *tokens]
+        if text or tokens or update.finish is not None:
+            yield self._envelope() | {"choices": [self._choice(index, text, tokens, update.finish)]}
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        if self._asked.include_usage:
+            yield self._envelope() | {"choices": [], "usage": self._usage()}
+
+    def _tokens_of_prompt(self, prompt: np.ndarray) -> list[Token]:
+        decode, begin, tokens = make_text_stream(), 0, []
+        for token in prompt.tolist():
+            tokens.append(Token(token, begin, None, ()))
+            begin += len(decode(self._tokenizer.decode_bytes([token]), False))
+        return tokens
+
+    def _choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
+        count = self._asked.logprobs
+        logprobs = None if count is None else protocol.completion_logprobs(self._tokenizer, tokens, count)
+        return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish}
+
+    def _envelope(self) -> dict[str, Any]:
+        return protocol.envelope(self._id, "text_completion", self._model)
+
+    def _usage(self) -> dict[str, int]:
+        return protocol.usage(sum(map(len, self.prompts)), sum(len(choice.tokens) for choice in self._choices))
+
+
+class ChatAnswer:
+    """The answers to a chat."""
+
+    def __init__(
+        self,
+        asked: Asked,
+        prompt: np.ndarray,
+        tokenizer: Tokenizer,
+        model: str,
+        format: ChatFormat,
+        most_new: int | None,
+    ):
+        """See the class; `most_new` is how many tokens fit behind the prompt, where the request names no number."""
+        options = asked.options
+        if most_new is not None:
+            options = dataclasses.replace(options, max_new_tokens=max(1, min(options.max_new_tokens, most_new)))
+        self._asked = dataclasses.replace(
+            asked, options=dataclasses.replace(options, stop=(*options.stop, *format.stops))
+        )
+        self.prompts: Sequence[np.ndarray] = [prompt]
+        self._tokenizer, self._model, self._id = tokenizer, model, protocol.new_id("chatcmpl")
+        self._choices = [_Choice() for _ in range(asked.samples)]
+        self._filters = [AnswerFilter(format) for _ in range(asked.samples)]
+
+    @property
+    def stream(self) -> bool:
+        return self._asked.stream
+
+    def rows(self) -> list[Row]:
+        asked, end = self._asked, self._tokenizer.end_of_text
+        return [Row(self.prompts[0], asked.options, end, (0, sample)) for sample in range(asked.samples)]
+
+    def take(self, index: int, update: Update) -> None:
+        self._take(index, update)
+
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": choice.text},
+                "logprobs": self._logprobs(choice.tokens),
+                "finish_reason": choice.finish,
+            }
+            for index, choice in enumerate(self._choices)
+        ]
+        envelope = protocol.envelope(self._id, "chat.completion", self._model)
+        return envelope | {"choices": choices, "usage": self._usage()}
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        for index in range(self._asked.samples):
+            yield self._chunk(index, {"role": "assistant", "content": ""}, None, None)
+
+    def chunks(self, index: int, update: Update) -> Iterator[dict[str, Any]]:
+        text = self._take(index, update)
+        if text or update.tokens:
+            yield self._chunk(index, {"content": text}, self._logprobs(update.tokens), None)
+        if update.finish is not None:
+            yield self._chunk(index, {}, None, update.finish)
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        if self._asked.include_usage:
+            yield protocol.envelope(self._id, CHUNK, self._model) | {"choices": [], "usage": self._usage()}
+
+    def _take(self, index: int, update: Update) -> str:
+        choice = self._choices[index]
+        text = self._filters[index].feed(update.text, final=update.finish is not None)
+        choice.text += text
+        choice.tokens += update.tokens
+        choice.finish = update.finish or choice.finish
+        return text
+
+    def _chunk(self, index: int, delta: dict, logprobs: dict | None, finish: str | None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return protocol.envelope(self._id, CHUNK, self._model) | {"choices": [choice]}
+
+    def _usage(self) -> dict[str, int]:
+        return protocol.usage(len(self.prompts[0]), sum(len(choice.tokens) for choice in self._choices))
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict | None:
+        if self._asked.logprobs is None:
+            return None
+        return protocol.chat_logprobs(self._tokenizer, tokens, self._asked.logprobs)
+
+
+def _moved(tokens: Sequence[Token], characters: int) -> list[Token]:
+    """Tokens of a text that so many characters come before."""
+    return [token._replace(begin=token.begin + characters) for token in tokens]

@@ -1,0 +1,249 @@
+"""The thread that decodes: it takes jobs from a queue, shares the slots among them, and hands on what comes."""
+
+import collections
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gptjax.config.verbs import SampleConfig
+from gptjax.errors import UserError, one_line
+from gptjax.generation.decode import DecodingModel, Logprobs
+from gptjax.generation.sample import TextCollector
+from gptjax.generation.slots import CHUNKS, Event, Row, SlotDecoder
+from gptjax.generation.stream import make_text_stream
+from gptjax.serving.metrics import Metrics
+from gptjax.text.tokenizer import Tokenizer
+
+Finish = Literal["stop", "length"]
+
+
+class QueueFull(Exception):
+    """There is no room for more jobs."""
+
+
+class Failure(Exception):
+    """A job could not be done, through no fault of who asked for it."""
+
+
+class Token(NamedTuple):
+    """A new token, or one of the prompt."""
+
+    id: int
+    begin: int
+    """Characters of the text before it."""
+    logprob: float | None
+    """None: not asked for, or the first of a prompt."""
+    top: tuple[tuple[int, float], ...]
+    """The most likely tokens and their log-probabilities."""
+
+
+class Update(NamedTuple):
+    """What has come for a job."""
+
+    text: str = ""
+    """Certain by now; updates join to the whole text."""
+    tokens: tuple[Token, ...] = ()
+    """Those that begin in the text so far and were not given before."""
+    prompt_logprobs: Logprobs | None = None
+    finish: Finish | None = None
+    """How it ended; None: it goes on."""
+    error: Exception | None = None
+    """Why it ended without a result."""
+
+
+class Job:
+    """A sequence to be decoded for somebody."""
+
+    def __init__(self, row: Row, tokenizer: Tokenizer, seconds: float, on_update: Callable[[Update], None]):
+        self.row, self._tokenizer, self.on_update = row, tokenizer, on_update
+        self.collector = TextCollector(tokenizer, row.options)
+        self.created, self.deadline = time.monotonic(), time.monotonic() + seconds
+        self.cancelled = False
+        self.last_token_at: float | None = None
+        self._decode = make_text_stream()
+        self._text_length, self._begin, self._waiting = 0, 0, collections.deque[Token]()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() > self.deadline
+
+    def take(self, event: Event) -> Update:
+        """What a step of the decoder means for the one who waits."""
+        text = self.collector.add(event.piece)
+        for n, token in enumerate(event.piece.tokens_N.tolist()):
+            logprobs = event.piece.logprobs
+            logprob = None if logprobs is None else float(logprobs.chosen_N[n])
+            top = () if logprobs is None else pairs(logprobs.ids_NK[n], logprobs.top_NK[n])
+            self._waiting.append(Token(token, self._begin, logprob, top))
+            self._begin += len(self._decode(self._tokenizer.decode_bytes([token]), False))
+        ended = event.ended or self.collector.stopped
+        if ended:
+            text += self.collector.end()
+        self._text_length += len(text)
+        tokens = []
+        while self._waiting and self._waiting[0].begin < self._text_length:
+            tokens.append(self._waiting.popleft())
+        full = self.row.score_only or self.row.new >= self.row.options.max_new_tokens
+        length = event.ended and full and not self.collector.stopped
+        finish: Finish | None = ("length" if length else "stop") if ended else None
+        return Update(text, tuple(tokens), event.prompt_logprobs, finish)
+
+    def close(self, finish: Finish) -> Update:
+        """Ends the text where it is."""
+        text = self.collector.end()
+        return Update(text, tuple(self._waiting), None, finish)
+
+
+class Engine:
+    """Jobs in a queue and in slots."""
+
+    def __init__(self, model: DecodingModel, slots: int, max_queue: int, metrics: Metrics):
+        self._model, self._slots, self._max_queue, self._metrics = model, slots, max_queue, metrics
+        self._decoder = SlotDecoder(model, slots)
+        self._queue: collections.deque[Job] = collections.deque()
+        self._running: dict[Row, Job] = {}
+        self._condition, self._closing = threading.Condition(), False
+        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+
+    def start(self) -> None:
+        """Begins to decode."""
+        self._thread.start()
+
+    @property
+    def works(self) -> bool:
+        """Whether jobs are taken."""
+        return self._thread.is_alive() and not self._closing
+
+    def warm_up(self) -> None:
+        """Compiles what most requests need; call it before `start`."""
+        lengths = [length for _, length in CHUNKS if length < self._model.config.block_size] or [1]
+        kinds = ((1.0, 0), (0.9, 0), (1.0, 1), (0.9, 1))
+        for number, (top_p, logprobs) in enumerate(kinds):
+            options = SampleConfig(max_new_tokens=1, top_p=top_p, logprobs=logprobs)
+            for length in lengths if number == 0 else lengths[:1]:
+                self._decoder.start(Row(np.full(length, number, np.int32), options))
+                while self._decoder.rows:
+                    self._decoder.step()
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Puts jobs into the queue, all or none.
+
+        Raises:
+            QueueFull: They do not fit.
+            Failure: The engine is closing.
+        """
+        with self._condition:
+            if not self.works:
+                raise Failure("the server is shutting down")
+            free = self._slots - len(self._running)
+            if len(self._queue) + len(jobs) > self._max_queue + free:
+                raise QueueFull
+            self._queue.extend(jobs)
+            self._condition.notify()
+
+    def cancel(self, jobs: list[Job]) -> None:
+        """Ends jobs that nobody waits for; their slots are free after the step that is being made."""
+        with self._condition:
+            for job in jobs:
+                job.cancelled = True
+            self._condition.notify()
+
+    def close(self) -> None:
+        """Finishes all jobs and ends the thread."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return len(self._queue)
+
+    @property
+    def busy(self) -> int:
+        """Slots in use."""
+        return len(self._running)
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not (self._queue or self._running or self._closing):
+                    self._condition.wait()
+                if self._closing and not (self._queue or self._running):
+                    return
+                taken = self._take()
+            try:
+                for job in taken:
+                    self._start(job)
+                self._drop()
+                if self._running:
+                    for event in self._decoder.step():
+                        self._deliver(event)
+            except Exception as error:
+                traceback.print_exc()
+                self._fail(error)
+            self._metrics.slots(self.busy, self.waiting)
+
+    def _take(self) -> list[Job]:
+        """Jobs for the free slots, oldest first; those whose time is over end."""
+        taken: list[Job] = []
+        waiting = [job for job in self._queue if not job.cancelled]
+        self._queue.clear()
+        for job in waiting:
+            if job.overdue:
+                job.on_update(Update(error=Failure("the request waited too long; try again later")))
+            elif len(self._running) < self._slots:
+                self._running[job.row] = job
+                taken.append(job)
+            else:
+                self._queue.append(job)
+        return taken
+
+    def _start(self, job: Job) -> None:
+        try:
+            self._decoder.start(job.row)
+        except UserError as error:
+            del self._running[job.row]
+            job.on_update(Update(error=error))
+
+    def _drop(self) -> None:
+        """Frees the slots of jobs that nobody waits for or whose time is over."""
+        for row, job in list(self._running.items()):
+            if job.cancelled or job.overdue:
+                self._decoder.stop(row)
+                del self._running[row]
+                if not job.cancelled:
+                    job.on_update(job.close("length"))
+
+    def _deliver(self, event: Event) -> None:
+        job = self._running.get(event.row)
+        if job is None:
+            return
+        update = job.take(event)
+        now, new = time.monotonic(), len(event.piece.tokens_N)
+        if new:
+            self._metrics.tokens(new, now - (job.last_token_at or job.created), first=job.last_token_at is None)
+            job.last_token_at = now
+        if update.finish is not None:
+            self._decoder.stop(event.row)
+            del self._running[event.row]
+        job.on_update(update)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends all jobs in slots after an error; what the decoder holds cannot be relied on then."""
+        failure = Failure(one_line(error) or "the server failed while it decoded; its log says why")
+        for job in self._running.values():
+            job.on_update(Update(error=failure))
+        self._running.clear()
+        self._decoder = SlotDecoder(self._model, self._slots)
+
+
+def pairs(ids_K: Any, top_K: Any) -> tuple[tuple[int, float], ...]:
+    """Token ids with their log-probabilities."""
+    return tuple(zip((int(id) for id in ids_K), (float(logprob) for logprob in top_K), strict=True))
