@@ -113,7 +113,7 @@ def _write_npy(batches: Iterable[Batch], file: IO[bytes], counts: Counter[str]) 
     found = [vectors_ED for _, vectors_ED in batches]
     if not found:
         return 0
-    np.save(file, np.concatenate(found), allow_pickle=False)
+    np.save(file, np.concatenate(found))
     return sum(map(len, found))
 
 
