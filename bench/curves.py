@@ -28,7 +28,7 @@ from gptjax.training.step import init_state, make_train_step
 
 STEPS = 50
 MODEL = ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=256)
-BATCH_SIZE = 64  # so that rows are enough for XLA to fuse norms, and attention with its products
+BATCH_SIZE = 64  # large enough for XLA to fuse norms, and attention with its matmuls
 FIGURE = Path(__file__).parents[1] / "docs/figures/curves.png"
 
 

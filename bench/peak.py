@@ -1,4 +1,4 @@
-"""What the machine can do at most: large matrix products, by the faster of PyTorch and XLA, and reading memory.
+"""Measures the machine's peak rates: large matmuls, by the faster of PyTorch and XLA, and memory bandwidth.
 
 Prints JSON: FLOP/s by dtype, bytes per second, and the name of the GPU where there is one.
 """

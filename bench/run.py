@@ -98,7 +98,7 @@ def line(name: str, result: dict) -> str:
 
 
 def share_of_peak(name: str, dtype: str, result: dict, peaks: dict) -> str:
-    """Achieved FLOP/s as a share of the measured peak of matrix products, or bytes/s of the measured bandwidth."""
+    """Achieved FLOP/s as a share of the measured matmul peak, or bytes/s as a share of the measured bandwidth."""
     speed = statistics.median(side["work"] / statistics.median(side["times"]) for side in result["ours"])
     if name in ("whole", "tokenize"):
         return ""

@@ -23,7 +23,7 @@ REPORT = REPORT.replace("OURS", repr(OURS))
 
 
 def start(program: str, *args: str, **environment: str) -> tuple[list[str], int]:
-    """What a program in a process of its own printed, in words, and the process's number."""
+    """Runs a program in a separate process; returns the words that it printed, and its process id."""
     clean = {name: value for name, value in os.environ.items() if name not in OURS}
     clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -212,7 +212,7 @@ without = resident()
 
 
 def caching(program: str, cache_bytes: int = 2**40) -> list[str]:
-    """What a program printed whose buffer cache may hold so many bytes."""
+    """Runs a program whose buffer cache may hold `cache_bytes`; returns its output."""
     if not can_cache():
         pytest.skip("it needs glibc and a C++ compiler")
     settings = allocator._buffer_cache(allocator.Config.cache_dir, 1)

@@ -1,4 +1,4 @@
-"""Scores of labels: those of scikit-learn, which the program itself does not need."""
+"""Scores of labels compared with scikit-learn, which gptjax itself does not need."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ LABELS = tuple("abcdef")
 
 
 def random_predictions(seed: int, several: bool) -> Predictions:
-    """Examples of which none has label a, and none gets label b; c is neither had nor predicted."""
+    """Examples: none has label a, b is never predicted, and no example has or gets label c."""
     random = np.random.default_rng(seed)
     probabilities = random.random((60, 6)).astype(np.float32)
     probabilities[:, [1, 2]] = 0.0
@@ -57,7 +57,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def blocked(*args: object) -> subprocess.CompletedProcess[str]:
-    """Runs a verb where the extra `finetune` is not installed."""
+    """Runs a verb as if the extra `finetune` were not installed."""
     command = [sys.executable, "-c", BLOCKED, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
 

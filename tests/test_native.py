@@ -106,7 +106,7 @@ def test_an_mlp(dtype, rows):
     [
         (2, 256, 3, 3, 64, 0, 1),
         (1, 32, 2, 3, 32, 0, 1),
-        (2, 96, 2, 4, 32, 0, 4),  # two queries of a key head
+        (2, 96, 2, 4, 32, 0, 4),  # two query heads per key head
         (1, 352, 2, 3, 64, 50, 1),
         (2, 160, 1, 5, 96, 33, 3),
     ],
@@ -134,8 +134,8 @@ def test_attention(dtype, B, T, G, E, C, window, documents):
     [
         (2, 96, 64, 3001, LossOptions(2990)),
         (4, 64, 96, 1100, LossOptions(1100, label_smoothing=0.1, z_loss=1e-2)),
-        (1, 32, 32, 2048, LossOptions(1500, label_smoothing=0.2)),  # a whole chunk of columns that are not real
-        (130, 64, 32, 1030, LossOptions(1025)),  # three visits of rows
+        (1, 32, 32, 2048, LossOptions(1500, label_smoothing=0.2)),  # a whole chunk of padding columns
+        (130, 64, 32, 1030, LossOptions(1025)),  # three chunks of rows
     ],
 )
 def test_the_loss_over_a_large_vocabulary(dtype, B, T, D, V, options):
@@ -168,7 +168,7 @@ def test_layer_norm_with_residual(dtype, biased):
     need(dtype)
     x, scale, bias = 3.0 + draw(5, 30, 96), 1.0 + draw(96, scale=0.2), (draw(96),) * biased
 
-    def both(norm):  # as a block has it: what is added to the stream, and what the norm gives
+    def both(norm):  # as in a block: the residual stream, and the output of the norm
         def function(x, scale, bias=None):
             stream, y = norm(x, scale, bias)
             return 2.0 * stream + y.astype("float32") ** 2
@@ -189,7 +189,7 @@ def test_layer_norm_with_residual(dtype, biased):
 def test_float32_matmuls_have_float32_accuracy():
     need("float32")
     x, w = draw(64, 512), draw(512, 64)
-    x = x * jnp.exp(draw(64, 1, scale=5.0))  # rows of all sizes
+    x = x * jnp.exp(draw(64, 1, scale=5.0))  # rows of very different sizes
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
 
     def error(y):
@@ -298,7 +298,7 @@ def test_a_kernel_rejects_a_small_workspace(name, monkeypatch, need_kernels):
             lambda x, y: (jnp.ones((2, 2, 64)), *[x.reshape(1, 2, 32, 64)] * 2, jnp.ones((1, 32), bool)),
         ),
         (
-            "cached_attention",  # keys of three axes
+            "cached_attention",  # keys with three axes
             lambda x, y: (jnp.ones((1, 2, 64)), *[x.reshape(1, 64, 64)] * 2, jnp.ones((1, 32), bool)),
         ),
         (
@@ -335,7 +335,7 @@ def test_a_kernel_rejects_buffers_with_mismatched_shapes(name, args, need_kernel
 def test_attention_rejects_buffers_with_mismatched_shapes(gradient, need_kernels):
     qkv, logs = jnp.ones((2, 64, 2, 3, 32), "bfloat16"), jnp.ones((2, 2, 64))
     y = jnp.ones((2, 64, 2, 32), "bfloat16")
-    short = jnp.zeros((1, 64), "int32")  # the documents of one row of two
+    short = jnp.zeros((1, 64), "int32")  # documents of one sequence; the batch has two
     if gradient:
         assert "do not fit" in refused(lambda y: kernels.attention_gradient(qkv, None, y, logs, y, 0), y[:1])
         assert "do not fit" in refused(lambda s: kernels.attention_gradient(qkv, s, y, logs, y, 0), short)

@@ -1,4 +1,4 @@
-"""The library of kernels: how it is compiled, for which level of the processor, and that it is checked."""
+"""Compilation, instruction-set levels and checks of the library of kernels."""
 
 import ctypes
 import os
@@ -54,7 +54,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(library):
 @pytest.mark.parametrize("name", ["linear", "weight_gradient", "mlp", "mlp_gradient", "cross_entropy_gradient"])
 @pytest.mark.parametrize(("threads", "helpers"), [(2, 1), (16, 15), (64, 31)])
 def test_work_is_divided_among_many_threads(name, threads, helpers, library):
-    """At the size of a small step: 2,048 rows, of which kernels have blocks of 256 on two threads."""
+    """Uses the size of a small step: 2,048 rows, in blocks of 256 on two threads."""
     N, D, F = 2048, 96, 288
     x, w, dy = np.zeros((N, D), np.float32), np.zeros((D, F), np.float32), np.zeros((N, F), np.float32)
     x, dy = x.astype(check.BFLOAT16), dy.astype(check.BFLOAT16)
@@ -182,7 +182,7 @@ print("gptjax_mlp" in lowered.as_text(), build.state())
 
 
 def state_of(folder: Path, *options: str, **environment: str) -> str:
-    """Whether a process of its own uses kernels, and what it says of them."""
+    """Starts a process; returns whether it uses kernels, and its message about them."""
     command = [sys.executable, "-W", "error", "-c", PROGRAM, str(folder), *options]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -311,7 +311,7 @@ assert_bits_do_not_depend_on_threads(library)
 
 
 def checked(path: str, **environment: str) -> str:
-    """What a process of its own finds wrong in a library."""
+    """Checks a library in a separate process; returns the error it finds."""
     done = subprocess.run(
         [sys.executable, "-c", CHECK, path],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -337,7 +337,7 @@ def test_the_code_for_tiles_is_right_with_emulated_tiles(tmp_path):
 
 @pytest.mark.slow
 def test_emulated_tiles_pass_the_tests_of_kernels():
-    """In float32 too, for which only tiles are used."""
+    """Includes float32, which only tiles support."""
     need()
     files = [ROOT / "tests" / name for name in ("test_native.py", "test_native_projection.py")]
     done = subprocess.run(

@@ -32,7 +32,7 @@ ROWS = [1, 2, 5, 8, 16, 17, 32, 40, 200, 300]
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    """Calls a function as if there were none."""
+    """Calls a function with the kernels turned off."""
 
     def call(function, *args):
         jax.clear_caches()
@@ -105,7 +105,7 @@ def test_one_position_attends_to_the_visible_slots_of_the_cache(dtype, B, G, R, 
     scores_BHS = np.einsum("bhc,bhsc->bhs", q_B1HC[:, 0], k) / np.sqrt(C)
     weights_BHS = np.where(visible_B1S, np.exp(scores_BHS - scores_BHS.max(-1, keepdims=True)), 0)
     expected_BHC = np.einsum("bhs,bhsc->bhc", weights_BHS / weights_BHS.sum(-1, keepdims=True), v)
-    unseen_BGSC = ~visible_B1S[:, :, :, None]  # what lies in other slots must not matter
+    unseen_BGSC = ~visible_B1S[:, :, :, None]  # other slots must have no influence
     v_BGSC = jnp.where(unseen_BGSC, jnp.asarray(1e6, dtype), v_BGSC)
     assert kernels_of(cached_attention, q_B1HC, k_BGSC, v_BGSC, visible_B1S) == {"cached_attention"}
     actual_B1HC = jax.jit(cached_attention)(q_B1HC, k_BGSC, v_BGSC, visible_B1S)
@@ -151,7 +151,7 @@ PROMPTS = [np.random.default_rng(length).integers(0, 57, length) for length in (
 
 @pytest.fixture(scope="module")
 def params():
-    """Spread so that logits differ clearly, but not so widely that what is rounded grows from layer to layer."""
+    """Scaled so that logits differ clearly, but rounding errors do not grow from layer to layer."""
     drawn = init_params(MODEL, jax.random.key(1))
     return jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf + 0.1, drawn)
 
@@ -166,7 +166,7 @@ def test_greedy_samples_are_those_without_kernels(without_kernels, params, optio
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_logits_of_bfloat16_are_nearly_those_without_kernels(without_kernels, params, rows):
-    """Both round activations; with kernels, keys and values in the cache too."""
+    """Both round activations; the kernels also round keys and values in the cache."""
 
     def last_logits(stored):
         weights = decoding_weights(MODEL, params, "bfloat16", rows == 1)

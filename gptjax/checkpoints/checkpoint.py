@@ -100,7 +100,7 @@ class Checkpoints:
         """
         for path in self.folder.glob("[!.]*"):
             if UNFINISHED in path.name and NAME.fullmatch(path.name.partition(UNFINISHED)[0]):
-                self._notify(f"{path}: removed what an interrupted save left")
+                self._notify(f"{path}: removed the remains of an interrupted save")
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(f"{DELETED}*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Several trainer processes on this machine that are one run."""
+"""Starts several trainer processes of one run on this machine."""
 
 import contextlib
 import signal
@@ -16,7 +16,7 @@ LOSSES = 1e-5  # largest relative difference of losses: float32, summed in anoth
 
 
 def devices_each(number: int) -> dict[str, str]:
-    """Environment of a process that has so many devices."""
+    """Environment of a process with this number of devices."""
     return environment(JAX_NUM_CPU_DEVICES=str(number))
 
 
@@ -63,7 +63,7 @@ class Processes:
 
 @contextlib.contextmanager
 def started(config: Path, number: int, devices: int = 1, **options) -> Iterator[Processes]:
-    """Starts processes, and leaves none behind."""
+    """Starts processes, and kills those that remain at the end."""
     processes = Processes(config, number, devices, **options)
     try:
         yield processes
@@ -75,7 +75,7 @@ def started(config: Path, number: int, devices: int = 1, **options) -> Iterator[
 
 
 def run(config: Path, number: int, devices: int = 1, **options) -> Processes:
-    """Runs processes to their end, which must be a good one."""
+    """Runs processes to their end; they must succeed."""
     with started(config, number, devices, **options) as processes:
         statuses = processes.wait()
     assert statuses == [0] * number, [processes.error(process) for process in range(number)]
@@ -83,7 +83,7 @@ def run(config: Path, number: int, devices: int = 1, **options) -> Processes:
 
 
 def wait_for_rows(config: Config, rows: int, processes: Processes, timeout: float = 240) -> None:
-    """Returns when a run has logged so many rows."""
+    """Waits until a run has logged this number of rows."""
     path, deadline = Path(config.run_dir) / "metrics.jsonl", time.monotonic() + timeout
     while not (path.exists() and path.read_bytes().count(b"\n") >= rows):
         statuses = [process.poll() for process in processes.running]

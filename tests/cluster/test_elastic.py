@@ -1,4 +1,4 @@
-"""Runs that go on with other devices, meshes and processes."""
+"""Runs that resume with other devices, meshes and processes."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def test_a_run_resumes_with_other_process_and_device_counts():
     assert done.stdout.count("e-") == 8, "a difference for every pair"
 
 
-# Loads a small run, so that all is imported and has started, then a large one; prints by how much memory grew at most.
+# Loads a small run first, so that all modules are imported, then a large one; prints the peak growth of memory.
 MEASURE = """
 import sys
 from pathlib import Path
@@ -65,13 +65,13 @@ def test_a_checkpoint_of_four_devices_is_loaded_on_one_without_a_second_copy(tmp
     params = save_on_four_devices(tmp_path / "large", config)
     save_on_four_devices(tmp_path / "small", CONFIG)
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
-    # Without this, what was freed would stay with the threads that held it, and count.
+    # Otherwise memory that threads have freed stays in their arenas, and counts.
     own = environment(GLIBC_TUNABLES="glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=65536")
     needed, grown = 4 * parameter_count(params), []
-    # More is in flight where other work slows reading, so the least of three times is what tells.
+    # More reads are in flight if other work slows them down, so the minimum of three measurements counts.
     while not grown or (grown[-1] >= 1.8 * needed and len(grown) < 3):
         done = subprocess.run(command, capture_output=True, text=True, env=own, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr
         grown.append(int(done.stdout))
-    # The parameters, the largest of them (a third of all) twice, and programs: 1.5 to 1.65; all twice would be 1.95.
+    # All parameters, a second copy of the largest (a third of all), and programs: 1.5 to 1.65. Two copies: 1.95.
     assert needed <= min(grown) < 1.8 * needed

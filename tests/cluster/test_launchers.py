@@ -38,7 +38,7 @@ def test_mpirun(tmp_path):
     needs("mpirun")
     config, train = small_run(tmp_path)
     as_root = ["--allow-run-as-root"] if os.getuid() == 0 else []
-    # Without the tests' GLIBC_TUNABLES, so that the program starts itself once more.
+    # Without the tests' GLIBC_TUNABLES, so that the program restarts itself once.
     environment = {name: value for name, value in devices_each(1).items() if name != "GLIBC_TUNABLES"}
     command = ["mpirun", *as_root, "--oversubscribe", "-n", "2", *train, "--cluster.lost_timeout", "600"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)

@@ -1,4 +1,4 @@
-"""Which errors mean that another process of the run is lost, and that their cause is shown."""
+"""Recognises errors that mean that another process was lost, and shows their cause."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Two and four processes, with the collectives that a cluster of CPUs uses: the run is the one of a single process."""
+"""Two and four processes, with the collectives of a cluster of CPUs, compute the same run as a single process."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_four_processes_are_one_run(tmp_path, alone):
 
 
 def test_processes_that_disagree_stop_before_anything_is_compiled(tmp_path, monkeypatch):
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # cannot be reached, and is not for these messages
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # an unreachable proxy, which must not be used
     monkeypatch.delenv("no_proxy", raising=False)
     config = process_config(tmp_path, train={"num_steps": 2})
     with started(write_config(config), 2, own={1: ("--seed", "1")}) as processes:

@@ -1,4 +1,4 @@
-"""One of several processes dies."""
+"""Death of one of several processes."""
 
 import signal
 import time
@@ -34,7 +34,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, seen):
 
 
 def goes_on_alone(tmp_path, config, step: int) -> str:
-    """Goes on in this process from `step` and compares with a run of one process that was never broken."""
+    """Resumes from `step` in this process, and compares with an uninterrupted run of one process."""
     longer = replace(config, train={"num_steps": step + 2})
     expected = replace(longer, run_dir=str(tmp_path / "expected"))
     assert trainer.train(longer) == 0 and trainer.train(expected) == 0

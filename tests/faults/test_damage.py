@@ -1,4 +1,4 @@
-"""Checkpoints whose files are damaged, missing, or not what they seem."""
+"""Checkpoints with damaged, missing or foreign files."""
 
 import contextlib
 import json
@@ -186,8 +186,8 @@ def test_what_an_interrupted_save_left_is_removed(config, capsys, seen):
     shutil.rmtree(folder(config))
     assert trainer.train(config) == 0
     assert not stray.exists() and folder(config).exists()
-    assert "removed what an interrupted save left" in capsys.readouterr().out
-    seen("00000008.orbax-checkpoint-tmp: removed what an interrupted save left")
+    assert "removed the remains of an interrupted save" in capsys.readouterr().out
+    seen("00000008.orbax-checkpoint-tmp: removed the remains of an interrupted save")
 
 
 @pytest.mark.fault(17, 'files named "7" and "latest" among the checkpoints', "named, passed over, kept")
@@ -315,7 +315,7 @@ def test_what_cannot_be_read_is_never_pruned(config):
     for step in (10, 11, 12):
         writer.save_items(step, {"params": {"w": np.ones(3, np.float32)}}, {}, val_loss=1 / step)
     writer.close()
-    # 6 has the sizes that it should have: that one of its bits is wrong is not looked for on each save
+    # The files of 6 have the right sizes; a save does not verify the checksums of older checkpoints.
     assert checkpoints(config) == ["00000002", "00000004", "00000012"]
 
 

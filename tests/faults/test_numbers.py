@@ -1,4 +1,4 @@
-"""Gradients that are not finite, spikes, restored NaN, and a compiler that computes wrongly."""
+"""Gradients that are not finite, spikes, NaN in checkpoints, and wrong results of the compiler."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Signals, full disks, two writers, changed configs: what happens to the process and around it."""
+"""Signals, full disks, two writers and changed configs."""
 
 import contextlib
 import dataclasses
@@ -225,7 +225,7 @@ EARLY = "status 143, 130 or 129 at once, in one line; finished shards stay"
 
 
 def script(source: str, *args: object, **more: str) -> subprocess.Popen[str]:
-    """Starts a program of its own that trains, with all signals as a shell would leave them."""
+    """Starts a separate training program, with the signal handlers that a shell would leave."""
     before = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     command = [sys.executable, "-c", source, *map(str, args)]
     process = subprocess.Popen(
@@ -237,7 +237,7 @@ def script(source: str, *args: object, **more: str) -> subprocess.Popen[str]:
 
 
 def ended_early(process: subprocess.Popen[str], number: int) -> str:
-    """Sends a signal, which must end the process soon; returns what it said."""
+    """Sends a signal, which must end the process soon; returns its output."""
     began = time.monotonic()
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
@@ -544,7 +544,7 @@ def test_the_number_of_devices_may_change(tmp_path, seen):
 
 
 def stop_at(path: str, step: int) -> None:
-    """Trains to a step, as a signal would stop it there, in a process of its own."""
+    """Trains to a step in a separate process, and stops there as by a signal."""
     from gptjax.config.reader import load_config
 
     config = load_config(path)

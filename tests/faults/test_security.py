@@ -1,4 +1,4 @@
-"""Nothing that is read is ever executed, but the compiled programs of one's own cache."""
+"""No input is ever executed, except compiled programs of the user's own cache."""
 
 import ast
 import itertools
@@ -47,12 +47,12 @@ DATA = {
     *("Structure", "POINTER", "byref", "cast", "create_string_buffer"),
     *("c_char_p", "c_int64", "c_size_t", "c_void_p"),
 }
-"""Of ctypes, what describes arguments and loads nothing."""
+"""Names of ctypes that describe arguments and load nothing."""
 KEYWORDS = {"allow_pickle", "trust_remote_code", "weights_only", "shell"}
 
 
 def unsafe(source: str) -> list[str]:
-    """What a file imports or calls that can run what it reads."""
+    """Imports and calls of a file that could execute data."""
     found = []
     tree = ast.parse(source)
     own = {
@@ -281,7 +281,7 @@ def test_a_folder_that_others_can_write_anywhere_above_is_not_private(tmp_path, 
     with pytest.raises(private.UntrustedError, match="can be written by others"):
         private.private_folder(folder)
     above.chmod(mode | stat.S_ISVTX)
-    if depth:  # in a sticky folder others cannot exchange what is ours
+    if depth:  # in a sticky folder others cannot replace this user's files
         private.private_folder(folder)
     else:
         with pytest.raises(private.UntrustedError, match="can be written by others"):

@@ -43,7 +43,7 @@ struct Mask {
   const int32_t* segments;  // of this sequence, or null
   int64_t window;           // 0: all earlier keys
 
-  // The first block of keys to which a block of queries attends.
+  // The first block of keys that a block of queries attends to.
   int64_t First(int64_t query) const {
     return window ? std::max<int64_t>(0, query - window + 1) / kSide * kSide : 0;
   }
@@ -51,7 +51,7 @@ struct Mask {
   bool All(int64_t query, int64_t key) const {
     return !segments && key < query && (!window || query + kSide - 1 - key < window);
   }
-  // To which of 16 keys a query attends.
+  // Mask of the 16 keys from `key` that a query attends to.
   __mmask16 Keep(int64_t query, int64_t key) const {
     __m512i keys = _mm512_add_epi32(_mm512_set1_epi32(key), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
                                                                               13, 14, 15));

@@ -1,5 +1,5 @@
-// Calls kernels without XLA, as native/check.py does when it loads the library, in milliseconds: a call by XLA would have
-// to be compiled first.
+// Calls kernels without XLA, which would have to compile each call first. native/check.py uses it when it loads the
+// library.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 #include "xla/ffi/api/c_api.h"
 
-// These three are declared once more in native/check.py.
+// native/check.py declares these three again.
 struct gptjax_buffer {
   int64_t dtype, rank, dimensions[8];
   void* data;
@@ -25,8 +25,8 @@ struct gptjax_call {
   int64_t arguments, results, options, threads;
   gptjax_buffer* buffers;  // arguments, then results
   gptjax_option* option;   // in the order of their names
-  char* message;           // 256 bytes for what an error says
-  int64_t most_helpers;    // of one piece of work, besides the calling thread: returned
+  char* message;           // 256 bytes for an error message
+  int64_t most_helpers;    // result: largest number of threads, besides the calling one, for one piece of work
 };
 
 struct XLA_FFI_ExecutionContext {
@@ -53,7 +53,7 @@ inline XLA_FFI_Error* NumThreads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
   return nullptr;
 }
 
-// Returns 0, or 1 and what the kernel says.
+// Returns 0, or 1 with the kernel's error message.
 inline int CallDirectly(XLA_FFI_Handler* kernel, gptjax_call& call) {
   XLA_FFI_Api api = {};
   api.struct_size = XLA_FFI_Api_STRUCT_SIZE;

@@ -17,7 +17,7 @@ using Packed = ffi::BufferR1<ffi::BF16>;
 
 constexpr int64_t kRowsAtOnce = 256;  // of the left operand, which stay in the L2 cache
 
-// The buffer of XLA's into which a kernel packs its operands, handed out part by part.
+// Allocates parts of the XLA buffer into which a kernel packs its operands.
 class Workspace {
  public:
   explicit Workspace(ffi::Result<Packed>& packed)

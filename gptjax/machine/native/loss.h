@@ -21,8 +21,8 @@ struct LossOptions {
   float smoothing, z_loss;
 };
 
-// Packs columns [first, first + count) of the vocabulary, with zeros behind the last row: as right operands that give
-// logits and, into `back` if there is one, as right operands that take the gradients of logits.
+// Packs columns [first, first + count) of the vocabulary, padded with zeros: as right operands of the matmul that computes
+// the logits and, into `back` if it is not null, of the matmul with the gradients of the logits.
 template <int P, typename S>
 void PackColumnsOfVocabulary(ffi::ThreadPool& pool, const S* w, int64_t V, int64_t D, int64_t first, int64_t count,
                              bf16* to, bf16* back) {

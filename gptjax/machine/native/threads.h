@@ -24,20 +24,21 @@ inline int64_t Threads(const ffi::ThreadPool& pool) { return std::max<int64_t>(1
 
 inline int64_t Ceil(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// Into how many tasks each of `tasks` should be cut, of at most `pieces`, so that every thread gets a few. A kernel may
-// cut only what computes each number of its result in the same way, so that no bit depends on the number of threads.
+// Number of parts, at most `pieces`, to split each of `tasks` tasks into, so that every thread gets a few. Splitting must
+// not change how a number of the result is computed, so that results do not depend on the number of threads.
 inline int64_t Cuts(const ffi::ThreadPool& pool, int64_t tasks, int64_t pieces) {
   return std::clamp<int64_t>(Ceil(kTasksPerThread * Threads(pool), std::max<int64_t>(1, tasks)), 1, pieces);
 }
 
-// Rows of a task: `most`, or fewer (a multiple of `unit`), so that every thread gets a task where there are enough rows.
+// Number of rows in a task: `most`, or a smaller multiple of `unit`, so that every thread gets a task if there are enough
+// rows.
 inline int64_t RowsOfTask(const ffi::ThreadPool& pool, int64_t rows, int64_t most, int64_t unit) {
   return std::clamp<int64_t>(Ceil(Ceil(rows, 2 * Threads(pool)), unit) * unit, unit, most);
 }
 
 // Calls `work(i)` once for each i in [0, count). The calling thread takes part and waits only for threads that have
-// begun, so that it does not matter whether the pool's other threads are busy, or wait here themselves. If a call
-// throws, which is for want of memory, all others still end before this throws.
+// started, so busy or waiting threads of the pool cannot block it. If a call throws (out of memory), this function throws
+// after all other calls have ended.
 template <typename Work>
 void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
   struct Shared {
@@ -45,7 +46,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
     std::atomic<bool> failed{false};
   };
   auto shared = std::make_shared<Shared>();
-  auto* function = &work;  // read only by threads that found a number below `count`, for which the caller waits
+  auto* function = &work;  // only read by threads that took a number below `count`; the caller waits for these
   auto take = [shared, function, count]() noexcept {
     for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
       try {
@@ -62,7 +63,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
       auto copy = take;
       pool.Schedule(std::move(copy));
     }
-  } catch (const std::exception&) {  // no memory for it, or for another thread: fewer threads do the work
+  } catch (const std::exception&) {  // out of memory, or of threads: fewer threads do the work
   }
   take();
   for (int64_t spins = 0; shared->done.load(std::memory_order_acquire) < count; ++spins) {
@@ -74,8 +75,8 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
   if (shared->failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
-// Memory for `count` elements that belongs to this thread. Each `Name` has its own, which is reused by later calls; it
-// grows, and is replaced by a smaller one where a call needs far less.
+// Memory for `count` elements that belongs to this thread; one buffer for each `Name`. Later calls reuse the buffer. It
+// grows if necessary, and is replaced by a smaller one if a call needs far less.
 template <typename Name, typename T>
 T* Scratch(int64_t count) {
   constexpr size_t kLine = 64 / sizeof(T), kSmall = (size_t{1} << 20) / sizeof(T), kFarLess = 8;
@@ -89,7 +90,7 @@ T* Scratch(int64_t count) {
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t{63});
 }
 
-// `kernel` without exceptions, which XLA's own code does not know.
+// Calls `kernel` and returns exceptions as errors, because XLA's code does not handle exceptions.
 template <auto kernel>
 struct Guarded;
 template <typename... Args, ffi::Error (*kernel)(Args...)>
