@@ -21,7 +21,7 @@ from gptjax.ops.matmul import add_bias, matmul
 
 
 class LowRank(nnx.Module):
-    """Adds `(x A) B alpha / rank` to what a weight makes of `x`; zero at first (arXiv:2106.09685, section 4.1)."""
+    """Adds `(x A) B alpha / rank` to the output of a weight; initially zero (arXiv:2106.09685, section 4.1)."""
 
     def __init__(self, config: ModelConfig, inputs: int, outputs: tuple[int, ...], *, rngs: nnx.Rngs):
         rank = config.adapter.rank
@@ -125,7 +125,7 @@ def with_prefix(
 
 
 def merge_lora(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
-    """Returns model and params without adapters: their products are added to the weights, in float32 arithmetic."""
+    """Returns config and params without adapters; adds `A B alpha / rank` to the weights, in float32 arithmetic."""
     params = dict(params)
     adapters = params.pop("adapters")
     blocks = {part: dict(leaves) for part, leaves in params["blocks"].items()}
@@ -133,9 +133,9 @@ def merge_lora(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
         part, name = target.split("/")
         low, weight = adapters[f"{part}_{name}"], blocks[part][name]
         a, b = low["a"].astype(jnp.float32), low["b"].astype(jnp.float32)
-        product = jnp.einsum("lir,lr...->li...", a, b, precision="highest")
+        update = jnp.einsum("lir,lr...->li...", a, b, precision="highest")
         if target == "mlp/w_out":  # stored with its outputs first
-            product = product.transpose(0, 2, 1)
-        merged = weight.astype(jnp.float32) + config.adapter.alpha / config.adapter.rank * product
+            update = update.transpose(0, 2, 1)
+        merged = weight.astype(jnp.float32) + config.adapter.alpha / config.adapter.rank * update
         blocks[part][name] = merged.astype(weight.dtype)
     return dataclasses.replace(config, adapter=AdapterConfig()), params | {"blocks": blocks}

@@ -38,7 +38,7 @@ from gptjax.ops.embedding import embedding
 from gptjax.ops.linear import MATMUL_OUTPUT
 from gptjax.ops.matmul import dot
 
-# Products have a backward rule of their own, so JAX's policies for them do not see any; they go by a name.
+# Matmuls have a custom backward rule, so JAX's policies for dots do not match them; they are selected by name.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(MATMUL_OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
