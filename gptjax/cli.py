@@ -120,8 +120,8 @@ def embed(args: Sequence[str]) -> int:
 
 
 def import_model(args: Sequence[str]) -> int:
-    """Converts a Hugging Face model to a run directory: gptjax import HF_DIR --to RUN_DIR [--tokenizer gpt2]."""
-    source, rest = _positional(args, "import HF_DIR --to RUN_DIR")
+    """Converts a model to a run directory: gptjax import HF_DIR|FILE.gguf --to RUN_DIR [--tokenizer gpt2]."""
+    source, rest = _positional(args, "import HF_DIR|FILE.gguf --to RUN_DIR")
     config = _flags(ImportConfig, rest)
     from gptjax.verbs.exchange import run_import
 
@@ -129,8 +129,8 @@ def import_model(args: Sequence[str]) -> int:
 
 
 def export_model(args: Sequence[str]) -> int:
-    """Converts a run to a Hugging Face model: gptjax export RUN_DIR --to HF_DIR [--merge]."""
-    source, rest = _positional(args, "export RUN_DIR --to HF_DIR [--merge]")
+    """Converts a run to a Hugging Face model or GGUF file: gptjax export RUN_DIR --to HF_DIR|FILE.gguf [--merge]."""
+    source, rest = _positional(args, "export RUN_DIR --to HF_DIR|FILE.gguf [--merge]")
     config = _flags(ExportConfig, rest)
     from gptjax.verbs.exchange import run_export
 

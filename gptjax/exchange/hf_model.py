@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -13,19 +14,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
+from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.exchange.families import FAMILIES
 from gptjax.exchange.families.family import Entry, Family, choose_family, normal_form
 from gptjax.exchange.families.fields import Fields
 from gptjax.exchange.hf_files import (
-    WEIGHTS,
     make_empty_folder,
     open_tensors,
     read_config,
     write_json,
     write_tensors,
 )
-from gptjax.exchange.hf_tokenizer import export_tokenizer, import_tokenizer
+from gptjax.exchange.hf_tokenizer import export_tokenizer, import_tokenizer, pad_token
+from gptjax.exchange.label_models import (
+    LabelHead,
+    head_config,
+    head_kind,
+    head_name,
+    head_tensors,
+    read_head,
+    read_task,
+)
+from gptjax.exchange.tokenizer_files import CHAT_TEMPLATE, read_tokenizer_files
 from gptjax.model.gpt import init_params
 from gptjax.text.tokenizer import Tokenizer
 
@@ -38,11 +49,20 @@ class Imported:
     params: dict
     """As `init_params` makes them, float32."""
     tokenizer: Tokenizer | None
-    """None where the folder has none that can be converted."""
+    """None where the files have none that can be converted."""
+    chat_template: str = ""
+    """Source of the Jinja template of its chats; empty: none."""
+    end_ids: tuple[int, ...] = ()
+    """Ids that its config names as ends of a text."""
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    """What its head does; that of labels is in `params["heads"]`."""
 
 
 def import_model(hf_dir: Path, notify: Callable[[str], None] = lambda message: None) -> Imported:
-    """Reads a folder that `save_pretrained` of a causal language model (and of its tokenizer) wrote.
+    """Reads a folder that `save_pretrained` of a model (and of its tokenizer) wrote.
+
+    The model is a causal language model, or one that labels texts or words; the latter has no output projection, so it
+    is read as one whose projection is the embedding.
 
     Args:
         hf_dir: Holds config.json and model.safetensors, whole or in parts; float32, float16 or bfloat16.
@@ -53,10 +73,23 @@ def import_model(hf_dir: Path, notify: Callable[[str], None] = lambda message: N
         UserError: No such folder, a damaged file, a model that computes something else, or a tensor that is missing,
             unknown or of another shape than config.json says.
     """
-    family, model = read_model_config(read_config(hf_dir), str(hf_dir / "config.json"), notify)
+    raw = read_config(hf_dir)
+    family, model = read_model_config(raw, str(hf_dir / "config.json"), notify)
+    kind, task = head_kind(raw), TaskConfig()
+    if kind:
+        model = dataclasses.replace(model, tied_embeddings=True)
     with open_tensors(hf_dir) as (shapes, read):
+        name = head_name(family, kind)
+        head = {key: read(key) for key in shapes if kind and key in (f"{name}.weight", f"{name}.bias")}
+        shapes = {key: shape for key, shape in shapes.items() if key not in head}
         params = read_params(family, model, shapes, read, str(hf_dir))
-    return Imported(model, params, import_tokenizer(hf_dir, model.vocab_size, notify))
+    if kind:
+        params["heads"] = {kind: read_head(head, name, model, str(hf_dir))}
+        task = read_task(raw, kind, len(params["heads"][kind]["w"]))
+        notify(f"{hf_dir}: gptjax puts the end token around a text before it labels it; the model may not have seen it")
+    files = read_tokenizer_files(hf_dir)
+    tokenizer = import_tokenizer(files, model.vocab_size, notify)
+    return Imported(model, params, tokenizer, files.chat_template, files.end_ids, task)
 
 
 def export_model(
@@ -67,6 +100,8 @@ def export_model(
     notify: Callable[[str], None] = lambda message: None,
     family_name: str = "",
     shard_bytes: int = 0,
+    chat_template: str = "",
+    head: LabelHead | None = None,
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read.
 
@@ -78,18 +113,33 @@ def export_model(
         notify: Told in one line where the tokenizer has no form that transformers reads.
         family_name: The `model_type` to write; empty: the first that computes the same.
         shard_bytes: Largest file of tensors; 0: one file.
+        chat_template: Source of the Jinja template of chats, written beside the tokenizer.
+        head: Written instead of the output projection; the tokenizer then puts the end token where gptjax does.
 
     Raises:
         UserError: No family computes the same, or the folder holds files.
     """
-    family = choose_family(FAMILIES, model, family_name)
-    make_empty_folder(to)
-    write_tensors(to, tensors_of(family, model, params), shard_bytes)
+    families = {
+        name: family for name, family in FAMILIES.items() if head is None or head.task.kind in family.label_heads
+    }
+    if family_name and family_name not in families:
+        raise UserError(f"family={family_name} has no class of transformers for a head of labels; choose another one")
+    wanted = model if head is None else dataclasses.replace(model, tied_embeddings=True)
+    family = choose_family(families, wanted, family_name)
     end = None if tokenizer is None else tokenizer.end_of_text
-    write_json(to / "config.json", hf_config(family, model, end))
-    write_json(to / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+    config, added = hf_config(family, wanted, end), dict[str, np.ndarray]()
+    if head is not None:
+        added, params = head_tensors(family, head, params)
+        config |= head_config(family, head.task, pad_token(tokenizer))
+    make_empty_folder(to)
+    write_tensors(to, itertools.chain(tensors_of(family, wanted, params), added.items()), shard_bytes)
+    write_json(to / "config.json", config)
+    if head is None:
+        write_json(to / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
     if tokenizer is not None:
-        export_tokenizer(tokenizer, model.block_size, to, notify)
+        export_tokenizer(tokenizer, model.block_size, to, notify, "" if head is None else head.task.kind)
+    if chat_template:
+        (to / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def read_model_config(raw: dict, where: str, notify: Callable[[str], None]) -> tuple[Family, ModelConfig]:
@@ -217,10 +267,10 @@ def _names_in_file(family: Family, model: ModelConfig, found: dict, where: str) 
     names = {name.removeprefix(family.prefix): name for name in found}
     for name, shape in expected.items():
         if name not in names:
-            raise UserError(f"{where}: tensor {name} {list(shape)} is missing from {WEIGHTS}")
+            raise UserError(f"{where}: tensor {name} {list(shape)} is missing")
         if found[names[name]] != shape:
             raise UserError(
-                f"{where}: tensor {name} has shape {list(found[names[name]])}, config.json says {list(shape)}"
+                f"{where}: tensor {name} has shape {list(found[names[name]])}, its config says {list(shape)}"
             )
     layer = re.escape(family.layer).replace(r"\{\}", r"\d+")
     buffers = "|".join(map(re.escape, family.buffers))

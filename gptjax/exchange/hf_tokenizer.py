@@ -6,14 +6,16 @@ the merged token as its rank. So an encoding can be converted if the ids of merg
 
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
-from gptjax.exchange.hf_files import read_json, write_json
+from gptjax.exchange.hf_files import write_json
 from gptjax.exchange.mixed_texts import mixed_texts
+from gptjax.exchange.tokenizer_files import TokenizerFiles, content_text, token_text
 from gptjax.text.tokenizer import (
     END_OF_TEXT,
     BytePairTokenizer,
@@ -47,103 +49,92 @@ class _BytePairs:
     special: dict[str, int]
 
 
-def import_tokenizer(hf_dir: Path, vocab_size: int, notify: Callable[[str], None]) -> Tokenizer | None:
-    """Reads tokenizer.json, or vocab.json and merges.txt; None (and a line to `notify`) where that is not exact.
+def import_tokenizer(files: TokenizerFiles, vocab_size: int, notify: Callable[[str], None]) -> Tokenizer | None:
+    """Converts the tokenizer of another program's model; None (and a line to `notify`) where that is not exact.
 
     The result is compared with the tokenizers library's own reading of these files, on a few thousand mixed texts. The
     end token is that of the model's own config.
 
     Args:
-        hf_dir: The model folder.
+        files: What the model's files say.
         vocab_size: The model's; ids that the tokenizer does not have become reserved tokens.
-        notify: Gets one line for each: why the folder's tokenizer is left out, and what of it is not kept.
+        notify: Gets one line for each: why the tokenizer is left out, and what of it is not kept.
 
     Raises:
         UserError: A file is damaged.
     """
     try:
-        pairs, theirs = _read(hf_dir)
+        pairs, theirs = _read(files)
         _check_order(pairs)
-        end_token = _find_end_token(hf_dir, pairs, notify)
+        end_token = _find_end_token(files, pairs, notify)
         tokenizer = _from_pairs(pairs, vocab_size, end_token)
         if example := _first_difference(tokenizer, theirs, pairs):
             raise _NotConvertible(f"tiktoken would encode some text to other ids, such as {example!r}")
     except _NotConvertible as reason:
-        return _through_library(hf_dir, vocab_size, str(reason), notify)
-    _report_added(hf_dir, theirs, notify)
+        return _through_library(files, vocab_size, str(reason), notify)
+    _report_added(files.where, theirs, notify)
     return tokenizer
 
 
 def _through_library(
-    hf_dir: Path, vocab_size: int, reason: str, notify: Callable[[str], None]
+    files: TokenizerFiles, vocab_size: int, reason: str, notify: Callable[[str], None]
 ) -> LibraryTokenizer | None:
-    """The folder's tokenizer.json as the tokenizers library runs it, where it works on bytes; else None, told."""
-    from tokenizers import Tokenizer as Library
-
-    path = hf_dir / "tokenizer.json"
-    if not path.is_file():
-        notify(f"{hf_dir}: imported without a tokenizer: {reason}")
+    """The tokenizer.json as the tokenizers library runs it, where it works on bytes; else None, told."""
+    if files.content is None:
+        notify(f"{files.where}: imported without a tokenizer: {reason}")
         return None
-    content = read_json(path)
-    decoder = content.get("decoder") or {}
-    steps = decoder.get("decoders", [decoder])
-    if content["model"].get("type") != "BPE" or not any(step.get("type") == "ByteLevel" for step in steps):
-        notify(f"{hf_dir}: imported without a tokenizer: {reason}")
+    if not _works_on_bytes(files.content):
+        notify(f"{files.where}: imported without a tokenizer: {reason}")
         return None
-    try:
-        library = Library.from_file(str(path))
-    except Exception as error:  # the library raises plain exceptions
-        raise UserError(f"{path}: no valid tokenizer: {error}") from None
+    library = _library(files)
     special = {token.content: i for i, token in library.get_added_tokens_decoder().items() if token.special}
     size = 1 + max(library.get_vocab().values())
     if size > vocab_size:
-        notify(f"{hf_dir}: imported without a tokenizer: it has {size:,} tokens, the model {vocab_size:,}")
+        notify(f"{files.where}: imported without a tokenizer: it has {size:,} tokens, the model {vocab_size:,}")
         return None
     tokenizer = LibraryTokenizer(library.to_str(), vocab_size, END_OF_TEXT)
     sample = "It's 12 o'clock.\n  Two  spaces\tand a tab "
-    if tokenizer.decode(tokenizer.encode(sample)) != sample:
-        notify(f"{hf_dir}: imported without a tokenizer: {reason}, and it changes the text")
+    space = " " if files.content["model"].get("byte_fallback") else ""  # SentencePiece puts one before a text
+    if tokenizer.decode(tokenizer.encode(sample)).removeprefix(space) != sample:
+        notify(f"{files.where}: imported without a tokenizer: {reason}, and it changes the text")
         return None
-    notify(f"{hf_dir}: its tokenizer is run by the tokenizers library, as it is no tiktoken encoding: {reason}")
-    end = _find_end_token(hf_dir, _BytePairs({}, [], "", special), notify)
+    notify(f"{files.where}: its tokenizer is run by the tokenizers library, as it is no tiktoken encoding: {reason}")
+    end = _find_end_token(files, _BytePairs({}, [], "", special), notify)
     return dataclasses.replace(tokenizer, end_token=end)
 
 
-def configured_end_ids(hf_dir: Path) -> list[int]:
-    """The ids of end tokens in generation_config.json, or else in config.json; those that a text ends with.
-
-    Raises:
-        UserError: A file is damaged.
-    """
-    for name in ("generation_config.json", "config.json"):
-        found = read_json(hf_dir / name).get("eos_token_id") if (hf_dir / name).is_file() else None
-        found = found if isinstance(found, list) else [found]
-        if ids := [i for i in found if type(i) is int]:
-            return ids
-    return []
+def _works_on_bytes(content: dict) -> bool:
+    """Whether every text has ids, of which each stands for the same bytes wherever it is."""
+    model, decoder = content["model"], content.get("decoder") or {}
+    if model.get("type") != "BPE":
+        return False
+    if model.get("byte_fallback"):
+        return all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
+    return any(step.get("type") == "ByteLevel" for step in decoder.get("decoders", [decoder]))
 
 
-def export_tokenizer(tokenizer: Tokenizer, block_size: int, to: Path, notify: Callable[[str], None]) -> None:
+def pad_token(tokenizer: Tokenizer | None) -> int | None:
+    """A token that no text holds and that is not the end token, to fill up texts of a batch; None: there is none."""
+    special = {} if tokenizer is None else tokenizer.special_tokens
+    return next((i for name, i in special.items() if tokenizer and i != tokenizer.end_of_text), None)
+
+
+def export_tokenizer(
+    tokenizer: Tokenizer, block_size: int, to: Path, notify: Callable[[str], None], labels: str = ""
+) -> None:
     """Writes tokenizer.json and tokenizer_config.json, and for GPT-2's way of cutting text vocab.json and merges.txt.
 
-    `notify` gets a line where the tokenizer is left out because it is no byte-pair encoding, or where the tokenizers
-    library reads the files as one that encodes some text to other ids.
+    With `labels`, the kind of task whose head is written, the tokenizer adds the end tokens that gptjax adds to a text
+    that it labels. `notify` gets a line where the tokenizer is left out because it is no byte-pair encoding, or where
+    the tokenizers library reads the files as one that encodes some text to other ids.
     """
-    match tokenizer:
-        case BytePairTokenizer(ranks=ranks, pattern=pattern, special=special):
-            pairs = _BytePairs(ranks, _recover_merges(ranks), pattern, special)
-        case ByteTokenizer():
-            ids = {bytes([byte]): byte for byte in range(256)}
-            pairs = _BytePairs(ids, [], GPT2_PATTERN, {END_OF_TEXT: tokenizer.end_of_text})
-        case LibraryTokenizer(content=content, end_token=end_token):
-            (to / "tokenizer.json").write_text(content, encoding="utf-8")
-            end = None if tokenizer.end_of_text is None else end_token
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": block_size}
-            write_json(to / "tokenizer_config.json", config)
-            return
-        case _:
-            notify(f"{to}: exported without a tokenizer: kind {tokenizer.kind} has no form that transformers reads")
-            return
+    if labels or isinstance(tokenizer, LibraryTokenizer):
+        _export_content(tokenizer, block_size, to, notify, labels)
+        return
+    pairs = _byte_pairs(tokenizer)
+    if pairs is None:
+        notify(f"{to}: exported without a tokenizer: kind {tokenizer.kind} has no form that transformers reads")
+        return
     theirs = _hf_tokenizer(pairs)
     theirs.save(str(to / "tokenizer.json"))
     end = tokenizer.end_token if tokenizer.end_token in pairs.special else None
@@ -161,95 +152,122 @@ def export_tokenizer(tokenizer: Tokenizer, block_size: int, to: Path, notify: Ca
         notify(f"{to}: transformers encodes some text to other ids than this run, such as {example!r}")
 
 
-def _read(hf_dir: Path) -> tuple[_BytePairs, Any]:
-    """Reads the files: as byte pairs, and as the tokenizers library does."""
-    from tokenizers import Tokenizer as Library
+def _export_content(
+    tokenizer: Tokenizer, block_size: int, to: Path, notify: Callable[[str], None], labels: str
+) -> None:
+    """Writes tokenizer.json as it is kept, with the end tokens of a task, and its settings."""
+    content = library_content(tokenizer)
+    if content is None:
+        notify(f"{to}: exported without a tokenizer: kind {tokenizer.kind} has no form that transformers reads")
+        return
+    end = None if tokenizer.end_of_text is None else tokenizer.end_token
+    if labels and end is not None:
+        token = {"SpecialToken": {"id": end, "type_id": 0}}
+        around = [token, {"Sequence": {"id": "A", "type_id": 0}}, *([token] if labels == "classify" else [])]
+        known = {end: {"id": end, "ids": [tokenizer.end_of_text], "tokens": [end]}}
+        pair = [{"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")]
+        content["post_processor"] = {
+            **{"type": "TemplateProcessing", "single": around, "pair": pair},
+            "special_tokens": known,
+        }
+    (to / "tokenizer.json").write_text(content_text(content), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": block_size}
+    if labels:
+        number = pad_token(tokenizer)
+        config["pad_token"] = next((name for name, i in tokenizer.special_tokens.items() if i == number), None)
+    write_json(to / "tokenizer_config.json", config)
 
-    if (hf_dir / "tokenizer.json").is_file():
-        content = read_json(hf_dir / "tokenizer.json")
+
+def library_content(tokenizer: Tokenizer) -> dict | None:
+    """The content of a tokenizer.json; None where the tokenizer has no such form."""
+    if isinstance(tokenizer, LibraryTokenizer):
+        return json.loads(tokenizer.content)
+    pairs = _byte_pairs(tokenizer)
+    return None if pairs is None else json.loads(_hf_tokenizer(pairs).to_str())
+
+
+def _byte_pairs(tokenizer: Tokenizer) -> _BytePairs | None:
+    match tokenizer:
+        case BytePairTokenizer(ranks=ranks, pattern=pattern, special=special):
+            return _BytePairs(ranks, _recover_merges(ranks), pattern, special)
+        case ByteTokenizer():
+            ids = {bytes([byte]): byte for byte in range(256)}
+            return _BytePairs(ids, [], GPT2_PATTERN, {END_OF_TEXT: tokenizer.end_of_text})
+        case _:
+            return None
+
+
+def _read(files: TokenizerFiles) -> tuple[_BytePairs, Any]:
+    """Reads the files: as byte pairs, and as the tokenizers library does."""
+    if files.content is not None:
         try:
-            pairs = _from_json(content, _extra_added(hf_dir))
+            pairs = _from_json(files.content, files.added)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise UserError(
-                f"{hf_dir / 'tokenizer.json'}: no valid tokenizer: {type(error).__name__}: {error}"
+                f"{files.where}: tokenizer.json: no valid tokenizer: {type(error).__name__}: {error}"
             ) from None
-        try:
-            theirs = Library.from_file(str(hf_dir / "tokenizer.json"))
-        except Exception as error:  # the library raises plain exceptions
-            raise UserError(f"{hf_dir / 'tokenizer.json'}: no valid tokenizer: {error}") from None
-        theirs.no_truncation()
-        theirs.no_padding()
-        return pairs, theirs
-    if (hf_dir / "vocab.json").is_file() and (hf_dir / "merges.txt").is_file():
-        lines = (hf_dir / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        if any(len(pair) != 2 for pair in merges):
-            raise UserError(f"{hf_dir / 'merges.txt'}: every line must be two tokens")
-        vocab = read_json(hf_dir / "vocab.json")
-        pairs = _pairs(vocab, merges, GPT2_PATTERN, _extra_added(hf_dir), False)
-        return pairs, _slow_tokenizer(vocab, merges)
-    raise _NotConvertible("the folder has neither tokenizer.json nor vocab.json and merges.txt")
+        return pairs, _library(files)
+    if files.vocab is not None:
+        pairs = _pairs(files.vocab, files.merges, GPT2_PATTERN, files.added, False)
+        return pairs, _slow_tokenizer(files.vocab, files.merges)
+    raise _NotConvertible("there is none (no tokenizer.json, no vocab.json with merges.txt)")
 
 
-def _slow_tokenizer(vocab: dict[str, int], merges: list[tuple]) -> Any:
+def _library(files: TokenizerFiles) -> Any:
+    """The tokenizers library's reading of tokenizer.json."""
+    from tokenizers import Tokenizer as Library
+
+    assert files.content is not None
+    try:
+        library = Library.from_str(content_text(files.content))
+    except Exception as error:  # the library raises plain exceptions
+        raise UserError(f"{files.where}: tokenizer.json: no valid tokenizer: {error}") from None
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def _slow_tokenizer(vocab: dict[str, int], merges: tuple[tuple, ...]) -> Any:
     """The tokenizers library's reading of vocab.json and merges.txt."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, pre_tokenizers
 
     try:
-        library = Library(models.BPE(vocab=vocab, merges=merges))
+        library = Library(models.BPE(vocab=vocab, merges=list(merges)))
     except Exception as error:  # the library raises plain exceptions
         raise UserError(f"vocab.json and merges.txt do not fit together: {error}") from None
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     return library
 
 
-def _extra_added(hf_dir: Path) -> dict[str, int]:
-    """Tokens that were added to a vocabulary, by the files beside it: added_tokens.json and tokenizer_config.json."""
-    added: dict[str, int] = {}
-    if (hf_dir / "added_tokens.json").is_file():
-        added |= read_json(hf_dir / "added_tokens.json")
-    if (hf_dir / "tokenizer_config.json").is_file():
-        decoder = read_json(hf_dir / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        added |= {_content(token): int(i) for i, token in decoder.items() if i.isdecimal()}
-    return {name: i for name, i in added.items() if isinstance(i, int)}
-
-
-def _content(token: Any) -> str:
-    """The text of a token as these files name it: a string, or an object with its "content"."""
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
-
-
-def _find_end_token(hf_dir: Path, pairs: _BytePairs, notify: Callable[[str], None]) -> str:
+def _find_end_token(files: TokenizerFiles, pairs: _BytePairs, notify: Callable[[str], None]) -> str:
     """The name of the end token: by the model's config, by the tokenizer's, or the usual one; else none is special."""
+    where, ids = files.where, files.end_ids
     name_of = {i: name for name, i in pairs.special.items()}
-    ids = configured_end_ids(hf_dir)
     names = [name_of[i] for i in ids if i in name_of]
-    tokenizer_config = hf_dir / "tokenizer_config.json"
-    settings = read_json(tokenizer_config) if tokenizer_config.is_file() else {}
-    candidates = [*names, _content(settings.get("eos_token")), END_OF_TEXT]
+    candidates = [*names, token_text(files.settings.get("eos_token")), END_OF_TEXT]
     end = next((name for name in candidates if name in pairs.special), None)
     if end is None:
         ordinary = [i for i in ids if i in pairs.ids.values()]
         why = f" (id {ordinary[0]}, which its config names, also stands for text)" if ordinary else ""
-        notify(f"{hf_dir}: has no end token{why}; documents get no start token, and samples end at max_new_tokens only")
+        notify(f"{where}: has no end token{why}; documents get no start token, and samples end at max_new_tokens only")
         return END_OF_TEXT
     if others := [i for i in ids if i != pairs.special[end] and (i in name_of or i in pairs.ids.values())]:
-        notify(f"{hf_dir}: of its end tokens only {end!r} is kept; sampling does not stop at ids {others}")
-    begin = _content(settings.get("bos_token"))
+        notify(f"{where}: of its end tokens only {end!r} is kept; sampling does not stop at ids {others}")
+    begin = token_text(files.settings.get("bos_token"))
     if begin in pairs.special and begin != end:
-        notify(f"{hf_dir}: documents begin with {end!r} here, not with its start token {begin!r}")
+        notify(f"{where}: documents begin with {end!r} here, not with its start token {begin!r}")
     return end
 
 
-def _report_added(hf_dir: Path, theirs: Any, notify: Callable[[str], None]) -> None:
+def _report_added(where: str, theirs: Any, notify: Callable[[str], None]) -> None:
     """Reports what the library does with text and gptjax does not."""
     words = [token.content for token in theirs.get_added_tokens_decoder().values() if not token.special]
     if words:
         shown = ", ".join(map(repr, words[:_SHOWN])) + (f" and {len(words) - _SHOWN} more" if words[_SHOWN:] else "")
-        notify(f"{hf_dir}: its added tokens {shown} are not matched in text here; such text is split like any other")
+        notify(f"{where}: its added tokens {shown} are not matched in text here; such text is split like any other")
     if theirs.encode("a").ids != theirs.encode("a", add_special_tokens=False).ids:
-        notify(f"{hf_dir}: its tokenizer adds {theirs.encode('a').tokens} around the text 'a'; gptjax does not")
+        notify(f"{where}: its tokenizer adds {theirs.encode('a').tokens} around the text 'a'; gptjax does not")
 
 
 def _first_difference(tokenizer: Tokenizer, theirs: Any, pairs: _BytePairs) -> str | None:

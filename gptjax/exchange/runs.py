@@ -3,62 +3,76 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from gptjax.checkpoints.run_dir import load_run, write_run
+from gptjax.checkpoints.run_dir import CHAT_TEMPLATE_FILE, load_run, write_run
 from gptjax.config.run import Config, TokenizerConfig
 from gptjax.config.verbs import ExportConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.exchange.families import FAMILIES
+from gptjax.exchange.gguf_model import export_gguf_model, import_gguf_model
 from gptjax.exchange.hf_model import export_model, import_model
-from gptjax.exchange.hf_tokenizer import configured_end_ids
+from gptjax.exchange.label_models import CLASSES, label_head
+from gptjax.exchange.peft import export_lora, import_lora, is_peft
+from gptjax.files import write_atomic
 from gptjax.model.adapters import merge_lora
 from gptjax.text.tokenizer import Tokenizer, make_tokenizer
 
 
 def import_run(
-    hf_dir: Path, run_dir: Path, tokenizer_name: str = "", notify: Callable[[str], None] = lambda message: None
+    source: Path,
+    run_dir: Path,
+    tokenizer_name: str = "",
+    notify: Callable[[str], None] = lambda message: None,
+    base: str = "",
 ) -> Config:
-    """Makes a run directory of a Hugging Face model folder, to sample from or to start from; returns its config.
+    """Makes a run directory of another program's model, to sample from or to start from; returns its config.
 
     Args:
-        hf_dir: The model folder.
+        source: A Hugging Face model folder, a GGUF file, or a PEFT folder of a LoRA adapter.
         run_dir: Folder to make.
-        tokenizer_name: Published encoding to use ("gpt2") instead of the folder's tokenizer; empty: the folder's.
+        tokenizer_name: Published encoding to use ("gpt2") instead of the model's tokenizer; empty: the model's.
         notify: Told in one line where the run gets no tokenizer.
+        base: Run directory of the model that a PEFT folder adapts.
 
     Raises:
         UserError: The model is of a kind that is not supported, its files are wrong, the encoding does not fit, or
             `run_dir` holds a run already.
     """
-    imported = import_model(hf_dir, (lambda message: None) if tokenizer_name else notify)
+    if is_peft(source):
+        return _import_adapter(source, run_dir, tokenizer_name, base, notify)
+    if base:
+        raise UserError(f"base={base} has no effect without a PEFT folder, which {source} is not; leave it out")
+    tell = (lambda message: None) if tokenizer_name else notify
+    imported = import_gguf_model(source, tell) if source.is_file() else import_model(source, tell)
     tokenizer, described = imported.tokenizer, TokenizerConfig()
     if tokenizer_name:
         described = TokenizerConfig(kind="tiktoken", name=tokenizer_name)
         tokenizer = make_tokenizer(described, lambda: [])
         if tokenizer.vocab_size > imported.model.vocab_size:
             raise UserError(
-                f"tokenizer {tokenizer_name} has {tokenizer.vocab_size:,} tokens, the model in {hf_dir} knows"
+                f"tokenizer {tokenizer_name} has {tokenizer.vocab_size:,} tokens, the model in {source} knows"
                 f" {imported.model.vocab_size:,}"
             )
-        ends = configured_end_ids(hf_dir)
-        if ends and tokenizer.end_of_text not in ends:
+        if imported.end_ids and tokenizer.end_of_text not in imported.end_ids:
             notify(
-                f"{hf_dir}: its config names {ends} as end tokens, tokenizer {tokenizer_name} has"
+                f"{source}: its config names {list(imported.end_ids)} as end tokens, tokenizer {tokenizer_name} has"
                 f" {tokenizer.end_of_text}; sampling stops at the latter"
             )
     elif tokenizer is not None:
         described = _description(tokenizer)
-    config = Config(run_dir=str(run_dir), model=imported.model, tokenizer=described)
+    config = Config(run_dir=str(run_dir), model=imported.model, tokenizer=described, task=imported.task)
     write_run(run_dir, config, imported.params, tokenizer)
+    if imported.chat_template:
+        write_atomic(run_dir / CHAT_TEMPLATE_FILE, imported.chat_template.encode())
     return config
 
 
 def export_run(run_dir: Path, options: ExportConfig, notify: Callable[[str], None] = lambda message: None) -> None:
-    """Writes a run's model and tokenizer as a Hugging Face model folder.
+    """Writes a run's model and tokenizer as a Hugging Face model folder, or as a GGUF file.
 
     Args:
         run_dir: The run.
-        options: The folder to make (an empty one will do), the checkpoint, the family of models, and whether to merge
-            an adapter.
+        options: The folder (an empty one will do) or file to make, the checkpoint, the family of models, and whether to
+            merge an adapter.
         notify: Told in one line what is left out (heads, a tokenizer that has no form that transformers reads), and of
             damaged checkpoints.
 
@@ -72,19 +86,53 @@ def export_run(run_dir: Path, options: ExportConfig, notify: Callable[[str], Non
     run = load_run(run_dir, options.checkpoint, options.strict, notify, options.base)
     model, params = run.config.model, run.params
     kind = model.adapter.kind
-    if options.merge and kind != "lora":
-        raise UserError(f"{run_dir}: merge needs a lora adapter, this run has model.adapter.kind={kind}")
+    for asked in ("merge", "adapter"):
+        if getattr(options, asked) and kind != "lora":
+            raise UserError(f"{run_dir}: {asked} needs a lora adapter, this run has model.adapter.kind={kind}")
+    if options.adapter:
+        export_lora(model, params, Path(options.to).expanduser(), options.family)
+        return
     if not options.merge and kind == "lora":
-        raise UserError(f"{run_dir}: has a lora adapter, which the format cannot hold; add --merge")
+        raise UserError(
+            f"{run_dir}: has a lora adapter, which the format cannot hold; add --merge, or --adapter to write it alone"
+        )
     if kind not in ("none", "lora"):
         raise UserError(f"{run_dir}: has a {kind} adapter, which the format cannot hold")
     if options.merge:
         model, params = merge_lora(model, params)
-    if heads := params.get("heads"):
-        notify(f"the head {', '.join(heads)} is left out: the folder holds the model under it")
-        params = {name: part for name, part in params.items() if name != "heads"}
+    head = None
+    if options.head:
+        if run.config.task.kind not in CLASSES:
+            raise UserError(f"{run_dir}: has task.kind={run.config.task.kind} and no single head to export")
+        head = label_head(run.config.task, params["heads"][run.config.task.kind], str(run_dir))
+    elif heads := params.get("heads"):
+        notify(f"the head {', '.join(heads)} is left out: what is written is the model under it; --head writes one")
+    params = {name: part for name, part in params.items() if name != "heads"}
     to, shard_bytes = Path(options.to).expanduser(), options.max_shard_mb * 2**20
-    export_model(model, params, run.tokenizer, to, notify, options.family, shard_bytes)
+    if options.is_gguf:
+        kind = options.gguf_type or "f16"
+        export_gguf_model(model, params, run.tokenizer, to, kind, notify, options.family, run.chat_template)
+        return
+    export_model(model, params, run.tokenizer, to, notify, options.family, shard_bytes, run.chat_template, head)
+
+
+def _import_adapter(
+    source: Path, run_dir: Path, tokenizer_name: str, base: str, notify: Callable[[str], None]
+) -> Config:
+    if not base:
+        raise UserError(
+            f"{source}: is a PEFT folder, which holds an adapter alone; name the run that it adapts as base"
+        )
+    if tokenizer_name:
+        raise UserError(f"tokenizer={tokenizer_name} has no effect on a PEFT folder: the base has the tokenizer")
+    run = load_run(Path(base).expanduser(), notify=notify)
+    model, adapters = import_lora(source, run.config.model)
+    params = {name: part for name, part in run.params.items() if name != "heads"} | {"adapters": adapters}
+    config = Config(run_dir=str(run_dir), model=model, tokenizer=run.config.tokenizer)
+    write_run(run_dir, config, params, run.tokenizer)
+    if run.chat_template:
+        write_atomic(run_dir / CHAT_TEMPLATE_FILE, run.chat_template.encode())
+    return config
 
 
 def _description(tokenizer: Tokenizer) -> TokenizerConfig:

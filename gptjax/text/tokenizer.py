@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,8 @@ from gptjax.text.pieces import available_cores, group_pieces, split_text
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = "gptjax-tokenizer"
 FORMAT_VERSION = 1
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+_SPACE_IN_PIECES = "\u2581"
 
 
 class Tokenizer(abc.ABC):
@@ -59,6 +62,24 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def to_dict(self) -> dict:
         """Everything that defines the tokenizer, as JSON values."""
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids, by name, of the tokens that no text encodes to."""
+        return {} if self.end_of_text is None else {self.end_token: self.end_of_text}
+
+    def encode_with_special(self, text: str) -> np.ndarray:
+        """Returns int32 ids of a text in which names of special tokens are these; of two that overlap, the first.
+
+        Raises:
+            UserError: The text has a character that cannot be encoded.
+        """
+        special = self.special_tokens
+        if not special:
+            return self.encode(text)
+        names = re.compile(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})")
+        parts = (np.array([special[part]]) if part in special else self.encode(part) for part in names.split(text))
+        return np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encodes each text, on all cores where that is faster."""
@@ -177,6 +198,10 @@ class BytePairTokenizer(Tokenizer):
     def end_of_text(self) -> int | None:
         return self.special.get(self.end_token)
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return self.special
+
     def encode(self, text: str) -> np.ndarray:
         return np.concatenate([np.empty(0, np.int32), *self._encode_pieces(list(split_text(text)))])
 
@@ -221,7 +246,12 @@ class BytePairTokenizer(Tokenizer):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LibraryTokenizer(Tokenizer):
-    """A byte-level tokenizer that the tokenizers library runs, for those that are no tiktoken encoding."""
+    """A tokenizer that the tokenizers library runs, for those that are no tiktoken encoding.
+
+    It is a byte-level BPE, or one as SentencePiece makes them: pieces of text in which U+2581 stands for a space, and
+    tokens such as <0x0A> for the bytes of what no piece holds. Of the latter kind, many put a space before a text; it
+    is part of what the ids decode to.
+    """
 
     content: str
     """Its tokenizer.json, whole."""
@@ -238,6 +268,11 @@ class LibraryTokenizer(Tokenizer):
     def end_of_text(self) -> int | None:
         return self._library.token_to_id(self.end_token)
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        added = self._library.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
+
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
@@ -247,6 +282,10 @@ class LibraryTokenizer(Tokenizer):
         encoded = self._library.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encoded]
 
+    def encode_with_special(self, text: str) -> np.ndarray:
+        _utf8(text)
+        return np.asarray(self._with_special.encode(text, add_special_tokens=False).ids, np.int32)
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes[i] for i in self._checked(ids))
 
@@ -255,12 +294,20 @@ class LibraryTokenizer(Tokenizer):
 
     @functools.cached_property
     def _library(self):
+        library = self._read_content()
+        library.encode_special_tokens = True  # names of special tokens in a text are plain text
+        return library
+
+    @functools.cached_property
+    def _with_special(self):
+        return self._read_content()
+
+    def _read_content(self):
         import tokenizers
 
         library = tokenizers.Tokenizer.from_str(self.content)
         library.no_truncation()
         library.no_padding()
-        library.encode_special_tokens = True  # names of special tokens in a text are plain text
         return library
 
     @functools.cached_property
@@ -268,13 +315,18 @@ class LibraryTokenizer(Tokenizer):
         from gptjax.text.train_bpe import byte_of_character
 
         byte_of, added = byte_of_character(), self._library.get_added_tokens_decoder()
+        has_pieces = bool(json.loads(self.content)["model"].get("byte_fallback"))
         table = []
         for i in range(self.size):
             token = self._library.id_to_token(i)
             if token is None:
                 table.append(f"<|reserved_{i}|>".encode())
-            elif i in added or not set(token) <= byte_of.keys():
+            elif has_pieces and (byte := _BYTE_PIECE.fullmatch(token)):
+                table.append(bytes([int(byte[1], 16)]))
+            elif i in added or (not has_pieces and not set(token) <= byte_of.keys()):
                 table.append(token.encode())
+            elif has_pieces:
+                table.append(token.replace(_SPACE_IN_PIECES, " ").encode())
             else:
                 table.append(bytes(byte_of[character] for character in token))
         return table

@@ -8,15 +8,15 @@ from gptjax.report.progress import notify
 
 
 def run_import(source: str, config: ImportConfig) -> int:
-    """Makes a run directory of a Hugging Face model."""
+    """Makes a run directory of a Hugging Face model folder or a GGUF file."""
     run_dir = Path(config.to).expanduser()
-    model = import_run(Path(source).expanduser(), run_dir, config.tokenizer, notify=notify).model
+    model = import_run(Path(source).expanduser(), run_dir, config.tokenizer, notify, config.base).model
     print(f"{run_dir}: {model.n_layer} layers, {model.n_embd} wide, vocabulary {model.vocab_size:,}")
     return 0
 
 
 def run_export(source: str, config: ExportConfig) -> int:
-    """Writes a run as a Hugging Face model."""
+    """Writes a run as a Hugging Face model folder or a GGUF file."""
     export_run(Path(source).expanduser(), config, notify=notify)
     print(f"{config.to}: written")
     return 0

@@ -47,6 +47,12 @@ class Family:
     head: str = "lm_head.weight"
     buffers: tuple[str, ...] = ()
     """Tensors of a layer that old versions saved and that are no parameters."""
+    label_heads: tuple[str, ...] = ("classify", "tag")
+    """Kinds of tasks that transformers has a class for."""
+    tag_head: str = "score"
+    """Name of the head that labels words."""
+    conv1d: bool = False
+    """Whether linear layers store their inputs first, as GPT-2's class Conv1D does."""
 
 
 def same(leaf: str, name: str) -> Entry:

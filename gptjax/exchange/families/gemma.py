@@ -141,5 +141,6 @@ FAMILIES = (
         *("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, OUTER),
         (*SANDWICH, *QK_NORM, *ATTENTION, *MLP),
         buffers=BUFFERS,
+        label_heads=(),
     ),
 )

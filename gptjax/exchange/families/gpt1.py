@@ -29,4 +29,6 @@ def _write(model: ModelConfig) -> dict:
 GPT1 = Family(
     *("openai-gpt", "OpenAIGPTLMHeadModel", _read, _write, OUTER, BLOCK),
     **{"prefix": "transformer.", "layer": "h.{}.", "buffers": ("attn.bias",)},
+    label_heads=("classify",),
+    conv1d=True,
 )

@@ -86,4 +86,6 @@ def _write_gpt2(model: ModelConfig) -> dict:
 GPT2 = Family(
     *("gpt2", "GPT2LMHeadModel", _read_gpt2, _write_gpt2, OUTER, BLOCK),
     **{"prefix": "transformer.", "layer": "h.{}.", "buffers": ("attn.bias", "attn.masked_bias")},
+    tag_head="classifier",
+    conv1d=True,
 )

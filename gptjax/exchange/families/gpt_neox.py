@@ -68,6 +68,8 @@ def _write(model: ModelConfig) -> dict:
 
 GPT_NEOX = Family(
     *("gpt_neox", "GPTNeoXForCausalLM", _read, _write, OUTER, BLOCK),
-    **{"prefix": "gpt_neox.", "head": "embed_out.weight"},
+    prefix="gpt_neox.",
+    head="embed_out.weight",
+    tag_head="classifier",
     buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
 )

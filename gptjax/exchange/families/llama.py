@@ -320,8 +320,9 @@ def _relative(
     read: Callable[[Fields], ModelConfig],
     write: Callable[[ModelConfig], dict],
     block: tuple[Entry, ...] = BLOCK,
+    label_heads: tuple[str, ...] = ("classify", "tag"),
 ) -> Family:
-    return Family(model_type, architecture, read, write, OUTER, block, buffers=BUFFERS)
+    return Family(model_type, architecture, read, write, OUTER, block, buffers=BUFFERS, label_heads=label_heads)
 
 
 FAMILIES = (
@@ -330,7 +331,11 @@ FAMILIES = (
     _relative("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2),
     _relative("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3),
     _relative("smollm3", "SmolLM3ForCausalLM", _read_smollm3, _write_smollm3),
-    _relative("granite", "GraniteForCausalLM", _read_granite, _write_granite),
-    _relative("olmo2", "Olmo2ForCausalLM", _read_olmo2, _write_olmo2, (*OLMO2_NORMS, *ATTENTION, *MLP)),
+    _relative("granite", "GraniteForCausalLM", _read_granite, _write_granite, label_heads=()),
+    _relative(
+        *("olmo2", "Olmo2ForCausalLM", _read_olmo2, _write_olmo2),
+        block=(*OLMO2_NORMS, *ATTENTION, *MLP),
+        label_heads=("classify",),
+    ),
     _relative("phi3", "Phi3ForCausalLM", _read_phi3, _write_phi3, PHI3_BLOCK),
 )

@@ -1,0 +1,282 @@
+"""A GGUF file ⇄ config and parameters, by way of the names and fields of the same model at Hugging Face.
+
+In its `llama` architecture, llama.cpp rotates neighbouring channels of a head together, where Hugging Face rotates the
+two halves, so the rows of queries and keys in such a file have another order.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config.model import ModelConfig
+from gptjax.errors import UserError, did_you_mean
+from gptjax.exchange.families import FAMILIES
+from gptjax.exchange.families.family import Family, choose_family
+from gptjax.exchange.gguf_file import GgufFile, import_gguf, open_gguf
+from gptjax.exchange.gguf_tokenizer import gguf_tokenizer_files, write_tokenizer
+from gptjax.exchange.hf_model import Imported, read_model_config, read_params, tensor_shapes, tensors_of
+from gptjax.exchange.hf_tokenizer import import_tokenizer
+from gptjax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """An architecture of llama.cpp."""
+
+    name: str
+    neighbours: bool = False
+    """Whether neighbouring channels are rotated together."""
+
+
+ARCHITECTURES = {
+    "llama": Architecture("LLAMA", neighbours=True),
+    "qwen2": Architecture("QWEN2"),
+    "qwen3": Architecture("QWEN3"),
+}
+"""By `general.architecture`, which is also the family's `model_type`."""
+SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+}
+"""Fields of config.json and the keys that hold them."""
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE_FACTORS = "rope_freqs.weight"
+WITHOUT_EFFECT = ("vocab_size", "rope.dimension_count", "attention.value_length")
+"""Keys that repeat what tensors or other keys say; their values are checked where they could differ."""
+
+
+def import_gguf_model(path: Path, notify: Callable[[str], None]) -> Imported:
+    """Reads a GGUF file of a language model; quantized weights are dequantized to float32.
+
+    Raises:
+        UserError: The file is damaged, its architecture is not supported, or it computes something that the decoder
+            cannot.
+    """
+    file = open_gguf(path)
+    name = file.metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: general.architecture={name!r} is not supported; supported: {', '.join(ARCHITECTURES)}."
+            f"{did_you_mean(str(name), ARCHITECTURES)}"
+        )
+    family, model = read_model_config(_hf_config(file, name), str(path), notify)
+    theirs = _gguf_names(family, model, name)
+    shapes = {hf_name: file.shapes[their] for hf_name, their in theirs.items() if their in file.shapes}
+    if unknown := sorted(file.shapes.keys() - theirs.values() - {ROPE_FACTORS}):
+        raise UserError(f"{path}: tensor {unknown[0]} is not part of a {name} model that is supported")
+    expected = tensor_shapes(family, model)
+    if missing := next((hf_name for hf_name in theirs if hf_name not in shapes), None):
+        raise UserError(f"{path}: tensor {theirs[missing]} {list(expected[missing])} is missing")
+    permuted = _permutation(model) if ARCHITECTURES[name].neighbours else {}
+
+    def read(hf_name: str) -> np.ndarray:
+        x = file.read(theirs[hf_name])
+        return x[_inverse(permuted[part])] if (part := hf_name.split(".")[-2]) in permuted else x
+
+    params = read_params(family, model, shapes, read, str(path))
+    files = gguf_tokenizer_files(file, notify)
+    tokenizer = import_tokenizer(files, model.vocab_size, notify)
+    return Imported(model, params, tokenizer, files.chat_template, files.end_ids)
+
+
+def export_gguf_model(
+    model: ModelConfig,
+    params: dict,
+    tokenizer: Tokenizer | None,
+    to: Path,
+    kind: str,
+    notify: Callable[[str], None],
+    family_name: str = "",
+    chat_template: str = "",
+) -> None:
+    """Writes a GGUF file that llama.cpp reads.
+
+    Args:
+        model: Shape of the model.
+        params: As `init_params` makes them, any float dtype.
+        tokenizer: Written where llama.cpp has a way to cut text as it does; None: the file gets none.
+        to: File to make.
+        kind: "f32", "f16" or "q8_0": type of matrices; vectors stay float32.
+        notify: Told in one line what is not written as asked for.
+        family_name: The architecture; empty: the first that computes the same.
+        chat_template: Source of the Jinja template of chats, kept in the file.
+
+    Raises:
+        UserError: No architecture computes the same, or the file exists.
+    """
+    gguf = import_gguf()
+    if family_name and family_name not in ARCHITECTURES:
+        raise UserError(f"family={family_name!r} must be one of {', '.join(ARCHITECTURES)} for a GGUF file")
+    if to.exists():
+        raise UserError(f"{to}: exists already; name another file")
+    family = choose_family({name: FAMILIES[name] for name in ARCHITECTURES}, model, family_name)
+    name, partial = family.model_type, to.with_name(f"{to.name}.partial")
+    types = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
+    writer = gguf.GGUFWriter(partial, name)
+    writer.add_file_type(types.get(kind, gguf.LlamaFileType.MOSTLY_Q8_0))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    factors = _write_config(gguf, writer, family.write(model), model, str(to))
+    if tokenizer is not None:
+        write_tokenizer(gguf, writer, tokenizer, model.vocab_size, str(to), notify)
+    if chat_template:
+        writer.add_chat_template(chat_template)
+    if factors is not None:
+        writer.add_tensor(ROPE_FACTORS, factors.astype(np.float32))
+    unaligned = 0
+    for their_name, x in _tensors(family, model, params, name):
+        unaligned += _add_tensor(gguf, writer, their_name, x, kind)
+    if unaligned:
+        notify(f"{to}: {unaligned} matrices are float16, as their rows are no multiple of 32 numbers, as q8_0 needs")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.rename(to)
+    except OSError as error:
+        raise UserError(f"{to}: cannot be written: {error.strerror}") from None
+
+
+def _hf_config(file: GgufFile, name: str) -> dict:
+    """The config.json of the same model."""
+    own = {key.removeprefix(f"{name}."): value for key, value in file.metadata.items() if key.startswith(f"{name}.")}
+    seen: set[str] = set(WITHOUT_EFFECT)
+
+    def get(key: str, default: Any = None) -> Any:
+        seen.add(key)
+        return own.get(key, default)
+
+    missing = [key for key in SIZES.values() if key not in own]
+    if missing or "token_embd.weight" not in file.shapes:
+        what = f"key {name}.{missing[0]}" if missing else "tensor token_embd.weight"
+        raise UserError(f"{file.where}: {what} is missing")
+    config: dict = {"model_type": name} | {field: get(key) for field, key in SIZES.items()}
+    heads = config["num_attention_heads"]
+    config |= {
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "vocab_size": file.shapes["token_embd.weight"][0],
+        "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon", 1e-6)),
+        "rope_theta": _shortest(get("rope.freq_base", 10000.0)),
+        "tie_word_embeddings": "output.weight" not in file.shapes,
+    }
+    width = config["hidden_size"] // heads if isinstance(heads, int) and heads else 0
+    head_dim = get("attention.key_length", own.get("rope.dimension_count", width))
+    config["head_dim"] = head_dim
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if own.get(key, head_dim) != head_dim:
+            raise UserError(
+                f"{file.where}: {name}.{key}={own[key]!r} is not supported; must be {head_dim}, as keys are"
+            )
+    config["rope_scaling"] = _rope_scaling(file, config, get)
+    if unread := [key for key in own if key not in seen and own[key] not in (0, False, "", "none")]:
+        raise UserError(f"{file.where}: {name}.{unread[0]}={str(own[unread[0]])[:40]} is not supported")
+    return config
+
+
+def _rope_scaling(file: GgufFile, config: dict, get: Callable) -> dict | None:
+    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", get("rope.scale_linear", 1.0))
+    length = get("rope.scaling.original_context_length", 0)
+    if ROPE_FACTORS in file.shapes:
+        found = file.read(ROPE_FACTORS)
+        scaling = {"factor": float(found.max()), "original_max_position_embeddings": length or 8192, **LLAMA3}
+        expected = _llama3_factors(config["rope_theta"], config["head_dim"], scaling)
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+            raise UserError(f"{file.where}: tensor {ROPE_FACTORS} is not supported; must be the factors of Llama 3")
+        return {"rope_type": "llama3"} | scaling
+    if kind == "yarn":
+        return {"rope_type": "yarn", "factor": factor} | (
+            {"original_max_position_embeddings": length} if length else {}
+        )
+    if kind not in ("none", "linear"):
+        raise UserError(f"{file.where}: rope.scaling.type={kind!r} is not supported; must be none, linear or yarn")
+    return {"rope_type": "linear", "factor": factor} if factor != 1.0 and (kind == "linear" or factor > 0) else None
+
+
+def _write_config(gguf: Any, writer: Any, config: dict, model: ModelConfig, where: str) -> np.ndarray | None:
+    """Writes the keys of a config.json; returns the factors of Llama 3's rope where it has them."""
+    for field, key in SIZES.items():
+        writer.add_uint32(f"{writer.arch}.{key}", config[field])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(model.head_width)
+    writer.add_vocab_size(model.vocab_size)
+    scaling = config["rope_scaling"]
+    if scaling is None:
+        return None
+    if "original_max_position_embeddings" in scaling:
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    if scaling["rope_type"] == "llama3":
+        for key, usual in LLAMA3.items():
+            if scaling[key] != usual:
+                raise UserError(
+                    f"{where}: rope scaling llama3 with {key}={scaling[key]} has no form in GGUF; must be {usual}"
+                )
+        return _llama3_factors(model.rope_base, model.head_width, scaling)
+    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
+    writer.add_rope_scaling_factor(scaling["factor"])
+    return None
+
+
+def _llama3_factors(base: float, head_dim: int, scaling: dict) -> np.ndarray:
+    """What each frequency is divided by, `[head_dim / 2]`; see `ModelConfig.rope_scaling`."""
+    length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = length * base ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def _gguf_names(family: Family, model: ModelConfig, name: str) -> dict[str, str]:
+    """The name of each tensor in a GGUF file, by that in a Hugging Face folder."""
+    gguf = import_gguf()
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[name].name], model.n_layer)
+    return {hf: table.get_name(hf, (".weight", ".bias")) for hf in tensor_shapes(family, model)}
+
+
+def _tensors(family: Family, model: ModelConfig, params: dict, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    names = _gguf_names(family, model, name)
+    permuted = _permutation(model) if ARCHITECTURES[name].neighbours else {}
+    for hf_name, x in tensors_of(family, model, params):
+        part = hf_name.split(".")[-2]
+        yield names[hf_name], np.ascontiguousarray(x[permuted[part]] if part in permuted else x)
+
+
+def _add_tensor(gguf: Any, writer: Any, name: str, x: np.ndarray, kind: str) -> bool:
+    """Adds a tensor; returns whether it is float16 although q8_0 was asked for."""
+    if x.ndim == 1 or kind == "f32":
+        writer.add_tensor(name, x)
+        return False
+    if kind == "q8_0" and x.shape[-1] % 32 == 0:
+        quantized = gguf.quantize(x, gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(name, quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        return False
+    writer.add_tensor(name, x.astype(np.float16))
+    return kind == "q8_0"
+
+
+def _permutation(model: ModelConfig) -> dict[str, np.ndarray]:
+    """The row of a Hugging Face tensor that is each row of a GGUF tensor, of queries and of keys."""
+
+    def rows(heads: int) -> np.ndarray:
+        return np.arange(heads * model.head_width).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+    return {"q_proj": rows(model.n_head), "k_proj": rows(model.kv_heads)}
+
+
+def _inverse(permutation: np.ndarray) -> np.ndarray:
+    return np.argsort(permutation)
+
+
+def _shortest(value: float) -> float:
+    """The decimal number that a float32 of the file stands for: 1e-5 for 0.00000999999974737875."""
+    return float(str(np.float32(value)))
