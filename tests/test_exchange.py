@@ -124,7 +124,7 @@ def test_half_precision_files_are_read_as_float32(dtype, tmp_path):
     [
         ({"model_type": "gpt_neo"}, "model_type='gpt_neo' is not supported; supported: gpt2,"),
         ({"activation_function": "mish"}, "activation_function='mish' is not supported; must be 'gelu' or"),
-        ({"n_inner": 32}, r"mlp.c_fc.weight has shape \[16, 64\], config.json says \[16, 32\]"),
+        ({"n_inner": 32}, r"mlp.c_fc.weight has shape \[16, 64\], its config says \[16, 32\]"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True"),
@@ -135,7 +135,7 @@ def test_half_precision_files_are_read_as_float32(dtype, tmp_path):
         ({"n_head": 3}, "must be divisible by"),
         ({"n_layer": 3}, r"tensor h.2.ln_1.weight \[16\] is missing"),
         ({"n_layer": 1}, "tensor transformer.h.1.attn.c_attn.bias is not part of a gpt2 with 1 layers"),
-        ({"vocab_size": 44}, r"tensor wte.weight has shape \[45, 16\], config.json says \[44, 16\]"),
+        ({"vocab_size": 44}, r"tensor wte.weight has shape \[45, 16\], its config says \[44, 16\]"),
         ({"tie_word_embeddings": False}, r"tensor lm_head.weight \[45, 16\] is missing"),
     ],
 )

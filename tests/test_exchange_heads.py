@@ -13,7 +13,7 @@ from gptjax.batches.labelled import TextBatch
 from gptjax.checkpoints.run_dir import load_run, write_run
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config
-from gptjax.config.task import LORA_TARGETS, AdapterConfig, TaskConfig
+from gptjax.config.task import LORA_TARGETS, AdapterConfig, FinetuneConfig, TaskConfig
 from gptjax.config.verbs import ExportConfig
 from gptjax.errors import UserError
 from gptjax.exchange.peft import export_lora, import_lora
@@ -39,6 +39,7 @@ NEOX = dataclasses.replace(GPT2, positions="rope", tied_embeddings=False)
 MODELS = {"gpt2": GPT2, "llama": LLAMA, "gpt_neox": NEOX, "phi3": LLAMA}
 TOKENS = np.random.default_rng(0).integers(0, 61, (1, 20))
 RNG = np.random.default_rng(1)
+uses_peft = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -163,13 +164,15 @@ def with_lora(model, targets=LORA_TARGETS):
     return adapted, make_params(model) | {"adapters": adapters}
 
 
+@uses_peft
 @pytest.mark.parametrize("name", MODELS)
 def test_an_exported_adapter_gives_the_logits_of_peft(name, tmp_path):
     peft = pytest.importorskip("peft", reason="needs the extra gptjax[parity]")
     model, params = with_lora(MODELS[name])
-    write_run(tmp_path / "run", Config(run_dir=str(tmp_path / "run"), model=model), params, None)
-    export_run(tmp_path / "run", ExportConfig(to=str(tmp_path / "peft"), adapter=True, family=name))
     write_run(tmp_path / "base", Config(model=MODELS[name]), make_params(MODELS[name]), None)
+    config = Config(model=model, init_from=str(tmp_path / "base"), finetune=FinetuneConfig(train="new"))
+    write_run(tmp_path / "run", config, {"adapters": params["adapters"]}, None, load_run(tmp_path / "base"))
+    export_run(tmp_path / "run", ExportConfig(to=str(tmp_path / "peft"), adapter=True, family=name))
     export_run(tmp_path / "base", ExportConfig(to=str(tmp_path / "hf"), family=name))
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     plain = their_logits(base)
@@ -194,6 +197,7 @@ def trained_adapter(peft, base, **options):
     return model
 
 
+@uses_peft
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -124,6 +124,8 @@ ELSEWHERE = {
     "test_finetune::test_deeper_layers_learn_slower_and_the_head_at_its_own_rate": (
         *("finetune.layer_decay", "finetune.head_learning_rate"),
     ),
+    "test_schedules::test_a_fraction_is_a_number_of_steps_rounded_up": ("optim.warmup_fraction", "optim.warmup_rule"),
+    "test_schedules::test_epochs_are_as_many_steps_as_hold_their_tokens": ("train.num_epochs",),
     "test_properties_training::test_wsd_decays_over_its_share_of_the_steps": ("optim.wsd_decay_fraction",),
     "test_optimizers::test_every_option_of_an_optimizer_changes_its_result": (
         *("optim.muon_learning_rate", "optim.muon_beta", "optim.embedding_rate", "optim.head_rate"),

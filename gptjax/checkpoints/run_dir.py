@@ -115,15 +115,19 @@ def load_run(
     return LoadedRun(config, params, tokenizer, manifest.step, manifest.val_loss, data_hash, chat_template)
 
 
-def write_run(run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer | None) -> None:
+def write_run(
+    run_dir: Path, config: Config, params: dict, tokenizer: Tokenizer | None, base: LoadedRun | None = None
+) -> None:
     """Creates a run directory with parameters as checkpoint 0, for sampling and as a starting point for training.
+
+    With a `base`, whose parameters stay frozen, `params` are only those that the run adds to it.
 
     Raises:
         UserError: The folder already contains a run, or cannot be written.
     """
     if (run_dir / CONFIG_FILE).exists() or (run_dir / FOLDER).exists():
         raise UserError(f"{run_dir}: already contains a run; name another folder")
-    write_description(run_dir, config, tokenizer)
+    write_description(run_dir, config, tokenizer, base)
     checkpoints = Checkpoints(run_dir, notify=lambda message: None)
     checkpoints.save_items(0, {"params": params}, {}, None)
     checkpoints.close()

@@ -107,9 +107,14 @@ class OptimConfig:
     """Where schedule cosine, linear or wsd ends."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_fraction: float = 0.0
+    """Linear warm-up as a share of train.num_steps, in place of warmup_steps."""
+    warmup_rule: Literal["before_peak", "to_peak"] = "before_peak"
+    """Rate at step k of W warm-up steps. before_peak: k / (W + 1) of the peak, which the next step has; to_peak: k / W,
+    as papers count, so the last one has the peak."""
+    schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
     """Decay from learning_rate to min_learning_rate. wsd: constant, then linear over the last wsd_decay_fraction of the
-    steps (arXiv:2404.06395)."""
+    steps (arXiv:2404.06395). inverse_sqrt: with the root of the step, to no end (arXiv:1706.03762, section 5.3)."""
     wsd_decay_fraction: float = 0.2
     """Share of num_steps in which schedule wsd decays."""
     extend: Literal["continue", "restart", "stretch"] = "continue"
@@ -154,18 +159,27 @@ class OptimConfig:
         fraction("optim", self, "beta1", "beta2", "muon_beta", "factored_decay")
         if not 0 < self.wsd_decay_fraction <= 1:
             raise UserError(f"optim.wsd_decay_fraction={self.wsd_decay_fraction} must lie in (0, 1]")
-        if self.schedule != "constant" and self.min_learning_rate > self.learning_rate:
+        if self.schedule in ("cosine", "linear", "wsd") and self.min_learning_rate > self.learning_rate:
             raise UserError(
                 f"optim.min_learning_rate={self.min_learning_rate} must not exceed"
                 f" optim.learning_rate={self.learning_rate}"
             )
         no_effect("optim", self, "wsd_decay_fraction", self.schedule == "wsd", "optim.schedule=wsd")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise UserError(f"optim.warmup_fraction={self.warmup_fraction} must lie in [0, 1]")
+        if self.warmup_steps and self.warmup_fraction:
+            raise UserError("optim.warmup_steps and optim.warmup_fraction are both set; give one")
+        warms_up = bool(self.warmup_steps or self.warmup_fraction)
+        no_effect("optim", self, "warmup_rule", warms_up, "optim.warmup_steps or optim.warmup_fraction")
+        if self.schedule == "inverse_sqrt" and not warms_up:
+            raise UserError("optim.schedule=inverse_sqrt decays from the end of warm-up; give optim.warmup_steps")
         for name in ("extend", "extended"):
-            no_effect("optim", self, name, self.schedule != "constant", "a schedule that decays")
+            no_effect("optim", self, name, self.depends_on_length, "a schedule that depends on train.num_steps")
         for change in self.extended:
             if not EXTENSION.fullmatch(change):
                 raise UserError(f"optim.extended: {change!r} must be like 'continue at 1000 of 1000'")
-        no_effect("optim", self, "min_learning_rate", self.schedule != "constant", "a schedule that decays")
+        ends = self.schedule in ("cosine", "linear", "wsd")
+        no_effect("optim", self, "min_learning_rate", ends, "optim.schedule=cosine, linear or wsd")
         no_effect("optim", self, "eps", self.name in ("adamw", "muon"), "optim.name=adamw or muon")
         for name in ("muon_learning_rate", "muon_beta"):
             no_effect("optim", self, name, self.name == "muon", "optim.name=muon")
@@ -175,6 +189,11 @@ class OptimConfig:
         if self.name == "muon" and not self.learning_rate:
             raise UserError("optim.learning_rate=0 with optim.name=muon: the rate of embeddings must be above 0")
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the learning rate of a step depends on train.num_steps."""
+        return self.schedule in ("cosine", "linear", "wsd") or self.warmup_fraction > 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -182,6 +201,9 @@ class TrainConfig:
 
     num_steps: int = 1000
     """Steps of the run: batches that it trains on, each one an optimizer update."""
+    num_epochs: float = 0.0
+    """Length of the run in passes over the training data, in place of num_steps; the run's own config.yaml has the
+    steps."""
     batch_size: int = 16
     """Sequences per step, over all devices."""
     micro_batch_size: int = 0
@@ -240,7 +262,8 @@ class TrainConfig:
             "save_every",
             "patience",
         )
-        not_negative("train", self, "z_loss", "sample_tokens", "spike_sigma")
+        not_negative("train", self, "z_loss", "sample_tokens", "spike_sigma", "num_epochs")
+        no_effect("train", self, "num_steps", not self.num_epochs, "train.num_epochs=0")
         fraction("train", self, "label_smoothing", "ema")
         if self.batch_size % self.micro_batch:
             raise UserError(

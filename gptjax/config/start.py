@@ -103,10 +103,14 @@ def _defaults(flags: dict, accelerator: bool) -> dict:
     if task.get("kind", "pretrain") != "pretrain":
         values["train"].pop("eval_windows", None)
     steps = train.get("num_steps", values["train"]["num_steps"])
-    if isinstance(steps, int):
+    if train.get("num_epochs"):
+        del values["train"]["num_steps"]
+    if optim.get("warmup_fraction"):
+        values["optim"].pop("warmup_steps", None)
+    elif isinstance(steps, int):
         values["optim"]["warmup_steps"] = max(0, min(WARMUP, steps // 10))
     peak = optim.get("learning_rate", values["optim"]["learning_rate"])
-    if optim.get("schedule") != "constant":
+    if optim.get("schedule") not in ("constant", "inverse_sqrt"):
         values["optim"]["min_learning_rate"] = _tenth(peak)
     return values
 

@@ -39,7 +39,8 @@ OPTIONS: dict[str, str] = {
     "optim.name": "optimizer optim_name opt",
     "optim.learning_rate": "lr learn_rate max_lr peak_lr base_lr max_learning_rate eta",
     "optim.min_learning_rate": "min_lr lr_min final_lr end_lr eta_min min_learn_rate",
-    "optim.warmup_steps": "warmup warm_up warmup_iters warmup_ratio num_warmup_steps lr_warmup_steps warmup_updates",
+    "optim.warmup_steps": "warmup warm_up warmup_iters num_warmup_steps lr_warmup_steps warmup_updates",
+    "optim.warmup_fraction": "warmup_ratio warmup_share warmup_proportion",
     "optim.schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler lr_decay decay_lr lr_decay_style",
     "optim.weight_decay": "wd l2 decay",
     "optim.beta1": "betas adam_beta1 b1",
@@ -47,6 +48,7 @@ OPTIONS: dict[str, str] = {
     "optim.eps": "epsilon adam_eps adam_epsilon",
     "optim.grad_clip": "clip clip_grad clip_norm max_grad_norm gradient_clip gradient_clip_val grad_norm_clip"
     " clip_grad_norm clip_gradients",
+    "train.num_epochs": "epochs epoch n_epochs max_epochs num_train_epochs",
     "train.num_steps": "steps iters iterations max_iters max_steps num_iters num_iterations total_steps train_steps"
     " training_steps updates max_updates n_steps",
     "train.batch_size": "batch bs train_batch_size global_batch_size total_batch_size",
@@ -91,10 +93,6 @@ OPTIONS: dict[str, str] = {
 """Each option's names in other programs, separated by spaces; of two options the first that the verb has counts."""
 
 HINTS: dict[str, str] = {
-    **dict.fromkeys(
-        ("epochs", "epoch", "num_epochs", "n_epochs", "max_epochs", "num_train_epochs"),
-        "A run's length is train.num_steps; at its start it prints how many epochs that is.",
-    ),
     **dict.fromkeys(
         ("wandb", "use_wandb", "wandb_log", "wandb_project", "tensorboard", "mlflow", "report_to", "logger"),
         "A run writes its metrics to metrics.jsonl in its run directory, one JSON object a line.",

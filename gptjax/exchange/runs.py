@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gptjax.checkpoints.run_dir import CHAT_TEMPLATE_FILE, load_run, write_run
 from gptjax.config.run import Config, TokenizerConfig
+from gptjax.config.task import FinetuneConfig
 from gptjax.config.verbs import ExportConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.exchange.families import FAMILIES
@@ -127,9 +128,14 @@ def _import_adapter(
         raise UserError(f"tokenizer={tokenizer_name} has no effect on a PEFT folder: the base has the tokenizer")
     run = load_run(Path(base).expanduser(), notify=notify)
     model, adapters = import_lora(source, run.config.model)
-    params = {name: part for name, part in run.params.items() if name != "heads"} | {"adapters": adapters}
-    config = Config(run_dir=str(run_dir), model=model, tokenizer=run.config.tokenizer)
-    write_run(run_dir, config, params, run.tokenizer)
+    config = Config(
+        run_dir=str(run_dir),
+        init_from=base,
+        model=model,
+        tokenizer=run.config.tokenizer,
+        finetune=FinetuneConfig(train="new"),
+    )
+    write_run(run_dir, config, {"adapters": adapters}, run.tokenizer, run)
     if run.chat_template:
         write_atomic(run_dir / CHAT_TEMPLATE_FILE, run.chat_template.encode())
     return config

@@ -1,5 +1,6 @@
 """Learning-rate schedules and optimizers, as pure functions."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,8 +17,8 @@ Schedule = Callable[[jax.Array], jax.Array]
 def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     """Returns the learning rate of a run of `num_steps`, with the changes of this number that `config.extended` lists.
 
-    Warm-up is linear and reaches the peak at update `warmup_steps`. cosine: SGDR without restarts
-    (arXiv:1608.03983); wsd: warm-up, stable, decay (arXiv:2404.06395, section 4).
+    Warm-up is linear. cosine: SGDR without restarts (arXiv:1608.03983); wsd: warm-up, stable, decay (arXiv:2404.06395,
+    section 4); inverse_sqrt: as the first transformers (arXiv:1706.03762, equation 3), with another peak.
     """
     changes = [match.groups() for match in map(EXTENSION.fullmatch, config.extended) if match]
     lengths = [*(int(planned) for _, _, planned in changes), num_steps]
@@ -34,12 +35,14 @@ def _switched(before: Schedule, update: int, after: Schedule) -> Schedule:
 
 def _warmed_up(config: OptimConfig, first: int, num_steps: int, before: Schedule) -> Schedule:
     """Linear warm-up from the rate of `before` at update `first` to the peak, then decay until `num_steps`."""
-    peak, end = config.learning_rate, first + config.warmup_steps
-    decay = _decay(config, end, num_steps)
+    warmup = config.warmup_steps or math.ceil(config.warmup_fraction * (num_steps - first))
+    peak, end = config.learning_rate, first + warmup
+    steps = float(max(1, warmup) if config.warmup_rule == "to_peak" else warmup + 1)
+    decay = _decay(config, end, num_steps, first + steps)
 
     def schedule(updates: jax.Array) -> jax.Array:
         n, start = updates.astype(jnp.float32), before(jnp.int32(first))
-        warm = start + (peak - start) * (n - first + 1.0) / (config.warmup_steps + 1.0)
+        warm = start + (peak - start) * (n - first + 1.0) / steps
         return jnp.where(n < end, warm, decay(n, jnp.float32(peak)))
 
     return schedule
@@ -47,12 +50,17 @@ def _warmed_up(config: OptimConfig, first: int, num_steps: int, before: Schedule
 
 def _continued(config: OptimConfig, first: int, num_steps: int, before: Schedule) -> Schedule:
     """Decay until `num_steps` from the rate that `before` has at update `first`."""
-    decay = _decay(config, first, num_steps)
+    decay = _decay(config, first, num_steps, first + 1.0)
     return lambda updates: decay(updates.astype(jnp.float32), before(jnp.int32(first)))
 
 
-def _decay(config: OptimConfig, first: int, num_steps: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns `rate(n, start)`: from `start` at update `first` or later to `min_learning_rate` at `num_steps`."""
+def _decay(
+    config: OptimConfig, first: int, num_steps: int, peak_step: float
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns `rate(n, start)`: from `start` at update `first` or later to `min_learning_rate` at `num_steps`.
+
+    inverse_sqrt has `start` at step `peak_step`, where update n is step n + 1.
+    """
     begin = first
     if config.schedule == "wsd":
         begin = max(first, num_steps - round(config.wsd_decay_fraction * num_steps))
@@ -61,6 +69,8 @@ def _decay(config: OptimConfig, first: int, num_steps: int) -> Callable[[jax.Arr
         done = jnp.clip((n - begin) / max(1, num_steps - begin), 0.0, 1.0)
         if config.schedule == "constant":
             return start
+        if config.schedule == "inverse_sqrt":
+            return start * jnp.sqrt(peak_step / (n + 1.0))
         if config.schedule == "cosine":
             return config.min_learning_rate + 0.5 * (1.0 + jnp.cos(jnp.pi * done)) * (start - config.min_learning_rate)
         return start + done * (config.min_learning_rate - start)

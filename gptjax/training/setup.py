@@ -109,7 +109,7 @@ class Parts:
     @property
     def tokens_per_step(self) -> int:
         """Tokens in a batch; on average, where batches differ."""
-        return round(self.config.train.batch_size * self.task.tokens_per_row)
+        return tokens_per_step(self.config, self.task)
 
 
 def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
@@ -132,12 +132,24 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
         source = read_source(config, base.tokenizer if base else None)
         config = _resolve(config, source, base)
         check_fits(config, mesh)
+        task, hook = _make_task(config, source, mesh)
+        config = with_steps(config, task)
     checkpoints = Checkpoints(run_dir, config.train.keep_checkpoints, say, config.train.best_by)
     choice = checkpoints.newest(config.train.strict_checkpoints)
     with cluster.all_or_none():
         config = with_extension(config, run_dir, choice.manifest)
         _check_run_dir(config, run_dir)
-        parts = _assemble(config, run_dir, source, mesh, checkpoints)
+        state_shardings = shardings(mesh, jax.eval_shape(lambda: init_state(config)))
+        parts = Parts(
+            config=config,
+            run_dir=run_dir,
+            mesh=mesh,
+            tokenizer=source.tokenizer,
+            task=task,
+            train_step=jit_train_step(config, mesh, state_shardings),
+            checkpoints=checkpoints,
+            evaluation_hook=hook,
+        )
     facts = {"the data": parts.task.data_hash, "the tokenizer": source.tokenizer.fingerprint}
     cluster.require_same(facts | {"train.compute_dtype": config.train.compute_dtype}, "give all of them the same files")
     state, loop = _start(parts, base, choice.manifest)
@@ -284,25 +296,28 @@ def _check_run_dir(config: Config, run_dir: Path) -> None:
             say(f"resuming with {name} {old!r} -> {new!r}")
 
 
-def _assemble(
-    config: Config, run_dir: Path, source: Source, mesh: jax.sharding.Mesh, checkpoints: Checkpoints
-) -> Parts:
-    state_shardings = shardings(mesh, jax.eval_shape(lambda: init_state(config)))
+def _make_task(config: Config, source: Source, mesh: jax.sharding.Mesh) -> tuple[Task, BatchHook]:
+    """The task of a run, and what is called before each batch of its evaluations."""
     hook = BatchHook()
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return hook.wrap(jax.jit(traced_in(mesh, function), out_shardings=replicated(mesh)))
 
-    return Parts(
-        config=config,
-        run_dir=run_dir,
-        mesh=mesh,
-        tokenizer=source.tokenizer,
-        task=make_task(config, source, compute_options(config), compiled),
-        train_step=jit_train_step(config, mesh, state_shardings),
-        checkpoints=checkpoints,
-        evaluation_hook=hook,
-    )
+    return make_task(config, source, compute_options(config), compiled), hook
+
+
+def tokens_per_step(config: Config, task: Task) -> int:
+    """Tokens in a batch; on average, where batches differ."""
+    return round(config.train.batch_size * task.tokens_per_row)
+
+
+def with_steps(config: Config, task: Task) -> Config:
+    """Turns `train.num_epochs` into `train.num_steps`: as many batches as hold these tokens, rounded up."""
+    if not config.train.num_epochs:
+        return config
+    tokens = config.train.num_epochs * task.windows.tokens_per_epoch
+    steps = max(1, math.ceil(tokens / tokens_per_step(config, task) - 1e-9))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=steps, num_epochs=0.0))
 
 
 def _start(parts: Parts, base: LoadedRun | None, manifest: Manifest | None) -> tuple[TrainState, Loop]:
@@ -357,9 +372,9 @@ def with_extension(config: Config, run_dir: Path, manifest: Manifest | None) -> 
         return config
     before, optim, num_steps = load_config(run_dir / CONFIG_FILE), config.optim, config.train.num_steps
     planned, update = before.train.num_steps, int(manifest.meta.get("updates", manifest.step))
-    changes = before.optim.extended if optim.schedule != "constant" else ()
+    changes = before.optim.extended if optim.depends_on_length else ()
     optim = dataclasses.replace(optim, extended=changes)
-    if planned != num_steps and optim.schedule != "constant":
+    if planned != num_steps and optim.depends_on_length:
         rate, other = (float(make_schedule(optim, steps)(jnp.int32(update))) for steps in (planned, num_steps))
         if optim.extend == "stretch":
             optim = dataclasses.replace(optim, extended=())
