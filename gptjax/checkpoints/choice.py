@@ -30,10 +30,23 @@ def choose(
     notify: Callable[[str], None] = print,
     best_by: str = "loss",
 ) -> Choice:
-    """Finds the newest or the best checkpoint that verifies.
+    """Finds the newest or the best checkpoint that verifies; arguments and errors as for `choose_many`."""
+    return choose_many(folder, 1, which, strict, notify, best_by)[0]
+
+
+def choose_many(
+    folder: Path,
+    count: int,
+    which: Literal["best", "latest"],
+    strict: bool,
+    notify: Callable[[str], None] = print,
+    best_by: str = "loss",
+) -> list[Choice]:
+    """Finds `count` checkpoints that verify, the newest or the best first; an empty choice ends a list of fewer.
 
     Args:
         folder: The checkpoints of a run; it need not exist.
+        count: Number of checkpoints.
         which: "best": see `best_first`; the newest if none was evaluated.
         strict: Raise an error instead of using another checkpoint.
         notify: Called with one line for each rejected checkpoint, with the reason.
@@ -43,6 +56,7 @@ def choose(
         UserError: A checkpoint was rejected and `strict` is true; or a newer gptjax wrote one.
     """
     rejected: list[Path] = []
+    found: list[Choice] = []
 
     def reject(path: Path, reason: object) -> None:
         if strict:
@@ -58,8 +72,10 @@ def choose(
             continue
         if rejected:
             notify(f"using {path.name} instead")
-        return Choice(path, manifest, tuple(rejected))
-    return Choice(None, None, tuple(rejected))
+        found.append(Choice(path, manifest, tuple(rejected)))
+        if len(found) == count:
+            return found
+    return [*found, Choice(None, None, tuple(rejected))]
 
 
 def step_folder(folder: Path, step: int) -> Path:

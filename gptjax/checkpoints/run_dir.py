@@ -5,6 +5,7 @@ run that it started from, its base, which `base.json` identifies.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import xxhash
 
 from gptjax.checkpoints.arrays import checkpointer, restore
 from gptjax.checkpoints.checkpoint import FOLDER, Checkpoints
-from gptjax.checkpoints.choice import choose
+from gptjax.checkpoints.choice import choose_many
 from gptjax.config.reader import load_config, to_yaml
 from gptjax.config.run import Config
 from gptjax.config.start import CONFIG_FILE
@@ -71,6 +72,7 @@ def load_run(
     strict: bool = False,
     notify: Callable[[str], None] = print,
     base_dir: str = "",
+    average: int = 1,
 ) -> LoadedRun:
     """Loads a run's parameters (the averaged ones, if the run averages) onto one device, with config and tokenizer.
 
@@ -80,6 +82,7 @@ def load_run(
         strict: Raise an error instead of using another checkpoint if one is damaged.
         notify: Called with one line for each checkpoint that was rejected.
         base_dir: Run with the frozen parameters; empty: the run that this one started from.
+        average: Number of checkpoints whose parameters are averaged (arXiv:1706.03762, section 6.1).
 
     Raises:
         UserError: The folder is not a run directory, no checkpoint verifies, parameters are not finite, or the base
@@ -88,17 +91,25 @@ def load_run(
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE}); train one with gptjax train")
     config = load_config(run_dir / CONFIG_FILE)
-    choice = choose(run_dir / FOLDER, which, strict, notify, config.train.best_by)
+    choices = choose_many(run_dir / FOLDER, average, which, strict, notify, config.train.best_by)
+    choice, folders = choices[0], [each.folder for each in choices if each.folder is not None]
     if choice.folder is None or choice.manifest is None:
         number = len(choice.rejected)
         what = f"none of its {number} checkpoints verifies" if number else "has no checkpoint yet"
         raise UserError(f"{run_dir}: {what}")
+    if len(folders) < average:
+        raise UserError(
+            f"{run_dir}: average={average} needs as many checkpoints, {len(folders)} verify; train.save_every and"
+            " train.keep_checkpoints decide how many there are"
+        )
     item = "ema" if config.train.ema else "params"
     abstract = _abstract_params(config)
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     reader = checkpointer(for_all=False, at_once=largest)  # reads leaf by leaf, without a second copy of all
     try:
         params = restore(reader, choice.folder.absolute(), {item: abstract})[item]
+        for n, folder in enumerate(folders[1:], 2):
+            params = _average(params, restore(reader, folder.absolute(), {item: abstract})[item], n)
     finally:
         reader.close()
     check_finite(params, str(choice.folder))
@@ -113,6 +124,17 @@ def load_run(
     manifest = choice.manifest
     data_hash = manifest.meta.get("data_hash", "")
     return LoadedRun(config, params, tokenizer, manifest.step, manifest.val_loss, data_hash, chat_template)
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _average(mean: dict, params: dict, n: int) -> dict:
+    """The mean of n sets of parameters, from that of n - 1 of them and the last one."""
+
+    def one(a, b):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return a + (b - a) / n
+
+    return jax.tree.map(lambda a, b: one(a, b).astype(a.dtype), mean, params)
 
 
 def write_run(

@@ -394,6 +394,8 @@ class ExportConfig(CheckpointConfig):
     """Merge a lora adapter into the weights of its base."""
     adapter: bool = False
     """Write a lora adapter alone, as a PEFT folder."""
+    average: int = 1
+    """Average the parameters of this many newest checkpoints."""
     head: bool = False
     """Write the head of a run with task.kind=classify or tag in place of the output projection."""
     family: str = ""
@@ -407,6 +409,8 @@ class ExportConfig(CheckpointConfig):
         super().__post_init__()
         usable_paths("", self, "to")
         not_negative("", self, "max_shard_mb")
+        positive("", self, "average")
+        no_effect("", self, "average", self.checkpoint == "latest", "checkpoint=latest")
         no_effect("", self, "gguf_type", self.is_gguf, "a file to write whose name ends with .gguf")
         no_effect("", self, "max_shard_mb", not self.is_gguf and not self.adapter, "a folder with a whole model")
         no_effect("", self, "head", not self.is_gguf and not self.adapter, "a folder with a whole model")

@@ -84,7 +84,7 @@ def export_run(run_dir: Path, options: ExportConfig, notify: Callable[[str], Non
     if options.family and options.family not in FAMILIES:
         suggestion = did_you_mean(options.family, FAMILIES)
         raise UserError(f"family={options.family!r} must be one of {', '.join(FAMILIES)}.{suggestion}")
-    run = load_run(run_dir, options.checkpoint, options.strict, notify, options.base)
+    run = load_run(run_dir, options.checkpoint, options.strict, notify, options.base, options.average)
     model, params = run.config.model, run.params
     kind = model.adapter.kind
     for asked in ("merge", "adapter"):
