@@ -193,7 +193,7 @@ def trained_adapter(peft, base, **options):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn_like(parameter))
+                parameter.copy_(0.15 * torch.randn_like(parameter))
     return model
 
 

@@ -21,7 +21,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.task import LORA_TARGETS, AdapterConfig
 from gptjax.errors import UserError
 from gptjax.exchange.families import FAMILIES
-from gptjax.exchange.families.family import Entry, Family, choose_family
+from gptjax.exchange.families.family import Entry, Family, choose_family, differences
 from gptjax.exchange.hf_files import make_empty_folder, read_json, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -89,14 +89,11 @@ def import_lora(folder: Path, model: ModelConfig) -> tuple[ModelConfig, dict]:
     tensors = _read_tensors(folder)
     if model.adapter.kind != "none":
         raise UserError(f"{where}: the base has a {model.adapter.kind} adapter already; export it with --merge first")
-    family = choose_family(FAMILIES, model)
+    family = _family_of(model, tensors)
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     used: set[str] = set()
     for entry, target in _targets(family, LORA_TARGETS):
-        names = [
-            [f"{family.prefix}{family.layer.format(layer)}{name.removesuffix('.weight')}" for name in entry.names]
-            for layer in range(model.n_layer)
-        ]
+        names = _modules(family, model, entry)
         present = {name for layer in names for name in layer if f"{name}.lora_A.weight" in tensors}
         if present:
             used |= {f"{name}.lora_{part}.weight" for name in present for part in "AB"}
@@ -119,6 +116,34 @@ def import_lora(folder: Path, model: ModelConfig) -> tuple[ModelConfig, dict]:
         kind="lora", rank=R, alpha=scale * R, targets=tuple(found), dropout=float(config.get("lora_dropout", 0.0))
     )
     return dataclasses.replace(model, adapter=options), adapters
+
+
+def _family_of(model: ModelConfig, tensors: dict[str, np.ndarray]) -> Family:
+    """Of the families that compute the same as the model, the first whose linear layers the adapter names.
+
+    Raises:
+        UserError: No family computes the same.
+    """
+    first = choose_family(FAMILIES, model)
+    for family in FAMILIES.values():
+        if not differences(family, model):
+            modules = {
+                name
+                for entry, _ in _targets(family, LORA_TARGETS)
+                for layer in _modules(family, model, entry)
+                for name in layer
+            }
+            if all(name.rsplit(".lora_", 1)[0] in modules for name in tensors):
+                return family
+    return first
+
+
+def _modules(family: Family, model: ModelConfig, entry: Entry) -> list[list[str]]:
+    """The linear layers of an entry, for each layer of the model."""
+    return [
+        [f"{family.prefix}{family.layer.format(layer)}{name.removesuffix('.weight')}" for name in entry.names]
+        for layer in range(model.n_layer)
+    ]
 
 
 def _read_config(config: dict, where: str) -> tuple[int, float]:
