@@ -16,7 +16,7 @@ import numpy as np
 
 from gptjax.machine.allocator import restart
 from gptjax.ops.matmul import row_major
-from gptjax.ops.single_row import single_row_matmul, striped
+from gptjax.ops.single_row import single_row_matmul, to_stripes
 
 K, F, MATRICES, ROUNDS = 768, 3072, 24, 9
 LAYOUTS = {
@@ -62,7 +62,7 @@ def library(x_K, w_FK):
 def one_row_microseconds(matmul, shape: tuple[int, int], dtype: str) -> float:
     random, (K, F) = np.random.default_rng(0), shape
     count = 2 if F > 50000 else MATRICES
-    laid_out = striped if matmul is single_row_matmul else jnp.transpose
+    laid_out = to_stripes if matmul is single_row_matmul else jnp.transpose
     matrices = [laid_out(jnp.asarray(random.normal(0, 30, shape), dtype)) for _ in range(count)]
 
     @jax.jit

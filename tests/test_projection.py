@@ -7,7 +7,7 @@ import pytest
 
 from gptjax.machine.native import build
 from gptjax.ops.projection import dequantized, make_projection, project, project_reference
-from gptjax.ops.single_row import CACHE_WAY, striped
+from gptjax.ops.single_row import CACHE_WAY, to_stripes
 
 K, F = 50, 40  # 50 rows are not a multiple of the number of stripes
 
@@ -63,7 +63,7 @@ def test_prompts_and_single_rows_use_the_same_weights(w_KF, dtype):
 
 @pytest.mark.parametrize(("K", "F"), [(768, 3072), (3072, 768), (768, 768), (768, 50257), (13, 7), (1, 1)])
 def test_stripes_start_in_different_cache_sets(K, F):
-    w_JGF = jax.eval_shape(striped, jax.ShapeDtypeStruct((K, F), jnp.int8))
+    w_JGF = jax.eval_shape(to_stripes, jax.ShapeDtypeStruct((K, F), jnp.int8))
     J, G, _ = w_JGF.shape
     assert J * G >= K
     assert G * F % CACHE_WAY

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gptjax.machine.platform import Platform, target_platform
 
-HIDDEN = -1e30  # not -inf: a query that sees no key must not become NaN
+HIDDEN = -1e30  # not -inf: a query without visible keys must not become NaN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gptjax.machine.platform import target_platform
 from gptjax.ops.attention_heads import DroppedWeights, drop_weights, group_queries, merge_rows, ungroup_queries
 from gptjax.ops.attention_spec import HIDDEN, AttentionSpec, Bias, Implementation, Mask, Request, needs_dense_weights
-from gptjax.ops.matmul import dot, row_major, transposed
+from gptjax.ops.matmul import dot, row_major, transpose_last_axes
 from gptjax.ops.scheduling import schedule_after
 
 UNBLOCKED_POSITIONS = 512
@@ -118,8 +118,8 @@ def _blocked_backward(blocks, saved, dy_BTHC):
         dq_BGNC = _threaded_matmul("bgns,bgsc->bgnc", dscores, k)
         dqs.append(dq_BGNC.reshape(*q_BGRTC.shape[:3], block.stop - block.start, C))
         # dk and dv are computed transposed, so that the large arrays, weights and dscores, need no transpose.
-        dk_BGCS = _add_at(block, dk_BGCS, _threaded_matmul("bgcn,bgns->bgcs", transposed(q_BGNC), dscores))
-        dv_BGCS = _add_at(block, dv_BGCS, _threaded_matmul("bgcn,bgns->bgcs", transposed(dy_BGNC), weights))
+        dk_BGCS = _add_at(block, dk_BGCS, _threaded_matmul("bgcn,bgns->bgcs", transpose_last_axes(q_BGNC), dscores))
+        dv_BGCS = _add_at(block, dv_BGCS, _threaded_matmul("bgcn,bgns->bgcs", transpose_last_axes(dy_BGNC), weights))
         done = dk_BGCS
     scale = blocks.spec.logit_scale(C)
     dq_BTHC = ungroup_queries((jnp.concatenate(dqs, axis=3) * scale).astype(dtype))
@@ -163,7 +163,8 @@ def _scores(blocks, block, q_BGNC, k_BGSC, segments_BT, slopes_H):
         hidden = jnp.where(other, HIDDEN, hidden)
     scale, hidden = jnp.full((1,) * 4, spec.logit_scale(q_BGNC.shape[-1])), hidden[:, None]
     if _fuses(q_BGNC):
-        # One copy for each block: XLA writes an array that several matmuls read to memory, as large as the logits.
+        # `schedule_after` gives each block its own copy. XLA would broadcast a copy that several matmuls share to the
+        # size of the logits, and write it to memory.
         scale, hidden = schedule_after(scale, q_BGNC), schedule_after(hidden, q_BGNC)
     logits, derivative = dot("bgnc,bgsc->bgns", q_BGNC, k_BGSC, jnp.float32) * scale, None
     if spec.softcap:

@@ -172,7 +172,7 @@ def _sum_losses(options, targets_N, log_z_N, target_N, total_N):
 
 
 def _chunk_loss(options, x_ND, w_VD, targets_N):
-    """Returns the `Loss` of some rows, and the gradient of its objective w.r.t. the logits, `[N, V]` float32."""
+    """Returns the `Loss` of some rows, and the gradient of its objective by the logits, `[N, V]` float32."""
     V, smooth = w_VD.shape[0], options.label_smoothing
     logits_NV = dot("...d,vd->...v", x_ND, w_VD, jnp.float32)
     share_NV = jnp.tanh(logits_NV / options.softcap) if options.softcap else None

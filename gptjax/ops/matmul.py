@@ -92,7 +92,7 @@ def weight_gradient(a_NK: jax.Array, b_NF: jax.Array, out_dtype: jax.typing.DTyp
     if a_NK.ndim == 3:
         return dot("btk,btf->kf", a_NK, b_NF, out_dtype)
     if target_platform() == "cpu":
-        return dot("kn,nf->kf", transposed(a_NK), b_NF, out_dtype)
+        return dot("kn,nf->kf", transpose_last_axes(a_NK), b_NF, out_dtype)
     return dot("nk,nf->kf", a_NK, b_NF, out_dtype)
 
 
@@ -115,7 +115,7 @@ def row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
-def transposed(x: jax.Array) -> jax.Array:
+def transpose_last_axes(x: jax.Array) -> jax.Array:
     """Swaps the last two axes in memory."""
     return row_major(jnp.swapaxes(x, -1, -2))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from gptjax.machine.platform import target_platform
 from gptjax.ops import kernels
 from gptjax.ops.matmul import dot, row_major
-from gptjax.ops.single_row import padded, single_row_matmul, striped
+from gptjax.ops.single_row import pad_to_stripes, single_row_matmul, to_stripes
 
 INT8_MAX = 127.0
 LOW_STEPS = 254.0  # the second int8 of an activation has a 254 times smaller step, so that 127 is half a step
@@ -52,7 +52,7 @@ def make_projection(
     in_stripes = target_platform() == "cpu" and one_row and dtype != "float32" and not by_kernel
     if outputs_first == in_stripes:
         w = row_major(w.T)
-    layout = kernels.pack_weights if by_kernel else striped if in_stripes else lambda w: w
+    layout = kernels.pack_weights if by_kernel else to_stripes if in_stripes else lambda w: w
     return Projection(layout(w), scale_F, outputs)
 
 
@@ -87,7 +87,7 @@ def project(x: jax.Array, projection: Projection) -> jax.Array:
     if w.ndim == 3 and x_NK.shape[0] == 1:
         y_NF = single_row_matmul(x_NK[0], w)[None]
     elif w.ndim == 3:  # a prompt
-        y_NF = _matmul("nk,kf->nf", padded(x_NK, w), w.reshape(-1, w.shape[-1]))
+        y_NF = _matmul("nk,kf->nf", pad_to_stripes(x_NK, w), w.reshape(-1, w.shape[-1]))
     else:
         y_NF = _matmul("nk,fk->nf", x_NK, w)
     if projection.scale_F is not None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from gptjax.ops.attention_heads import DroppedWeights, drop_weights, group_queries, merge_rows, ungroup_queries
 from gptjax.ops.attention_spec import HIDDEN, AttentionSpec, Bias, Implementation, Mask, Request, exceeds_fused_kernel
 from gptjax.ops.axes import POSITIONS, axis_size, positions_sharded
-from gptjax.ops.matmul import dot, transposed
+from gptjax.ops.matmul import dot, transpose_last_axes
 
 LARGEST_BLOCK = 512  # queries that attend to a half of the keys at once
 
@@ -171,8 +171,8 @@ def _backward(ring, saved, dy_BTHC):
             dweights = _drop(ring, replicated, dot("bgnc,bgsc->bgns", dy_BGNC, v_BGSC, jnp.float32), start, first)
             dscores = (weights * (dweights - delta) * ring.spec.logit_scale(q_BGNC.shape[-1])).astype(dtype)
             weights = _drop(ring, replicated, weights, start, first).astype(dtype)
-            dk = dot("bgcn,bgns->bgcs", transposed(q_BGNC), dscores, jnp.float32)
-            dv = dot("bgcn,bgns->bgcs", transposed(dy_BGNC), weights, jnp.float32)
+            dk = dot("bgcn,bgns->bgcs", transpose_last_axes(q_BGNC), dscores, jnp.float32)
+            dv = dot("bgcn,bgns->bgcs", transpose_last_axes(dy_BGNC), weights, jnp.float32)
             return jax.tree.map(jnp.add, total, (dk, dv)), dot("bgns,bgsc->bgnc", dscores, k_BGSC, jnp.float32)
 
         of_half = jax.tree.map(lambda x: x[a], (*half, dy, log_sums, delta))

@@ -17,7 +17,7 @@ CACHE_WAY = 4096
 """Bytes after which addresses map to the same set of the L1 cache, which holds only a few of them."""
 
 
-def striped(w_KF: jax.Array) -> jax.Array:
+def to_stripes(w_KF: jax.Array) -> jax.Array:
     """Lays out a matrix as `[J, G, F]`, padded with zero rows.
 
     If the size of a stripe is a multiple of `CACHE_WAY`, all stripes map to one set of the cache, so a row is added.
@@ -29,8 +29,8 @@ def striped(w_KF: jax.Array) -> jax.Array:
     return jnp.pad(w_KF, ((0, STRIPES * G - K), (0, 0))).reshape(STRIPES, G, F)
 
 
-def padded(x: jax.Array, w_JGF: jax.Array) -> jax.Array:
-    """Pads `x [..., K]` with zeros for the rows that `striped` added."""
+def pad_to_stripes(x: jax.Array, w_JGF: jax.Array) -> jax.Array:
+    """Pads `x [..., K]` with zeros for the rows that `to_stripes` added."""
     J, G, _ = w_JGF.shape
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, J * G - x.shape[-1])])
 
@@ -38,7 +38,7 @@ def padded(x: jax.Array, w_JGF: jax.Array) -> jax.Array:
 def single_row_matmul(x_K: jax.Array, w_JGF: jax.Array) -> jax.Array:
     """Multiplies `x [K]` by a striped matrix in float32; returns `[F]`."""
     J, G, _ = w_JGF.shape
-    x_JG1 = padded(x_K.astype(jnp.float32), w_JGF).reshape(J, G, 1)
+    x_JG1 = pad_to_stripes(x_K.astype(jnp.float32), w_JGF).reshape(J, G, 1)
     # Without the barrier XLA would convert the weights once before the loop over tokens, and read 4 bytes for each.
     x_JG1, w_JGF = jax.lax.optimization_barrier((x_JG1, w_JGF))
     sums_GF = sum(x_JG1[j] * _float32(w_JGF[j]) for j in range(J))

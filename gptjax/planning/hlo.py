@@ -101,7 +101,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Reads what `Compiled.as_text()` gives."""
+    """Parses the result of `Compiled.as_text()`."""
     computations, entry, name = {}, "", ""
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith((" ", "HloModule")):
