@@ -5,7 +5,7 @@ A test names its fault, injects it, and says what it saw:
     @pytest.mark.fault(9, "an array file is cut short", "rejected by name; the newest good checkpoint is used")
     def test_a_file_that_is_cut_short(seen):
         ...
-        seen("00000004 rejected: params/d/1f has 100 bytes, must have 4,096; went on from step 2")
+        seen("00000004 rejected: params/d/1f has 100 bytes, must have 4,096; resumed from step 2")
 
 `pytest tests/faults --fault-table FILE` writes a row for each fault between two marker lines of FILE, in order of
 number, and prints the rows.

@@ -30,7 +30,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, seen):
     step = rows(config)[-1]["step"]
     assert load_run(Path(config.run_dir), "latest", strict=True).step == step < 1000
     assert f"stopped at step {step} (signal 15); saved" in processes.out(0)
-    seen(f"status 143 and 143, saved once; one process went on, {goes_on_alone(tmp_path, config, step)}")
+    seen(f"status 143 and 143, saved once; one process resumed, {goes_on_alone(tmp_path, config, step)}")
 
 
 def goes_on_alone(tmp_path, config, step: int) -> str:
@@ -44,7 +44,7 @@ def goes_on_alone(tmp_path, config, step: int) -> str:
 
 
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
-@pytest.mark.fault(6, "kill -9 of one of two processes", "the other ends in one line; goes on with one process")
+@pytest.mark.fault(6, "kill -9 of one of two processes", "the other ends in one line; resumes with one process")
 def test_a_process_that_is_killed_ends_the_other(tmp_path, killed, seen):
     config = process_config(tmp_path, optim=CONSTANT, train={"num_steps": 3000, "save_every": 5, "eval_every": 0})
     with started(write_config(config), 2) as processes:
@@ -62,7 +62,7 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path, killed, seen):
     assert trainer.train(longer) == 0 and trainer.train(expected) == 0
     assert largest_difference(rows(longer), rows(expected)) < LOSSES
     seen(
-        f"process {killed} killed: status {other} of the other after {seconds:.0f} s, in one line; one process went on"
+        f"process {killed} killed: status {other} of the other after {seconds:.0f} s, in one line; one process resumed"
     )
 
 

@@ -102,7 +102,7 @@ def is_file(config):
     folder(config).write_text("not a folder")
 
 
-FALL_BACK = "rejected by name with the reason, the newest good checkpoint is used; refused where strict"
+FALL_BACK = "rejected with name and reason; the newest good checkpoint is used; an error if strict"
 
 
 def fault(number, what, damage, reason):
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over(config, damage, reason, seen):
     seen(f"{said[0].removeprefix(str(Path(config.run_dir)) + '/')}; {said[1]}")
 
 
-@pytest.mark.fault(10, "training goes on after a flipped bit", "from the older step; the damaged folder is kept aside")
+@pytest.mark.fault(10, "training resumes after a flipped bit", "from the older step; the damaged folder is renamed")
 def test_training_goes_on_from_the_newest_good_checkpoint(config, trained, capsys, seen):
     flip(config)
     damaged = largest(config).read_bytes()
@@ -153,10 +153,12 @@ def test_training_goes_on_from_the_newest_good_checkpoint(config, trained, capsy
     (state, _), (expected, _) = final_state(config), final_state(trained)
     assert_trees_equal(state, expected)
     assert rows(config) == rows(trained)
-    seen(f"went on from step {OLDER}; 00000006.rejected is kept; the final state has the unbroken run's bits")
+    seen(f"resumed from step {OLDER}; 00000006.rejected is kept; the final state equals an uninterrupted run")
 
 
-@pytest.mark.fault(12, "every checkpoint is damaged", "training refuses; nothing is deleted or begun anew")
+@pytest.mark.fault(
+    12, "every checkpoint is damaged", "training stops with an error; nothing is deleted or started from zero"
+)
 def test_a_run_without_a_good_checkpoint_does_not_begin_anew(config, seen):
     for step in (2, 4, 6):
         next(folder(config, step).rglob("params/*/0*")).unlink()
@@ -167,7 +169,9 @@ def test_a_run_without_a_good_checkpoint_does_not_begin_anew(config, seen):
     seen(str(error.value).removeprefix(str(Path(config.run_dir))))
 
 
-@pytest.mark.fault(2, "kill -9 before the first manifest", "the run begins anew; the unfinished folder is kept aside")
+@pytest.mark.fault(
+    2, "kill -9 before the first manifest", "the run starts from the beginning; the unfinished folder is renamed"
+)
 def test_a_run_killed_in_its_first_save_begins_anew(config, trained, capsys, seen):
     no_manifest(config)
     for step in (2, 4):
@@ -175,10 +179,12 @@ def test_a_run_killed_in_its_first_save_begins_anew(config, trained, capsys, see
     assert trainer.train(config) == 0
     assert "set aside as 00000006.rejected" in capsys.readouterr().out
     assert_trees_equal(final_state(config)[0], final_state(trained)[0])
-    seen("began anew; 00000006.rejected is kept")
+    seen("started from the beginning; 00000006.rejected is kept")
 
 
-@pytest.mark.fault(16, "a stray *.orbax-checkpoint-tmp", "readers leave it; the next training removes it and says so")
+@pytest.mark.fault(
+    16, "a stray *.orbax-checkpoint-tmp", "other commands ignore it; the next training removes it with a message"
+)
 def test_what_an_interrupted_save_left_is_removed(config, capsys, seen):
     stray = folder(config).with_name("00000008.orbax-checkpoint-tmp")
     shutil.copytree(folder(config), stray)
@@ -190,7 +196,7 @@ def test_what_an_interrupted_save_left_is_removed(config, capsys, seen):
     seen("00000008.orbax-checkpoint-tmp: removed the remains of an interrupted save")
 
 
-@pytest.mark.fault(17, 'files named "7" and "latest" among the checkpoints', "named, passed over, kept")
+@pytest.mark.fault(17, 'files named "7" and "latest" among the checkpoints', "reported, skipped, kept")
 def test_strange_names_are_passed_over(config, seen):
     for name in ("7", "latest"):
         folder(config).with_name(name).write_text("what?")
@@ -207,7 +213,7 @@ def test_strange_names_are_passed_over(config, seen):
     seen("; ".join(line.split("/")[-1] for line in said[:2]))
 
 
-@pytest.mark.fault(24, "a step is saved that exists already", "an error; the first is not touched")
+@pytest.mark.fault(24, "a step is saved that exists already", "an error; the existing one is not changed")
 def test_a_checkpoint_is_never_written_over(config, seen):
     state, meta = final_state(config)
     before = (folder(config) / MANIFEST).read_bytes()
@@ -220,16 +226,16 @@ def test_a_checkpoint_is_never_written_over(config, seen):
     seen(str(error.value).split("/")[-1])
 
 
-@pytest.mark.fault(24, "newer steps are moved away, an older one is trained on", "it goes on and saves them again")
+@pytest.mark.fault(24, "newer steps are moved away, an older one is trained on", "it resumes and saves them again")
 def test_an_older_step_is_trained_on_again(config, trained, seen):
     folder(config).rename(folder(config).with_name("moved"))
     (folder(config).with_name("moved")).rename(Path(config.run_dir) / "moved")
     assert trainer.train(config) == 0
     assert_trees_equal(final_state(config)[0], final_state(trained)[0])
-    seen("went on from step 4, saved step 6 again with the same bits")
+    seen("resumed from step 4, saved step 6 again with the same bits")
 
 
-@pytest.mark.fault(25, "a checkpoint of a newer format", "refused with both versions; no older one is taken instead")
+@pytest.mark.fault(25, "a checkpoint of a newer format", "rejected with both versions; no older one is used instead")
 def test_a_newer_format_is_named(config, seen):
     content = json.loads((folder(config) / MANIFEST).read_text()) | {"version": 2, "gptjax": "9.1.0"}
     (folder(config) / MANIFEST).write_text(json.dumps(content))
@@ -240,7 +246,7 @@ def test_a_newer_format_is_named(config, seen):
     seen(str(e.value).split("/")[-1])
 
 
-@pytest.mark.fault(26, "a checkpoint of format 1, kept since it was written", "loads, and training goes on from it")
+@pytest.mark.fault(26, "a checkpoint of format 1, kept since it was written", "loads, and training resumes from it")
 def test_the_golden_checkpoint_still_loads(tmp_path, seen):
     shutil.copytree(GOLDEN, tmp_path / "golden")
     loaded = load_run(tmp_path / "golden", "latest", strict=True)

@@ -170,7 +170,7 @@ def test_source_that_changed_between_runs(tmp_path, capsys, seen):
         folder = Path(accepted(capsys, "prepare", config).splitlines()[-1])
         hashes.append(open_folder(folder).dataset.hash)
     assert len(set(hashes)) == 4
-    seen("renamed, added, removed: each gives another hash, which a run that goes on refuses")
+    seen("renamed, added, removed: each gives another hash, which a resumed run rejects")
 
 
 SCRIPT = """

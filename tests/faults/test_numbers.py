@@ -53,7 +53,7 @@ def without_counters(state):
     return state.params, state.opt_state, state.ema
 
 
-@pytest.mark.fault(29, "one batch has a NaN gradient", "parameters, moments, schedule as if it had not come; counted")
+@pytest.mark.fault(29, "one batch has a NaN gradient", "parameters, moments and schedule unchanged; counted")
 def test_a_batch_whose_gradient_is_nan_changes_nothing(seen):
     step, good = train_step(EVERYTHING), batch_without_rare_token()
     bad = good._replace(inputs=np.full_like(good.inputs, RARE))
@@ -67,7 +67,7 @@ def test_a_batch_whose_gradient_is_nan_changes_nothing(seen):
     assert (int(state.step), int(state.skipped), int(last["skipped"])) == (3, 1, 1)
     assert_trees_equal(without_counters(state), without_counters(expected))
     assert metrics["learning_rate"] == first["learning_rate"] and last["verdict"] == ACCEPTED
-    seen("gradient norm nan: parameters, moments, average and schedule have the bits of a run without it; counted")
+    seen("gradient norm nan: parameters, moments, average and schedule equal a run without it; counted")
 
 
 @pytest.mark.fault(30, "infinite gradients (clipping would make them NaN)", "no update; counted")
@@ -161,7 +161,7 @@ def test_spikes_are_told_by_deviations_above_the_running_mean():
     assert (same.loss_mean, same.accepted, same.in_a_row) == (watch.loss_mean, READY, 1), "a spike is not learned from"
 
 
-@pytest.mark.fault(33, "a NaN in a checkpoint's parameters or moments", "refuses to start, naming the leaf")
+@pytest.mark.fault(33, "a NaN in a checkpoint's parameters or moments", "an error that names the leaf")
 @pytest.mark.parametrize("where", ["params", "opt_state"])
 def test_a_restored_nan_is_refused(tmp_path, where, seen):
     config = run_config(tmp_path, train={"eval_every": 0})
@@ -194,7 +194,7 @@ def test_float16_survives_overflow(seen):
     seen(f"scale 2**40 halved {counts[-1]} times to 2**{int(np.log2(float(state.loss_scale.scale)))}, then trained")
 
 
-@pytest.mark.fault(35, "a batch whose targets are all masked", "loss 0 with weight 0; no NaN, nothing learned from it")
+@pytest.mark.fault(35, "a batch whose targets are all masked", "loss 0 with weight 0; no NaN, no update from it")
 def test_a_batch_without_targets(seen):
     batch = make_batch()._replace(targets=np.full((1, 8, MODEL.block_size), -1, np.int32))
     state, metrics = train_step(CONFIG)(init_state(CONFIG), batch)

@@ -132,7 +132,7 @@ def sample(capsys, run_dir, *args) -> str:
     return accepted(capsys, "sample", "--run_dir", run_dir, "--ignore_end_of_text", "true", *args)
 
 
-@pytest.mark.fault(47, "extremes: temperature 0, 0.001 and 1e9, top_k 1", "work: the likeliest token, or any")
+@pytest.mark.fault(47, "extremes: temperature 0, 0.001 and 1e9, top_k 1", "work: the most likely token, or any")
 def test_sampling_extremes(run_dir, capsys, seen):
     args = ("--prompt", "abc", "--max_new_tokens", "12")
     greedy = sample(capsys, run_dir, *args, "--temperature", "0")

@@ -315,7 +315,9 @@ def test_a_kill_between_the_commit_and_the_manifest(tmp_path, seen):
     assert "has no manifest.json, so it was never finished" in said[0]
     assert trainer.train(config) == 0
     assert {"00000004", "00000006", "00000006.rejected"} <= set(checkpoints(config))
-    seen("killed with status -9: 00000006 rejected, 00000004 used; going on, it is set aside and step 6 saved again")
+    seen(
+        "killed with status -9: 00000006 rejected, 00000004 used; after the resume it is renamed and step 6 saved again"
+    )
 
 
 def test_an_interrupted_verb_says_so_in_one_line(tmp_path, monkeypatch, capsys):
@@ -327,7 +329,7 @@ def test_an_interrupted_verb_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     assert one_line(capsys.readouterr().err) == "interrupted"
 
 
-@pytest.mark.fault(4, "standard output is closed (| head -1)", "training goes on to its end")
+@pytest.mark.fault(4, "standard output is closed (| head -1)", "training continues to its end")
 def test_a_closed_standard_output_stops_no_training(tmp_path, seen):
     config = process_config(tmp_path, train={"num_steps": 40, "eval_every": 10, "save_every": 0})
     process = start("train", write_config(config))
@@ -342,7 +344,9 @@ def test_a_closed_standard_output_stops_no_training(tmp_path, seen):
     seen("40 of 40 steps, saved; status 0")
 
 
-@pytest.mark.fault(7, "too little room for a save", "said with path and free bytes; older checkpoints stay; status 2")
+@pytest.mark.fault(
+    7, "too little room for a save", "reported with path and free bytes; older checkpoints stay; status 2"
+)
 def test_a_full_disk_leaves_older_checkpoints(tmp_path, seen):
     with small_disk(tmp_path / "small", "3m") as disk:
         config = process_config(tmp_path, run_dir=str(disk / "run"), train={"eval_every": 0, "num_steps": 40})
@@ -360,7 +364,7 @@ def test_a_full_disk_leaves_older_checkpoints(tmp_path, seen):
         subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)
         again = run("train", path)
         assert again.returncode == 0 and f"resuming from step {int(kept[-1])}" in again.stdout
-    seen(f"{error.partition('checkpoints/')[2]}; it trained on to its end before it failed; with room again it went on")
+    seen(f"{error.partition('checkpoints/')[2]}; it trained to its end, then failed; with free space it resumed")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's and TensorStore's
@@ -387,7 +391,7 @@ def test_a_disk_that_fills_up_during_a_save(tmp_path, monkeypatch, unbroken, see
     seen(f"{len(names)} saves verify, {len(said)} failed ({said[0].partition('saved: ')[2]}); with room the next works")
 
 
-@pytest.mark.fault(8, "the disk is full for metrics.jsonl only", "said once, training goes on; no half rows")
+@pytest.mark.fault(8, "the disk is full for metrics.jsonl only", "reported once; training continues; no partial rows")
 def test_metrics_that_cannot_be_written_stop_no_run(tmp_path, seen):
     config = process_config(tmp_path, train={"num_steps": 30, "eval_every": 0, "save_every": 10})
     with small_disk(tmp_path / "small", "4k") as disk:
@@ -416,7 +420,7 @@ def touched(config) -> Path:
     return path
 
 
-@pytest.mark.fault(18, "a second train in the same run directory", "it exits at once, naming the first")
+@pytest.mark.fault(18, "a second train in the same run directory", "it exits at once and names the first")
 def test_a_second_writer_is_refused(tmp_path, seen):
     config = process_config(tmp_path, train=LONG)
     path = write_config(config)
@@ -471,7 +475,7 @@ def test_a_run_directory_that_cannot_be_written_to(tmp_path, how, seen):
         ({"data": {"validation_fraction": 0.3}}, "data.validation_fraction 0.1 -> 0.3"),
     ],
 )
-@pytest.mark.fault(20, "resumed with another shape, batch or data list", "refused field by field")
+@pytest.mark.fault(20, "resumed with another shape, batch or data list", "rejected field by field")
 def test_another_config_is_refused(unbroken, change, message, seen):
     config, *_ = unbroken
     with pytest.raises(UserError, match="holds a run of another config: .*" + message) as error:
@@ -479,7 +483,7 @@ def test_another_config_is_refused(unbroken, change, message, seen):
     seen(str(error.value).partition("another config: ")[2].partition("; give")[0])
 
 
-@pytest.mark.fault(20, "resumed with another learning rate", "allowed and said")
+@pytest.mark.fault(20, "resumed with another learning rate", "allowed, with a message")
 def test_another_learning_rate_is_allowed(tmp_path, unbroken, capsys, seen):
     config, *_ = unbroken
     shutil.copytree(config.run_dir, tmp_path / "run")
@@ -491,7 +495,9 @@ def test_another_learning_rate_is_allowed(tmp_path, unbroken, capsys, seen):
     seen(line)
 
 
-@pytest.mark.fault(20, "resumed with another batch_size and other text", "only with train.allow_data_change; said")
+@pytest.mark.fault(
+    20, "resumed with another batch_size and other text", "only with train.allow_data_change, with a message"
+)
 def test_other_data_is_allowed_when_asked_for(tmp_path, capsys, seen):
     config = run_config(tmp_path, train={"num_steps": 1, "eval_every": 0})
     trainer.train(config)
@@ -502,10 +508,10 @@ def test_other_data_is_allowed_when_asked_for(tmp_path, capsys, seen):
     assert trainer.train(replace(config, train=changed)) == 0
     printed = capsys.readouterr().out
     assert "resuming with train.batch_size 8 -> 4" in printed and "resuming with other data than before" in printed
-    seen("refused without; with it: resuming with other data than before")
+    seen("rejected without; with it: resuming with other data than before")
 
 
-@pytest.mark.fault(21, "resumed under another tokenizer", "refused by name, not by a shape")
+@pytest.mark.fault(21, "resumed under another tokenizer", "rejected by name, not by a shape")
 @pytest.mark.parametrize("kind", ["another kind", "other characters"])
 def test_another_tokenizer_is_refused(tmp_path, kind, seen):
     chars = {"tokenizer": {"kind": "chars"}}

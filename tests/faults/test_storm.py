@@ -76,12 +76,12 @@ def storm(tmp_path, server, kills: int, steps: int) -> str:
     assert first_difference(Path(unbroken.run_dir), Path(config.run_dir)) == ""
     aside = len([path for path in Path(config.run_dir, "checkpoints").iterdir() if "rejected" in path.name])
     return (
-        f"{kills} kills at {len(set(moments))} different steps of {steps}; each start went on from at least what was"
-        f" acknowledged; the final state and metrics have the unbroken run's bits; {aside} unfinished saves set aside"
+        f"{kills} kills at {len(set(moments))} different steps of {steps}; each start resumed from at least the"
+        f" acknowledged step; the final state and metrics equal an uninterrupted run; {aside} unfinished saves set aside"
     )
 
 
-EXPECTED = "goes on from at least the last acknowledged checkpoint; the final state has the unbroken run's bits"
+EXPECTED = "resumes from at least the last acknowledged checkpoint; the final state equals an uninterrupted run"
 
 
 @pytest.mark.slow
