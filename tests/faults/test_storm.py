@@ -77,7 +77,8 @@ def storm(tmp_path, server, kills: int, steps: int) -> str:
     aside = len([path for path in Path(config.run_dir, "checkpoints").iterdir() if "rejected" in path.name])
     return (
         f"{kills} kills at {len(set(moments))} different steps of {steps}; each start resumed from at least the"
-        f" acknowledged step; the final state and metrics equal an uninterrupted run; {aside} unfinished saves set aside"
+        " acknowledged step; the final state and metrics equal an uninterrupted run;"
+        f" {aside} unfinished saves set aside"
     )
 
 
