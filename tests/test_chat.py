@@ -22,7 +22,7 @@ from gptjax.config.task import TaskConfig
 from gptjax.config.verbs import ChatConfig, SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
-from gptjax.serving.chat_format import AnswerFilter, ChatFormat, chat_format, compile_template, encode_special
+from gptjax.serving.chat_format import AnswerFilter, ChatFormat, chat_format, compile_template
 from gptjax.serving.conversation import Conversation
 from gptjax.text.chats import ASSISTANT, USER, Message
 from gptjax.text.tokenizer import ByteTokenizer, bpe_tokenizer_from_ranks
@@ -157,7 +157,7 @@ def test_a_jinja_template_gives_the_ids_of_transformers():
     [expected], _ = render_jinja_template(conversations=[values], chat_template=CHATML, add_generation_prompt=True)
     assert rendered == expected, transformers.__version__
     tokenizer = special_tokenizer()
-    ids = encode_special(tokenizer, rendered, tokenizer.special)
+    ids = tokenizer.encode_with_special(rendered)
     assert ids[:7].tolist() == [256, *b"system"]
     assert (ids == 257).sum() == 2
     assert tokenizer.decode(ids) == rendered
@@ -178,6 +178,11 @@ def test_a_template_of_the_run_is_used_and_special_tokens_in_messages_are_refuse
         ("{% for %}", "is no valid Jinja template"),
         ("{{ raise_exception('roles must alternate') }}", "refuses the messages: roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", "refuses the messages"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "ranges have more than"),
+        ("{{ 'x' * 1000000000 }}", r"\* of texts, lists or large numbers is not allowed"),
+        ("{{ 9 ** 999999999 }}", r"\*\* of texts, lists or large numbers"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the messages: maximum recursion"),
+        ("x" * 2**18 + "x", "has 262,145 characters, must have at most 262,144"),
     ],
 )
 def test_a_template_that_is_wrong_or_unsafe_is_refused(template, message):

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import tokenizers
 
+from gptjax.checkpoints.run_dir import LoadedRun
+from gptjax.config.run import Config
+from gptjax.errors import UserError
 from gptjax.exchange.gguf_file import GgufFile
 from gptjax.exchange.gguf_tokenizer import gguf_tokenizer_files
 from gptjax.exchange.hf_tokenizer import export_tokenizer, import_tokenizer
 from gptjax.exchange.mixed_texts import mixed_texts
 from gptjax.exchange.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from gptjax.serving.chat_format import chat_format
+from gptjax.text.chats import USER, Message
 from gptjax.text.tokenizer import END_OF_TEXT, bpe_tokenizer_from_ranks, tokenizer_from_json, tokenizer_to_json
 from gptjax.text.train_bpe import PATTERN, train_ranks
 
@@ -152,3 +157,33 @@ def test_special_tokens_of_a_text_are_tokens_where_asked():
         if text != "<|user|>x":  # tiktoken does not say which of two it takes
             assert found == theirs.encode(text, allowed_special="all")
     assert tokenizer.encode_with_special("<|user|>x").tolist() == [special["<|user|>x"]]
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] {{ message['content'] | trim }}"
+    "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_chat_has_the_ids_that_transformers_gives_it(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra gptjax[parity]")
+    pytest.importorskip("jinja2", reason="needs the extra gptjax[chat]")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content("metaspace")))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    files = read_tokenizer_files(tmp_path)
+    tokenizer = import_tokenizer(files, len(trained()[0]), lambda message: None)
+    run = LoadedRun(Config(), {}, tokenizer, 0, chat_template=files.chat_template)
+    messages = [Message("system", " Be a cat. "), Message(USER, "Where did you  sit?\n")]
+    format = chat_format(run)
+    assert format is not None
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    values = [message._asdict() for message in messages]
+    expected = theirs.apply_chat_template(values, add_generation_prompt=True)["input_ids"]
+    assert format.encode(messages).tolist() == expected
+    assert expected[0] == 1 and expected.count(2) == 2
+    with pytest.raises(UserError, match="a message holds </s>"):
+        format.encode([Message(USER, "x</s>")])
+    (tmp_path / "chat_template.jinja").write_text(files.chat_template)  # as an export has it
+    assert read_tokenizer_files(tmp_path).chat_template == files.chat_template

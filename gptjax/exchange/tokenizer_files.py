@@ -32,12 +32,20 @@ class TokenizerFiles:
 
     @property
     def chat_template(self) -> str:
-        """Source of the Jinja template of chats; empty: none. Of several, the one that is named "default"."""
+        """Source of the Jinja template of chats; empty: none. Of several, the one that is named "default".
+
+        A run knows one end token, so the template itself sets the tokens that it uses, where files name them.
+        """
         found = self.settings.get("chat_template")
         if isinstance(found, list):
             named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
             found = named[0].get("template") if named else None
-        return found if isinstance(found, str) else ""
+        source = found if isinstance(found, str) else ""
+        for name in ("eos_token", "bos_token"):
+            value, line = token_text(self.settings.get(name) or ""), f"{{% set {name} = "
+            if value and name in source and line not in source:
+                source = f"{line}{json.dumps(value, ensure_ascii=False)} %}}\n{source}"
+        return source
 
 
 def read_tokenizer_files(hf_dir: Path) -> TokenizerFiles:

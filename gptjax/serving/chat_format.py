@@ -9,9 +9,14 @@ from gptjax.checkpoints.run_dir import LoadedRun
 from gptjax.errors import UserError
 from gptjax.tasks.instruct import chat_template
 from gptjax.text.chats import ASSISTANT, USER, Message, render_prompt
-from gptjax.text.tokenizer import BytePairTokenizer, Tokenizer
+from gptjax.text.tokenizer import Tokenizer
 
 SYSTEM = "system"
+LARGEST_TEMPLATE = 2**18
+LARGEST_TEXT = 2**24
+MOST_ROUNDS = 100_000
+LARGEST_FACTOR = 2**31
+"""Bounds of a Jinja template, far above what the templates of published models need."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +84,14 @@ def _template_format(template: str, tokenizer: Tokenizer) -> ChatFormat:
 
 
 def _jinja_format(source: str, tokenizer: Tokenizer) -> ChatFormat:
-    render = compile_template(source)
-    special = tokenizer.special if isinstance(tokenizer, BytePairTokenizer) else {}
+    render, special = compile_template(source), tokenizer.special_tokens
 
     def encode(messages: Sequence[Message]) -> np.ndarray:
         for message in messages:
             for name in special:
                 if name in message.content:
                     raise UserError(f"a message holds {name}, which the chat template keeps for itself; leave it out")
-        return encode_special(tokenizer, render(messages, tokenizer.end_token), special)
+        return tokenizer.encode_with_special(render(messages, tokenizer.end_token))
 
     ends = tuple(name for name in special if name != tokenizer.end_token)
     return ChatFormat(encode, ends, "")
@@ -96,16 +100,34 @@ def _jinja_format(source: str, tokenizer: Tokenizer) -> ChatFormat:
 def compile_template(source: str) -> Callable[[Sequence[Message], str], str]:
     """Returns a function of messages and end token that a Jinja template makes text of, in Jinja's sandbox.
 
+    The sandbox also bounds what a template can cost: its own size, the sum of its ranges, what it multiplies, and the
+    size of the text.
+
     Raises:
-        UserError: jinja2 is missing, or the template is no valid one. The function raises it where the template refuses
-            messages.
+        UserError: jinja2 is missing, or the template is no valid one or too large. The function raises it where the
+            template refuses messages, or costs too much.
     """
     try:
         import jinja2
         import jinja2.sandbox
+        from jinja2.exceptions import SecurityError
     except ImportError:
         raise UserError("the run's chat template needs jinja2; install it with pip install 'gptjax[chat]'") from None
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    if len(source) > LARGEST_TEMPLATE:
+        raise UserError(
+            f"the run's chat template has {len(source):,} characters, must have at most {LARGEST_TEMPLATE:,}"
+        )
+
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context, operator, left, right):
+            numbers = [isinstance(x, int | float) and abs(x) <= LARGEST_FACTOR for x in (left, right)]
+            if operator == "**" or not all(numbers):
+                raise SecurityError(f"{operator} of texts, lists or large numbers is not allowed")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True)
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -113,30 +135,30 @@ def compile_template(source: str) -> Callable[[Sequence[Message], str], str]:
     environment.globals["raise_exception"] = refuse
     try:
         template = environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise UserError(f"the run's chat template is no valid Jinja template: {error}") from None
 
     def render(messages: Sequence[Message], end_token: str) -> str:
         values = [{"role": message.role, "content": message.content} for message in messages]
+        left = MOST_ROUNDS
+
+        def bounded_range(*args: int) -> range:
+            nonlocal left
+            left -= len(range(*args))
+            if left < 0:
+                raise SecurityError(f"its ranges have more than {MOST_ROUNDS:,} numbers in all")
+            return range(*args)
+
+        given = {"bos_token": end_token, "eos_token": end_token, "range": bounded_range}
+        pieces, size = [], 0
         try:
-            return template.render(
-                messages=values, add_generation_prompt=True, bos_token=end_token, eos_token=end_token
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError, MemoryError) as error:
+            for piece in template.generate(messages=values, add_generation_prompt=True, **given):
+                pieces.append(piece)
+                size += len(piece)
+                if size > LARGEST_TEXT:
+                    raise SecurityError(f"its text has more than {LARGEST_TEXT:,} characters")
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError, MemoryError, RecursionError) as error:
             raise UserError(f"the run's chat template refuses the messages: {error}") from None
+        return "".join(pieces)
 
     return render
-
-
-def encode_special(tokenizer: Tokenizer, text: str, special: dict[str, int]) -> np.ndarray:
-    """Encodes a text in which the names of special tokens stand for these; of two that begin together, the longer."""
-    ids, rest = [np.zeros(0, np.int32)], text
-    while rest:
-        found = [(rest.find(name), -len(name), name) for name in special if name in rest]
-        if not found:
-            ids.append(tokenizer.encode(rest))
-            break
-        at, _, name = min(found)
-        ids += [tokenizer.encode(rest[:at]), np.array([special[name]], np.int32)]
-        rest = rest[at + len(name) :]
-    return np.concatenate(ids)
