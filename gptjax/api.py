@@ -20,7 +20,6 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.reader import from_dict, load_config
 from gptjax.config.run import Config
 from gptjax.config.start import Start
-from gptjax.config.task import LABELLED
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.embeddings import EmbeddingOptions, Pooling, embed_ids
@@ -30,7 +29,7 @@ from gptjax.machine import compile_cache
 from gptjax.model import gpt
 from gptjax.model.gpt import Compute
 from gptjax.report.progress import notify
-from gptjax.tasks.registry import parse
+from gptjax.tasks.registry import TASKS, parse
 from gptjax.text.formats import Row
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.verbs.evaluate import one_task, predict_labels
@@ -192,27 +191,26 @@ class Model:
             self.config.model, self.params, self.tokenizer, prompts, config, at_start=at_start, notify=notify
         )
 
-    def predict(self, texts: Texts, part: str = "") -> list[dict[str, Any]]:
-        """What a run that learned labels says of texts: `{"predicted": …, "probabilities": {label: p}}` each.
+    def predict(self, texts: Texts | Sequence[dict[str, Any]], part: str = "") -> list[dict[str, Any]]:
+        """What a run with a head says of texts: `{"predicted": …, "probabilities": {label: p}}` each.
+
+        Args:
+            texts: Texts, or rows with the fields of the run's training data: of pairs and candidates.
+            part: Name of the task, of a run that learned several.
 
         Raises:
-            UserError: The run learned no labels of texts.
+            UserError: The run predicts nothing, or a row is wrong.
         """
         run, name = one_task(self.run, part, "this run")
-        if run.config.task.kind not in LABELLED or run.config.task.kind == "tag":
-            raise UserError(f"this run has task.kind={run.config.task.kind}; predict needs classify")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        field = run.config.data.text_field
-        rows = (Row({field: text}, f"text {number}") for number, text in enumerate(texts, 1))
-        examples = list(parse(rows, run.config.task, run.config.data, labelled=False))
-        found, _ = predict_labels(run, name, examples, min(16, len(texts)))
-        results = []
-        for probabilities, chosen in zip(found.probabilities_EN, found.chosen, strict=True):
-            by_label = dict(zip(found.labels, map(float, probabilities), strict=True))
-            several = found.targets.ndim == 2
-            names = [label for label, has in zip(found.labels, chosen, strict=True) if has] if several else None
-            results.append({"predicted": found.labels[chosen] if names is None else names, "probabilities": by_label})
-        return results
+        kind = TASKS[run.config.task.kind]
+        if kind.predict is None or kind.outputs is None:
+            raise UserError(f"this run has task.kind={run.config.task.kind}; predict needs a task with a head")
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        values = [{run.config.data.text_field: row} if isinstance(row, str) else row for row in rows]
+        numbered = (Row(value, f"text {number}") for number, value in enumerate(values, 1))
+        examples = list(parse(numbered, run.config.task, run.config.data, labelled=False))
+        found, _ = predict_labels(run, name, examples, min(16, len(rows)))
+        return list(kind.outputs(found))
 
     def _rows(self, texts: Texts | Ids) -> tuple[bool, list[np.ndarray]]:
         """Whether a single text was given, and the ids of each."""

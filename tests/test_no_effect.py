@@ -40,12 +40,18 @@ REQUIRED = {
     "PlanConfig": {"devices": 1, "chip": "h100"},
     "PartConfig": {"name": "a", "task": TaskConfig(kind="tag")},
 }
-TEXTS = {"template": "{role}: {content}", "targets": ("mlp/w_in",), "name": "r50k_base", "coordinator": "node:1"}
+TEXTS = dict.fromkeys(("rows", "loss", "metric"), "m:f") | {
+    "template": "{role}: {content}",
+    "targets": ("mlp/w_in",),
+    "name": "r50k_base",
+    "coordinator": "node:1",
+}
 TWO_PARTS = tuple(PartConfig(name=name, task=TaskConfig(kind="tag")) for name in "ab")
 # Configs that one change of one field does not reach.
 MORE = [
     (Config, {"task": TaskConfig(kind="multi"), "parts": TWO_PARTS}),
     (Config, {"task": TaskConfig(kind="classify", multi_label=True)}),
+    (Config, {"task": TaskConfig(kind="dpo"), "init_from": "b"}),
     (ClusterConfig, {"coordinator": "node:1", "num_processes": 2, "process_id": 0}),
     (SampleConfig, {"temperature": 0.0}),
     (SampleConfig, {"temperature": 0.0, "num_beams": 2}),
@@ -84,7 +90,7 @@ def values_of(cls: type, field: str) -> list[Any]:
     if field in TEXTS:
         return [TEXTS[field]]
     if typing.get_origin(kind) is tuple:
-        return [("x",)] if typing.get_args(kind)[0] is str else []
+        return {str: [("x",)], float: [(0.5,)]}.get(typing.get_args(kind)[0], [])
     if default is dataclasses.MISSING:
         return []
     if kind is bool:

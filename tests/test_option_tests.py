@@ -117,6 +117,16 @@ ELSEWHERE = {
     "test_labelled::test_a_words_label_stands_at_its_last_token_plus_the_lookahead": (
         *("task.lookahead", "task.max_tokens"),
     ),
+    "test_heads::test_a_pair_is_read_as_start_first_delimiter_second_extract": ("task.second_field", "task.delimiters"),
+    "test_heads::test_both_orders_add_their_representations": ("task.both_orders",),
+    "test_heads::test_a_wrong_row_is_named": ("task.candidates_field",),
+    "test_heads::test_the_auxiliary_loss_is_the_mean_over_tokens_times_its_weight": ("task.lm_weight",),
+    "test_heads::test_numbers_are_standardized_by_the_training_rows": ("task.means", "task.deviations"),
+    "test_preferences::test_dpo_is_equation_7_of_the_paper": ("task.beta",),
+    "test_preferences::test_a_wrong_row_is_named": ("task.chosen_field", "task.rejected_field"),
+    "test_functions::test_functions_of_the_user_read_rows_weigh_errors_and_score": (
+        *("task.rows", "task.loss", "task.metric"),
+    ),
     "test_finetune::test_several_tasks_share_a_model": ("task.kind", "task.validation_path"),
     "test_finetune::test_what_is_frozen_keeps_its_bits_and_what_learns_changes": (
         *("finetune.train", "finetune.top_k", "finetune.paths"),

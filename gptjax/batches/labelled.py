@@ -6,7 +6,7 @@ Shape suffixes: B texts in a batch, T position, N labels.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,9 +29,57 @@ class TextBatch(NamedTuple):
     lengths: Any
     """int32 `[B]`: tokens of each text."""
     targets: Any
-    """int32 `[B]`, a label's number or -1; with several labels a text `[B, N]` of 0 and 1."""
+    """int32 `[B]`, a label's number or -1; with several labels a text `[B, N]` of 0 and 1; of numbers float32 `[B, N]`,
+    NaN where unknown.
+    """
     weights: Any
     """float32 `[B]`: weight of the text in the loss; 0 for padding rows."""
+
+
+class CandidateBatch(NamedTuple):
+    """Several token sequences for each row, padded at the end."""
+
+    inputs: Any
+    """int32 `[B, K, T]`."""
+    lengths: Any
+    """int32 `[B, K]`: tokens of each sequence; 0: the row has no such candidate."""
+    targets: Any
+    """As of `TextBatch`, or the number of the right candidate."""
+    weights: Any
+    """float32 `[B]`: weight of the row in the loss; 0 for padding rows."""
+
+
+class Encoded(Protocol):
+    """Encoded rows: `TextSet` or `CandidateSet`."""
+
+    @property
+    def tokens(self) -> Sequence[Any]:
+        """Of each row a sequence of ids, or several."""
+        ...
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Of each row, as in the batch."""
+        ...
+
+    @property
+    def cut(self) -> np.ndarray:
+        """bool: rows that lost a part of their text."""
+        ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row's longest sequence."""
+        ...
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all rows."""
+        ...
+
+    def batch(self, numbers: np.ndarray, tokens: Sequence[Any], weights: np.ndarray) -> Any:
+        """Puts `tokens` of the rows `numbers` into one batch; number -1 gives a row without text."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +93,72 @@ class TextSet:
     """bool: texts that were longer than `max_tokens` and lost their end."""
     max_tokens: int
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text."""
+        return np.array([len(ids) for ids in self.tokens], np.int64)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all texts."""
+        return int(self.lengths.sum())
+
     def batch(self, numbers: np.ndarray, tokens: Sequence[np.ndarray], weights: np.ndarray) -> TextBatch:
         """Puts `tokens` of the texts `numbers` into one batch; number -1 gives a row without a text."""
-        lengths = np.array([len(ids) for ids in tokens], np.int32)
-        T = next(width for width in widths(self.max_tokens) if width >= lengths.max(initial=1))
-        inputs = np.zeros((len(tokens), T), np.int32)
-        for row, ids in zip(inputs, tokens, strict=True):
-            row[: len(ids)] = ids
-        here = numbers >= 0
-        shape = (-1,) + (1,) * (self.targets.ndim - 1)
-        targets = np.where(
-            here.reshape(shape), self.targets[np.maximum(numbers, 0)], -1 if self.targets.ndim == 1 else 0
+        inputs, lengths = _padded(tokens, self.max_tokens)
+        return TextBatch(inputs, lengths, *_taken(self.targets, numbers, weights))
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidateSet:
+    """Rows of several encoded sequences each, and their targets."""
+
+    tokens: Sequence[Sequence[np.ndarray]]
+    targets: np.ndarray
+    """As in `CandidateBatch`, for all rows."""
+    cut: np.ndarray
+    """bool: rows with a sequence that lost a part of its text."""
+    max_tokens: int
+    candidates: int
+    """Most sequences of a row."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of the longest sequence of each row."""
+        return np.array([max(len(ids) for ids in row) for row in self.tokens], np.int64)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(len(ids) for row in self.tokens for ids in row)
+
+    def batch(self, numbers: np.ndarray, tokens: Sequence[Sequence[np.ndarray]], weights: np.ndarray) -> CandidateBatch:
+        """Puts `tokens` of the rows `numbers` into one batch; number -1 gives a row without sequences."""
+        nothing = np.empty(0, np.int32)
+        flat = [ids for row in tokens for ids in (*row, *[nothing] * (self.candidates - len(row)))]
+        inputs, lengths = _padded(flat, self.max_tokens)
+        shape = len(tokens), self.candidates
+        return CandidateBatch(
+            inputs.reshape(*shape, -1), lengths.reshape(shape), *_taken(self.targets, numbers, weights)
         )
-        return TextBatch(inputs, lengths, targets.astype(np.int32), np.where(here, weights, 0).astype(np.float32))
+
+
+def _padded(tokens: Sequence[np.ndarray], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences as an array of one of the `widths`, and their lengths."""
+    lengths = np.array([len(ids) for ids in tokens], np.int32)
+    T = next(width for width in widths(max_tokens) if width >= lengths.max(initial=1))
+    inputs = np.zeros((len(tokens), T), np.int32)
+    for row, ids in zip(inputs, tokens, strict=True):
+        row[: len(ids)] = ids
+    return inputs, lengths
+
+
+def _taken(targets: np.ndarray, numbers: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Targets and weights of the rows `numbers`; of number -1 a target that is none, and weight 0."""
+    here = numbers >= 0
+    nothing = -1 if targets.ndim == 1 else 0
+    taken = np.where(here.reshape((-1,) + (1,) * (targets.ndim - 1)), targets[np.maximum(numbers, 0)], nothing)
+    return taken.astype(targets.dtype), np.where(here, weights, 0).astype(np.float32)
 
 
 def widths(max_tokens: int) -> list[int]:
@@ -80,48 +181,105 @@ def encode_texts(
     Raises:
         UserError: There is no room for a token of a text.
     """
+    tokens, cut = encode_rows([(example.text,) for example in examples], tokenizer, end_marks(tokenizer), max_tokens)
+    return TextSet(tokens, label_targets(examples, labels, multi_label), cut, max_tokens)
+
+
+def label_targets(examples: Sequence[Text], labels: Sequence[str], multi_label: bool) -> np.ndarray:
+    """The targets of `TextSet` of labels; of texts without a label -1, or zeros."""
     number = {label: n for n, label in enumerate(labels)}
-    ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    room = max_tokens - 2 * len(ends)
-    if room < 1:
-        raise UserError(
-            f"task.max_tokens={max_tokens} must be at least {2 * len(ends) + 1}: a text's tokens stand between two"
-            " end-of-text tokens"
-        )
-    encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch([example.text for example in examples])]
-    tokens = [np.concatenate([ends, ids[:room], ends]).astype(np.int32) for ids in encoded]
     if multi_label:
         targets = np.zeros((len(examples), len(labels)), np.int32)
         for row, example in zip(targets, examples, strict=True):
             row[[number[label] for label in example.labels]] = 1
-    else:
-        targets = np.array([number[e.labels[0]] if e.labels else -1 for e in examples], np.int32)
-    return TextSet(tokens, targets, np.array([len(ids) > room for ids in encoded], bool), max_tokens)
+        return targets
+    return np.array([number[e.labels[0]] if e.labels else -1 for e in examples], np.int32)
+
+
+class Marks(NamedTuple):
+    """Token ids that stand before, between and behind the texts of a row; each is one id or none."""
+
+    start: tuple[int, ...]
+    delimiter: tuple[int, ...]
+    extract: tuple[int, ...]
+
+
+def end_marks(tokenizer: Tokenizer) -> Marks:
+    """End-of-text in all three places, as documents of pretraining have it; nothing, where the tokenizer has none."""
+    end = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
+    return Marks(end, end, end)
+
+
+def encode_rows(
+    rows: Sequence[tuple[str, ...]], tokenizer: Tokenizer, marks: Marks, max_tokens: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Encodes rows of one or two texts with marks around them.
+
+    A row that is too long loses the end of its longer text, or of both, down to half of the room.
+
+    Returns:
+        Token ids of each row, int32, and whether it lost a part.
+
+    Raises:
+        UserError: There is no room for a token of each text, or nothing would part two texts.
+    """
+    parts = max(map(len, rows), default=1)
+    around = len(marks.start) + len(marks.extract) + (parts - 1) * len(marks.delimiter)
+    if max_tokens - around < parts:
+        what = "a text's tokens stand between two end-of-text tokens" if parts == 1 else "so many hold a pair"
+        raise UserError(f"task.max_tokens={max_tokens} must be at least {around + parts}: {what}")
+    if parts > 1 and not marks.delimiter:
+        raise UserError(
+            "task.delimiters=end_of_text: the tokenizer has no end-of-text token to stand between two texts; set"
+            " task.delimiters=learned"
+        )
+    encoded = iter(tokenizer.encode_batch([text for row in rows for text in row]))
+    tokens, cut = [], np.zeros(len(rows), bool)
+    for number, row in enumerate(rows):
+        texts = [np.asarray(next(encoded), np.int32) for _ in row]
+        kept = _fitted([len(ids) for ids in texts], max_tokens - around)
+        cut[number] = any(len(ids) > size for ids, size in zip(texts, kept, strict=True))
+        pieces: list[Any] = [marks.start]
+        for place, (ids, size) in enumerate(zip(texts, kept, strict=True)):
+            pieces += [marks.delimiter, ids[:size]] if place else [ids[:size]]
+        tokens.append(np.concatenate([*pieces, marks.extract]).astype(np.int32))
+    return tokens, cut
+
+
+def _fitted(sizes: Sequence[int], room: int) -> list[int]:
+    """How many tokens of one or two texts are kept."""
+    if len(sizes) == 1:
+        return [min(sizes[0], room)]
+    first, second = sizes
+    if first + second <= room:
+        return [first, second]
+    second = min(second, max(room // 2, room - first))
+    return [min(first, room - second), second]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextBatches:
-    """Endless batches of training texts; each epoch takes every text once, in a new order.
+    """Endless batches of training rows; each epoch takes every one once, in a new order.
 
     Within `POOL` batches, texts are sorted by length to save padding, and the batches are shuffled. All of it follows
     from `(seed, step)`, so a resumed run gets the batches of an uninterrupted one.
     """
 
-    texts: TextSet
+    texts: Encoded
     task: TaskConfig
     seed: int
 
     @property
     def tokens_per_epoch(self) -> int:
         """Tokens of all texts."""
-        return sum(len(ids) for ids in self.texts.tokens)
+        return self.texts.n_tokens
 
     @property
     def mean_tokens(self) -> float:
         """Mean tokens of a text."""
         return self.tokens_per_epoch / len(self.texts.tokens)
 
-    def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> TextBatch:
+    def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Any:
         """Returns rows of the batch of `step`, from 0. All rows are made, since the longest one sets the width."""
         draws, numbers = self._rows(step, batch_size)
         tokens = [
@@ -138,8 +296,7 @@ class TextBatches:
         pool, place = divmod(step, POOL)
         draws = np.arange(pool * POOL * batch_size, (pool + 1) * POOL * batch_size)
         numbers = self._texts_of(draws)
-        lengths = np.array([len(self.texts.tokens[n]) for n in numbers])
-        by_length = np.argsort(lengths, kind="stable").reshape(POOL, batch_size)
+        by_length = np.argsort(self._lengths[numbers], kind="stable").reshape(POOL, batch_size)
         chosen = by_length[np.random.default_rng((self.seed, pool)).permutation(POOL)[place]]
         return draws[chosen], numbers[chosen]
 
@@ -152,6 +309,10 @@ class TextBatches:
             here = epochs == epoch
             numbers[here] = permute(places[here], n, draw_keys(self.seed, int(epoch))[1:])
         return numbers
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        return self.texts.lengths
 
     @functools.cached_property
     def _weights(self) -> np.ndarray:
@@ -172,11 +333,11 @@ class TextBatches:
         return np.concatenate([ids[:1], inner, ids[max(1, len(ids) - 1) :]])
 
 
-def ordered_batches(texts: TextSet, batch_size: int) -> Iterator[tuple[np.ndarray, TextBatch]]:
-    """Yields every text once, shortest first, as `(numbers [B], batch)`; number -1 marks rows without a text."""
-    order = np.argsort([len(ids) for ids in texts.tokens], kind="stable")
+def ordered_batches(texts: Encoded, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yields every row once, shortest first, as `(numbers [B], batch)`; number -1 marks rows without a text."""
+    order = np.argsort(texts.lengths, kind="stable")
     order = np.concatenate([order, np.full(-len(order) % batch_size, -1)])
-    nothing = np.empty(0, np.int32)
+    nothing = np.empty(0, np.int32)  # no ids, or no sequences of ids
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
         tokens = [texts.tokens[n] if n >= 0 else nothing for n in numbers]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from gptjax.batches.labelled import TextBatch
+from gptjax.batches.labelled import CandidateBatch, TextBatch
 from gptjax.batches.rows import ALL, Rows, take_rows
 
 
@@ -61,4 +61,5 @@ class MultiBatches:
 
 def _targets(batch: Any) -> float:
     """What a batch's losses are summed over."""
-    return float(batch.weights.sum() if isinstance(batch, TextBatch) else max(1, (batch.targets >= 0).sum()))
+    whole = isinstance(batch, (TextBatch, CandidateBatch))
+    return float(batch.weights.sum() if whole else max(1, (batch.targets >= 0).sum()))

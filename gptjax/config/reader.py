@@ -205,7 +205,7 @@ def _type_name(field_type) -> str:
     if typing.get_origin(field_type) is Literal:
         return "one of " + ", ".join(repr(option) for option in typing.get_args(field_type))
     if _is_list(field_type):
-        return "a list of text"
+        return "a list of numbers" if typing.get_args(field_type)[0] is float else "a list of text"
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[field_type]
 
 
@@ -259,6 +259,9 @@ def _shown(value) -> str:
 def _coerce(field_type, value, what: str):
     if _is_list(field_type):
         items = [value] if isinstance(value, str) else value
+        kind = typing.get_args(field_type)[0]
+        if isinstance(items, (list, tuple)) and kind is float:
+            return tuple(_coerce(float, item, what) for item in items)
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
             return tuple(items)
     elif typing.get_origin(field_type) is Literal:

@@ -5,6 +5,7 @@ Each raises `UserError` that names field, value and rule.
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 from gptjax.errors import UserError
@@ -34,6 +35,15 @@ def fraction(section: str, config, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{_full(section, name)}={getattr(config, name)} must lie in [0, 1)")
+
+
+def import_path(section: str, config, name: str) -> None:
+    """Refuses what is no `module:function`; empty: none."""
+    value = getattr(config, name)
+    if value and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
+        raise UserError(
+            f"{_full(section, name)}={value!r} must be module:function, such as my_file:my_function for my_file.py"
+        )
 
 
 def usable_paths(section: str, config, *names: str) -> None:

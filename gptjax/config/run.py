@@ -9,11 +9,22 @@ from gptjax.config.clean import CleanConfig
 from gptjax.config.cluster import ClusterConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.rules import LARGEST_COUNT, fraction, local_folders, no_effect, not_negative, positive, usable_paths
-from gptjax.config.task import LABELLED, FinetuneConfig, TaskConfig
+from gptjax.config.task import HEADED, LABELLED, FinetuneConfig, TaskConfig
 from gptjax.errors import UserError, did_you_mean
 
 EXTENSION = re.compile(r"(continue|restart) at (\d{1,10}) of (\d{1,10})")
 """A change of num_steps: how, at which update, and the number of steps that was planned before."""
+SCORES = {
+    "classify": ("accuracy", "macro_f1"),
+    "tag": ("accuracy", "macro_f1", "span_f1"),
+    "regress": ("pearson", "spearman"),
+    "choose": ("accuracy",),
+    "reward": ("accuracy",),
+    "dpo": ("accuracy",),
+}
+"""What `train.best_by` may name beside the loss, by `task.kind`."""
+PARTS = ("classify", "regress", "choose", "tag", "instruct")
+"""The tasks that can be a part of `multi`."""
 TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
 
@@ -241,8 +252,9 @@ class TrainConfig:
     """Refuse to resume where the newest checkpoint is damaged, instead of using an older one."""
     allow_data_change: bool = False
     """Resume with other data or another batch_size; text that was trained on may be repeated."""
-    best_by: Literal["loss", "accuracy", "macro_f1", "span_f1"] = "loss"
-    """What decides which checkpoint is the best: the lowest validation loss, or a task's highest score."""
+    best_by: Literal["loss", "accuracy", "macro_f1", "span_f1", "pearson", "spearman", "metric"] = "loss"
+    """What decides which checkpoint is the best: the lowest validation loss, or a task's highest score;
+    metric: what task.metric returns."""
     patience: int = 0
     """Stop after this many evaluations without a new best one; 0: never."""
     sample_prompt: str = "\n"
@@ -323,8 +335,8 @@ class PartConfig:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise UserError(f"parts: name={self.name!r} must be of letters, digits, - and _")
         positive(f"parts: {self.name}", self, "weight")
-        if self.task.kind not in ("classify", "tag", "instruct"):
-            raise UserError(f"parts: {self.name}: task.kind={self.task.kind} must be classify, tag or instruct")
+        if self.task.kind not in PARTS:
+            raise UserError(f"parts: {self.name}: task.kind={self.task.kind} must be one of {', '.join(PARTS)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -371,8 +383,8 @@ class Config:
     def heads(self) -> dict[str, TaskConfig]:
         """The tasks that have a head, by the name of the head."""
         if self.task.kind == "multi":
-            return {part.name: part.task for part in self.parts if part.task.kind in LABELLED}
-        return {self.task.kind: self.task} if self.task.kind in LABELLED else {}
+            return {part.name: part.task for part in self.parts if part.task.kind in HEADED}
+        return {self.task.kind: self.task} if self.task.kind in HEADED else {}
 
     def of_part(self, part: PartConfig) -> "Config":
         """The config of one task alone, under the same model."""
@@ -381,7 +393,9 @@ class Config:
 
     def _has_score(self, name: str) -> bool:
         """Whether evaluations of this task have the score that `train.best_by` names; span_f1: where tags are BIO."""
-        return name == "loss" or self.task.kind == "tag" or (self.task.kind == "classify" and name != "span_f1")
+        if name == "metric":
+            return bool(self.task.metric)
+        return name == "loss" or name in SCORES.get(self.task.kind, ())
 
     def _check_task(self) -> None:
         labelled, rows = bool(self.heads), self.task.kind != "pretrain"
@@ -400,11 +414,16 @@ class Config:
                 no_effect("data", self.data, name, False, "task.kind=pretrain")
         if not self._has_score(self.train.best_by):
             no_effect("train", self.train, "best_by", False, "a task that has such a score")
-        if self.task.kind in LABELLED:
+        if self.task.kind in HEADED:
             no_effect("train", self.train, "z_loss", False, "a task that predicts tokens")
             no_effect("train", self.train, "sample_prompt", False, "a task that predicts tokens")
-            if self.task.multi_label:
+            if self.task.multi_label or self.task.loss or self.task.kind not in LABELLED:
                 no_effect("train", self.train, "label_smoothing", False, "one label a text")
+        if self.task.kind == "dpo":
+            for name in ("z_loss", "label_smoothing"):
+                no_effect("train", self.train, name, False, "a task that predicts tokens or labels")
+            if not self.init_from:
+                raise UserError("task.kind=dpo compares the model with the one it starts from; name it as init_from")
         if self.finetune.train != "all" and not self.init_from:
             raise UserError(
                 f"finetune.train={self.finetune.train} would freeze parameters that were drawn at random; name the run"

@@ -4,10 +4,20 @@ import dataclasses
 import re
 from typing import Literal
 
-from gptjax.config.rules import fraction, no_effect, not_negative, positive
+from gptjax.config.rules import fraction, import_path, no_effect, not_negative, positive
 from gptjax.errors import UserError, did_you_mean
 
 LABELLED = ("classify", "tag")
+"""Tasks whose head names labels."""
+WHOLE_TEXTS = ("classify", "regress", "choose", "reward")
+"""Tasks whose head reads whole texts, pairs or candidates."""
+PADDED = (*WHOLE_TEXTS, "dpo")
+"""Tasks whose sequences are padded at their end; those of the others are packed."""
+SEVERAL = ("choose", "reward", "dpo")
+"""Tasks whose rows are several sequences."""
+TEMPLATED = ("instruct", "reward", "dpo")
+"""Tasks that write prompts and responses by `task.template`."""
+HEADED = (*WHOLE_TEXTS, "tag")
 """Tasks with a head of their own."""
 LORA_TARGETS = ("attn/w_qkv", "attn/w_out", "mlp/w_in", "mlp/w_out")
 
@@ -53,57 +63,110 @@ class AdapterConfig:
 class TaskConfig:
     """What the model is trained to do."""
 
-    kind: Literal["pretrain", "classify", "tag", "instruct", "multi"] = "pretrain"
-    """pretrain: the next token; classify: a text's label; tag: a label for each word; instruct: responses to prompts;
-    multi: the tasks in `parts` together."""
+    kind: Literal["pretrain", "classify", "regress", "choose", "tag", "instruct", "reward", "dpo", "multi"] = "pretrain"
+    """pretrain: the next token; classify: a text's label; regress: a text's number or numbers; choose: the right one of
+    several candidates; tag: a label for each word; instruct: responses to prompts; reward: a score for responses, from
+    pairs of which one was preferred; dpo: to prefer such responses (arXiv:2305.18290); multi: the tasks in `parts`."""
     validation_path: tuple[str, ...] = ()
     """Labelled files for validation; none: data.validation_fraction of the rows, chosen by hash."""
     label_field: str = "label"
-    """Field of classify's label; a list for several labels a text."""
+    """Field of the label. classify: a list for several labels a text; regress: a number or a list of numbers; choose:
+    the number of the right candidate, from 0, or its text."""
+    second_field: str = ""
+    """Field of the second text of classify and regress on pairs; empty: rows have one text, that of data.text_field."""
+    both_orders: bool = False
+    """The head reads the sum of the representations of both orders of a pair (GPT-1, section 3.3: similarity)."""
+    candidates_field: str = "candidates"
+    """Field of choose's candidates, a list of texts; each is read after the text of data.text_field."""
+    delimiters: Literal["end_of_text", "learned"] = "end_of_text"
+    """Tokens before, between and after the texts of a row. learned: three new ones, start, delimiter and extract, whose
+    embeddings belong to the head (GPT-1, section 3.3)."""
     tokens_field: str = "tokens"
     """Field of tag's words."""
     tags_field: str = "tags"
     """Field of tag's labels, one for each word."""
     prompt_field: str = "prompt"
-    """Field of instruct's prompt."""
+    """Field of the prompt of instruct, reward and dpo."""
     response_field: str = "response"
-    """Field of instruct's response."""
+    """Field of instruct's response, and of the response that a reward model scores."""
+    chosen_field: str = "chosen"
+    """Field of the response that was preferred."""
+    rejected_field: str = "rejected"
+    """Field of the other response."""
+    beta: float = 0.1
+    """Of dpo: how closely the model stays to init_from; higher is closer (arXiv:2305.18290, equation 7)."""
     messages_field: str = "messages"
     """Field of instruct's chat, a list of {role, content}; where a row has it, prompt and response are not read."""
     template: str = "### {role}\n{content}\n\n"
-    """Text of one message of instruct; a prompt has role user, a response role assistant."""
+    """Text of one message of instruct, reward and dpo; a prompt has role user, a response role assistant."""
     labels: tuple[str, ...] = ()
     """Labels in the order of the head's outputs; none: those of the training rows, sorted."""
     multi_label: bool = False
     """A text has any number of labels; set automatically where the data's labels are lists."""
     max_tokens: int = 0
-    """Longest text of classify, or window into which tag and instruct are packed; 0: model.block_size."""
+    """Longest text of a row, or window into which tag and instruct are packed; 0: model.block_size."""
     pooling: Literal["last", "mean"] = "mean"
-    """Input of classify's head: the hidden state of the last token, or the mean over all."""
+    """Input of a head that reads whole texts: the hidden state of the last token, or the mean over all."""
+    lm_weight: float = 0.0
+    """Weight of an auxiliary loss: that of the next token of the texts (GPT-1, section 3.2)."""
+    means: tuple[float, ...] = ()
+    """Means of regress's training numbers, written by the run itself; the head predicts standardized numbers."""
+    deviations: tuple[float, ...] = ()
+    """Standard deviations of these numbers."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: every class of classify has the same weight in the loss, however rare."""
     lookahead: int = 0
     """Tokens after a word that tag reads before it predicts the word's label; attention is causal."""
+    metric: str = ""
+    """Function of yours that scores predictions, as module:function: of predicted values and true ones, both lists, it
+    makes a number or a dict of numbers. The module is searched in the current folder too."""
+    loss: str = ""
+    """Function of yours, as module:function, in place of the task's loss: of the head's outputs and the targets, both
+    JAX arrays, it makes the loss of each row (of tag: of each word)."""
+    rows: str = ""
+    """Function of yours, as module:function, that each row passes first: of a dict it makes a dict, or None to leave
+    the row out."""
     augment_delete: float = 0.0
-    """Share of a training text's tokens that classify drops at random (arXiv:1901.11196)."""
+    """Share of a training text's tokens that classify and regress drop at random (arXiv:1901.11196)."""
     augment_swap: float = 0.0
-    """Share of a training text's tokens that classify swaps with the next one at random."""
+    """Share of a training text's tokens that classify and regress swap with the next one at random."""
 
     def __post_init__(self):
-        not_negative("task", self, "max_tokens", "lookahead")
+        not_negative("task", self, "max_tokens", "lookahead", "lm_weight")
+        for name in ("metric", "loss", "rows"):
+            import_path("task", self, name)
+        if self.beta <= 0:
+            raise UserError(f"task.beta={self.beta} must be above 0")
         fraction("task", self, "augment_delete", "augment_swap")
-        classify, tag, instruct = (f"task.kind={kind}" for kind in ("classify", "tag", "instruct"))
-        for needs, names in {
-            classify: ("label_field", "multi_label", "pooling", "class_weights", "augment_delete", "augment_swap"),
-            tag: ("tokens_field", "tags_field", "lookahead"),
-            instruct: ("prompt_field", "response_field", "messages_field", "template"),
+        texts = ("classify", "regress")
+        for kinds, names in {
+            ("classify",): ("multi_label", "class_weights"),
+            ("regress",): ("means", "deviations"),
+            ("choose",): ("candidates_field",),
+            ("tag",): ("tokens_field", "tags_field", "lookahead"),
+            ("instruct",): ("messages_field",),
+            ("dpo",): ("beta",),
+            ("instruct", "reward"): ("response_field",),
+            ("reward", "dpo"): ("chosen_field", "rejected_field"),
+            TEMPLATED: ("prompt_field", "template"),
+            texts: ("second_field", "augment_delete", "augment_swap"),
+            LABELLED: ("labels",),
+            (*texts, "choose"): ("label_field", "delimiters"),
+            WHOLE_TEXTS: ("pooling",),
+            HEADED: ("lm_weight",),
+            (*texts, "choose", "tag"): ("metric", "loss"),
+            (*HEADED, "instruct", "dpo"): ("validation_path", "max_tokens", "rows"),
         }.items():
             for name in names:
-                no_effect("task", self, name, f"task.kind={self.kind}" == needs, needs)
-        labelled, rows = self.kind in LABELLED, self.kind not in ("pretrain", "multi")
-        no_effect("task", self, "labels", labelled, "task.kind=classify or tag")
-        for name in ("validation_path", "max_tokens"):
-            no_effect("task", self, name, rows, "task.kind=classify, tag or instruct")
+                no_effect("task", self, name, self.kind in kinds, f"task.kind={_either(kinds)}")
+        no_effect("task", self, "both_orders", bool(self.second_field), "task.second_field")
+        if self.second_field and (self.augment_delete or self.augment_swap):
+            raise UserError(
+                "task.augment_delete and task.augment_swap could move the delimiter of a pair; leave them out with"
+                f" task.second_field={self.second_field!r}"
+            )
+        if len(self.means) != len(self.deviations) or any(value <= 0 for value in self.deviations):
+            raise UserError("task.means and task.deviations must be of one length, and deviations above 0")
         if self.multi_label and self.class_weights != "none":
             raise UserError("task.class_weights=balanced needs one label a text; leave it out where there are several")
         if len(set(self.labels)) < len(self.labels):
@@ -111,6 +174,11 @@ class TaskConfig:
         for part in ("{role}", "{content}"):
             if self.template.count(part) != 1:
                 raise UserError(f"task.template={self.template!r} must hold {part} once")
+
+
+def _either(names: tuple[str, ...]) -> str:
+    """Names as a list of alternatives: "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

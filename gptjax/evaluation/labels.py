@@ -37,6 +37,21 @@ class Predictions:
             return (self.probabilities_EN > 0.5).astype(np.int64)
         return self.probabilities_EN.argmax(axis=-1)
 
+    @property
+    def count(self) -> int:
+        """Texts or words that are scored."""
+        return len(self.targets)
+
+    def named(self) -> tuple[list, list]:
+        """What is predicted and the truth: of each text a label or a list of some, of each sentence a list of tags."""
+        return self._names(self.chosen), self._names(self.targets)
+
+    def _names(self, values: np.ndarray) -> list:
+        if values.ndim == 2:
+            return [[label for label, has in zip(self.labels, row, strict=True) if has] for row in values]
+        names = [self.labels[n] for n in values]
+        return list(as_sentences(names, self.sentences)) if self.sentences else names
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelScores:
@@ -172,6 +187,11 @@ def table(predictions: Predictions, scores: LabelScores) -> str:
     if predictions.targets.ndim == 1:
         lines += ["", *_confusions(predictions, width)]
     return "\n".join(lines)
+
+
+def score_table(predictions: Predictions, val_loss: float) -> str:
+    """Scores and the table of them."""
+    return table(predictions, score(predictions, val_loss))
 
 
 def save_confusion(predictions: Predictions, path: Path) -> None:

@@ -1,57 +1,45 @@
-"""Predicts labels of texts and words with a model's heads.
-
-Shape suffixes: N labels.
-"""
+"""What a compiled function predicts for all rows of a set, in their order."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gptjax.batches.labelled import TextBatch, TextSet, ordered_batches
+from gptjax.batches.labelled import Encoded, ordered_batches
 from gptjax.batches.packed import EncodedWords, PackedSequences
-from gptjax.batches.pretraining import Batch
-from gptjax.config.model import ModelConfig
-from gptjax.config.task import TaskConfig
 from gptjax.evaluation.labels import Predictions
-from gptjax.model.gpt import Compute
-from gptjax.model.loss import label_batch_loss, label_logits
 from gptjax.parallel.place import put
 
 Predict = Callable[[dict, Any], tuple[jax.Array, jax.Array]]
 
 
-def make_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
-    """Returns `predict(params, batch) -> (probabilities, [nll, count])` of head `name`, to be jitted."""
-
-    def predict(params: dict, batch: TextBatch | Batch) -> tuple[jax.Array, jax.Array]:
-        logits = label_logits(model, task, compute, params, name, batch)
-        loss = label_batch_loss(task, logits, batch)
-        probabilities = jax.nn.sigmoid(logits) if task.multi_label else jax.nn.softmax(logits)
-        return probabilities, jnp.stack([loss.nll, loss.count])
-
-    return predict
+def predict_rows(
+    predict: Predict, params: dict, rows: Encoded, width: int, batch_size: int, sharding: jax.sharding.Sharding
+) -> tuple[np.ndarray, float]:
+    """Predicts all rows; returns float32 outputs `[rows, width]` in their order, and the mean loss where targets are
+    known.
+    """
+    outputs = np.zeros((len(rows.tokens), width), np.float32)
+    sums = np.zeros(2)
+    for numbers, batch in ordered_batches(rows, batch_size):
+        found, loss = jax.device_get(predict(params, put(batch, sharding)))
+        outputs[numbers[numbers >= 0]] = found[numbers >= 0]
+        sums += loss
+    return outputs, float(sums[0] / max(1.0, sums[1]))
 
 
 def predict_texts(
     predict: Predict,
     params: dict,
-    texts: TextSet,
+    texts: Encoded,
     labels: tuple[str, ...],
     batch_size: int,
     sharding: jax.sharding.Sharding,
 ) -> tuple[Predictions, float]:
     """Predicts all texts; returns probabilities in input order, and the mean loss over texts with known labels."""
-    probabilities_EN = np.zeros((len(texts.tokens), len(labels)), np.float32)
-    sums = np.zeros(2)
-    for numbers, batch in ordered_batches(texts, batch_size):
-        found, loss = jax.device_get(predict(params, put(batch, sharding)))
-        probabilities_EN[numbers[numbers >= 0]] = found[numbers >= 0]
-        sums += loss
-    predictions = Predictions(probabilities_EN, texts.targets, labels, cut=tuple(texts.cut.tolist()))
-    return predictions, float(sums[0] / max(1.0, sums[1]))
+    probabilities_EN, loss = predict_rows(predict, params, texts, len(labels), batch_size, sharding)
+    return Predictions(probabilities_EN, texts.targets, labels, cut=tuple(texts.cut.tolist())), loss
 
 
 def predict_words(

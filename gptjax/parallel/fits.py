@@ -4,6 +4,7 @@ import jax
 
 from gptjax.batches.labelled import widths
 from gptjax.config.run import Config
+from gptjax.config.task import PADDED, SEVERAL
 from gptjax.errors import UserError
 from gptjax.parallel.mesh import batch_shards
 
@@ -42,7 +43,7 @@ def _lengths(config: Config) -> list[tuple[str, int]]:
     for task in (config.task, *(part.task for part in config.parts)):
         longest = task.max_tokens or config.model.block_size
         name = f"task.max_tokens={task.max_tokens}" if task.max_tokens else found[0][0]
-        if task.kind == "classify":
+        if task.kind in PADDED:
             found += [(f"{name}: texts of up to {length} tokens, but {length}", length) for length in widths(longest)]
         elif task.max_tokens:
             found.append((name, longest))
@@ -66,6 +67,11 @@ def _check_stages(config: Config, stages: str, layers: int) -> None:
         raise UserError(
             f"{stages} cannot be combined with task.kind=multi: its batches are not a single list of micro-batches"
         )
+    if config.task.both_orders or config.task.kind in SEVERAL:
+        name = "task.both_orders" if config.task.both_orders else f"task.kind={config.task.kind}"
+        raise UserError(f"{stages} cannot be combined with {name}: its rows are several sequences")
+    if config.task.delimiters == "learned":
+        raise UserError(f"{stages} cannot be combined with task.delimiters=learned: the first stage has no head")
     if config.model.adapter.kind == "prompt":
         raise UserError(
             f"{stages} cannot be combined with model.adapter.kind=prompt: the prompt passes all blocks before the text"

@@ -1,24 +1,25 @@
 """Text classification, with one or several labels per text."""
 
-import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
-from gptjax.batches.labelled import TextBatches, encode_texts
-from gptjax.config.model import ModelConfig
+from gptjax.batches.labelled import Encoded, TextBatches, label_targets
 from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
-from gptjax.evaluation.labels import LabelScores, Predictions, score
-from gptjax.evaluation.predict import Predict, make_predict, predict_texts
+from gptjax.evaluation.labels import LabelScores, Predictions, score, score_table
+from gptjax.evaluation.metric import ScoresWithMetric
+from gptjax.evaluation.predict import predict_texts
 from gptjax.model.gpt import Compute
-from gptjax.model.loss import label_batch_loss, state_logits
-from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_arrays, longest
+from gptjax.tasks.functions import with_metric
+from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
+from gptjax.tasks.task import Compile, Kind, Source, Task, hash_encoded, longest
+from gptjax.tasks.texts import encode_examples
 from gptjax.text.formats import Row, missing_field
-from gptjax.text.labelled import Text, is_missing, label_name
-from gptjax.text.rows import text_field
+from gptjax.text.labelled import Text, is_missing, label_name, text_and_second
 from gptjax.text.tokenizer import Tokenizer
 
 
@@ -26,15 +27,13 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
     """See `task.Kind`."""
     tokenizer, examples = source.tokenizer, source.examples[name]
     task = config.task
-    train, validation = (
-        encode_texts(side, tokenizer, task.labels, task.multi_label, longest(config))
-        for side in (examples.train, examples.validation)
-    )
+    train, validation = (_encode(config, tokenizer, side) for side in (examples.train, examples.validation))
     windows = TextBatches(train, task, config.seed)
     predict = compiled(make_predict(config.model, task, name, compute))
 
-    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> LabelScores:
-        return score(*predict_texts(predict, params, validation, task.labels, config.train.micro_batch, sharding))
+    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> LabelScores | ScoresWithMetric:
+        found, loss = predict_texts(predict, params, validation, task.labels, config.train.micro_batch, sharding)
+        return with_metric(task, found, score(found, loss))
 
     cut = int(train.cut.sum() + validation.cut.sum())
     note = (
@@ -44,19 +43,11 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
     return Task(
         windows,
         windows.mean_tokens,
-        hash_arrays([*train.tokens, train.targets]),
+        hash_encoded(train),
         evaluate,
         (note, *examples.notes),
         evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
-        measured_on=hash_arrays([*validation.tokens, validation.targets]),
-    )
-
-
-def label_states_loss(config: Config, name: str) -> StatesLoss:
-    """The cross-entropy of the labels that head `name` gives."""
-    task, smoothing = config.task, config.train.label_smoothing
-    return lambda params, x_BTD, batch: label_batch_loss(
-        task, state_logits(task, params, name, x_BTD, batch), batch, smoothing
+        measured_on=hash_encoded(validation),
     )
 
 
@@ -72,22 +63,25 @@ def predict(
 ) -> tuple[Predictions, float]:
     """Returns the predictions of head `name`, and the mean loss over examples with labels."""
     task = config.task
-    texts = encode_texts(examples, tokenizer, task.labels, task.multi_label, longest(config))
+    texts = _encode(config, tokenizer, examples)
     compiled = compiled_predict(config.model, task, name, compute)
     return predict_texts(compiled, params, texts, task.labels, batch_size, sharding)
 
 
-@functools.cache
-def compiled_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
-    """The function that computes label probabilities, compiled once per batch shape."""
-    return jax.jit(make_predict(model, task, name, compute))
+def outputs(predictions: Predictions) -> Iterator[dict[str, Any]]:
+    """The label or labels of each text, and the probability of every one."""
+    labels = predictions.labels
+    for probabilities, chosen in zip(predictions.probabilities_EN, predictions.chosen, strict=True):
+        several = predictions.targets.ndim == 2
+        name = [label for label, has in zip(labels, chosen, strict=True) if has] if several else labels[chosen]
+        yield {"predicted": name, "probabilities": dict(zip(labels, map(float, probabilities), strict=True))}
 
 
 def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool, counts: Counter[str]) -> Text | None:
     """See `text.labelled.ParseRow`."""
-    text = text_field(row, data.text_field)
+    text, second = text_and_second(row, task, data)
     if not labelled:
-        return Text(text, (), row.where)
+        return Text(text, (), row.where, second=second)
     if task.label_field not in row.values:
         raise missing_field(row.where, task.label_field, "task.label_field", row.values)
     value = row.values[task.label_field]
@@ -99,7 +93,17 @@ def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool, coun
     labels = tuple(label_name(item, row, task.label_field) for item in given)
     if len(set(labels)) < len(labels):
         raise UserError(f"{row.where}: field {task.label_field!r} names a label twice")
-    return Text(text, labels, row.where, listed)
+    return Text(text, labels, row.where, listed, second)
 
 
-KIND = Kind(build, label_states_loss, parse_row, lambda example: example.text, predict)
+def plain_text(example: Text | Any) -> str:
+    """The text or the two texts of an example."""
+    return example.text if example.second is None else f"{example.text}\n{example.second}"
+
+
+def _encode(config: Config, tokenizer: Tokenizer, examples: Sequence[Text]) -> Encoded:
+    targets = label_targets(examples, config.task.labels, config.task.multi_label)
+    return encode_examples(config, tokenizer, examples, targets)
+
+
+KIND = Kind(build, head_states_loss, parse_row, plain_text, predict, outputs, score_table)

@@ -70,7 +70,7 @@ def chat_template(config: Config) -> str | None:
     Raises:
         UserError: It has chats of several templates.
     """
-    templates = {part.task.template for part in parts_of(config).values() if part.task.kind == "instruct"}
+    templates = {part.task.template for part in parts_of(config).values() if part.task.kind in ("instruct", "dpo")}
     if len(templates) > 1:
         raise UserError("the run has chats of several templates; write the prompt in one of them and add --raw")
     return templates.pop() if templates else None

@@ -10,25 +10,32 @@ import jax
 
 from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import LABELLED, TaskConfig
+from gptjax.errors import UserError
 from gptjax.evaluation.labels import are_spans, require_seqeval
 from gptjax.model.gpt import Compute, states_and_extras
 from gptjax.model.loss import extra_weights, inputs_of
 from gptjax.ops.cross_entropy import Loss, with_extras
 from gptjax.report.progress import say
-from gptjax.tasks import classify, instruct, pretrain, tag
+from gptjax.tasks import choose, classify, dpo, instruct, pretrain, regress, reward, tag
+from gptjax.tasks.functions import call_function
+from gptjax.tasks.heads import flat, with_learned_tokens
 from gptjax.tasks.multi import combine, combined_loss, parts_of
 from gptjax.tasks.task import Compile, Kind, LossFunction, Source, StatesLoss, Task
 from gptjax.text import labelled as labelled_rows
 from gptjax.text.formats import Row
-from gptjax.text.labelled import Examples
+from gptjax.text.labelled import Examples, ParseRow
 from gptjax.text.prepare import prepare
 from gptjax.text.tokenizer import Tokenizer, make_tokenizer
 
 TASKS: dict[str, Kind] = {
     "pretrain": pretrain.KIND,
     "classify": classify.KIND,
+    "regress": regress.KIND,
+    "choose": choose.KIND,
     "tag": tag.KIND,
     "instruct": instruct.KIND,
+    "reward": reward.KIND,
+    "dpo": dpo.KIND,
 }
 """By `task.kind`; `multi` is made of these."""
 
@@ -57,9 +64,7 @@ def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
 
 def read_examples(task: TaskConfig, data: DataConfig) -> Examples:
     """Reads and splits a task's rows, see `text.labelled.read_examples`."""
-    parse_row = TASKS[task.kind].parse_row
-    assert parse_row is not None
-    return labelled_rows.read_examples(parse_row, task, data)
+    return labelled_rows.read_examples(_row_parser(task), task, data)
 
 
 def parse(
@@ -70,15 +75,37 @@ def parse(
     counts: Counter[str] | None = None,
 ) -> Iterator[Any]:
     """Turns rows into the task's examples, see `text.labelled.parse_rows`."""
+    return labelled_rows.parse_rows(_row_parser(task), rows, task, data, labelled, counts)
+
+
+def _row_parser(task: TaskConfig) -> ParseRow:
+    """The task's function, behind that of `task.rows`."""
     parse_row = TASKS[task.kind].parse_row
     assert parse_row is not None
-    return labelled_rows.parse_rows(parse_row, rows, task, data, labelled, counts)
+    if not task.rows:
+        return parse_row
+
+    def parse_changed(row: Row, task: TaskConfig, data: DataConfig, labelled: bool, counts: Counter[str]) -> Any:
+        values = call_function(task.rows, "task.rows", dict(row.values), where=row.where)
+        if values is None:
+            counts["left_out_by_function"] += 1
+            return None
+        if not isinstance(values, dict):
+            raise UserError(
+                f"{row.where}: task.rows={task.rows!r} returned a {type(values).__name__}; must return a dict, or None"
+                " to leave the row out"
+            )
+        return parse_row(Row(values, row.where), task, data, labelled, counts)
+
+    return parse_changed
 
 
 def with_labels(config: Config, examples: dict[str, Examples]) -> Config:
-    """Fills in the labels that were found."""
+    """Fills in the labels that were found, and the mean and deviation of numbers."""
 
     def filled(task: TaskConfig, name: str) -> TaskConfig:
+        if task.kind == "regress":
+            return regress.with_moments(task, examples[name])
         if task.kind not in LABELLED:
             return task
         found = examples[name]
@@ -101,7 +128,8 @@ def make_part_loss(config: Config, name: str, compute: Compute) -> LossFunction:
     of_states, model = make_states_loss(config, name), config.model
 
     def loss(params: dict, batch: Any, key: jax.Array | None) -> Loss:
-        x_BTD, extras = states_and_extras(model, params, batch.inputs, inputs_of(batch), compute=compute, key=key)
+        rows, read = flat(batch), with_learned_tokens(params, name, config.task)
+        x_BTD, extras = states_and_extras(model, read, rows.inputs, inputs_of(rows), compute=compute, key=key)
         found = of_states(params, x_BTD, batch)
         return with_extras(found, extras, extra_weights(model)) if extras else found
 

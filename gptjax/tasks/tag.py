@@ -1,18 +1,22 @@
 """Sequence labelling: a label for each word of a sentence."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
 from gptjax.batches.packed import PackedSequences, encode_words
 from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
-from gptjax.evaluation.labels import LabelScores, Predictions, score
-from gptjax.evaluation.predict import make_predict, predict_words
+from gptjax.evaluation.labels import LabelScores, Predictions, score, score_table
+from gptjax.evaluation.metric import ScoresWithMetric
+from gptjax.evaluation.predict import predict_words
 from gptjax.model.gpt import Compute
-from gptjax.tasks.classify import compiled_predict, label_states_loss
+from gptjax.tasks.functions import with_metric
+from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
 from gptjax.tasks.task import Compile, Kind, Source, Task, hash_sequences, longest
 from gptjax.text.formats import Row
 from gptjax.text.labelled import Words, is_missing, label_name, string_list
@@ -28,8 +32,9 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
     windows = PackedSequences(train.sequences, longest(config), config.seed)
     predict = compiled(make_predict(config.model, task, name, compute))
 
-    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> LabelScores:
-        return score(*predict_words(predict, params, validation, task.labels, config.train.micro_batch, sharding))
+    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> LabelScores | ScoresWithMetric:
+        found, loss = predict_words(predict, params, validation, task.labels, config.train.micro_batch, sharding)
+        return with_metric(task, found, score(found, loss))
 
     note = f"{len(examples.train):,} sentences, {len(examples.validation):,} to validate on"
     if cut := sum(train.cut) + sum(validation.cut):
@@ -61,6 +66,14 @@ def predict(
     return predict_words(compiled, params, words, task.labels, batch_size, sharding)
 
 
+def outputs(predictions: Predictions) -> Iterator[dict[str, Any]]:
+    """A tag for each word and its probability; those of all other tags would be many times the text."""
+    chosen, best = predictions.chosen.tolist(), predictions.probabilities_EN.max(axis=-1).tolist()
+    for end, length in zip(np.cumsum(predictions.sentences).tolist(), predictions.sentences, strict=True):
+        here = slice(end - length, end)
+        yield {"predicted": [predictions.labels[n] for n in chosen[here]], "probabilities": best[here]}
+
+
 def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool, counts: Counter[str]) -> Words | None:
     """See `text.labelled.ParseRow`."""
     words = string_list(row, task.tokens_field, "task.tokens_field")
@@ -77,4 +90,4 @@ def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool, coun
     return Words(words, tuple(label_name(tag, row, task.tags_field) for tag in tags), row.where)
 
 
-KIND = Kind(build, label_states_loss, parse_row, lambda example: " ".join(example.words), predict)
+KIND = Kind(build, head_states_loss, parse_row, lambda example: " ".join(example.words), predict, outputs, score_table)

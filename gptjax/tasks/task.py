@@ -1,6 +1,7 @@
 """The interface of a task for the training loop and the verbs; each task implements it in a file of its own."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,18 +9,23 @@ import jax
 import numpy as np
 import xxhash
 
+from gptjax.batches.labelled import Encoded
 from gptjax.batches.multi import Windows
 from gptjax.batches.packed import TargetSequence
 from gptjax.config.run import Config
-from gptjax.evaluation.labels import LabelScores, MultiScores, Predictions
+from gptjax.evaluation.choices import ChoiceScores
+from gptjax.evaluation.labels import LabelScores, MultiScores
 from gptjax.evaluation.loss import Evaluation
+from gptjax.evaluation.metric import ScoresWithMetric
+from gptjax.evaluation.numbers import NumberScores
+from gptjax.evaluation.preferences import PreferenceScores
 from gptjax.model.gpt import Compute
 from gptjax.ops.cross_entropy import Loss
 from gptjax.text.labelled import Examples, ParseRow
 from gptjax.text.shards import Dataset
 from gptjax.text.tokenizer import Tokenizer
 
-Scores = Evaluation | LabelScores | MultiScores
+Scores = Evaluation | LabelScores | NumberScores | ChoiceScores | PreferenceScores | ScoresWithMetric | MultiScores
 Compile = Callable[[Callable], Callable]
 LossFunction = Callable[[dict, Any, jax.Array | None], Loss]
 StatesLoss = Callable[[dict, jax.Array, Any], Loss]
@@ -33,6 +39,8 @@ class Source:
     dataset: Dataset | None
     examples: dict[str, Examples]
     """By the name of the task's part; a task alone has its kind as name."""
+    base: dict | None = None
+    """Parameters of the run that `init_from` names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +71,12 @@ class Kind(NamedTuple):
     """Makes an example of a row; None: the task learns from prepared text."""
     plain_text: Callable[[Any], str] = str
     """The text of an example, for training a tokenizer."""
-    predict: Callable[..., tuple[Predictions, float]] | None = None
-    """For tasks with labels: see `classify.predict`."""
+    predict: Callable[..., tuple[Any, float]] | None = None
+    """For tasks with a head: see `classify.predict`. What is predicted has `cut`, of each example."""
+    outputs: Callable[[Any], Iterator[dict[str, Any]]] | None = None
+    """Makes of what is predicted the fields that `gptjax predict` adds to each row."""
+    report: Callable[[Any, float], str] | None = None
+    """Makes of what is predicted, and the mean loss, the text of `gptjax evaluate`."""
 
 
 def longest(config: Config) -> int:
@@ -85,10 +97,17 @@ def hash_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def hash_arrays(arrays: Iterator[np.ndarray] | Sequence[np.ndarray]) -> str:
-    """Identity of whole numbers in arrays and of the arrays' shapes."""
+def hash_encoded(rows: Encoded) -> str:
+    """Identity of encoded rows and their targets."""
+    ids = (ids for row in rows.tokens for ids in ([row] if isinstance(row, np.ndarray) else row))
+    return hash_arrays(itertools.chain(ids, [rows.targets]))
+
+
+def hash_arrays(arrays: Iterable[np.ndarray]) -> str:
+    """Identity of numbers in arrays and of the arrays' shapes; whole numbers count as int32."""
     digest = xxhash.xxh3_128()
     for array in arrays:
         digest.update(np.array(array.shape, np.int64).tobytes())
-        digest.update(np.ascontiguousarray(array, np.int32).tobytes())
+        dtype = np.float32 if np.issubdtype(array.dtype, np.floating) else np.int32
+        digest.update(np.ascontiguousarray(array, dtype).tobytes())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gptjax.config.run import Config
 from gptjax.errors import UserError
 from gptjax.model.gpt import init_params
-from gptjax.model.heads import init_head
+from gptjax.tasks.heads import init_task_head
 
 NEW = ("adapters/", "prompt/", "heads/")  # what a base does not have
 
@@ -24,7 +24,7 @@ def init_all(config: Config, key: jax.Array, base: dict | None = None) -> dict:
     given = base or {}
     params |= without_heads(given)
     heads = {
-        name: init_head(config.model.n_embd, len(task.labels), jax.random.fold_in(key, number))
+        name: init_task_head(config.model, task, jax.random.fold_in(key, number))
         for number, (name, task) in enumerate(config.heads.items(), 1)
     }
     return params | {"heads": heads | given.get("heads", {})} if heads else params

@@ -21,7 +21,10 @@ COUNTED = {
     **{f"replaced_{kind}": f"{kind} replaced" for kind in PERSONAL_DATA},
     "missing_label": "left out: without a label (null, empty, -1 or -100; a number that is a class can be named in"
     " task.labels)",
+    "missing_number": "left out: without a number (null, NaN or empty)",
     "turns_without_text": "turns without text skipped",
+    "left_out_by_function": "left out by the function of task.rows",
+    "equal_responses": "left out: both responses are the same",
     "chats_without_target": "chats left out: no turn of the assistant has text",
 }
 """The text of each count, after its number."""

@@ -13,19 +13,48 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.text.chats import Chat
 from gptjax.text.counts import counted
 from gptjax.text.formats import Row
-from gptjax.text.rows import MISSING_NUMBERS, field_value, limited, normalised, read_dataset_rows, read_rows
+from gptjax.text.rows import (
+    MISSING_NUMBERS,
+    field_value,
+    limited,
+    normalised,
+    read_dataset_rows,
+    read_rows,
+    text_field,
+)
 
 _NOT_A_NUMBER = ("nan", "<na>")  # as pandas writes them
 
 
 class Text(NamedTuple):
-    """A text of `classify`; `labels` is empty where none is known, and has several only with `multi_label`."""
+    """A text or a pair of `classify`; without `labels` where none is known, with several only if `multi_label`."""
 
     text: str
     labels: tuple[str, ...]
     where: str
     listed: bool = False
     """Whether the labels were given as a list."""
+    second: str | None = None
+    """The second text of a pair."""
+
+
+class Numbers(NamedTuple):
+    """A text or a pair of `regress`; `values` is empty where none are known."""
+
+    text: str
+    values: tuple[float, ...]
+    where: str
+    second: str | None = None
+    """The second text of a pair."""
+
+
+class Choice(NamedTuple):
+    """A text of `choose` and its candidates; `answer` is the number of the right one from 0, -1 where it is unknown."""
+
+    text: str
+    candidates: tuple[str, ...]
+    answer: int
+    where: str
 
 
 class Words(NamedTuple):
@@ -36,7 +65,17 @@ class Words(NamedTuple):
     where: str
 
 
-Example = Text | Words | Chat
+class Preference(NamedTuple):
+    """A prompt of `reward` or `dpo` with two responses, each as a chat; of one to be scored `rejected` is None."""
+
+    text: str
+    """The prompt."""
+    chosen: Chat
+    rejected: Chat | None
+    where: str
+
+
+Example = Preference | Text | Numbers | Choice | Words | Chat
 
 
 class Examples(NamedTuple):
@@ -160,6 +199,16 @@ def _label_names(task: TaskConfig, train: Sequence[Text | Words], notes: Sequenc
     for example in train:
         check_labels(example, task.labels)
     return task.labels
+
+
+def text_and_second(row: Row, task: TaskConfig, data: DataConfig) -> tuple[str, str | None]:
+    """The text of a row, and the second one where `task.second_field` asks for pairs.
+
+    Raises:
+        UserError: One of them is missing or empty.
+    """
+    text = text_field(row, data.text_field)
+    return text, text_field(row, task.second_field, "task.second_field") if task.second_field else None
 
 
 def string_list(row: Row, name: str, option: str) -> tuple[Any, ...]:

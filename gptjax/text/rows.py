@@ -66,13 +66,13 @@ def field_value(row: Row, name: str, option: str) -> Any:
     return row.values[name]
 
 
-def text_field(row: Row, name: str) -> str:
-    """A row's text.
+def text_field(row: Row, name: str, option: str = "data.text_field") -> str:
+    """A row's text, in the field that `option` names.
 
     Raises:
         UserError: It is missing, no string, or has nothing but spaces.
     """
-    text = text_value(field_value(row, name, "data.text_field"), row.where, name)
+    text = text_value(field_value(row, name, option), row.where, name)
     if not text.strip():
         raise UserError(f"{row.where}: field {name!r} is an empty text; give it some, or take the row out")
     return text

@@ -37,6 +37,7 @@ from gptjax.parallel.place import put
 from gptjax.parallel.rules import shardings
 from gptjax.report.metrics import plain
 from gptjax.report.progress import say
+from gptjax.tasks.heads import output_count
 from gptjax.tasks.multi import parts_of
 from gptjax.tasks.registry import make_task, read_source, with_labels
 from gptjax.tasks.task import Source, Task
@@ -130,6 +131,7 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
             check_fits(config, mesh)
         base = _base_run(config)
         source = read_source(config, base.tokenizer if base else None)
+        source = dataclasses.replace(source, base=base.params if base else None)
         config = _resolve(config, source, base)
         check_fits(config, mesh)
         task, hook = _make_task(config, source, mesh)
@@ -355,14 +357,17 @@ def _kept_heads(config: Config, base: LoadedRun, report: bool) -> dict:
     for name, task in config.heads.items():
         for other in sorted(base.config.heads, key=lambda other: other != name):
             known = base.config.heads[other]
-            same = (known.kind, known.multi_label) == (task.kind, task.multi_label)
-            if same and sorted(known.labels) == sorted(task.labels):
-                order = np.array([known.labels.index(label) for label in task.labels])
-                kept[name] = jax.tree.map(lambda leaf, order=order: leaf[order], base.params["heads"][other])
+            same = all(getattr(known, field) == getattr(task, field) for field in ("kind", "multi_label", "delimiters"))
+            outputs = output_count(known)
+            if same and sorted(known.labels) == sorted(task.labels) and outputs == output_count(task):
+                order = np.array([known.labels.index(label) for label in task.labels] or range(outputs))
+                head = base.params["heads"][other]
+                kept[name] = head | {leaf: head[leaf][order] for leaf in ("w", "bias")}
                 break
         if report:
             source = f"kept from {config.init_from}" if name in kept else "new"
-            say(f"head        {name}: {source}, {len(task.labels)} labels")
+            what = f"{len(task.labels)} labels" if task.labels else f"{output_count(task)} outputs"
+            say(f"head        {name}: {source}, {what}")
     return {"heads": kept} if kept else {}
 
 

@@ -8,6 +8,7 @@ import jax
 
 from gptjax.batches.prefetch import prefetch
 from gptjax.config.run import Config
+from gptjax.config.task import PADDED
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
@@ -227,8 +228,14 @@ def _evaluate(
             return None, False
     loop.evaluation_pending = False
     by = parts.config.train.best_by
-    improved = loop.take(scores.val_loss, None if by == "loss" else scores.row()[by])
-    log.file.write({"step": step, **scores.row()})
+    row = scores.row()
+    if by != "loss" and by not in row:
+        raise UserError(
+            f"train.best_by={by}: task.metric={parts.config.task.metric!r} returned a dict without {by!r}; return a"
+            " number, or that name too"
+        )
+    improved = loop.take(scores.val_loss, None if by == "loss" else row[by])
+    log.file.write({"step": step, **row})
     log.progress.line(f"step {step} · validation {scores}{' (best)' if improved else ''}")
     try:
         _show_sample(parts, params, step, log, signals)
@@ -311,6 +318,6 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
 
 def _explain_attention(parts: Parts) -> str:
     config = parts.config
-    segments = config.task.kind != "classify" and not config.data.attend_across_documents
+    segments = config.task.kind not in PADDED and not config.data.attend_across_documents
     explained = traced_in(parts.mesh, explain_attention)
     return explained(config.model, config.train.micro_batch, config.train.compute_dtype, segments, True)

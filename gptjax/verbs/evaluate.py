@@ -1,6 +1,7 @@
 """`gptjax evaluate`: measures a trained run on text or labels."""
 
 import dataclasses
+import itertools
 import math
 import time
 from collections import Counter
@@ -18,14 +19,17 @@ from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import LABELLED
 from gptjax.config.verbs import EvaluateConfig
 from gptjax.errors import UserError, did_you_mean
-from gptjax.evaluation.labels import Predictions, save_confusion, score, table
+from gptjax.evaluation.labels import save_confusion
 from gptjax.evaluation.loss import Evaluation, evaluation_of, make_eval_step, measure, sum_loss
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
+from gptjax.tasks.dpo import measure_preferences
+from gptjax.tasks.functions import metric_values
 from gptjax.tasks.instruct import measure_chats
 from gptjax.tasks.multi import parts_of
 from gptjax.tasks.pretrain import bytes_per_token
 from gptjax.tasks.registry import TASKS, parse, read_examples
+from gptjax.tasks.regress import check_count
 from gptjax.text.counts import counted
 from gptjax.text.labelled import check_labels, read_data_rows
 from gptjax.text.prepare import prepare
@@ -97,9 +101,11 @@ def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
         return _evaluate_text(run, tokenizer, options, notify)
     if options.windows:
         raise UserError(f"windows={options.windows} has no effect: task.kind={kind} is measured on every row")
-    if kind in LABELLED:
-        return _evaluate_labels(run, name, options)
-    return _evaluate_chats(run, tokenizer, options)
+    if kind == "dpo":
+        return _evaluate_preferences(run, tokenizer, options, notify)
+    return (
+        _evaluate_chats(run, tokenizer, options) if TASKS[kind].report is None else _evaluate_head(run, name, options)
+    )
 
 
 def _evaluate_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify) -> str:
@@ -153,38 +159,57 @@ def _evaluate_own_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateCo
     return measure(_eval_step(run), run.params, batches, _device(), bytes_per_token(split))
 
 
-def _evaluate_labels(run: LoadedRun, name: str, options: EvaluateConfig) -> str:
+def _evaluate_head(run: LoadedRun, name: str, options: EvaluateConfig) -> str:
+    report, task = TASKS[run.config.task.kind].report, run.config.task
+    assert report is not None  # checked by the caller
     found = []
     sources = _sources(options) if _given(options) else [("validation", None)]
     for source, data in sources:
         predictions, loss = predict_labels(run, name, _examples(run.config, data), options.batch_size)
         found.append((source, predictions, loss))
     predictions = _concatenated([predictions for _, predictions, _ in found])
-    weights = [len(one.targets) for _, one, _ in found]
-    loss = float(np.average([loss for *_, loss in found], weights=weights))
+    loss = float(np.average([loss for *_, loss in found], weights=[one.count for _, one, _ in found]))
     if options.figure:
         save_confusion(predictions, Path(options.figure).expanduser())
-    lines = [f"{source}  {score(one, loss)} · {len(one.targets):,} labels" for source, one, loss in found]
-    lines = (lines if len(found) > 1 else []) + [table(predictions, score(predictions, loss))]
+    unit = "labels" if task.kind in LABELLED else "rows"
+    lines = [f"{source}  {report(one, loss).splitlines()[0]} · {one.count:,} {unit}" for source, one, loss in found]
+    lines = (lines if len(found) > 1 else []) + [report(predictions, loss)]
+    lines += [f"{key} {value:.4f}" for key, value in metric_values(task, predictions).items()]
     if _given(options):
-        rows = len(predictions.sentences or predictions.targets)
         lines += [
             "",
-            f"rows        {', '.join(source for source, *_ in found)}: {rows:,}",
+            f"rows        {', '.join(source for source, *_ in found)}: {len(predictions.cut):,}",
             _checkpoint_line(run, options),
         ]
     return "\n".join(lines)
 
 
-def _concatenated(parts: Sequence[Predictions]) -> Predictions:
-    """The predictions of several files as those of one."""
-    return Predictions(
-        np.concatenate([part.probabilities_EN for part in parts]),
-        np.concatenate([part.targets for part in parts]),
-        parts[0].labels,
-        tuple(length for part in parts for length in part.sentences),
-        tuple(cut for part in parts for cut in part.cut),
-    )
+def _evaluate_preferences(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify) -> str:
+    where = options.base or run.config.init_from
+    base = load_run(Path(where).expanduser(), strict=options.strict, notify=notify).params
+    sources = _sources(options) if _given(options) else [("validation", None)]
+    lines = []
+    for source, data in sources:
+        examples = _examples(run.config, data)
+        scores = measure_preferences(run.config, run.params, base, tokenizer, examples)
+        lines.append(f"{source}  {scores} · {len(examples):,} pairs")
+    return "\n".join([*lines, *([_checkpoint_line(run, options)] if _given(options) else [])])
+
+
+def _concatenated(parts: Sequence[Any]) -> Any:
+    """The predictions of several files as those of one; arrays of fewer columns get columns of zeros."""
+
+    def joined(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        if name == "labels":
+            return values[0]
+        if isinstance(values[0], tuple):
+            return tuple(itertools.chain.from_iterable(values))
+        columns = max(value.shape[-1] for value in values)
+        padding = [((0, 0),) * (v.ndim - 1) + ((0, columns - v.shape[-1]),) if v.ndim > 1 else 0 for v in values]
+        return np.concatenate([np.pad(value, pad) for value, pad in zip(values, padding, strict=True)])
+
+    return type(parts[0])(**{field.name: joined(field.name) for field in dataclasses.fields(parts[0])})
 
 
 def _evaluate_chats(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig) -> str:
@@ -215,8 +240,8 @@ def one_task(run: LoadedRun, part: str, where: str) -> tuple[LoadedRun, str]:
     return dataclasses.replace(run, config=tasks[name]), name
 
 
-def predict_labels(run: LoadedRun, name: str, examples: list, batch_size: int) -> tuple[Predictions, float]:
-    """The predictions of head `name` of a run for examples, and the mean loss where their labels are known."""
+def predict_labels(run: LoadedRun, name: str, examples: list, batch_size: int) -> tuple[Any, float]:
+    """The predictions of head `name` of a run for examples, and the mean loss where the truth is known."""
     config, task, tokenizer = run.config, run.config.task, run.tokenizer
     assert tokenizer is not None  # labelled tasks always have one
     predict = TASKS[task.kind].predict
@@ -237,6 +262,8 @@ def _examples(config: Config, data: DataConfig | None) -> list:
     for example in examples:
         if config.task.kind in LABELLED:
             check_labels(example, config.task.labels)
+        elif config.task.kind == "regress":
+            check_count(example, len(config.task.means))
     if not examples:
         raise UserError(f"{', '.join(data.path) or data.hf_dataset}: no rows")
     return examples

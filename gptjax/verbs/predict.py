@@ -8,17 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gptjax.checkpoints.run_dir import LoadedRun, load_run
 from gptjax.config.run import DataConfig
-from gptjax.config.task import LABELLED, TaskConfig
+from gptjax.config.task import TaskConfig
 from gptjax.config.verbs import PredictConfig
 from gptjax.errors import UserError
-from gptjax.evaluation.labels import Predictions
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
-from gptjax.tasks.registry import parse
+from gptjax.tasks.registry import TASKS, parse
 from gptjax.tasks.task import longest
 from gptjax.text.counts import counted
 from gptjax.text.formats import Row
@@ -52,8 +49,8 @@ def predict_run(options: PredictConfig, notify: Callable[[str], None] = print) -
     run = load_run(Path(options.run_dir).expanduser(), options.checkpoint, options.strict, notify, options.base)
     run, name = one_task(run, options.part, options.run_dir)
     task = run.config.task
-    if task.kind not in LABELLED:
-        raise UserError(f"{options.run_dir}: has task.kind={task.kind}, which has no labels; use gptjax sample")
+    if TASKS[task.kind].predict is None:
+        raise UserError(f"{options.run_dir}: has task.kind={task.kind}, which predicts nothing; use gptjax sample")
     data = _data_config(run.config.data, options, task)
     counts: Counter[str] = Counter()
     rows = read_rows([options.file], "file", data, counts) if options.file else _given_rows(options.text, task, data)
@@ -83,10 +80,12 @@ def predicted_rows(
     while chunk := list(itertools.islice(rows, CHUNK)):
         examples = list(parse(chunk, run.config.task, data, labelled=False))
         predictions, _ = predict_labels(run, name, examples, min(batch_size, len(chunk)))
-        values = _of_sentences(predictions) if run.config.task.kind == "tag" else _of_texts(predictions)
-        for row, predicted, cut in zip(chunk, values, predictions.cut, strict=True):
+        outputs = TASKS[run.config.task.kind].outputs
+        assert outputs is not None  # as there is a function that predicts
+        for row, predicted, cut in zip(chunk, outputs(predictions), predictions.cut, strict=True):
             counts["cut"] += cut
-            yield renamed(row, OUTPUTS, counts) | predicted | {"cut": cut}
+            values = {name: _rounded(value) for name, value in predicted.items()}
+            yield renamed(row, OUTPUTS, counts) | values | {"cut": cut}
 
 
 def _data_config(own: DataConfig, options: PredictConfig, task: TaskConfig) -> DataConfig:
@@ -100,6 +99,8 @@ def _data_config(own: DataConfig, options: PredictConfig, task: TaskConfig) -> D
 
 
 def _given_rows(texts: Iterable[str], task: TaskConfig, data: DataConfig) -> Iterator[Row]:
+    if task.second_field or task.kind not in ("classify", "regress", "tag"):
+        raise UserError(f"text: a row of this run (task.kind={task.kind}) is more than a text; give --file FILE")
     for number, text in enumerate(texts, 1):
         values = {task.tokens_field: text.split()} if task.kind == "tag" else {data.text_field: text}
         yield Row(values, f"text {number}")
@@ -115,19 +116,8 @@ def _notes(counts: Counter[str], count: int, max_tokens: int) -> list[str]:
     return notes
 
 
-def _of_texts(predictions: Predictions) -> Iterator[dict[str, Any]]:
-    labels = predictions.labels
-    for probabilities, chosen in zip(predictions.probabilities_EN, predictions.chosen, strict=True):
-        several = predictions.targets.ndim == 2
-        name = [label for label, has in zip(labels, chosen, strict=True) if has] if several else labels[chosen]
-        rounded = {label: round(p, 6) for label, p in zip(labels, probabilities.tolist(), strict=True)}
-        yield {"predicted": name, "probabilities": rounded}
-
-
-def _of_sentences(predictions: Predictions) -> Iterator[dict[str, Any]]:
-    """Yields the tag of each word and its probability. The probabilities of all tags would be many times the text."""
-    chosen, best = predictions.chosen.tolist(), predictions.probabilities_EN.max(axis=-1).tolist()
-    for end, length in zip(np.cumsum(predictions.sentences).tolist(), predictions.sentences, strict=True):
-        here = slice(end - length, end)
-        names = [predictions.labels[n] for n in chosen[here]]
-        yield {"predicted": names, "probabilities": [round(p, 6) for p in best[here]]}
+def _rounded(value: Any) -> Any:
+    """Probabilities in lists and by label, to six digits; other values as they are."""
+    if isinstance(value, list):
+        return [round(p, 6) if isinstance(p, float) else p for p in value]
+    return {label: round(p, 6) for label, p in value.items()} if isinstance(value, dict) else value

@@ -74,7 +74,7 @@ def prompt_template(run: LoadedRun, raw: bool, where: str) -> str | None:
     Raises:
         UserError: `raw` has no effect, or the run has chats of several templates.
     """
-    if raw and not any(part.task.kind == "instruct" for part in parts_of(run.config).values()):
+    if raw and not any(part.task.kind in ("instruct", "dpo") for part in parts_of(run.config).values()):
         raise UserError(f"raw=True has no effect: {where} has task.kind={run.config.task.kind}, which has no template")
     return None if raw else chat_template(run.config)
 

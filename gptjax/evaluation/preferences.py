@@ -1,0 +1,50 @@
+"""How often the response that was preferred has the higher score."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceScores:
+    """What preferences are judged by at each evaluation; the names are those of `metrics.jsonl`."""
+
+    val_loss: float
+    """Nats per pair; ln 2 is that of equal scores."""
+    accuracy: float
+    """Share of pairs whose chosen response has the higher score; equal scores count half."""
+    margin: float
+    """Mean of the chosen response's score minus that of the rejected one."""
+
+    def row(self) -> dict[str, float]:
+        """What there is, for `metrics.jsonl`."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return f"loss {self.val_loss:.4f} · accuracy {self.accuracy:.4f} · margin {self.margin:.4f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorePredictions:
+    """Scores of responses."""
+
+    scores_ES: np.ndarray
+    """Of the chosen and the rejected response, or of the only one."""
+    cut: tuple[bool, ...] = ()
+    """Of each row, whether a response has more tokens than the model reads."""
+
+    @property
+    def count(self) -> int:
+        """Rows that are scored."""
+        return len(self.scores_ES)
+
+
+def score_preferences(predictions: ScorePredictions, val_loss: float) -> PreferenceScores:
+    """Scores pairs: column 0 is the chosen response, column 1 the rejected one."""
+    margins = predictions.scores_ES[:, 0].astype(np.float64) - predictions.scores_ES[:, 1]
+    return PreferenceScores(val_loss, float(((margins > 0) + 0.5 * (margins == 0)).mean()), float(margins.mean()))
+
+
+def preference_report(predictions: ScorePredictions, val_loss: float) -> str:
+    """The scores as text."""
+    return f"{score_preferences(predictions, val_loss)} · {len(predictions.scores_ES):,} pairs"

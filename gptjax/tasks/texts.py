@@ -1,0 +1,45 @@
+"""Texts, pairs and candidates as token sequences of a task."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gptjax.batches.labelled import CandidateSet, Encoded, Marks, TextSet, encode_rows, end_marks
+from gptjax.config.run import Config
+from gptjax.tasks.heads import learned_marks
+from gptjax.tasks.task import longest
+from gptjax.text.labelled import Choice, Numbers, Text
+from gptjax.text.tokenizer import Tokenizer
+
+
+def marks_of(config: Config, tokenizer: Tokenizer) -> Marks:
+    """The tokens around the texts of a row, by `task.delimiters`."""
+    return learned_marks(config.model) if config.task.delimiters == "learned" else end_marks(tokenizer)
+
+
+def encode_examples(
+    config: Config, tokenizer: Tokenizer, examples: Sequence[Text | Numbers], targets: np.ndarray
+) -> Encoded:
+    """Encodes texts or pairs; with `task.both_orders` each pair twice, in either order."""
+    marks, room = marks_of(config, tokenizer), longest(config)
+    rows = [(example.text,) if example.second is None else (example.text, example.second) for example in examples]
+    tokens, cut = encode_rows(rows, tokenizer, marks, room)
+    if not config.task.both_orders:
+        return TextSet(tokens, targets, cut, room)
+    turned, cut_too = encode_rows([row[::-1] for row in rows], tokenizer, marks, room)
+    return CandidateSet(list(zip(tokens, turned, strict=True)), targets, cut | cut_too, room, 2)
+
+
+def encode_choices(config: Config, tokenizer: Tokenizer, examples: Sequence[Choice]) -> CandidateSet:
+    """Encodes each candidate after the text that it belongs to."""
+    rows = [(example.text, candidate) for example in examples for candidate in example.candidates]
+    tokens, cut = encode_rows(rows, tokenizer, marks_of(config, tokenizer), longest(config))
+    ends = np.cumsum([len(example.candidates) for example in examples]).tolist()
+    parts = [slice(end - len(e.candidates), end) for end, e in zip(ends, examples, strict=True)]
+    return CandidateSet(
+        [tokens[part] for part in parts],
+        np.array([example.answer for example in examples], np.int32),
+        np.array([cut[part].any() for part in parts], bool),
+        longest(config),
+        max((len(example.candidates) for example in examples), default=1),
+    )
