@@ -79,7 +79,7 @@ def _encode(config: Config, tokenizer: Tokenizer, examples: Sequence[Preference]
     return CandidateSet(
         [[tokens[n] for n in pair] for pair in numbers],
         np.zeros(len(numbers), np.int32),
-        cut[numbers].any(axis=1),
+        np.array([cut[pair].any() for pair in numbers], bool),
         longest(config),
         several,
     )
