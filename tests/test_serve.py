@@ -4,15 +4,11 @@ import asyncio
 import base64
 import dataclasses
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,6 +24,7 @@ from gptjax.errors import UserError
 from gptjax.generation.sample import samples
 from gptjax.tasks.trainable import init_all
 from gptjax.text.tokenizer import ByteTokenizer
+from tests.server import served, wait_for
 from tests.test_chat import make_run
 from tests.test_chat import options as chat_options
 
@@ -272,13 +269,6 @@ def test_what_does_not_fit_into_the_queue_is_refused_and_what_waits_too_long_end
         assert engine.busy == engine.waiting == 0
 
 
-def wait_for(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("sends", [0, 2])
 def test_a_client_that_leaves_frees_its_slot(client, stream, sends):
@@ -422,16 +412,8 @@ def run_dir(tmp_path_factory):
 
 def test_the_command_serves_openais_client_and_finishes_what_runs_when_it_is_stopped(run_dir):
     openai = pytest.importorskip("openai")
-    command = [sys.executable, "-m", "gptjax", "serve", "--run_dir", str(run_dir), "--port", "0", "--no-restart"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    seen: list[str] = []
-    reader = threading.Thread(target=lambda: seen.extend(iter(process.stderr.readline, "")))
-    reader.start()
-    try:
-        wait_for(lambda: process.poll() is not None or any("http://" in line for line in seen), 120)
-        [url] = [line.split()[-1] for line in seen if "http://" in line]
-        with openai.OpenAI(base_url=f"{url}v1", api_key="none", max_retries=0) as api:
+    with served(run_dir) as server:
+        with openai.OpenAI(base_url=f"{server.url}v1", api_key="none", max_retries=0) as api:
             assert [model.id for model in api.models.list()] == ["tiny"]
             text = api.completions.create(model="tiny", prompt="abc", max_tokens=6, temperature=0).choices[0].text
             [[expected]] = sampled(["abc"], max_new_tokens=6, temperature=0)
@@ -448,16 +430,11 @@ def test_the_command_serves_openais_client_and_finishes_what_runs_when_it_is_sto
                 extra_body={"ignore_eos": True},
             )
             chunks = [next(stream)]
-            process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
             chunks += stream
         assert chunks[-1].choices[0].finish_reason is not None
-        assert process.wait(60) == 128 + signal.SIGTERM
-        assert not any("Traceback" in line for line in seen), seen
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-        process.stderr.close()
+        assert server.process.wait(60) == 128 + signal.SIGTERM
+        assert not any("Traceback" in line for line in server.lines), server.lines
 
 
 def test_an_address_that_is_taken_is_told_in_one_line(run_dir, capsys):

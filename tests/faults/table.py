@@ -10,14 +10,6 @@ BEGIN, END = "<!-- faults: begin, written by make faults -->", "<!-- faults: end
 HEADER = ("| # | fault | what must happen | what was seen | as expected |", "|---|---|---|---|---|")
 YES = "yes"
 NUMBERS = range(1, 49)
-LATER = {
-    48: (
-        "clients of a server: gone while it streams, 10 MB of body, bad JSON, negative max_tokens, 20 at once, SIGTERM",
-        "4xx or a clean end; no slot stays taken",
-        "gptjax has no server yet: its faults are injected when it comes",
-    )
-}
-"""Faults that nothing can suffer yet: what, what must happen, why it is not run."""
 
 
 @dataclasses.dataclass
@@ -42,8 +34,7 @@ class Row:
 
 
 def collect(reports: Iterable) -> list[Row]:
-    """One row for each fault that the reports name, in order of number; tests of the same fault share it. Those of
-    `LATER` are rows that say so, until a report names them."""
+    """One row for each fault that the reports name, in order of number; tests of the same fault share it."""
     rows: dict[tuple, Row] = {}
     for report in sorted(reports, key=lambda report: report.nodeid):
         texts = [value for name, value in report.user_properties if name == "seen"]
@@ -51,10 +42,6 @@ def collect(reports: Iterable) -> list[Row]:
             row = rows.setdefault(fault, Row(*fault))
             row.seen += texts
             row.outcomes.add(report.outcome)
-    named = {row.number for row in rows.values()}
-    for number, (fault, expected, why) in LATER.items():
-        if number not in named:
-            rows[number,] = Row(number, fault, expected, [why])
     return sorted(rows.values(), key=lambda row: row.number)
 
 
