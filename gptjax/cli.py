@@ -19,6 +19,7 @@ from gptjax.config.start import Start, start_config
 from gptjax.config.synonyms import suggest_verb
 from gptjax.config.verbs import (
     ChatConfig,
+    DataVerbConfig,
     DoctorConfig,
     EmbedConfig,
     EvaluateConfig,
@@ -62,6 +63,15 @@ def prepare(args: Sequence[str]) -> int:
     from gptjax.verbs.prepare import run_prepare
 
     return run_prepare(start, _flags(PrepareConfig, own).shard)
+
+
+def data(args: Sequence[str]) -> int:
+    """Shows the documents of a step, or the hardest and easiest ones: gptjax data RUN_DIR --step N | --rank_loss."""
+    run_dir, rest = _positional(args, "data RUN_DIR --step N | --rank_loss")
+    config = _flags(DataVerbConfig, rest)
+    from gptjax.verbs.data import run_data
+
+    return run_data(run_dir, config)
 
 
 def sample(args: Sequence[str], restart: Restart = stay) -> int:
@@ -171,6 +181,7 @@ RESTARTING = (train, sample, chat, serve)
 VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "prepare": (prepare, Config),
     "train": (train, Config),
+    "data": (data, DataVerbConfig),
     "sample": (sample, SampleConfig),
     "chat": (chat, ChatConfig),
     "serve": (serve, ServeConfig),

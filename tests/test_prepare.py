@@ -82,6 +82,7 @@ def test_second_preparation_reads_nothing(corpus, tmp_path, monkeypatch):
 
 OTHER_OPTIONS = {
     "text_field": "body",
+    "template": "{text} {body}",
     "max_documents": 200,
     "validation_fraction": 0.2,
     "encoding": "latin-1",
@@ -97,7 +98,7 @@ OTHER_OPTIONS = {
 
 def test_every_option_that_changes_tokens_makes_another_folder(corpus, tmp_path):
     Path(corpus.path[0]).write_text("".join(json.dumps({"text": text, "body": text[::-1]}) + "\n" for text in TEXTS))
-    kept_elsewhere = {"path", "source", "hf_dataset", "streaming", "attend_across_documents", "verify"}
+    kept_elsewhere = {"path", "source", "hf_dataset", "streaming", "attend_across_documents", "verify", "skip"}
     assert {field.name for field in dataclasses.fields(DataConfig)} == set(OTHER_OPTIONS) | kept_elsewhere
     configs = [dataclasses.replace(corpus, **{name: value}) for name, value in OTHER_OPTIONS.items()]
     made = [prepare(data, BYTES, tmp_path, report=quiet) for data in (corpus, *configs)]

@@ -42,6 +42,8 @@ class PackedWindows:
     block_size: int
     seed: int
     attend_across_documents: bool
+    skipped: frozenset[int] = frozenset()
+    """Documents, as numbered in the stream from 0, in which no loss is taken."""
 
     def __post_init__(self):
         if self.split.n_tokens < self.block_size + 1:
@@ -69,12 +71,31 @@ class PackedWindows:
             batch_size: Rows of the global batch.
             rows: Which of them to make; a process takes its own.
         """
-        numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
-        return read_windows(self.split, self._starts(numbers), self.block_size, self.attend_across_documents)
+        return self.windows(np.arange(step * batch_size, (step + 1) * batch_size)[rows])
+
+    def windows(self, numbers: np.ndarray) -> Batch:
+        """Returns the windows of these numbers, counted over all epochs, as arrays [B, T]."""
+        starts = self._starts(numbers)
+        batch = read_windows(self.split, starts, self.block_size, self.attend_across_documents)
+        return self._without_skipped(batch, starts) if self.skipped else batch
+
+    def _without_skipped(self, batch: Batch, starts: np.ndarray) -> Batch:
+        """Takes the targets out whose inputs lie in a skipped document; nothing else changes."""
+        targets_BT, skipped = batch.targets.copy(), np.array(sorted(self.skipped))
+        for b, start in enumerate(map(int, starts)):
+            begins = self.split.document_starts(start, start + self.block_size) - start
+            first = self.split.document_at(start)
+            counted = np.bincount(begins[begins > 0], minlength=self.block_size)
+            targets_BT[b, np.isin(first + np.cumsum(counted), skipped)] = -1
+        return batch._replace(targets=targets_BT)
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
         """Returns the first and the last document in each row of the batch of `step`, numbered in the stream from 0."""
-        starts = self._starts(np.arange(step * batch_size, (step + 1) * batch_size))
+        return self.documents_of(np.arange(step * batch_size, (step + 1) * batch_size))
+
+    def documents_of(self, numbers: np.ndarray) -> list[tuple[int, int]]:
+        """Returns the first and the last document in each of these windows."""
+        starts = self._starts(numbers)
         return [
             (self.split.document_at(int(start)), self.split.document_at(int(start) + self.block_size - 1))
             for start in starts
@@ -82,8 +103,7 @@ class PackedWindows:
 
     def row(self, index: int) -> Batch:
         """Returns window `index`, counted over all epochs, as arrays [T]."""
-        starts = self._starts(np.array([index]))
-        batch = read_windows(self.split, starts, self.block_size, self.attend_across_documents)
+        batch = self.windows(np.array([index]))
         return Batch(*(None if array is None else array[0] for array in batch))
 
     def _starts(self, numbers: np.ndarray) -> np.ndarray:

@@ -25,6 +25,8 @@ SCORES = {
 """What `train.best_by` may name beside the loss, by `task.kind`."""
 PARTS = ("classify", "regress", "choose", "tag", "instruct")
 """The tasks that can be a part of `multi`."""
+TEMPLATE_FIELD = re.compile(r"\{([\w-]+(?:\.[\w-]+)*)\}")
+"""A field in `data.template`."""
 TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
 
@@ -65,6 +67,9 @@ class DataConfig:
     """Read hf_dataset as a stream instead of downloading it whole."""
     text_field: str = "text"
     """Field (JSONL), column (CSV, parquet) or feature (datasets) that holds the text."""
+    template: str = ""
+    """In place of text_field: a text with several fields of a row in braces, nested ones with dots, such as
+    "{title}\n\n{body.text}"."""
     encoding: Literal["utf-8", "utf-16", "latin-1", "cp1252"] = "utf-8"
     """Encoding of the files of path; parquet is always UTF-8."""
     quoting: Literal["format", "double", "none"] = "format"
@@ -84,6 +89,9 @@ class DataConfig:
     drop_duplicates: bool = False
     """Leave out documents whose text came before (counted)."""
     clean: CleanConfig = dataclasses.field(default_factory=CleanConfig)
+    skip: str = ""
+    """File with a document on each line (its hash, or file and line, as `gptjax data` prints them): they are no longer
+    trained on, and every other sequence stays the same."""
     attend_across_documents: bool = False
     """Let tokens attend to earlier documents in the same window."""
     verify: Literal["full", "header"] = "full"
@@ -96,12 +104,15 @@ class DataConfig:
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
         not_negative("data", self, "max_documents", "min_characters")
-        usable_paths("data", self, "path")
+        usable_paths("data", self, "path", "skip")
         no_effect("data", self, "streaming", bool(self.hf_dataset), "data.hf_dataset")
         for name in ("encoding", "quoting"):
             no_effect("data", self, name, bool(self.path), "data.path")
+        no_effect("data", self, "text_field", not self.template, "an empty data.template")
+        if self.template and not TEMPLATE_FIELD.search(self.template):
+            raise UserError(f"data.template={self.template!r} must name a field in braces, such as {{title}}")
         if self.source:
-            for name in ("text_field", "invalid_utf8"):
+            for name in ("text_field", "template", "invalid_utf8"):
                 no_effect("data", self, name, False, "text of your own")
 
 
@@ -340,6 +351,43 @@ class PartConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several sources of text that a run mixes."""
+
+    name: str
+    """Name of the source in log lines and metrics: letters, digits, - and _."""
+    weight: float = 1.0
+    """Share of the sequences, relative to the weights of the other sources; 0: only after a change."""
+    changes: tuple[str, ...] = ()
+    """Weights from later steps on, as STEP:WEIGHT."""
+    epochs: float = 0.0
+    """In place of weights, for every source: passes over its text, relative to those of the other sources."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        where = f"sources: {self.name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise UserError(f"sources: name={self.name!r} must be of letters, digits, - and _")
+        not_negative(where, self, "weight", "epochs")
+        for change in self.changes:
+            if not re.fullmatch(r"[1-9]\d{0,9}:\d+(\.\d+)?", change):
+                raise UserError(f"{where}: changes={change!r} must be like 1000:0.5, a step above 0 and a weight")
+        if self.epochs and (self.weight != 1 or self.changes):
+            raise UserError(f"{where}: weight and changes have no effect with epochs={self.epochs}; give one of them")
+        for name in ("attend_across_documents", "verify"):
+            no_effect(f"{where}: data", self.data, name, False, "a run of one source; set it in the run's own data")
+
+    @property
+    def weight_changes(self) -> dict[int, float]:
+        """The weights of `changes` by their step."""
+        return {int(step): float(weight) for step, _, weight in (change.partition(":") for change in self.changes)}
+
+    def weight_at(self, step: int) -> float:
+        """The weight at a step."""
+        return [w for s, w in sorted({0: self.weight, **self.weight_changes}.items()) if s <= step][-1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A training run."""
 
@@ -363,6 +411,11 @@ class Config:
     parts: tuple[PartConfig, ...] = ()
     """The tasks of task.kind=multi, each with name, weight, task and data of its own; a list in the file, no flag."""
 
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources of text to mix, each with name, weight and data of its own; a list in the file, no flag."""
+    mixture_temperature: float = 0.0
+    """In place of weights: sources have shares in proportion to their tokens to the power of 1 / temperature."""
+
     def __post_init__(self):
         if not self.run_dir:
             raise UserError("run_dir is empty; name a folder for the run")
@@ -378,6 +431,7 @@ class Config:
                 f" must be at most {LARGEST_COUNT} tokens"
             )
         self._check_task()
+        self._check_sources()
 
     @property
     def heads(self) -> dict[str, TaskConfig]:
@@ -397,6 +451,29 @@ class Config:
             return bool(self.task.metric)
         return name == "loss" or name in SCORES.get(self.task.kind, ())
 
+    def _check_sources(self) -> None:
+        no_effect("", self, "mixture_temperature", bool(self.sources), "sources")
+        not_negative("", self, "mixture_temperature")
+        if not self.sources:
+            return
+        names = [source.name for source in self.sources]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise UserError("sources must be two or more, each with another name; for one, give data")
+        if self.task.kind != "pretrain":
+            raise UserError(f"sources have no effect with task.kind={self.task.kind}; leave them out, or use parts")
+        shared = DataConfig(attend_across_documents=self.data.attend_across_documents, verify=self.data.verify)
+        if self.data != shared:
+            raise UserError("data: only attend_across_documents and verify have an effect beside sources")
+        weighted = any(source.weight != 1 or source.changes for source in self.sources)
+        with_epochs = [source.epochs > 0 for source in self.sources]
+        if any(with_epochs) and (not all(with_epochs) or self.mixture_temperature):
+            raise UserError("sources: give epochs for every source, without mixture_temperature, or for none")
+        if self.mixture_temperature and weighted:
+            raise UserError("mixture_temperature replaces the weights of sources: leave weight and changes out")
+        for step in {0, *(step for source in self.sources for step in source.weight_changes)}:
+            if not any(source.weight_at(step) for source in self.sources):
+                raise UserError(f"sources: all weights are 0 from step {step} on")
+
     def _check_task(self) -> None:
         labelled, rows = bool(self.heads), self.task.kind != "pretrain"
         names = [part.name for part in self.parts]
@@ -410,7 +487,15 @@ class Config:
         new = labelled or self.model.adapter.kind != "none"
         if rows:
             no_effect("train", self.train, "eval_windows", False, "task.kind=pretrain")
-            for name in ("source", "min_characters", "drop_duplicates", "clean", "attend_across_documents"):
+            for name in (
+                "source",
+                "template",
+                "min_characters",
+                "drop_duplicates",
+                "clean",
+                "skip",
+                "attend_across_documents",
+            ):
                 no_effect("data", self.data, name, False, "task.kind=pretrain")
         if not self._has_score(self.train.best_by):
             no_effect("train", self.train, "best_by", False, "a task that has such a score")

@@ -126,7 +126,7 @@ VERBS: dict[str, str] = {
     "train": "finetune fine-tune fine_tune fit pretrain pre-train resume continue sft run learn",
     "evaluate": "eval test score validate validation perplexity ppl measure",
     "predict": "classify label tag annotate",
-    "prepare": "tokenize tokenise preprocess encode data",
+    "prepare": "tokenize tokenise preprocess encode",
     "doctor": "check info verify env diagnose debug status",
     "plan": "estimate memory cost flops",
     "verify-resume": "verify_resume verify-resuming",

@@ -314,6 +314,8 @@ class EvaluateConfig(CheckpointConfig):
         usable_paths("", self, "run_dir")
         for name in ("validation_fraction", "verify"):
             no_effect("data", self.data, name, False, "a split for validation, which evaluate does not make")
+        for name in ("clean", "skip"):
+            no_effect("data", self.data, name, False, "a text to train on")
         if not (self.data.path or self.data.source or self.data.hf_dataset) and self.data != DataConfig():
             raise UserError(
                 "data options have no effect on the run's own data; set data.path, source or hf_dataset too"
@@ -420,6 +422,29 @@ class ExportConfig(CheckpointConfig):
     def is_gguf(self) -> bool:
         """Whether a GGUF file is written."""
         return self.to.endswith(".gguf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataVerbConfig(CheckpointConfig):
+    """What data shows of a run."""
+
+    step: int = 0
+    """Show the documents that this step (from 1) trains on."""
+    rank_loss: bool = False
+    """Show the validation documents with the highest and the lowest loss, of the run's checkpoint."""
+    documents: int = 256
+    """Documents that rank_loss measures, evenly spaced over the validation text; 0: all."""
+    show: int = 5
+    """Documents that rank_loss prints of each kind."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.step > 0) == self.rank_loss:
+            raise UserError("give either --step N, from 1, or --rank_loss")
+        not_negative("", self, "step", "documents")
+        positive("", self, "show")
+        for name in ("documents", "show", "checkpoint"):
+            no_effect("", self, name, self.rank_loss, "rank_loss")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,34 @@ class Evaluation(NamedTuple):
         return f"loss {self.val_loss:.4f} · perplexity {self.perplexity:.2f} · {self.bits_per_byte:.4f} bits per byte"
 
 
+class MixtureEvaluation(NamedTuple):
+    """What was measured on each source, and the mean by their weights at the first step."""
+
+    val_loss: float
+    perplexity: float
+    bits_per_byte: float
+    sources: dict[str, Evaluation]
+
+    def row(self) -> dict[str, float]:
+        """For `metrics.jsonl`: the means, and the loss of each source as `NAME/val_loss`."""
+        means = {"val_loss": self.val_loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+        return means | {f"{name}/val_loss": scores.val_loss for name, scores in self.sources.items()}
+
+    def __str__(self) -> str:
+        mean = Evaluation(self.val_loss, self.perplexity, self.bits_per_byte)
+        return f"{mean} · {', '.join(f'{name} {scores.val_loss:.4f}' for name, scores in self.sources.items())}"
+
+
+def mean_evaluation(weights: dict[str, float], sources: dict[str, Evaluation]) -> MixtureEvaluation:
+    """Averages the losses of sources by their weights; a source without weight is measured and does not count."""
+    total = sum(weights.values())
+    loss, bits = (
+        sum(weights[name] * getattr(scores, field) for name, scores in sources.items()) / total
+        for field in ("val_loss", "bits_per_byte")
+    )
+    return MixtureEvaluation(loss, math.exp(min(loss, 700.0)), bits, sources)
+
+
 def make_eval_step(model: ModelConfig, compute: Compute) -> EvalStep:
     """Returns `eval_step(params, batch) -> (nll, count)`, to be jitted: leaves `[B, T]`, no dropout, loss without
     regularisers.

@@ -1,16 +1,21 @@
 """Learns the next token of prepared text."""
 
+import jax
+
+from gptjax.batches.mixture import MixtureWindows, Stage
 from gptjax.batches.pretraining import PackedWindows, evaluation_batches
 from gptjax.config.run import Config
-from gptjax.evaluation.loss import make_eval_step, measure
+from gptjax.evaluation.loss import MixtureEvaluation, make_eval_step, mean_evaluation, measure
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import loss_options, token_loss
-from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task
+from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_texts
 from gptjax.text.shards import TokenSplit
 
 
 def build(config: Config, _name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
     """See `task.Kind`."""
+    if source.mixture:
+        return _build_mixture(config, source, compute, compiled)
     dataset = source.dataset
     assert dataset is not None
     model, train, across = config.model, config.train, config.data.attend_across_documents
@@ -19,13 +24,76 @@ def build(config: Config, _name: str, source: Source, compute: Compute, compiled
     )
     eval_step, ratio = compiled(make_eval_step(model, compute)), bytes_per_token(dataset.validation)
     return Task(
-        PackedWindows(dataset.train, model.block_size, config.seed, across),
+        PackedWindows(dataset.train, model.block_size, config.seed, across, source.skipped.get("", frozenset())),
         model.block_size,
         dataset.hash,
         lambda params, sharding: measure(eval_step, params, batches, sharding, ratio),
         evaluation_batches=len(batches),
         measured_on=f"{sum(int((batch.targets >= 0).sum()) for batch in batches)} targets of {dataset.hash}",
     )
+
+
+def _build_mixture(config: Config, source: Source, compute: Compute, compiled: Compile) -> Task:
+    """Batches of several sources, and an evaluation that measures each on `train.eval_windows` windows."""
+    sources = source.mixture
+    model, train, across = config.model, config.train, config.data.attend_across_documents
+    batches = {
+        name: list(evaluation_batches(one.validation, model.block_size, train.eval_windows, train.micro_batch, across))
+        for name, one in sources.items()
+    }
+    stages = mixture_stages(config, {name: one.train.n_tokens for name, one in sources.items()})
+    weights = dict(zip(sources, stages[0].weights, strict=True))
+    eval_step = compiled(make_eval_step(model, compute))
+
+    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> MixtureEvaluation:
+        found = {
+            name: measure(eval_step, params, batches[name], sharding, bytes_per_token(one.validation))
+            for name, one in sources.items()
+        }
+        return mean_evaluation(weights, found)
+
+    identity = hash_texts([*(one.hash for one in sources.values()), repr(stages)])
+    windows = {
+        name: PackedWindows(one.train, model.block_size, config.seed, across, source.skipped.get(name, frozenset()))
+        for name, one in sources.items()
+    }
+    n_targets = sum(int((batch.targets >= 0).sum()) for each in batches.values() for batch in each)
+    return Task(
+        MixtureWindows(windows, stages),
+        model.block_size,
+        identity,
+        evaluate,
+        notes=tuple(describe_stages(config, stages, {name: one.train.n_tokens for name, one in sources.items()})),
+        evaluation_batches=sum(map(len, batches.values())),
+        measured_on=f"{n_targets} targets of {identity}",
+    )
+
+
+def mixture_stages(config: Config, n_tokens: dict[str, int]) -> tuple[Stage, ...]:
+    """The weights of sources from step to step, by `weight` and `changes`, `epochs`, or `mixture_temperature`."""
+    if config.mixture_temperature:  # arXiv:1907.05019, section 3.2
+        return (Stage(0, tuple(n ** (1 / config.mixture_temperature) for n in n_tokens.values())),)
+    if config.sources[0].epochs:
+        weights = (source.epochs * n_tokens[source.name] for source in config.sources)
+        return (Stage(0, tuple(weights)),)
+    steps = sorted({0, *(step for source in config.sources for step in source.weight_changes)})
+    return tuple(Stage(step, tuple(source.weight_at(step) for source in config.sources)) for step in steps)
+
+
+def describe_stages(config: Config, stages: tuple[Stage, ...], n_tokens: dict[str, int]) -> list[str]:
+    """Log lines: the share of each source from each step on, and how often the run goes through it."""
+    names, epochs = list(n_tokens), dict.fromkeys(n_tokens, 0.0)
+    lines = []
+    for stage, end in zip(stages, [*(s.first_step for s in stages[1:]), config.train.num_steps], strict=True):
+        shares = [weight / sum(stage.weights) for weight in stage.weights]
+        lines.append(
+            f"from step {stage.first_step:,}: " + ", ".join(f"{n} {s:.1%}" for n, s in zip(names, shares, strict=True))
+        )
+        tokens = max(0, end - stage.first_step) * config.train.batch_size * config.model.block_size
+        for name, share in zip(names, shares, strict=True):
+            epochs[name] += share * tokens / n_tokens[name]
+    lines.append("passes: " + ", ".join(f"{name} {times:.2f}" for name, times in epochs.items()))
+    return lines
 
 
 def next_token_loss(config: Config, _name: str = "") -> StatesLoss:

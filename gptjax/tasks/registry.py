@@ -22,9 +22,11 @@ from gptjax.tasks.heads import flat, with_learned_tokens
 from gptjax.tasks.multi import combine, combined_loss, parts_of
 from gptjax.tasks.task import Compile, Kind, LossFunction, Source, StatesLoss, Task
 from gptjax.text import labelled as labelled_rows
+from gptjax.text.documents import read_skipped
 from gptjax.text.formats import Row
 from gptjax.text.labelled import Examples, ParseRow
-from gptjax.text.prepare import prepare
+from gptjax.text.mixture import prepare_sources
+from gptjax.text.prepare import Prepared, prepare
 from gptjax.text.tokenizer import Tokenizer, make_tokenizer
 
 TASKS: dict[str, Kind] = {
@@ -48,8 +50,16 @@ def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
     """
     if config.task.kind == "pretrain":
         cache = Path(config.cache_dir).expanduser()
+        if config.sources:
+            sources = {source.name: source.data for source in config.sources}
+            mixed = prepare_sources(sources, config.tokenizer, cache, report=say, tokenizer_override=tokenizer)
+            first = next(iter(mixed.values()))
+            skipped = {name: _skipped(one, sources[name], f"{name}: ") for name, one in mixed.items()}
+            return Source(
+                first.tokenizer, None, {}, mixture={n: one.dataset for n, one in mixed.items()}, skipped=skipped
+            )
         prepared = prepare(config.data, config.tokenizer, cache, report=say, tokenizer_override=tokenizer)
-        return Source(prepared.tokenizer, prepared.dataset, {})
+        return Source(prepared.tokenizer, prepared.dataset, {}, skipped={"": _skipped(prepared, config.data)})
     parts = parts_of(config)
     examples = {name: read_examples(part.task, part.data) for name, part in parts.items()}
     if any(part.task.kind == "tag" and are_spans(examples[name].labels) for name, part in parts.items()):
@@ -60,6 +70,14 @@ def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
             config.tokenizer, lambda: (texts[name](e) for name, part in examples.items() for e in part.train)
         )
     return Source(tokenizer, None, examples)
+
+
+def _skipped(prepared: Prepared, data: DataConfig, name: str = "") -> frozenset[int]:
+    if not data.skip:
+        return frozenset()
+    numbers, line = read_skipped(prepared.folder, data.skip)
+    say(f"skipped     {name}{line}")
+    return numbers
 
 
 def read_examples(task: TaskConfig, data: DataConfig) -> Examples:

@@ -15,7 +15,7 @@ from gptjax.batches.packed import TargetSequence
 from gptjax.config.run import Config
 from gptjax.evaluation.choices import ChoiceScores
 from gptjax.evaluation.labels import LabelScores, MultiScores
-from gptjax.evaluation.loss import Evaluation
+from gptjax.evaluation.loss import Evaluation, MixtureEvaluation
 from gptjax.evaluation.metric import ScoresWithMetric
 from gptjax.evaluation.numbers import NumberScores
 from gptjax.evaluation.preferences import PreferenceScores
@@ -25,7 +25,16 @@ from gptjax.text.labelled import Examples, ParseRow
 from gptjax.text.shards import Dataset
 from gptjax.text.tokenizer import Tokenizer
 
-Scores = Evaluation | LabelScores | NumberScores | ChoiceScores | PreferenceScores | ScoresWithMetric | MultiScores
+Scores = (
+    Evaluation
+    | MixtureEvaluation
+    | LabelScores
+    | NumberScores
+    | ChoiceScores
+    | PreferenceScores
+    | ScoresWithMetric
+    | MultiScores
+)
 Compile = Callable[[Callable], Callable]
 LossFunction = Callable[[dict, Any, jax.Array | None], Loss]
 StatesLoss = Callable[[dict, jax.Array, Any], Loss]
@@ -41,6 +50,10 @@ class Source:
     """By the name of the task's part; a task alone has its kind as name."""
     base: dict | None = None
     """Parameters of the run that `init_from` names."""
+    mixture: dict[str, Dataset] = dataclasses.field(default_factory=dict)
+    """The sources of a run that mixes several, by name; `dataset` is None then."""
+    skipped: dict[str, frozenset[int]] = dataclasses.field(default_factory=dict)
+    """Training documents in which no loss is taken, by the name of the source; that of a single one is empty."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.config.run import DataConfig
+from gptjax.config.run import TEMPLATE_FIELD, DataConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.text.conll import Sentence, conll_sentences, sentence_documents, sentence_row
 from gptjax.text.streams import COMPRESSIONS, named_errors, one_line_of, open_binary
@@ -71,6 +72,9 @@ def read_file(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Do
             yield Document(text.removeprefix("\ufeff"), str(path))
     elif ending(path) in CONLL_ENDINGS:
         yield from (Document(text, where) for text, where in sentence_documents(_sentences(path, data, counts)))
+    elif data.template:
+        for row in read_file_rows(path, data, counts):
+            yield Document(fill_template(data.template, row), row.where)
     else:
         for row in read_file_rows(path, data, counts, (data.text_field,)):
             yield Document(text_value(row.values[data.text_field], row.where, data.text_field), row.where)
@@ -122,6 +126,25 @@ def text_value(value: object, where: str, field: str) -> str:
         found = "null" if value is None else f"a {type(value).__name__}"
         raise UserError(f"{where}: field {field!r} is {found}, must be a string")
     return value
+
+
+def fill_template(template: str, row: Row) -> str:
+    """Puts the fields of a row into `data.template`; numbers are written as JSON writes them.
+
+    Raises:
+        UserError: A field is missing, null, or holds other fields or a list.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        found: Any = row.values
+        for name in match[1].split("."):
+            if not isinstance(found, dict) or name not in found:
+                raise missing_field(row.where, match[1], "data.template", row.values)
+            found = found[name]
+        number = isinstance(found, (int, float))
+        return json.dumps(found) if number else text_value(found, row.where, match[1])
+
+    return TEMPLATE_FIELD.sub(value, template)
 
 
 def missing_field(where: str, field: str, option: str, fields: Iterable[str]) -> UserError:

@@ -24,6 +24,7 @@ from gptjax.text.clean import clean
 from gptjax.text.cleaning.stages import stages_identity
 from gptjax.text.cleaning.store import CLEAN_VERSION, Share, build_store, read_store
 from gptjax.text.counts import counted, leaves_out
+from gptjax.text.documents import OriginWriter
 from gptjax.text.shard_writer import SHARD_TOKENS, CorpusChanged, ShardWriter, write_manifest
 from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, Verify, open_dataset
 from gptjax.text.sources import Document, read_documents, source_fingerprint
@@ -31,9 +32,9 @@ from gptjax.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, sav
 
 TOKENIZER = "tokenizer.json"
 # Options that do not change which tokens are stored where.
-_NOT_STORED = ("path", "source", "hf_dataset", "streaming", "attend_across_documents", "verify")
+_NOT_STORED = ("path", "source", "hf_dataset", "streaming", "attend_across_documents", "verify", "skip")
 # Options that came later: at these values they are not part of the folder's name, so that older folders still fit.
-_ADDED_OPTIONS = {"encoding": "utf-8", "quoting": "format"}
+_ADDED_OPTIONS = {"encoding": "utf-8", "quoting": "format", "template": ""}
 _RANKED_DOCUMENTS = 64
 _BATCH_CHARACTERS = 2**22
 _REPORT_SECONDS = 5.0
@@ -152,6 +153,16 @@ def _stored_options(data: DataConfig) -> dict:
 
 def _fingerprint(identity: list) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def learned_texts(data: DataConfig, config: TokenizerConfig, cache_dir: Path, report: Report) -> Iterator[str]:
+    """Yields the texts of a corpus that a tokenizer learns from.
+
+    Raises:
+        UserError: No text is there, or something cannot be read.
+    """
+    corpus = _open_corpus(data, cache_dir, report)
+    return _learned_from(corpus, config, _split_of(data, corpus))
 
 
 def open_folder(folder: Path, verify: Verify = "full") -> Prepared:
@@ -308,14 +319,17 @@ def _write_shards(
     if finished := sum(writer.n_tokens for writer in writers.values()):
         report(f"preparing: goes on after {finished:,} tokens in finished shards")
     progress = _progress(report)
+    origins = {name: OriginWriter(folder, name) for name in writers}
     try:
-        for parts, ids in _encoded(_batches(documents, split, writers), tokenizer):
+        for parts, ids in _encoded(_batches(documents, split, writers, origins), tokenizer):
             n_bytes = _write(writers, parts, ids)
             progress(len(parts), n_bytes, sum(writer.n_tokens for writer in writers.values()))
         return {name: writer.close() for name, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.abandon()
+        for writer in origins.values():
+            writer.close()
 
 
 class _Part(NamedTuple):
@@ -325,12 +339,15 @@ class _Part(NamedTuple):
     text_hash: int
 
 
-def _batches(documents: Iterable[Document], split: Split, writers: dict[str, ShardWriter]) -> Iterator[list[_Part]]:
-    """Batches the documents that finished shards do not hold yet."""
+def _batches(
+    documents: Iterable[Document], split: Split, writers: dict[str, ShardWriter], origins: dict[str, OriginWriter]
+) -> Iterator[list[_Part]]:
+    """Batches the documents that finished shards do not hold yet, and lists where all of them come from."""
     batch, size = [], 0
     for document in documents:
         for name, text in split(document.text):
             text_hash = _hash(text)
+            origins[name].add(document.where, text_hash)
             if not writers[name].pass_over(text_hash):
                 batch.append(_Part(document.where, name, text, text_hash))
                 size += len(text)

@@ -54,13 +54,18 @@ RESUMABLE = (
     *("train.eval_windows", "train.save_every", "train.keep_checkpoints", "train.patience", "train.sample_"),
     "train.best_by",
     *("train.remat", "train.unroll", "train.micro_batch_size", "train.spike_sigma", "train.max_skipped_in_a_row"),
-    *("train.strict_checkpoints", "train.allow_data_change", "data.verify"),
+    *("train.strict_checkpoints", "train.allow_data_change", "data.verify", "data.skip"),
     *("finetune.layer_decay", "finetune.head_learning_rate"),
 )
 EXTEND = ("continue", "restart", "stretch")
 """The values of `optim.extend`."""
 OWN_FIELDS = ("cluster.", "cache_dir")  # may differ between the processes of a run
-DATA_FIELDS = ("data.", "train.batch_size")  # may change too where train.allow_data_change says so
+DATA_FIELDS = (
+    "data.",
+    "sources",
+    "mixture_temperature",
+    "train.batch_size",
+)  # may change too where train.allow_data_change says so
 
 
 @dataclasses.dataclass

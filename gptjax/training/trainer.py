@@ -308,7 +308,7 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     say(f"parameters  {count}, vocabulary {config.model.vocab_size:,}")
     say(f"data        {task.windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step")
     for note in task.notes:
-        say(f"examples    {note}")
+        say(f"{'mixture' if config.sources else 'examples':11} {note}")
     say(f"steps       {config.train.num_steps:,} = {epochs:.2f} epochs")
     say(f"memory      {cost.readable_bytes(needs)} per device for a training step{pages}")
     say(f"attention   {_explain_attention(parts)}")

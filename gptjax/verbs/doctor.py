@@ -123,6 +123,9 @@ def _check_checkpoint(folder: Path) -> str:
 def _check_data_of(config: Config, run_dir: Path | None = None) -> str:
     """Verifies the prepared data of a config, if there are any."""
     run_dir = run_dir or Path(config.run_dir).expanduser()
+    if config.sources:
+        n = len(config.sources)
+        return f"{run_dir or config.run_dir}: mixes {n} sources; gptjax doctor --all_data verifies their data"
     if not (config.data.path or config.data.source or config.data.hf_dataset):
         return f"{run_dir}: its config names no data"
     override = load_tokenizer(run_dir / TOKENIZER_FILE) if config.init_from and run_dir.exists() else None

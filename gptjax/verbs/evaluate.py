@@ -20,18 +20,27 @@ from gptjax.config.task import LABELLED
 from gptjax.config.verbs import EvaluateConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evaluation.labels import save_confusion
-from gptjax.evaluation.loss import Evaluation, evaluation_of, make_eval_step, measure, sum_loss
+from gptjax.evaluation.loss import (
+    Evaluation,
+    MixtureEvaluation,
+    evaluation_of,
+    make_eval_step,
+    mean_evaluation,
+    measure,
+    sum_loss,
+)
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.tasks.dpo import measure_preferences
 from gptjax.tasks.functions import metric_values
 from gptjax.tasks.instruct import measure_chats
 from gptjax.tasks.multi import parts_of
-from gptjax.tasks.pretrain import bytes_per_token
+from gptjax.tasks.pretrain import bytes_per_token, mixture_stages
 from gptjax.tasks.registry import TASKS, parse, read_examples
 from gptjax.tasks.regress import check_count
 from gptjax.text.counts import counted
 from gptjax.text.labelled import check_labels, read_data_rows
+from gptjax.text.mixture import prepare_sources
 from gptjax.text.prepare import prepare
 from gptjax.text.rows import limited
 from gptjax.text.tokenizer import Tokenizer
@@ -139,13 +148,17 @@ def _total(measured: Sequence[Measured]) -> Evaluation:
     return evaluation_of(math.fsum(one.nll for one in measured), sum(one.targets for one in measured), ratio)
 
 
-def _evaluate_own_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify) -> Evaluation:
+def _evaluate_own_text(
+    run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify
+) -> Evaluation | MixtureEvaluation:
     """The next token's loss on the run's validation text; of a run with labels, on that of the run it started from."""
     owner = run.config
     while owner.task.kind != "pretrain" and owner.init_from:
         owner = load_config(Path(owner.init_from).expanduser() / CONFIG_FILE)
     if owner.task.kind != "pretrain":
         raise UserError(f"{options.run_dir}: started from no run with text of its own; give --data.path")
+    if owner.sources:
+        return _evaluate_own_sources(run, owner, tokenizer, options, notify)
     cache = Path(owner.cache_dir).expanduser()
     override = tokenizer if owner.init_from else None  # as the run itself was prepared
     prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=override)
@@ -157,6 +170,23 @@ def _evaluate_own_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateCo
     batches = evaluation_batches(split, run.config.model.block_size, options.windows, options.batch_size, across)
     batches = _with_progress(batches, "validation text", notify)
     return measure(_eval_step(run), run.params, batches, _device(), bytes_per_token(split))
+
+
+def _evaluate_own_sources(
+    run: LoadedRun, owner: Config, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify
+) -> MixtureEvaluation:
+    """The loss on the validation text of each source, and their mean as in training."""
+    sources, across = {source.name: source.data for source in owner.sources}, owner.data.attend_across_documents
+    cache = Path(owner.cache_dir).expanduser()
+    prepared = prepare_sources(sources, owner.tokenizer, cache, report=notify, tokenizer_override=tokenizer)
+    found = {}
+    for name, one in prepared.items():
+        split = one.dataset.validation
+        batches = evaluation_batches(split, run.config.model.block_size, options.windows, options.batch_size, across)
+        batches = _with_progress(batches, name, notify)
+        found[name] = measure(_eval_step(run), run.params, batches, _device(), bytes_per_token(split))
+    stages = mixture_stages(owner, {name: one.dataset.train.n_tokens for name, one in prepared.items()})
+    return mean_evaluation(dict(zip(found, stages[0].weights, strict=True)), found)
 
 
 def _evaluate_head(run: LoadedRun, name: str, options: EvaluateConfig) -> str:
@@ -292,8 +322,9 @@ def _overlap_line(config: Config, measured: Sequence[Measured]) -> str:
     given, own, known = frozenset().union(*(one.text.documents for one in measured)), frozenset(), True
     while True:
         if config.task.kind == "pretrain":
-            hashes = document_hashes(config.data)
-            own, known = own | (hashes or frozenset()), known and hashes is not None
+            for data in [source.data for source in config.sources] or [config.data]:
+                hashes = document_hashes(data)
+                own, known = own | (hashes or frozenset()), known and hashes is not None
         base = Path(config.init_from).expanduser() / CONFIG_FILE
         if not config.init_from or not base.is_file():
             break

@@ -5,6 +5,7 @@ from pathlib import Path
 from gptjax.config.start import Start
 from gptjax.errors import UserError
 from gptjax.text.cleaning.store import Share
+from gptjax.text.mixture import prepare_sources
 from gptjax.text.prepare import clean_share, describe, prepare
 from gptjax.text.tokenizer import load_tokenizer
 
@@ -26,6 +27,15 @@ def run_prepare(start: Start, shard: str = "") -> int:
         print(start.note)
     base = load_tokenizer(Path(config.init_from).expanduser() / "tokenizer.json") if config.init_from else None
     cache = Path(config.cache_dir).expanduser()
+    if shard and config.sources:
+        raise UserError(
+            "shard: of several sources, clean each by itself: --data.path and so on, with the same cache_dir"
+        )
+    if config.sources:
+        sources = {source.name: source.data for source in config.sources}
+        for name, one in prepare_sources(sources, config.tokenizer, cache, tokenizer_override=base).items():
+            print(f"{name}: {describe(one)}\n{one.folder}")
+        return 0
     if shard:
         index, count = map(int, shard.split("/"))
         if clean_share(config.data, cache, Share(index - 1, count)):

@@ -1,0 +1,147 @@
+"""`gptjax data`: which documents a step trains on, and which ones a model finds hard or easy."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from gptjax.batches.mixture import MixtureWindows
+from gptjax.batches.pretraining import PackedWindows, read_windows
+from gptjax.checkpoints.run_dir import CONFIG_FILE, load_run
+from gptjax.config.reader import load_config
+from gptjax.config.run import Config
+from gptjax.config.verbs import DataVerbConfig
+from gptjax.errors import UserError
+from gptjax.evaluation.loss import make_eval_step
+from gptjax.machine import compile_cache
+from gptjax.report.progress import notify
+from gptjax.tasks.pretrain import mixture_stages
+from gptjax.text.documents import Origin, read_origins
+from gptjax.text.mixture import prepare_sources
+from gptjax.text.prepare import Prepared, prepare
+from gptjax.text.tokenizer import load_tokenizer
+from gptjax.training.step import compute_options
+
+_SHOWN = 60
+
+
+class Ranked(NamedTuple):
+    """The loss of a document."""
+
+    loss: float
+    """Nats per token."""
+    name: str
+    number: int
+    origin: Origin
+    text: str
+    """Its beginning."""
+
+
+def run_data(run_dir: str, options: DataVerbConfig) -> int:
+    """Prints what `step_lines` or `rank_documents` find."""
+    folder = Path(run_dir).expanduser()
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE})")
+    config = load_config(folder / CONFIG_FILE)
+    if config.task.kind != "pretrain":
+        raise UserError(f"{run_dir}: has task.kind={config.task.kind}; only runs that pretrain have documents")
+    if not options.rank_loss:
+        print("\n".join(step_lines(config, folder, options.step)))
+        return 0
+    compile_cache.start()
+    ranked = rank_documents(config, folder, options)
+    print(f"{len(ranked):,} validation documents measured, each on its first {config.model.block_size:,} tokens")
+    for title, part in (("highest", ranked[: options.show]), ("lowest", ranked[::-1][: options.show])):
+        print(f"{title} loss")
+        for one in part:
+            print(f"  {one.loss:7.4f}  {one.name}{one.origin.where}  {one.origin.text_hash}  {one.text!r}")
+    return 0
+
+
+def step_lines(config: Config, run_dir: Path, step: int) -> list[str]:
+    """Returns a line for each sequence of a step and one for each document in it, with its place and hash.
+
+    Args:
+        config: Of a run that pretrains.
+        run_dir: Of the run; holds its tokenizer.
+        step: From 1, as in `metrics.jsonl`.
+
+    Raises:
+        UserError: The data is not there any more, or was prepared without the places of documents.
+    """
+    prepared, B = _prepared(config, run_dir), config.train.batch_size
+    across, T = config.data.attend_across_documents, config.model.block_size
+    windows = {name: PackedWindows(one.dataset.train, T, config.seed, across) for name, one in prepared.items()}
+    if config.sources:
+        stages = mixture_stages(config, {name: one.split.n_tokens for name, one in windows.items()})
+        source_B, window_B = MixtureWindows(windows, stages).choose(step - 1, B)
+        chosen = [(list(windows)[k], int(number)) for k, number in zip(source_B, window_B, strict=True)]
+    else:
+        chosen = [("", number) for number in range((step - 1) * B, step * B)]
+    ranges = [windows[name].documents_of(np.array([number]))[0] for name, number in chosen]
+    wanted: dict[str, set[int]] = {}
+    for (name, _), (first, last) in zip(chosen, ranges, strict=True):
+        wanted.setdefault(name, set()).update(range(first, last + 1))
+    origins = {name: _origins(prepared[name], "train", numbers) for name, numbers in wanted.items()}
+    lines = [f"step {step:,}: sequences {(step - 1) * B:,} to {step * B - 1:,} of the run"]
+    for row, ((name, number), (first, last)) in enumerate(zip(chosen, ranges, strict=True)):
+        tokens = windows[name].row(number).inputs[:_SHOWN]
+        text = " ".join(prepared[name].tokenizer.decode(tokens).split())[:_SHOWN]
+        lines.append(f"sequence {row}{f' of {name}' if name else ''}: documents {first:,} to {last:,}: {text!r}")
+        lines += [f"  {document:,}  {_line(origins[name][document])}" for document in range(first, last + 1)]
+    return lines
+
+
+def rank_documents(config: Config, run_dir: Path, options: DataVerbConfig) -> list[Ranked]:
+    """Returns validation documents by their loss per token, the highest first.
+
+    Each document is measured alone, on at most `model.block_size` tokens after its end-of-text.
+
+    Raises:
+        UserError: The run has no checkpoint, or its data is not there any more.
+    """
+    run = load_run(run_dir, options.checkpoint, options.strict, notify, options.base)
+    eval_step, T = jax.jit(make_eval_step(run.config.model, compute_options(run.config))), config.model.block_size
+    ranked = []
+    for name, one in _prepared(config, run_dir).items():
+        split = one.dataset.validation
+        starts = [*split.document_starts(0, split.n_tokens).tolist(), split.n_tokens]
+        n = split.n_documents
+        count = min(n, options.documents or n)
+        numbers = [i * n // count for i in range(count)]
+        origins = _origins(one, "validation", numbers)
+        for number in numbers:
+            start, stop = starts[number], starts[number + 1]
+            batch = read_windows(split, [start], T, True)
+            batch.targets[:, max(0, stop - start - 1) :] = -1  # what follows is not the document's
+            nll, targets = eval_step(run.params, batch)
+            if targets:
+                text = " ".join(one.tokenizer.decode(split.slice(start + 1, min(stop, start + _SHOWN))).split())
+                ranked.append(
+                    Ranked(float(nll / targets), f"{name}: " if name else "", number, origins[number], text[:_SHOWN])
+                )
+    return sorted(ranked, key=lambda one: (-one.loss, one.name, one.number))
+
+
+def _prepared(config: Config, run_dir: Path) -> Mapping[str, Prepared]:
+    """The run's prepared data by source; that of a run with one source has an empty name."""
+    cache = Path(config.cache_dir).expanduser()
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    if config.sources:
+        sources = {source.name: source.data for source in config.sources}
+        return prepare_sources(sources, config.tokenizer, cache, report=notify, tokenizer_override=tokenizer)
+    override = tokenizer if config.init_from else None
+    return {"": prepare(config.data, config.tokenizer, cache, report=notify, tokenizer_override=override)}
+
+
+def _origins(prepared: Prepared, split: str, numbers: Iterable[int]) -> dict[int, Origin]:
+    wanted = set(numbers)
+    listed = itertools.islice(read_origins(prepared.folder, split), max(wanted) + 1)
+    return {number: origin for number, origin in enumerate(listed) if number in wanted}
+
+
+def _line(origin: Origin) -> str:
+    return f"{origin.where}  {origin.text_hash}"
