@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gptjax import __version__
+from gptjax.config.dial import DialConfig
 from gptjax.config.reader import flag_types, from_dict, is_flag, load_config, read_flags
 from gptjax.config.rules import usable_path
 from gptjax.config.run import Config
@@ -25,11 +26,15 @@ from gptjax.config.verbs import (
     EvaluateConfig,
     ExportConfig,
     ImportConfig,
+    InspectConfig,
+    LrFindConfig,
     PlanConfig,
     PredictConfig,
     PrepareConfig,
+    ReportConfig,
     SampleConfig,
     ServeConfig,
+    SweepConfig,
     VerifyResumeConfig,
 )
 from gptjax.errors import UserError, one_line
@@ -47,7 +52,7 @@ def stay(_cache_dir: str, _processes: int) -> None:
 
 
 def train(args: Sequence[str], restart: Restart = stay) -> int:
-    """Trains, or resumes a run: gptjax train [CONFIG.yaml | RUN_DIR] [--section.key VALUE ...]."""
+    """Trains, or resumes a run: gptjax train [CONFIG.yaml | RUN_DIR | --size small] [--section.key VALUE ...]."""
     start = _start(args, "train")
     restart(start.config.cache_dir, max(1, start.config.cluster.num_processes))
     from gptjax.verbs.train import run_train
@@ -169,11 +174,45 @@ def plan(args: Sequence[str]) -> int:
 
 def doctor(args: Sequence[str]) -> int:
     """Describes this machine and verifies data and runs in full: gptjax doctor [CONFIG | RUN_DIR | DATA_DIR ...]."""
-    places = list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
-    config = _flags(DoctorConfig, [*(["--check", *places] if places else []), *args[len(places) :]])
+    config = _flags(DoctorConfig, _places(args, "check"))
     from gptjax.verbs.doctor import run_doctor
 
     return run_doctor(config)
+
+
+def report(args: Sequence[str]) -> int:
+    """Shows a run, or compares several, in one HTML file: gptjax report RUN_DIR ... [--out FILE] [--png DIR]."""
+    config = _flags(ReportConfig, _places(args, "runs"))
+    from gptjax.verbs.report import run_report
+
+    return run_report(config)
+
+
+def inspect(args: Sequence[str]) -> int:
+    """Shows attention, probabilities and layers for a text in one HTML file: gptjax inspect RUN_DIR --text TEXT."""
+    run_dir, rest = _positional(args, "inspect RUN_DIR --text TEXT [--out FILE]")
+    config = _flags(InspectConfig, rest)
+    from gptjax.verbs.inspect import run_inspect
+
+    return run_inspect(run_dir, config)
+
+
+def lr_find(args: Sequence[str]) -> int:
+    """Tries rising learning rates and suggests one: gptjax lr-find CONFIG.yaml [--low R] [--high R] [--steps N]."""
+    config, options = _config_and_options(args, LrFindConfig, "lr-find CONFIG.yaml [--section.key VALUE ...]")
+    from gptjax.verbs.lr_find import run_lr_find
+
+    return run_lr_find(config, options)
+
+
+def sweep(args: Sequence[str]) -> int:
+    """Trains a config with several values of its options: gptjax sweep SWEEP.yaml [--parallel N]."""
+    path, rest = _positional(args, "sweep SWEEP.yaml [--parallel N] [--section.key VALUE ...]")
+    own, others = _split_flags(SweepConfig, rest)
+    options, overrides = _flags(SweepConfig, own), read_flags(Config, others)
+    from gptjax.verbs.sweep import run_sweep
+
+    return run_sweep(path, options, overrides)
 
 
 RESTARTING = (train, sample, chat, serve)
@@ -193,6 +232,10 @@ VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "verify-resume": (verify_resume, VerifyResumeConfig),
     "plan": (plan, PlanConfig),
     "doctor": (doctor, DoctorConfig),
+    "report": (report, ReportConfig),
+    "sweep": (sweep, SweepConfig),
+    "lr-find": (lr_find, LrFindConfig),
+    "inspect": (inspect, InspectConfig),
 }
 
 
@@ -259,6 +302,8 @@ def _print_help(name: str, verb: Callable, options: type) -> None:
     import tyro
 
     print(verb.__doc__)
+    if verb in (train, prepare):
+        print("--size small|medium|large, or --depth N: without a config file, choose shape, batch, rate and steps.")
     if verb in RESTARTING:
         print(f"{NO_RESTART}: on Linux, do not restart once with huge pages and a cache of large buffers.")
     with _wide_without_terminal(), contextlib.suppress(SystemExit):  # how tyro ends after --help
@@ -285,7 +330,14 @@ def _start(args: Sequence[str], verb: str) -> Start:
     if not args:
         raise UserError(f"usage: gptjax {verb} [CONFIG.yaml | RUN_DIR] [--section.key VALUE ...]")
     place, rest = ("", args) if args[0].startswith("-") else _positional(args, "")
-    return start_config(place, read_flags(Config, rest), has_accelerator())
+    own, others = _split_flags(DialConfig, rest)
+    dial, flags = _flags(DialConfig, own), read_flags(Config, others)
+    size = 0
+    if dial.layers and not place and flags.get("data", {}).get("path"):
+        from gptjax.text.sources import corpus_bytes
+
+        size = corpus_bytes(flags["data"]["path"])
+    return start_config(place, flags, has_accelerator(), dial, size)
 
 
 def _config_and_options(args: Sequence[str], cls: type, usage: str) -> tuple[Config, Any]:
@@ -300,6 +352,12 @@ def _positional(args: Sequence[str], usage: str) -> tuple[str, Sequence[str]]:
         raise UserError(f"usage: gptjax {usage}")
     usable_path("command line", args[0])
     return args[0], args[1:]
+
+
+def _places(args: Sequence[str], option: str) -> list[str]:
+    """The arguments, with the words before the first option as values of `option`."""
+    places = list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
+    return [*([f"--{option}", *places] if places else []), *args[len(places) :]]
 
 
 def _flags(cls: type, args: Sequence[str]) -> Any:

@@ -28,13 +28,14 @@ ONLY_IN = {
     "orbax": ("gptjax/checkpoints/arrays.py",),
     "datasets": ("gptjax/text/",),
     "tiktoken": ("gptjax/text/",),
+    **dict.fromkeys(("tensorboardX", "wandb", "trackio", "mlflow"), ("gptjax/report/sinks.py",)),
     "rich": ("gptjax/report/",),
     "tyro": ("gptjax/cli.py",),
     "jinja2": ("gptjax/serving/",),
     "prompt_toolkit": ("gptjax/verbs/chat.py",),
     "sklearn": ("gptjax/evaluation/labels.py",),
     "seqeval": ("gptjax/evaluation/labels.py",),
-    "matplotlib": ("gptjax/evaluation/labels.py",),
+    "matplotlib": ("gptjax/evaluation/labels.py", "gptjax/report/figures.py"),
 }
 NO_JAX = ("errors", "files", "config", "text", "batches")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

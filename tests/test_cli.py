@@ -11,6 +11,7 @@ import pytest
 from gptjax.cli import VERBS, main
 from gptjax.config.reader import read_flags, to_yaml
 from gptjax.config.verbs import SampleConfig
+from gptjax.report.events import read_events
 from gptjax.training import trainer
 from gptjax.verbs.sample import read_prompts
 from tests.tiny import run_config
@@ -62,7 +63,7 @@ def test_help_is_as_wide_as_the_terminal_and_does_not_wrap_at_80_columns_in_a_pi
     [
         (["trian"], "unknown verb 'trian'. Did you mean 'train'?"),
         (["train"], "usage: gptjax train [CONFIG.yaml | RUN_DIR]"),
-        (["plot"], "metrics.jsonl"),
+        (["plot"], "Did you mean 'report'?"),
         (["finetune"], "Did you mean 'train'?"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such config file"),
         (["train", str(ROOT / "configs/demo.yaml"), "--model.n_layers", "3"], "unknown option --model.n_layers"),
@@ -103,6 +104,14 @@ def test_a_corpus_that_cannot_be_trained_on_is_named(tmp_path, capsys, monkeypat
     Path("c.yaml").write_text(to_yaml(config))
     flags = ["--data.path", *change["path"]] if change else []
     assert message in fails(capsys, "train", "c.yaml", *flags)
+
+
+def test_training_leaves_its_events_and_a_report(run_dir):
+    events, _ = read_events(Path(run_dir))
+    assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("save", 2), ("stop", 2)]
+    assert events[2]["reason"] == "finished" and dict(events[0]["facts"])["steps"].startswith("2 = ")
+    page = Path(run_dir, "report.html").read_text(encoding="utf-8")
+    assert "2 of 2" in page and dict(events[0]["facts"])["parameters"] in page
 
 
 def test_an_empty_prompt_is_refused(run_dir, capsys, monkeypatch):

@@ -192,7 +192,12 @@ def test_keys_and_other_verbs_options_are_understood_too(tmp_path):
         load(tmp_path, "train: {lr: 1}")
     with pytest.raises(UserError, match=r"Did you mean 'max_new_tokens'\?"):
         read_flags(SampleConfig, ["--length", "1"])
-    for name, answer in (("train.wandb", "metrics.jsonl"), ("epochs", "train.num_epochs"), ("device", "JAX_PLATFORMS")):
+    for name, answer in (
+        ("train.wandb", "log.wandb"),
+        ("report_to", "metrics.jsonl"),
+        ("epochs", "train.num_epochs"),
+        ("device", "JAX_PLATFORMS"),
+    ):
         with pytest.raises(UserError, match=answer):
             read_flags(Config, [f"--{name}", "1"])
 

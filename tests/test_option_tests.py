@@ -144,6 +144,8 @@ ELSEWHERE = {
         *("optim.muon_learning_rate", "optim.muon_beta", "optim.embedding_rate", "optim.head_rate"),
         "optim.factored_decay",
     ),
+    "test_sinks::test_the_options_turn_sinks_on": ("log.tensorboard", "log.wandb", "log.trackio", "log.mlflow"),
+    "test_sinks::test_sinks_get_the_project": ("log.project",),
     "test_step::test_step_does_not_depend_on_the_mesh": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
     "test_parallel::test_unshardable_runs_are_rejected": ("mesh.context", "mesh.stage"),
     "cluster/test_agreement::test_wrong_options_are_named": (

@@ -7,6 +7,7 @@ from typing import Literal
 
 from gptjax.config.clean import CleanConfig
 from gptjax.config.cluster import ClusterConfig
+from gptjax.config.log import LogConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.rules import LARGEST_COUNT, fraction, local_folders, no_effect, not_negative, positive, usable_paths
 from gptjax.config.task import HEADED, LABELLED, FinetuneConfig, TaskConfig
@@ -404,6 +405,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
+from gptjax.config.dial import DialConfig, dial
 from gptjax.config.reader import flatten, load_config, make_config, read_yaml, to_flat
 from gptjax.config.run import Config
 from gptjax.errors import UserError
@@ -28,6 +29,7 @@ FINETUNED = {"optim": {"learning_rate": 5e-4, "beta2": 0.99}, "train": {"num_ste
 """For a run that starts from another's weights, shape and tokenizer."""
 NOT_INHERITED = ("model.dropout", "model.adapter.")
 """Options of the model that a run with `init_from` sets for itself."""
+NO_DIAL = DialConfig()
 WARMUP = 100
 """Steps of warm-up, or a tenth of the run if that is less."""
 
@@ -38,20 +40,29 @@ class Start:
 
     config: Config
     note: str = ""
-    """A line about options that the user did not set; empty: none."""
+    """Lines about options that the user did not set; empty: none."""
 
 
-def start_config(place: str, flags: dict, accelerator: bool) -> Start:
+def start_config(
+    place: str, flags: dict, accelerator: bool, dial_options: DialConfig = NO_DIAL, corpus_bytes: int = 0
+) -> Start:
     """Returns the config of a run.
 
     Args:
         place: A config file or a run directory; empty: the run directory of the flags if it holds a run, else defaults.
         flags: Nested values, as `read_flags` returns them; they take precedence.
         accelerator: Whether the run will use a GPU or TPU, which decides between the defaults.
+        dial_options: Sizes the run instead, if it has no config yet.
+        corpus_bytes: Size of the text, for the dial; 0: unknown.
 
     Raises:
         UserError: The place is neither, or a value is not allowed.
     """
+    depth = dial_options.layers
+    if place and depth:
+        raise UserError(f"size and depth have no effect with {place}, which has a config; leave them out")
+    if depth and flags.get("init_from"):
+        raise UserError(f"size and depth have no effect with init_from={flags['init_from']}, whose model is used")
     if place and not Path(place).is_dir():
         config = load_config(place, flags)
         _check_base(config, {*flatten(flags), *flatten(read_yaml(Path(place)))})
@@ -61,6 +72,14 @@ def start_config(place: str, flags: dict, accelerator: bool) -> Start:
         return Start(_resumed(run_dir, flags), f"config      {run_dir / CONFIG_FILE}")
     if place:
         raise UserError(f"{place}: no run directory (it has no {CONFIG_FILE}); give a config file or a run directory")
+    if depth:
+        dialed = dial(depth, corpus_bytes)
+        values = {name: dict(section) for name, section in dialed.values.items()}
+        if "batch_size" in flags.get("train", {}):  # the forward pass that was chosen may not divide it
+            values["train"].pop("micro_batch_size", None)
+        config = make_config(_fitted(values, flags), flags, "defaults")
+        note = f"config      chosen for depth {depth}; your own options take precedence\n" + "\n".join(dialed.lines)
+        return Start(config, f"{note}\n            {config.run_dir}/{CONFIG_FILE} will list every option")
     config = make_config(_defaults(flags, accelerator), flags, "defaults")
     _check_base(config, flatten(flags))
     return Start(config, _describe(config, accelerator))
@@ -96,7 +115,11 @@ def _resumed(run_dir: Path, flags: dict) -> Config:
 def _defaults(flags: dict, accelerator: bool) -> dict:
     """Values for a run without a config file; those that would have no effect beside the flags are left out."""
     sized = FINETUNED if flags.get("init_from") else MEDIUM if accelerator else SMALL
-    values = {name: dict(section) for name, section in sized.items()}
+    return _fitted({name: dict(section) for name, section in sized.items()}, flags)
+
+
+def _fitted(values: dict, flags: dict) -> dict:
+    """The values without those that would have no effect beside the flags, with warm-up and final rate."""
     task, tokenizer, optim, train = (flags.get(name, {}) for name in ("task", "tokenizer", "optim", "train"))
     if "kind" in tokenizer:
         values.pop("tokenizer", None)

@@ -87,6 +87,11 @@ OPTIONS: dict[str, str] = {
     "top_k": "k topk",
     "top_p": "p nucleus topp",
     "to": "out out_dir output output_dir save_dir run_dir",
+    "log.wandb": "wandb use_wandb wandb_log log_wandb",
+    "log.tensorboard": "tensorboard use_tensorboard tensorboard_dir tb",
+    "log.trackio": "trackio use_trackio",
+    "log.mlflow": "mlflow use_mlflow",
+    "log.project": "wandb_project project_name experiment_name",
     "chip": "gpu device accelerator hardware",
     "devices": "num_devices n_devices num_gpus gpus n_gpus",
 }
@@ -94,8 +99,9 @@ OPTIONS: dict[str, str] = {
 
 HINTS: dict[str, str] = {
     **dict.fromkeys(
-        ("wandb", "use_wandb", "wandb_log", "wandb_project", "tensorboard", "mlflow", "report_to", "logger"),
-        "A run writes its metrics to metrics.jsonl in its run directory, one JSON object a line.",
+        ("report_to", "logger", "sinks", "loggers"),
+        "A run writes its metrics to metrics.jsonl in its run directory, one JSON object a line; log.tensorboard,"
+        " log.wandb, log.trackio and log.mlflow send them elsewhere too.",
     ),
     **dict.fromkeys(
         ("device", "cuda", "gpu", "gpus", "accelerator", "use_gpu", "num_gpus"),
@@ -130,13 +136,17 @@ VERBS: dict[str, str] = {
     "doctor": "check info verify env diagnose debug status",
     "plan": "estimate memory cost flops",
     "verify-resume": "verify_resume verify-resuming",
+    "sweep": "search grid tune hyperparameters hpo",
+    "lr-find": "lr_find lrfind find_lr lr-finder lr_finder",
+    "inspect": "explain attention lens interpret logit_lens",
+    "report": "plot curves compare dashboard visualize visualise view show summary",
 }
 """Each verb's names in other programs."""
 
 VERB_HINTS: dict[str, str] = {
     **dict.fromkeys(
-        ("plot", "log", "logs", "metrics", "curves", "tensorboard", "wandb"),
-        "A run's metrics are in metrics.jsonl in its run directory, one JSON object a line.",
+        ("log", "logs", "metrics", "tensorboard", "wandb"),
+        "A run's metrics are in metrics.jsonl in its run directory, one JSON object a line; gptjax report draws them.",
     ),
     "convert": "gptjax import reads a Hugging Face folder, gptjax export writes one.",
     "bench": "make bench measures this machine.",

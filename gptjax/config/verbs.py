@@ -517,3 +517,69 @@ class DoctorConfig:
     def __post_init__(self):
         usable_paths("", self, "check", "cache_dir")
         local_folders("", self, "cache_dir")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The runs that are shown and where the page goes."""
+
+    runs: tuple[str, ...] = ()
+    """Run directories; several are compared. The option's name may be left out."""
+    out: str = ""
+    """File to write; empty: report.html in the run directory, or comparison.html in this folder for several runs."""
+    png: str = ""
+    """Folder for the charts as PNG files."""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise UserError("no run is named; give the folder of one run, or of several to compare them")
+        usable_paths("", self, "runs", "out", "png")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectConfig(CheckpointConfig):
+    """The text that a model is inspected on."""
+
+    text: str = ""
+    """The text; at most model.block_size tokens, and at most 512."""
+    out: str = ""
+    """File to write; empty: inspect.html in the run directory."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.text:
+            raise UserError("text is missing; give --text TEXT")
+        usable_paths("", self, "out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """How the runs of a sweep are started; options of the runs may follow, as for train."""
+
+    parallel: int = 1
+    """Runs at a time; each is a process of its own."""
+
+    def __post_init__(self):
+        positive("", self, "parallel")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LrFindConfig:
+    """The rates that are tried; options of the run itself may follow, as for train."""
+
+    low: float = 1e-6
+    """First learning rate."""
+    high: float = 1.0
+    """Last learning rate; the test ends earlier when the loss rises."""
+    steps: int = 200
+    """Steps from the first to the last rate."""
+    out: str = ""
+    """File for the chart; empty: lr_find.html in this folder."""
+
+    def __post_init__(self):
+        if not 0 < self.low < self.high:
+            raise UserError(f"low={self.low} and high={self.high}: low must be above 0 and below high")
+        if self.steps < 10:
+            raise UserError(f"steps={self.steps} must be at least 10")
+        positive("", self, "steps")
+        usable_paths("", self, "out")

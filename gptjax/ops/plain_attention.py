@@ -46,6 +46,19 @@ def plain_attention(
     """Returns `[B, T, H, C]`; softmax in float32."""
     B, T, H, C = q_BTHC.shape
     S, G = k_BSGC.shape[1:3]
+    weights = attention_weights(spec, q_BTHC, k_BSGC, mask, bias)
+    if drops is not None:
+        weights = drop_weights(drops, spec.dropout, weights.reshape(B, G, -1, S), 0).reshape(weights.shape)
+    y = jnp.einsum("bgrts,bsgc->btgrc", weights.astype(q_BTHC.dtype), v_BSGC, preferred_element_type=jnp.float32)
+    return y.astype(q_BTHC.dtype).reshape(B, T, H, C)
+
+
+def attention_weights(
+    spec: AttentionSpec, q_BTHC: jax.Array, k_BSGC: jax.Array, mask: Mask, bias: Bias | None
+) -> jax.Array:
+    """Returns how much each query attends to each key, float32 `[B, G, R, T, S]`, without dropout."""
+    B, T, H, C = q_BTHC.shape
+    S, G = k_BSGC.shape[1:3]
     q_BGRTC = q_BTHC.reshape(B, T, G, H // G, C).transpose(0, 2, 3, 1, 4)
     logits = jnp.einsum("bgrtc,bsgc->bgrts", q_BGRTC, k_BSGC, preferred_element_type=jnp.float32)
     logits = logits * spec.logit_scale(C)
@@ -54,11 +67,7 @@ def plain_attention(
     if bias is not None:
         added = jnp.broadcast_to(bias_HTS(bias, jnp.arange(T), jnp.arange(S)), (H, T, S))
         logits = logits + added.reshape(1, G, H // G, T, S)
-    weights = jax.nn.softmax(jnp.where(hidden_BTS(spec, mask, T, S)[:, None, None], HIDDEN, logits), axis=-1)
-    if drops is not None:
-        weights = drop_weights(drops, spec.dropout, weights.reshape(B, G, -1, S), 0).reshape(weights.shape)
-    y = jnp.einsum("bgrts,bsgc->btgrc", weights.astype(q_BTHC.dtype), v_BSGC, preferred_element_type=jnp.float32)
-    return y.astype(q_BTHC.dtype).reshape(B, T, H, C)
+    return jax.nn.softmax(jnp.where(hidden_BTS(spec, mask, T, S)[:, None, None], HIDDEN, logits), axis=-1)
 
 
 PLAIN = Implementation("plain", lambda _: None, plain_attention)

@@ -1,4 +1,4 @@
-"""What the user sees during a run: a live line on a terminal, plain lines elsewhere."""
+"""What the user sees during a run: a live panel on a terminal, or a live line on a small one; plain lines elsewhere."""
 
 import contextlib
 import os
@@ -13,10 +13,15 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from gptjax.report.cost import readable_time
+from gptjax.report.panel import View, fits, panel
 
 SILENCE = 10.0
 """Seconds of an evaluation after which a line is printed where there is no live one."""
 INDENT = "    | "
+MOST_LOSSES = 1000
+"""Logged losses that the sparkline shows."""
+WIDEST = 120
+"""Columns of the panel on a wide terminal."""
 
 
 def say(text: str) -> None:
@@ -32,6 +37,11 @@ def silence_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def visible(text: str) -> str:
+    """Text in which the characters that would act on a terminal are replaced; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def notify(message: str) -> None:
@@ -69,6 +79,7 @@ class Progress:
         step_batches: Forward and backward passes of a step.
         flops_per_token: Of training; 0: unknown.
         peak_flops: Of all devices; None: unknown.
+        name: Of the run, for the panel.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class Progress:
         step_batches: int,
         flops_per_token: float,
         peak_flops: float | None,
+        name: str = "",
     ):
         self._num_steps, self._flops_per_token, self._peak_flops = num_steps, flops_per_token, peak_flops
         self._evaluations_after = evaluations_after
@@ -89,11 +101,19 @@ class Progress:
         self._started, self._first_step, self._seconds_evaluating = time.monotonic(), first_step, 0.0
         self._console = Console(highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, transient=True, auto_refresh=False) if sys.stdout.isatty() else None
+        self._view = View(visible(name), num_steps, first_step, "training")
         if self._live:
             self._live.start()
 
-    def step(self, row: dict) -> None:
-        """Shows a logged step."""
+    def step(self, row: dict, data_wait: float = 0.0, memory: int = 0) -> None:
+        """Shows a logged step.
+
+        Args:
+            row: As in `metrics.jsonl`.
+            data_wait: Share of the time since the last logged step that training waited for data.
+            memory: Bytes in use; 0: unknown.
+        """
+        self._update_view(row, data_wait, memory)
         parts = [
             f"step {row['step']}/{self._num_steps}",
             f"loss {row['loss']:.4f}",
@@ -130,6 +150,8 @@ class Progress:
                     seconds = (now - began) / done * (batches - done) + after
                     left = f" · {readable_time(seconds)} left"
                 of = f" of {batches}" if batches else ""
+                self._view.status = f"evaluating, batch {done + 1}{of}"
+                self._view.left = left.removeprefix(" · ").removesuffix(" left")
                 self._show(f"step {step}/{self._num_steps} · evaluating, batch {done + 1}{of}{left}")
             done += 1
 
@@ -137,7 +159,13 @@ class Progress:
             yield before_batch
             self._evaluation_seconds = time.monotonic() - began
         finally:
+            self._view.status = "training"
             self._seconds_evaluating += time.monotonic() - began
+
+    def evaluated(self, step: int, scores: str) -> None:
+        """Prints the scores of an evaluation."""
+        self._view.evaluation = f"step {step:,}: {scores}"
+        self.line(f"step {step} · validation {scores}")
 
     def line(self, text: str) -> None:
         """Prints a line that stays."""
@@ -151,7 +179,8 @@ class Progress:
 
     def sample(self, text: str) -> None:
         """Prints a text with its line breaks; characters that would act on a terminal are replaced."""
-        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        shown = visible(text)
+        self._view.sample = " ".join(shown.split())
         self.line("\n".join(INDENT + line for line in shown.split("\n")))
 
     def close(self) -> None:
@@ -169,10 +198,23 @@ class Progress:
             evaluation = each * self._evaluation_in_steps
         return each * (self._num_steps - step) + evaluation * self._evaluations_after(step)
 
+    def _update_view(self, row: dict, data_wait: float, memory: int) -> None:
+        view = self._view
+        view.step, view.left = row["step"], readable_time(self.seconds_left(row["step"]))
+        view.losses = [*view.losses, row["loss"]][-MOST_LOSSES:]
+        view.learning_rate, view.grad_norm, view.skipped = row["learning_rate"], row["grad_norm"], row["skipped"]
+        view.tokens_per_s, view.data_wait, view.memory = row["tokens_per_s"], data_wait, memory
+        if self._peak_flops:
+            view.mfu = row["tokens_per_s"] * self._flops_per_token / self._peak_flops
+
     def _show(self, text: str) -> None:
-        """Replaces the live line, cut at the width of the terminal; elsewhere prints a line."""
+        """Redraws the panel, or the live line, cut at the width of the terminal; elsewhere prints a line."""
         try:
-            if self._live:
+            if self._live and fits(self._console):
+                unicode = self._console.encoding.startswith("utf")
+                width = min(self._console.width, WIDEST)
+                self._live.update(panel(self._view, width, unicode), refresh=True)
+            elif self._live:
                 self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
             else:
                 say(text)

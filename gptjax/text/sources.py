@@ -6,7 +6,7 @@ import os
 import platform
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import xxhash
@@ -70,6 +70,15 @@ def _readers(data: DataConfig, counts: Counter[str]) -> Iterator[Iterator[Docume
     else:
         for path in given_files(data, counts):
             yield read_file(path, data, counts)
+
+
+def corpus_bytes(paths: Sequence[str]) -> int:
+    """Bytes of the files that `data.path` names, compressed ones as they are.
+
+    Raises:
+        UserError: A path does not exist, or no file is found.
+    """
+    return sum(path.stat().st_size for path in find_files(paths, "data.path", ENDINGS, Counter()))
 
 
 def given_files(data: DataConfig, counts: Counter[str]) -> list[Path]:

@@ -37,6 +37,7 @@ from gptjax.parallel.place import put
 from gptjax.parallel.rules import shardings
 from gptjax.report.metrics import plain
 from gptjax.report.progress import say
+from gptjax.report.sinks import check_installed
 from gptjax.tasks.heads import output_count
 from gptjax.tasks.multi import parts_of
 from gptjax.tasks.registry import make_task, read_source, with_labels
@@ -50,7 +51,17 @@ from gptjax.training.step import TrainState, compute_options, init_state, jit_tr
 
 # Fields that may change when a run resumes: they change neither the meaning of parameters nor the order of the data.
 RESUMABLE = (
-    *("run_dir", "cache_dir", "cluster.", "optim.", "mesh.", "train.num_steps", "train.log_every", "train.eval_every"),
+    *(
+        "run_dir",
+        "cache_dir",
+        "cluster.",
+        "log.",
+        "optim.",
+        "mesh.",
+        "train.num_steps",
+        "train.log_every",
+        "train.eval_every",
+    ),
     *("train.eval_windows", "train.save_every", "train.keep_checkpoints", "train.patience", "train.sample_"),
     "train.best_by",
     *("train.remat", "train.unroll", "train.micro_batch_size", "train.spike_sigma", "train.max_skipped_in_a_row"),
@@ -127,6 +138,8 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
         UserError: Something in the config, the data or the run directory does not fit.
     """
     _check_same_program(config)
+    with cluster.all_or_none():
+        check_installed(config.log)
     config = dataclasses.replace(config, cluster=ClusterConfig())  # the run may resume in another one
     with cluster.all_or_none():
         mesh = make_mesh(config.mesh)

@@ -21,7 +21,7 @@ from gptjax.parallel.pipeline import Pieces, pipelined_gradient
 from gptjax.parallel.place import get
 from gptjax.tasks.registry import make_loss, make_states_loss
 from gptjax.tasks.trainable import forward_params, init_split, join, rates
-from gptjax.training.optim import make_optimizer, make_schedule, rate_factors
+from gptjax.training.optim import Schedule, make_optimizer, make_schedule, rate_factors
 from gptjax.training.precision import LossScale, compute_dtype, init_loss_scale, next_loss_scale
 from gptjax.training.watch import ACCEPTED, HALTED, NOT_FINITE, Watch, init_watch, judge, update_watch
 
@@ -101,16 +101,19 @@ def make_gradient(config: Config) -> Callable[[TrainState, Any], tuple[Loss, dic
     return gradient
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+def make_train_step(
+    config: Config, schedule: Schedule | None = None
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Leaves of `batch` are `[M, B, ...]`, those of the task. Gradients and losses are summed over micro-batches and
     divided once by the number of targets, so the result does not depend on how the batch is cut. A step that `watch`
-    does not accept leaves parameters, moments, average and schedule as they were, and is counted.
+    does not accept leaves parameters, moments, average and schedule as they were, and is counted. `schedule` replaces
+    that of the config.
     """
     gradient = make_gradient(config)
     optimizer = make_optimizer(config.optim)
-    schedule = make_schedule(config.optim, config.train.num_steps)
+    schedule = schedule or make_schedule(config.optim, config.train.num_steps)
     sigma, limit = config.train.spike_sigma, config.train.max_skipped_in_a_row
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:

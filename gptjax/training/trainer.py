@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from gptjax.batches.prefetch import prefetch
-from gptjax.config.run import Config
+from gptjax.config.run import Config, TrainConfig
 from gptjax.config.task import PADDED
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
@@ -20,7 +20,9 @@ from gptjax.parallel.mesh import batch_sharding, traced_in
 from gptjax.parallel.pipeline import bubble
 from gptjax.parallel.place import get, put_rows, rows_of_process
 from gptjax.report import cost
+from gptjax.report.html import REPORT_FILE, write_report
 from gptjax.report.progress import say, silence_output
+from gptjax.report.record import SAMPLES_FILE, read_record
 from gptjax.tasks.instruct import chat_template
 from gptjax.tasks.task import Scores
 from gptjax.text.chats import USER, Message, render_prompt
@@ -31,8 +33,6 @@ from gptjax.training.in_flight import InFlight
 from gptjax.training.log import Log
 from gptjax.training.setup import Loop, Parts, build, checkpoint_meta, stopped_early, why_finished
 from gptjax.training.step import TrainState, evaluated_params
-
-SAMPLES_FILE = "samples.txt"
 
 
 def train(config: Config) -> int:
@@ -83,15 +83,17 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
         finally:
             log.close()
             say(finished)
-    batches = _device_batches(parts, first, options.num_steps)
+            _write_report(parts)
+    batches = device_batches(parts, first, options.num_steps)
     batch = next(batches)
     step_program = _program(parts, state, batch, programs)
-    _describe(parts, state, step_program)
+    facts = _describe(parts, state, step_program)
     with cluster.all_or_none():  # nobody begins while another process still compiles
         signals.begin()
         log = Log(parts, state, first)
     step, stop, received = first, False, 0
     try:
+        log.started(first, facts)
         if loop.evaluation_pending:
             _finish_evaluation(parts, state, loop, log, signals, signal_of_any)
             received = signal_of_any()
@@ -103,7 +105,8 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
             step += 1
             in_flight.add(metrics["loss"])
             if step != options.num_steps:
-                batch = next(batches)
+                with log.data_wait():
+                    batch = next(batches)
             log.flush()
             in_flight.wait()
             received = signal_of_any()
@@ -130,18 +133,37 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
                 stop = stop or received > 0 or stopped_early(parts.config, loop)
             if save or stop or improved:
                 _save(parts, state, loop, scores, log)
+        reason = _why_stopped(options, step, received)
+        log.event("stop", step, reason=reason or "finished")
         parts.checkpoints.wait()
         with cluster.all_or_none():
             if parts.checkpoints.problem:
                 raise UserError(parts.checkpoints.problem)
-        if step < options.num_steps:
-            early = f"no better {options.best_by} in {options.patience} evaluations"
-            reason = f"signal {received}" if received else early
+        if reason:
             log.progress.line(f"stopped at step {step} ({reason}); saved")
         return exit_status(received)
     finally:
         batches.close()
         log.close()
+        _write_report(parts)
+
+
+def _why_stopped(options: TrainConfig, step: int, received: int) -> str:
+    """Why a run ended before its last step; empty: it did not."""
+    if step == options.num_steps:
+        return ""
+    return f"signal {received}" if received else f"no better {options.best_by} in {options.patience} evaluations"
+
+
+def _write_report(parts: Parts) -> None:
+    """Writes the page of the run. Of whatever kind an error is: a run must not fail because its page cannot be made."""
+    if not cluster.is_first():
+        return
+    path = parts.run_dir / REPORT_FILE
+    try:
+        write_report([read_record(parts.run_dir)], path)
+    except Exception as error:
+        say(f"{path}: no report: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def _program(parts: Parts, state: TrainState, batch: Any, programs: dict) -> Any:
@@ -155,8 +177,9 @@ def _program(parts: Parts, state: TrainState, batch: Any, programs: dict) -> Any
 
 def _diverged(parts: Parts, state: TrainState, log: Log) -> int:
     """Ends a run whose steps make no update any more. Its state is not saved: the newest checkpoint is older."""
-    [batch] = _device_batches(parts, log.skips[-1]["step"] - 1, log.skips[-1]["step"])
+    [batch] = device_batches(parts, log.skips[-1]["step"] - 1, log.skips[-1]["step"])
     path = write_dump(parts, state, batch, log.skips)
+    log.event("stop", log.skips[-1]["step"], reason="too many steps in a row made no update")
     limit = parts.config.train.max_skipped_in_a_row
     log.progress.line(
         f"stopped: {limit} steps in a row made no update, the last at step {log.skips[-1]['step']}; see {path}."
@@ -169,7 +192,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _device_batches(parts: Parts, first: int, stop: int) -> Generator[Any]:
+def device_batches(parts: Parts, first: int, stop: int) -> Generator[Any]:
     """Batches of steps `first` to `stop - 1` as micro-batches `[M, B, ...]`, on their way to the devices."""
     options = parts.config.train
     sharding = batch_sharding(parts.mesh, leading_axes=1)
@@ -190,6 +213,7 @@ def _save(parts: Parts, state: TrainState, loop: Loop, scores: Scores | None, lo
     row = None if scores is None else scores.row()
     val_loss = None if scores is None else scores.val_loss
     parts.checkpoints.save(state, checkpoint_meta(parts, state, loop, row), val_loss)
+    log.event("save", int(state.step))
 
 
 def _finish_evaluation(
@@ -235,8 +259,8 @@ def _evaluate(
             " number, or that name too"
         )
     improved = loop.take(scores.val_loss, None if by == "loss" else row[by])
-    log.file.write({"step": step, **row})
-    log.progress.line(f"step {step} · validation {scores}{' (best)' if improved else ''}")
+    log.write({"step": step, **row})
+    log.progress.evaluated(step, f"{scores}{' (best)' if improved else ''}")
     try:
         _show_sample(parts, params, step, log, signals)
     except Abandoned:
@@ -285,8 +309,8 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log, signals: Signa
         file.write(f"--- step {step}\n{prompt}{text}\n")
 
 
-def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
-    """Prints the facts of the run before it starts."""
+def _describe(parts: Parts, state: TrainState, step_program: Any) -> list[tuple[str, str]]:
+    """Prints the facts of the run before it starts, and returns them with their headings."""
     config, task, tokens = parts.config, parts.task, parts.tokens_per_step
     layout = " x ".join(f"{name} {size}" for name, size in parts.mesh.shape.items() if size > 1) or "one device"
     memory = step_program.memory_analysis()
@@ -298,22 +322,25 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> None:
     count = cost.readable_count(trainable + frozen)
     if frozen:
         count += f", {cost.readable_count(trainable)} trainable ({100 * trainable / (trainable + frozen):.2f} %)"
-    say(f"device      {jax.device_count()} x {jax.devices()[0].device_kind} ({layout}), {config.train.compute_dtype}")
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({layout}), {config.train.compute_dtype}"
+    facts = [("device", device)]
     if jax.process_count() > 1:
-        say(f"processes   {jax.process_count()}")
+        facts.append(("processes", str(jax.process_count())))
     stages, micro_batches = parts.mesh.shape["stage"], config.train.batch_size // config.train.micro_batch
     if stages > 1:
         waits = f"a stage waits {100 * bubble(stages, micro_batches):.0f} % of a step"
-        say(f"pipeline    {stages} stages, {micro_batches} micro-batches: {waits}")
-    say(f"parameters  {count}, vocabulary {config.model.vocab_size:,}")
-    say(f"data        {task.windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step")
-    for note in task.notes:
-        say(f"{'mixture' if config.sources else 'examples':11} {note}")
-    say(f"steps       {config.train.num_steps:,} = {epochs:.2f} epochs")
-    say(f"memory      {cost.readable_bytes(needs)} per device for a training step{pages}")
-    say(f"attention   {_explain_attention(parts)}")
+        facts.append(("pipeline", f"{stages} stages, {micro_batches} micro-batches: {waits}"))
+    facts.append(("parameters", f"{count}, vocabulary {config.model.vocab_size:,}"))
+    facts.append(("data", f"{task.windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step"))
+    facts += [("mixture" if config.sources else "examples", note) for note in task.notes]
+    facts.append(("steps", f"{config.train.num_steps:,} = {epochs:.2f} epochs"))
+    facts.append(("memory", f"{cost.readable_bytes(needs)} per device for a training step{pages}"))
+    facts.append(("attention", _explain_attention(parts)))
     if jax.default_backend() == "cpu":
-        say(f"kernels     {state_of_kernels(parts.mesh.size)}")
+        facts.append(("kernels", state_of_kernels(parts.mesh.size)))
+    for heading, text in facts:
+        say(f"{heading:12}{text}")
+    return facts
 
 
 def _explain_attention(parts: Parts) -> str:

@@ -1,0 +1,88 @@
+"""Numbers about one text: attention, probabilities, candidates for the next token, and the logit lens.
+
+Shape suffixes: T position, K candidate, N layer, H head, S key position, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config.model import ModelConfig
+from gptjax.model import gpt
+from gptjax.model.inside import look_inside
+
+CANDIDATES, LENS = 10, 3
+"""Most likely next tokens that are kept of the model, and of each layer under the lens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Of a text of T tokens; entry t of `top_*` and `lens_*` is about the token after t."""
+
+    tokens_T: np.ndarray
+    weights_NHTS: np.ndarray
+    log_probabilities_T: np.ndarray
+    """Of each token given those before it, in nats; NaN for the first one."""
+    ranks_T: np.ndarray
+    """How many tokens were more likely; -1 for the first one."""
+    top_tokens_TK: np.ndarray
+    top_logits_TK: np.ndarray
+    top_probabilities_TK: np.ndarray
+    lens_tokens_NTK: np.ndarray
+    """Of the residual stream before the first block and after each one, read by the final norm and the output
+    projection (the logit lens: nostalgebraist, 2020)."""
+    lens_probabilities_NTK: np.ndarray
+    lens_next_NT: np.ndarray
+    """Probability of the token that follows; NaN at the end of the text."""
+    entropies_NH: np.ndarray
+    """Mean entropy of the attention weights, in nats."""
+
+
+def inspect_text(config: ModelConfig, params: dict, tokens_T: np.ndarray) -> Inspection:
+    """Runs the model on one text in float32."""
+    T, count = len(tokens_T), min(CANDIDATES, config.vocab_size)
+
+    @jax.jit
+    def run(params, tokens_1T):
+        inside = look_inside(config, params, tokens_1T)
+        own, merged = gpt.for_decoding(config, params)
+
+        def read(stream_1TD):
+            return gpt.logits(own, merged, gpt.final_norm(own, merged, stream_1TD))[0]
+
+        def of_layer(stream_1TD):
+            probabilities_TV = jax.nn.softmax(read(stream_1TD), axis=-1)
+            following_T = jnp.roll(tokens_1T[0], -1)
+            return *jax.lax.top_k(probabilities_TV, min(LENS, count)), probabilities_TV[jnp.arange(T), following_T]
+
+        lens = jax.lax.map(of_layer, inside.streams_NBTD)
+        logits_TV = read(inside.streams_NBTD[-1])
+        log_TV = jax.nn.log_softmax(logits_TV, axis=-1)
+        top_logits_TK, top_TK = jax.lax.top_k(logits_TV, count)
+        own_T = log_TV[jnp.arange(T - 1), tokens_1T[0, 1:]]
+        ranks_T = jnp.sum(log_TV[:-1] > own_T[:, None], axis=-1)
+        weights_NHTS = inside.weights_NBHTS[:, 0]
+        entropies_NH = -jnp.sum(jax.scipy.special.xlogy(weights_NHTS, weights_NHTS), axis=-1).mean(axis=-1)
+        top_p_TK = jnp.exp(jnp.take_along_axis(log_TV, top_TK, axis=-1))
+        return weights_NHTS, own_T, ranks_T, top_TK, top_logits_TK, top_p_TK, lens, entropies_NH
+
+    weights, own, ranks, top, top_logits, top_p, (lens_p, lens, following), entropies = jax.device_get(
+        run(params, jnp.asarray(tokens_T, jnp.int32)[None])
+    )
+    following = np.array(following)
+    following[:, -1] = np.nan
+    return Inspection(
+        tokens_T=np.asarray(tokens_T),
+        weights_NHTS=weights,
+        log_probabilities_T=np.concatenate([[np.nan], own]),
+        ranks_T=np.concatenate([[-1], ranks]),
+        top_tokens_TK=top,
+        top_logits_TK=top_logits,
+        top_probabilities_TK=top_p,
+        lens_tokens_NTK=lens,
+        lens_probabilities_NTK=lens_p,
+        lens_next_NT=following,
+        entropies_NH=entropies,
+    )

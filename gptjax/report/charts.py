@@ -1,0 +1,118 @@
+"""Which charts a report has, and the numbers in each. `html.py` draws them in a page, `figures.py` as PNG files."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from gptjax.report.record import RunRecord, is_number
+
+MOST_POINTS = 2000
+"""Logged steps that are drawn of a run; of a longer one, those with the lowest and highest loss of each stretch."""
+TITLES = {
+    "loss": ("Loss", "nats per token"),
+    "learning_rate": ("Learning rate", ""),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "tokens_per_s": ("Throughput", "tokens/s"),
+    "mfu": ("MFU", "share of the devices' peak"),
+    "perplexity": ("Perplexity", "validation"),
+    "bits_per_byte": ("Bits per byte", "validation"),
+}
+AXES = ("step", "tokens")
+HIDDEN = (*AXES, "val_loss", "targets")
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One line of a chart."""
+
+    run: int
+    """Index of the run."""
+    table: str
+    """steps or evaluations."""
+    column: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart over the steps of runs."""
+
+    key: str
+    title: str
+    unit: str
+    series: tuple[Series, ...]
+
+
+def charts_of(records: Sequence[RunRecord]) -> list[Chart]:
+    """The charts of one or several runs: loss first, then whatever else the rows hold and changes."""
+    charts = []
+    for table, column in _columns(records):
+        title, unit = TITLES.get(column, (column, "validation" if table == "evaluations" else ""))
+        series = [Series(run, table, column) for run, record in enumerate(records) if _has(record, table, column)]
+        if column == "loss":
+            series += [
+                Series(run, "evaluations", "val_loss")
+                for run, record in enumerate(records)
+                if _has(record, "evaluations", "val_loss")
+            ]
+        charts.append(Chart(column, title, unit, tuple(series)))
+    return charts
+
+
+def table_of(record: RunRecord, table: str) -> dict[str, list]:
+    """Columns of a run's rows, thinned out: `step`, `tokens`, and every number of the rows; None where there is none.
+
+    Args:
+        record: The run.
+        table: steps or evaluations.
+    """
+    rows = thin(record.steps) if table == "steps" else record.evaluations
+    per_step = next((row["tokens"] / row["step"] for row in record.steps if row.get("tokens") and row["step"]), 0)
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "tokens"]
+    columns = {name: [_rounded(row.get(name)) for row in rows] for name in names}
+    columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    return {"step": [], **columns, "tokens": [_rounded(row["step"] * per_step) for row in rows]}
+
+
+def thin(rows: list[dict]) -> list[dict]:
+    """At most `MOST_POINTS` of the rows: first and last, and the lowest and the highest loss of each stretch."""
+    if len(rows) <= MOST_POINTS:
+        return rows
+    inner, stretches = len(rows) - 2, MOST_POINTS // 2 - 1
+    kept = {0, len(rows) - 1}
+    for n in range(stretches):
+        stretch = range(1 + inner * n // stretches, 1 + inner * (n + 1) // stretches)
+        known = [i for i in stretch if is_number(rows[i].get("loss"))]
+        kept |= (
+            {min(known, key=lambda i: rows[i]["loss"]), max(known, key=lambda i: rows[i]["loss"])}
+            if known
+            else {stretch[0]}
+        )
+    return [rows[i] for i in sorted(kept)]
+
+
+def _columns(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """The column that each chart begins with, and its table."""
+    found: dict[tuple[str, str], set] = {}
+    for record in records:
+        for table, rows in (("steps", record.steps), ("evaluations", record.evaluations)):
+            for row in rows:
+                for name, value in row.items():
+                    if name not in HIDDEN and is_number(value):
+                        found.setdefault((table, name), set()).add(value)
+    known = list(TITLES)
+    order = sorted(found, key=lambda pair: known.index(pair[1]) if pair[1] in known else len(known))
+    kept = [pair for pair in order if pair[1] in TITLES or len(found[pair]) > 1]
+    if not any(column == "loss" for _, column in kept) and any(record.evaluations for record in records):
+        kept.insert(0, ("steps", "loss"))
+    return kept
+
+
+def _has(record: RunRecord, table: str, column: str) -> bool:
+    rows = record.steps if table == "steps" else record.evaluations
+    return any(is_number(row.get(column)) for row in rows)
+
+
+def _rounded(value: object) -> float | int | None:
+    """Six digits of a number, enough to draw it."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.6g}")

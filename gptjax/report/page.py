@@ -1,0 +1,62 @@
+"""One HTML file with its style, its script and its data in it, which loads nothing and runs no other script."""
+
+import base64
+import hashlib
+import html
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from gptjax.report.metrics import plain
+
+escape = html.escape
+"""Makes text safe in HTML, between tags and in attributes in double quotes."""
+
+
+def page(title: str, body: str, data: Any, script: str) -> str:
+    """Puts a page together.
+
+    The content security policy allows this script only, by its hash, and no network, so that text that came into the
+    page unescaped could still not run.
+
+    Args:
+        title: Plain text.
+        body: HTML; whatever users made in it is escaped.
+        data: JSON values, which the script reads from the element `data`.
+        script: File name of the script, in this package.
+    """
+    code = asset("dom.js") + asset(script)
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>
+{asset("page.css")}</style>
+</head>
+<body>
+{body}
+<noscript><p class="note">The charts need JavaScript, which is turned off here.</p></noscript>
+<script type="application/json" id="data">{json_for_html(data)}</script>
+<script>{code}</script>
+</body>
+</html>
+"""
+
+
+def json_for_html(data: Any) -> str:
+    """JSON that can neither end the script element that it lies in nor begin a comment; NaN becomes null."""
+    text = json.dumps(plain(data), allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+@cache
+def asset(name: str) -> str:
+    """The text of a file of this package."""
+    return (resources.files("gptjax.report") / name).read_text(encoding="utf-8")

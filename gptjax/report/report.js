@@ -1,0 +1,238 @@
+const view = { axis: data.axes[0], logX: data.logX, smoothing: 0, from: null, to: null };
+const drawings = [];
+const HEIGHT = 250, LEFT = 54, RIGHT = 22, TOP = 10, BOTTOM = 26;
+
+// Exponential moving average without the bias of its start; a gap stays a gap.
+function smoothed(values, weight) {
+  let sum = 0, total = 0;
+  return values.map((value) => {
+    if (value === null) return null;
+    sum = weight * sum + (1 - weight) * value;
+    total = weight * total + (1 - weight);
+    return sum / total;
+  });
+}
+
+function ticks(low, high, log, count) {
+  if (log) {
+    const found = [], small = high / low < 30;
+    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
+      for (const digit of small ? [1, 2, 3, 5, 7] : [1]) {
+        const value = digit * 10 ** power;
+        if (value >= low * 0.999 && value <= high * 1.001) found.push(value);
+      }
+    if (found.length >= 2) {
+      const every = Math.ceil(found.length / count);
+      return found.filter((_, index) => index % every === 0);
+    }
+  }
+  const rough = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find((digit) => digit * power >= rough) * power;
+  const first = Math.ceil(low / step) * step, found = [];
+  for (let n = 0; first + n * step <= high + step * 1e-9; n++) found.push(+(first + n * step).toPrecision(12));
+  return found;
+}
+
+function scale(low, high, log, start, end) {
+  const map = log ? Math.log10 : (value) => value;
+  const a = map(low), b = map(high), width = b - a || 1;
+  const to = (value) => start + ((map(value) - a) / width) * (end - start);
+  to.inverse = (place) => {
+    const value = a + ((place - start) / (end - start)) * width;
+    return log ? 10 ** value : value;
+  };
+  return to;
+}
+
+function lines(chart) {
+  return chart.series.map((series, index) => {
+    const table = data.runs[series.run][series.table], points = series.table === "evaluations";
+    const color = `var(--c${(data.runs.length > 1 ? series.run : index) % 6})`;
+    const label = (data.runs.length > 1 ? data.runs[series.run].name + " " : "") + (points ? "validation" : "training");
+    const smooth = !points && series.column !== "learning_rate";
+    return { x: table[view.axis], y: table[series.column], points, smooth, color, label };
+  });
+}
+
+function extent(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) if (value !== null && isFinite(value)) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return low > high ? null : [low, high];
+}
+
+function wholeRange() {
+  const tables = data.runs.flatMap((run) => [run.steps[view.axis], run.evaluations[view.axis]]);
+  return extent(tables.flat()) || [0, 1];
+}
+
+function draw(drawing) {
+  const { chart, svg, logY } = drawing, width = Math.max(280, svg.parentNode.clientWidth - 18 || 640);
+  const whole = wholeRange();
+  let [from, to] = [view.from ?? whole[0], view.to ?? whole[1]];
+  if (view.logX && from <= 0) from = Math.min(1, to / 2);
+  if (to <= from) to = from + 1;
+  const inside = (x) => x !== null && x >= from && x <= to;
+  const shown = lines(chart).map((line) => {
+    const usable = line.y.map((y) => (y === null || (logY.checked && y <= 0) ? null : y));
+    const soft = line.smooth && view.smoothing ? smoothed(usable, view.smoothing) : usable;
+    return { ...line, y: usable, soft };
+  });
+  const range = extent(shown.flatMap((line) => line.y.filter((_, n) => inside(line.x[n])))) || [0, 1];
+  let [low, high] = range;
+  if (logY.checked && low > 0) { low /= 1.05; high *= 1.05; } else {
+    const room = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
+    low = low >= 0 && low - room < 0 ? 0 : low - room;
+    high += room;
+  }
+  const logged = logY.checked && low > 0;
+  const X = scale(from, to, view.logX, LEFT, width - RIGHT), Y = scale(low, high, logged, HEIGHT - BOTTOM, TOP);
+  svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
+  svg.replaceChildren();
+  const grid = make("g", { stroke: "var(--line)", "stroke-width": 1 });
+  svg.append(grid);
+  for (const value of ticks(low, high, logged, 6)) {
+    grid.append(make("line", { x1: LEFT, x2: width - RIGHT, y1: Y(value), y2: Y(value) }));
+    svg.append(make("text", { x: LEFT - 6, y: Y(value) + 4, "text-anchor": "end" }, readable(value)));
+  }
+  for (const value of ticks(from, to, view.logX, Math.floor(width / 90))) {
+    svg.append(make("text", { x: X(value), y: HEIGHT - 8, "text-anchor": "middle" }, readable(value)));
+  }
+  const clip = `clip-${drawings.indexOf(drawing)}`;
+  svg.append(make("defs", {}, make("clipPath", { id: clip },
+    make("rect", { x: LEFT, y: 0, width: width - LEFT - RIGHT, height: HEIGHT - BOTTOM }))));
+  const plot = make("g", { "clip-path": `url(#${clip})`, fill: "none" });
+  svg.append(plot);
+  for (const mark of data.marks) {
+    const at = mark[view.axis];
+    if (inside(at)) plot.append(make("line", { x1: X(at), x2: X(at), y1: TOP, y2: HEIGHT - BOTTOM,
+      stroke: "var(--soft)", "stroke-dasharray": "3 3" }, make("title", {}, mark.text)));
+  }
+  const path = (line, values) => {
+    let text = "", pen = false;
+    values.forEach((value, n) => {
+      const x = line.x[n];
+      if (value === null || x === null || (view.logX && x <= 0)) { pen = false; return; }
+      text += `${pen ? "L" : "M"}${X(x).toFixed(1)} ${Y(value).toFixed(1)}`;
+      pen = true;
+    });
+    return text;
+  };
+  for (const line of shown) {
+    const dashed = line.points && data.runs.length > 1 ? { "stroke-dasharray": "5 3" } : {};
+    if (view.smoothing && line.smooth)
+      plot.append(make("path", { d: path(line, line.y), stroke: line.color, "stroke-width": 1, opacity: 0.25 }));
+    plot.append(make("path", { d: path(line, line.soft), stroke: line.color, "stroke-width": 1.8, ...dashed }));
+    if (line.points && line.x.length < 200) line.y.forEach((value, n) => {
+      if (value !== null && inside(line.x[n]))
+        plot.append(make("circle", { cx: X(line.x[n]), cy: Y(value), r: 2.5, fill: line.color }));
+    });
+  }
+  Object.assign(drawing, { X, Y, shown, width, from, to, inside });
+}
+
+function drawAll() { drawings.forEach(draw); }
+
+function zoom(from, to) {
+  [view.from, view.to] = [from, to];
+  drawAll();
+}
+
+function nearest(line, x) {
+  let best = -1;
+  line.x.forEach((value, n) => {
+    if (value !== null && line.y[n] !== null && (best < 0 || Math.abs(value - x) < Math.abs(line.x[best] - x))) best = n;
+  });
+  return best;
+}
+
+function follow(drawing, tip) {
+  const { svg } = drawing;
+  const place = (event) => {
+    const box = svg.getBoundingClientRect();
+    return ((event.clientX - box.left) / box.width) * drawing.width;
+  };
+  let start = null, band = null, hair = null;
+  const clear = () => { tip.hidden = true; if (hair) hair.remove(); hair = null; };
+  svg.addEventListener("pointerdown", (event) => {
+    if (event.pointerType === "mouse" && event.button === 0) start = place(event);
+  });
+  svg.addEventListener("pointermove", (event) => {
+    const at = Math.min(Math.max(place(event), LEFT), drawing.width - RIGHT), x = drawing.X.inverse(at);
+    if (start !== null && Math.abs(at - start) > 4) {
+      if (!band) svg.append(band = make("rect", { y: TOP, height: HEIGHT - TOP - BOTTOM, fill: "var(--accent)", opacity: 0.15 }));
+      band.setAttribute("x", Math.min(at, start));
+      band.setAttribute("width", Math.abs(at - start));
+    }
+    if (!hair) svg.append(hair = make("line", { y1: TOP, y2: HEIGHT - BOTTOM, stroke: "var(--soft)" }));
+    hair.setAttribute("x1", at);
+    hair.setAttribute("x2", at);
+    tip.replaceChildren(make("div", {}, `${view.axis} ${readable(x)}`));
+    for (const line of drawing.shown) {
+      const n = nearest(line, x);
+      if (n < 0) continue;
+      const value = view.smoothing && line.smooth ? `${readable(line.soft[n])} (${readable(line.y[n])})` : readable(line.y[n]);
+      tip.append(make("div", { style: `color:${line.color}` }, `${line.label} ${value}`));
+    }
+    tip.hidden = false;
+    const left = at / drawing.width < 0.5;
+    tip.style.left = left ? `${(at / drawing.width) * 100 + 3}%` : "auto";
+    tip.style.right = left ? "auto" : `${100 - (at / drawing.width) * 100 + 3}%`;
+    tip.style.top = "3.2rem";
+  });
+  svg.addEventListener("pointerleave", () => { clear(); if (band) band.remove(); start = band = null; });
+  svg.addEventListener("pointerup", (event) => {
+    if (band) {
+      const ends = [drawing.X.inverse(start), drawing.X.inverse(place(event))].sort((a, b) => a - b);
+      zoom(Math.max(ends[0], drawing.from), Math.min(ends[1], drawing.to));
+    }
+    start = band = null;
+    clear();
+  });
+  svg.addEventListener("dblclick", () => zoom(null, null));
+}
+
+function controls() {
+  const place = document.getElementById("controls");
+  const box = (label, input) => make("label", {}, [label + " ", input]);
+  const slider = make("input", { type: "range", min: 0, max: 0.99, step: 0.01, "aria-label": "smoothing" });
+  const longest = Math.max(...data.runs.map((run) => run.steps[view.axis].length));
+  view.smoothing = longest > 60 ? 0.6 : 0;
+  slider.value = view.smoothing;
+  slider.addEventListener("input", () => { view.smoothing = +slider.value; drawAll(); });
+  const axis = make("select", { "aria-label": "x axis" }, data.axes.map((name) => make("option", { value: name }, name)));
+  axis.addEventListener("change", () => { view.axis = axis.value; zoom(null, null); });
+  const logX = make("input", { type: "checkbox" });
+  logX.checked = view.logX;
+  logX.addEventListener("change", () => { view.logX = logX.checked; drawAll(); });
+  const parts = [["first tenth", 0, 0.1], ["last half", 0.5, 1], ["whole run", null, null]].map(([name, a, b]) => {
+    const button = make("button", { type: "button" }, name);
+    button.addEventListener("click", () => {
+      const [low, high] = wholeRange();
+      zoom(a === null ? null : low + a * (high - low), b === null ? null : low + b * (high - low));
+    });
+    return button;
+  });
+  place.append(box("smoothing", slider), box("x axis", axis), box("logarithmic x", logX), ...parts);
+}
+
+controls();
+data.charts.forEach((chart, index) => {
+  const logY = make("input", { type: "checkbox" }), svg = make("svg", { role: "img", "aria-label": chart.title });
+  const tip = make("div", { class: "tip", hidden: "" });
+  const legend = make("div", { class: "legend" }, lines(chart).map((line) =>
+    make("span", {}, [make("i", { style: `border-color:${line.color};${line.points && data.runs.length > 1 ? "border-top-style:dashed" : ""}` }), line.label])));
+  const title = make("span", {}, [chart.title, " ", make("small", {}, chart.unit)]);
+  const figure = make("figure", index === 0 ? { class: "wide" } : {},
+    [make("figcaption", {}, [title, make("label", {}, [logY, " logarithmic"])]), svg, legend, tip]);
+  document.getElementById("charts").append(figure);
+  const drawing = { chart, svg, logY };
+  drawings.push(drawing);
+  logY.addEventListener("change", () => draw(drawing));
+  follow(drawing, tip);
+});
+drawAll();
+let waiting = 0;
+addEventListener("resize", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(drawAll); });

@@ -1,0 +1,44 @@
+"""`gptjax inspect`."""
+
+from pathlib import Path
+
+from gptjax.checkpoints.run_dir import load_run
+from gptjax.config.verbs import InspectConfig
+from gptjax.errors import UserError
+from gptjax.evaluation.inside import inspect_text
+from gptjax.files import write_atomic
+from gptjax.machine import compile_cache
+from gptjax.report.inspect_page import render_inspection
+from gptjax.report.progress import notify
+from gptjax.text.unicode import has_surrogate
+
+PAGE_FILE = "inspect.html"
+MOST_TOKENS = 512
+"""Tokens of a text; the page holds a number for every pair of tokens and every head."""
+
+
+def run_inspect(run_dir: str, options: InspectConfig) -> int:
+    """Writes a page about what a run's model does with a text; prints where it is.
+
+    Raises:
+        UserError: The run has no tokenizer, or the text is too long or too short.
+    """
+    if has_surrogate(options.text):
+        raise UserError("text is not UTF-8")
+    compile_cache.start()
+    place = Path(run_dir).expanduser()
+    run = load_run(place, options.checkpoint, options.strict, notify, options.base)
+    if run.tokenizer is None:
+        raise UserError(f"{run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
+    tokenizer, most = run.tokenizer, min(MOST_TOKENS, run.config.model.block_size)
+    tokens = tokenizer.encode(options.text)
+    if not 2 <= len(tokens) <= most:
+        raise UserError(
+            f"text has {len(tokens)} tokens; give one of 2 to {most} (model.block_size, at most {MOST_TOKENS})"
+        )
+    inspection = inspect_text(run.config.model, run.params, tokens)
+    page = render_inspection(inspection, place.resolve().name, lambda token: tokenizer.decode([token]))
+    path = Path(options.out).expanduser() if options.out else place / PAGE_FILE
+    write_atomic(path, page.encode("utf-8", "replace"))
+    print(path)
+    return 0

@@ -1,0 +1,135 @@
+"""`gptjax sweep`: the same config with other options, run after run or a few at a time."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gptjax.config.reader import to_yaml
+from gptjax.config.start import CONFIG_FILE
+from gptjax.config.sweep import Sweep, SweepRun, load_sweep
+from gptjax.config.verbs import SweepConfig
+from gptjax.errors import UserError
+from gptjax.files import write_atomic
+from gptjax.report.html import REPORT_FILE, write_report
+from gptjax.report.metrics import METRICS_FILE
+from gptjax.report.progress import notify
+from gptjax.report.record import RunRecord, read_record
+
+STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGINT)}
+"""Exit statuses of a run that a signal ended."""
+
+Train = Callable[[SweepRun, Path], int]
+"""Trains a run, given the folder of the sweep; returns the exit status."""
+
+
+def run_sweep(path: str, options: SweepConfig, overrides: dict) -> int:
+    """Trains the runs that are not finished, prints a table of all, and writes their comparison; status 1: some failed.
+
+    Raises:
+        UserError: The sweep's file or a config is wrong.
+    """
+    return train_all(load_sweep(Path(path), overrides), options.parallel, _train)
+
+
+def train_all(sweep: Sweep, parallel: int, train: Train) -> int:
+    """The same for runs that are made; `train` starts one."""
+    folder = Path(sweep.run_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [run for run in sweep.runs if not _finished(run)]
+    done = len(sweep.runs) - len(waiting)
+    print(f"{len(sweep.runs)} runs, {done} of them finished before", flush=True)
+    failed: dict[str, int] = {}
+    stop = False
+
+    def one(run: SweepRun) -> None:
+        nonlocal done, stop
+        if stop:
+            return
+        status = train(run, folder)
+        if status in STOPPED:
+            stop = True
+        elif status:
+            failed[run.name] = status
+        done += status not in STOPPED
+        words = f"status {status}; see {folder / run.name}.log" if status else _result(run)
+        print(f"[{done}/{len(sweep.runs)}] {run.name}: {words}", flush=True)
+
+    with ThreadPoolExecutor(parallel) as pool:
+        list(pool.map(one, waiting))
+    records = _records(sweep)
+    for line in table(sweep, records, failed):
+        print(line)
+    if records:
+        write_report(list(records.values()), folder / REPORT_FILE)
+        print(folder / REPORT_FILE)
+    if stop:
+        notify("stopped by a signal; the same command continues the sweep")
+        return 130
+    return 1 if failed else 0
+
+
+def table(sweep: Sweep, records: dict[str, RunRecord], failed: dict[str, int]) -> list[str]:
+    """The runs' options and results as lines, the lowest validation loss first, then those without one."""
+    heads = [*sweep.runs[0].options, "validation loss", "at step", "status"]
+
+    def loss(run: SweepRun) -> float:
+        best = records[run.name].best if run.name in records else None
+        return float("inf") if best is None else best["val_loss"]
+
+    rows = []
+    for run in sorted(sweep.runs, key=loss):
+        best = records[run.name].best if run.name in records else None
+        status = (
+            f"failed ({failed[run.name]})" if run.name in failed else "finished" if _finished(run) else "not finished"
+        )
+        result = ["-", "-"] if best is None else [f"{best['val_loss']:.4f}", str(best["step"])]
+        rows.append([*(str(value) for value in run.options.values()), *result, status])
+    widths = [max(len(row[n]) for row in [heads, *rows]) for n in range(len(heads))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [heads, *rows]
+    ]
+
+
+def _train(run: SweepRun, folder: Path) -> int:
+    config = folder / f"{run.name}.yaml"
+    write_atomic(config, to_yaml(run.config).encode())
+    with open(folder / f"{run.name}.log", "ab") as log:
+        process = subprocess.Popen([sys.executable, "-m", "gptjax", "train", str(config)], stdout=log, stderr=log)
+        while True:
+            # Ctrl-C reaches the run too, which saves its state and ends.
+            with contextlib.suppress(KeyboardInterrupt):
+                return process.wait()
+
+
+def _finished(run: SweepRun) -> bool:
+    record = _record(run)
+    if record is None:
+        return False
+    if any(row["step"] >= run.config.train.num_steps for row in record.evaluations):
+        return True
+    last = record.events[-1] if record.events else {}
+    return last.get("event") == "stop" and str(last.get("reason")).startswith("no better")
+
+
+def _result(run: SweepRun) -> str:
+    record = _record(run)
+    best = None if record is None else record.best
+    return "no evaluation" if best is None else f"validation loss {best['val_loss']:.4f} at step {best['step']:,}"
+
+
+def _records(sweep: Sweep) -> dict[str, RunRecord]:
+    found = {run.name: _record(run) for run in sweep.runs}
+    return {name: record for name, record in found.items() if record is not None}
+
+
+def _record(run: SweepRun) -> RunRecord | None:
+    folder = Path(run.config.run_dir).expanduser()
+    if not (folder / CONFIG_FILE).is_file() or not (folder / METRICS_FILE).is_file():
+        return None
+    with contextlib.suppress(UserError):
+        return read_record(folder, run.name)
+    return None

@@ -1,0 +1,105 @@
+"""Sweeps: the runs are those that the file asks for, finished ones are left alone, and failures stop nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from gptjax.cli import main
+from gptjax.config.sweep import load_sweep
+from gptjax.errors import UserError
+from gptjax.verbs.sweep import train_all
+from tests.test_report import write_run
+
+BASE = "run_dir: ignored\ntrain: {num_steps: 20}\noptim: {min_learning_rate: 0}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "base.yaml").write_text(BASE)
+    path = folder / "sweep.yaml"
+    path.write_text(f"config: {folder / 'base.yaml'}\nrun_dir: {folder / 'sweep'}\n{text}")
+    return path
+
+
+def test_a_grid_is_all_combinations_and_keeps_its_names(tmp_path):
+    text = "options:\n  optim.learning_rate: [1e-3, 2e-3]\n  train.batch_size: [4, 8, 16]\n"
+    sweep = load_sweep(write(tmp_path, text), {"seed": 5})
+    got = {(run.config.optim.learning_rate, run.config.train.batch_size) for run in sweep.runs}
+    assert got == {(rate, size) for rate in (1e-3, 2e-3) for size in (4, 8, 16)}
+    assert all(run.config.seed == 5 and run.config.run_dir == str(tmp_path / "sweep" / run.name) for run in sweep.runs)
+    more = load_sweep(write(tmp_path, text.replace("16]", "16, 32]").replace("1e-3", "3e-3, 1e-3")), {})
+    assert {run.name for run in sweep.runs} < {run.name for run in more.runs}
+
+
+def test_random_draws_are_in_range_spread_by_scale_and_stay_when_runs_are_added(tmp_path):
+    text = "method: random\nruns: {}\noptions:\n  optim.learning_rate: {{min: 1e-5, max: 1e-2, scale: log}}\n" \
+        "  train.batch_size: {{min: 4, max: 64}}\n  optim.name: [adamw, lion]\n"  # fmt: skip
+    few, many = (load_sweep(write(tmp_path, text.format(n)), {}).runs for n in (30, 200))
+    assert [run.name for run in few] == [run.name for run in many][:30]
+    rates = [run.config.optim.learning_rate for run in many]
+    assert all(1e-5 <= rate <= 1e-2 for rate in rates)
+    assert 0.25 < sum(rate < 10**-4 for rate in rates) / 200 < 0.42, "a third of the decades"
+    assert {run.config.optim.name for run in many} == {"adamw", "lion"}
+    assert all(type(run.options["train.batch_size"]) is int for run in many)
+    assert math.isclose(sum(run.config.train.batch_size for run in many) / 200, 34, rel_tol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("options: {optim.lr: [1]}", "unknown option 'optim.lr'"),
+        ("options: {seed: 3}", "seed must be a list"),
+        ("options: {optim.learning_rate: [-1]}", "must not be negative"),
+        ("runs: 3\noptions: {seed: [1]}", "runs has no effect with method: grid"),
+        ("method: random\noptions: {seed: [1]}", "runs=0 must be"),
+        ("method: random\nruns: 2\noptions: {seed: {min: 3, max: 1}}", "min < max"),
+        ("method: bayes\noptions: {seed: [1]}", "must be grid or random"),
+        ("option: {seed: [1]}", "unknown key 'option'. Did you mean 'options'?"),
+        ("options: {run_dir: [a]}", "unknown option 'run_dir'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message, capsys):
+    assert main(["sweep", str(write(tmp_path, text))]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(UserError):
+        load_sweep(tmp_path / "base.yaml", {})
+
+
+def test_finished_runs_are_left_alone_and_failures_are_listed(tmp_path, capsys):
+    sweep = load_sweep(write(tmp_path, "options: {seed: [1, 2, 3]}"), {})
+    trained = []
+
+    def train(run, folder):
+        trained.append(run.options["seed"])
+        if run.options["seed"] == 2:
+            return 3
+        loss = run.options["seed"] / 10
+        write_run(folder / run.name, config=run.config, loss=lambda n: loss)
+        return 0
+
+    assert train_all(sweep, 1, train) == 1
+    assert trained == [1, 2, 3]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 runs, 0 of them finished before"
+    rows = [line.split() for line in lines[-4:-1]]
+    assert [row[0] for row in rows] == ["1", "3", "2"] and rows[0][1:] == ["0.6000", "10", "finished"]
+    assert rows[2][-2:] == ["failed", "(3)"] and lines[-1] == str(tmp_path / "sweep" / "report.html")
+    trained.clear()
+    assert train_all(sweep, 2, train) == 1 and trained == [2]
+
+
+def test_a_signal_stops_the_sweep_and_a_run_cut_short_is_not_finished(tmp_path, capsys):
+    sweep = load_sweep(write(tmp_path, "options: {seed: [1, 2]}"), {})
+
+    def train(run, folder):
+        write_run(folder / run.name, steps=10, config=run.config)
+        return 130
+
+    assert train_all(sweep, 1, train) == 130
+    captured = capsys.readouterr()
+    assert "not finished" in captured.out and "continues the sweep" in captured.err
+    assert len(list((tmp_path / "sweep").glob("*/metrics.jsonl"))) == 1, "the second one was not started"
+    [path] = (tmp_path / "sweep").glob("*/metrics.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 10
