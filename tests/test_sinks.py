@@ -171,6 +171,9 @@ def test_wandb_keeps_an_offline_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     assert send("wandb", run_of(tmp_path)) == []
     [path] = tmp_path.glob("wandb/offline-run-*/run-abcdef012345.wandb")
+    end = time.monotonic() + 30
+    while b"trials" not in path.read_bytes() and time.monotonic() < end:  # wandb's own process writes it
+        time.sleep(0.1)
     content = path.read_bytes()
     assert b"validation/loss" in content and b"3.5" in content and b"trials" in content
 
