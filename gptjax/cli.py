@@ -21,6 +21,7 @@ from gptjax.config.synonyms import suggest_verb
 from gptjax.config.verbs import (
     ChatConfig,
     DataVerbConfig,
+    DiagnoseConfig,
     DoctorConfig,
     EmbedConfig,
     EvaluateConfig,
@@ -197,6 +198,15 @@ def inspect(args: Sequence[str]) -> int:
     return run_inspect(run_dir, config)
 
 
+def diagnose(args: Sequence[str]) -> int:
+    """Shows where a run's loss comes from: positions, rare tokens, calibration, repetition: gptjax diagnose RUN_DIR."""
+    run_dir, rest = _positional(args, "diagnose RUN_DIR [--windows N]")
+    config = _flags(DiagnoseConfig, rest)
+    from gptjax.verbs.diagnose import run_diagnose
+
+    return run_diagnose(run_dir, config)
+
+
 def lr_find(args: Sequence[str]) -> int:
     """Tries rising learning rates and suggests one: gptjax lr-find CONFIG.yaml [--low R] [--high R] [--steps N]."""
     config, options = _config_and_options(args, LrFindConfig, "lr-find CONFIG.yaml [--section.key VALUE ...]")
@@ -236,6 +246,7 @@ VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "sweep": (sweep, SweepConfig),
     "lr-find": (lr_find, LrFindConfig),
     "inspect": (inspect, InspectConfig),
+    "diagnose": (diagnose, DiagnoseConfig),
 }
 
 

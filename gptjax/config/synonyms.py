@@ -133,11 +133,12 @@ VERBS: dict[str, str] = {
     "evaluate": "eval test score validate validation perplexity ppl measure",
     "predict": "classify label tag annotate",
     "prepare": "tokenize tokenise preprocess encode",
-    "doctor": "check info verify env diagnose debug status",
+    "doctor": "check info verify env debug status",
     "plan": "estimate memory cost flops",
     "verify-resume": "verify_resume verify-resuming",
     "sweep": "search grid tune hyperparameters hpo",
     "lr-find": "lr_find lrfind find_lr lr-finder lr_finder",
+    "diagnose": "analyze analyse calibration errors",
     "inspect": "explain attention lens interpret logit_lens",
     "report": "plot curves compare dashboard visualize visualise view show summary",
 }

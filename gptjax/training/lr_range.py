@@ -56,7 +56,9 @@ def measure(config: Config, run_dir: Path, low: float, high: float, steps: int) 
         high: Last rate.
         steps: At least 2.
     """
-    train = dataclasses.replace(config.train, num_steps=steps, spike_sigma=0.0, max_skipped_in_a_row=steps)
+    train = dataclasses.replace(
+        config.train, num_steps=steps, num_epochs=0.0, spike_sigma=0.0, max_skipped_in_a_row=steps
+    )
     parts, state, _ = build(dataclasses.replace(config, run_dir=str(run_dir), train=train), run_dir)
     ratio = math.log(high / low) / (steps - 1)
     step = make_train_step(parts.config, lambda updates: low * jnp.exp(ratio * updates.astype(jnp.float32)))

@@ -109,7 +109,7 @@ def _finished(run: SweepRun) -> bool:
     record = _record(run)
     if record is None:
         return False
-    if any(row["step"] >= run.config.train.num_steps for row in record.evaluations):
+    if any(row["step"] >= record.config.train.num_steps for row in record.evaluations):
         return True
     last = record.events[-1] if record.events else {}
     return last.get("event") == "stop" and str(last.get("reason")).startswith("no better")
