@@ -17,7 +17,6 @@ from ours import generate, train
 from gptjax.machine.allocator import restart
 
 ROWS = 20
-CONTAINERS = ("while", "call", "conditional")  # their time is that of what they hold
 
 
 def main() -> None:
@@ -27,41 +26,14 @@ def main() -> None:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a program out of it is not dumped
         import jax
 
+        from gptjax.report.trace import measured
+
         with jax.profiler.trace(folder):
             {"train": train, "generate": generate}[verb](name, dtype, int(count))
-        times, counts = measured(jax.profiler.ProfileData.from_file, Path(folder))
-        module = max(times, key=lambda module: sum(times[module].values()))
+        found = measured(Path(folder))
+        module = max(found, key=lambda module: found[module][0].total())
         shapes = described(Path(folder), module)
-    print_table(module, times[module], counts[module], shapes)
-
-
-def measured(read, folder: Path) -> tuple[dict, dict]:
-    """Nanoseconds and number of runs of every operation, by module."""
-    spans = collections.defaultdict(list)
-    [path] = folder.rglob("*.xplane.pb")
-    for plane in read(str(path)).planes:
-        for event in (event for line in plane.lines for event in line.events):
-            stats = dict(event.stats)
-            if "hlo_op" in stats and not str(stats["hlo_op"]).startswith(CONTAINERS):
-                spans[stats["hlo_module"]].append((event.start_ns, event.start_ns + event.duration_ns, stats["hlo_op"]))
-    times = {module: shared_time(found) for module, found in spans.items()}
-    counts = {module: collections.Counter(name for _, _, name in found) for module, found in spans.items()}
-    return times, counts
-
-
-def shared_time(spans: list[tuple[float, float, str]]) -> collections.Counter:
-    """Time of the clock by name, from starts and ends; what overlaps shares it."""
-    edges = []
-    for index, (start, end, _) in enumerate(spans):
-        if end > start:
-            edges += [(start, index, True), (end, index, False)]
-    times, running, before = collections.Counter(), set(), 0.0
-    for time, index, starts in sorted(edges):
-        for other in running:
-            times[spans[other][2]] += (time - before) / len(running)
-        before = time
-        (running.add if starts else running.discard)(index)
-    return times
+    print_table(module, *found[module], shapes)
 
 
 def described(folder: Path, module: str) -> dict[str, str]:

@@ -32,6 +32,7 @@ from gptjax.config.verbs import (
     PlanConfig,
     PredictConfig,
     PrepareConfig,
+    ProfileConfig,
     ReportConfig,
     SampleConfig,
     ServeConfig,
@@ -207,6 +208,15 @@ def diagnose(args: Sequence[str]) -> int:
     return run_diagnose(run_dir, config)
 
 
+def profile(args: Sequence[str]) -> int:
+    """Shows where the time of a training step goes: gptjax profile CONFIG.yaml | RUN_DIR [--steps N] [--out DIR]."""
+    own, others = _split_flags(ProfileConfig, args)
+    options, start = _flags(ProfileConfig, own), _start(others, "profile")
+    from gptjax.verbs.profile import run_profile
+
+    return run_profile(start.config, options)
+
+
 def lr_find(args: Sequence[str]) -> int:
     """Tries rising learning rates and suggests one: gptjax lr-find CONFIG.yaml [--low R] [--high R] [--steps N]."""
     config, options = _config_and_options(args, LrFindConfig, "lr-find CONFIG.yaml [--section.key VALUE ...]")
@@ -246,6 +256,7 @@ VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "sweep": (sweep, SweepConfig),
     "lr-find": (lr_find, LrFindConfig),
     "inspect": (inspect, InspectConfig),
+    "profile": (profile, ProfileConfig),
     "diagnose": (diagnose, DiagnoseConfig),
 }
 

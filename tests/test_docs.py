@@ -14,7 +14,7 @@ from tests.tiny import write_corpus
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-ALSO_OF_A_RUN = ("prepare", "plan", "verify-resume", "lr-find", "sweep")
+ALSO_OF_A_RUN = ("prepare", "plan", "verify-resume", "lr-find", "sweep", "profile")
 """Verbs that take the options of a run beside their own."""
 PROGRAMS = {("python", "train.py"): "train", ("python", "sample.py"): "sample", ("python", "-m", "gptjax"): None}
 TINY = ("--train.num_steps", "2", "--model.n_layer", "1", "--model.n_embd", "16", "--model.n_head", "1",

@@ -139,6 +139,7 @@ VERBS: dict[str, str] = {
     "sweep": "search grid tune hyperparameters hpo",
     "lr-find": "lr_find lrfind find_lr lr-finder lr_finder",
     "diagnose": "analyze analyse calibration errors",
+    "profile": "trace profiler benchmark_step",
     "inspect": "explain attention lens interpret logit_lens",
     "report": "plot curves compare dashboard visualize visualise view show summary",
 }

@@ -600,3 +600,17 @@ class DiagnoseConfig(CheckpointConfig):
         super().__post_init__()
         not_negative("", self, "windows", "sample_tokens")
         positive("", self, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """How many steps are traced; options of the run itself may follow, as for train."""
+
+    steps: int = 5
+    """Steps in the trace, after two that are not in it."""
+    out: str = ""
+    """New folder to keep the trace in, for TensorBoard or Perfetto."""
+
+    def __post_init__(self):
+        positive("", self, "steps")
+        usable_paths("", self, "out")
