@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 import zstandard
 
 from gptjax.cli import main
@@ -318,6 +319,27 @@ def test_documents_in_are_documents_out_and_the_reasons(corpus, tmp_path):
     assert counts["read"] == 153 == dataset.train.n_documents + dataset.validation.n_documents + sum(reasons.values())
     assert counts["replaced_email"] == 1
     assert all(f"quality_{limit}" in COUNTED for limit in LIMITS)
+
+
+def test_the_datasheet_adds_up_and_escapes_what_documents_hold(corpus, tmp_path):
+    attack = "<script>alert(1)</script> a@b.org " + prose(77)
+    path = Path(corpus.path[0])
+    path.write_text(path.read_text() + json.dumps({"text": attack}) + "\n")
+    prepared = prepare(corpus, BYTES, tmp_path, report=quiet)
+    sheet = json.loads((prepared.folder / "data_report.json").read_text())
+    documents = sheet["documents"]
+    assert documents["read"] == documents["kept"] + sum(documents["left_out"].values()) == 154
+    for name, split in (("train", prepared.dataset.train), ("validation", prepared.dataset.validation)):
+        described = sheet["splits"][name]
+        assert sum(described["length_histogram"].values()) == split.n_documents == described["documents"]
+        assert described["bytes_per_token"] == 1.0  # a tokenizer of bytes
+    [source] = sheet["sources"]
+    assert source["hash"] == xxhash.xxh3_128_hexdigest(path.read_bytes())
+    assert sheet["options"]["clean"]["near_duplicates"] == 0.7
+    page = (prepared.folder / "data_report.html").read_text()
+    assert "alert(1)" in page
+    assert "<script" not in page
+    assert f"{documents['read']:,} read = {documents['kept']:,} kept" in page
 
 
 def test_any_number_of_workers_and_shares_gives_the_same_tokens(corpus, tmp_path, monkeypatch):

@@ -22,8 +22,9 @@ from gptjax.errors import UserError
 from gptjax.files import publish
 from gptjax.text.clean import clean
 from gptjax.text.cleaning.stages import stages_identity
-from gptjax.text.cleaning.store import CLEAN_VERSION, Share, build_store, read_store
+from gptjax.text.cleaning.store import CLEAN_VERSION, Share, build_store, read_store, store_report
 from gptjax.text.counts import counted, leaves_out
+from gptjax.text.datasheet import write_datasheet
 from gptjax.text.documents import OriginWriter
 from gptjax.text.shard_writer import SHARD_TOKENS, CorpusChanged, ShardWriter, write_manifest
 from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, Verify, open_dataset
@@ -253,6 +254,7 @@ def _build(
             end_of_text=tokenizer.end_of_text,
             about=about | {"counts": dict(counts)},
         )
+        write_datasheet(building, data, counts, store_report(store) if store else None)
         if folder.exists():  # it is damaged: otherwise it would have been opened
             shutil.rmtree(folder)
         for leftover in building.glob(".*"):

@@ -8,7 +8,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ def clean_part(
     documents: Sequence[Document],
     stages: Sequence[Stage],
     with_signatures: bool,
-    on_stage: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Cleans documents and writes the part; the file is complete or not there.
 
@@ -55,7 +54,6 @@ def clean_part(
         documents: In the order of the corpus.
         stages: As `make_stages` returns them.
         with_signatures: Whether near duplicates are looked for.
-        on_stage: Called with the name of each stage before it begins.
 
     Raises:
         UserError: A stage refuses a document; the message names it.
@@ -65,8 +63,7 @@ def clean_part(
     about: list[dict[str, Any]] = []
     kept = list(documents)
     for stage in stages:
-        on_stage(stage.name)
-        start, characters, changed, after = time.perf_counter(), sum(len(d.text) for d in kept), 0, []
+        start, characters, changed, after = time.thread_time(), sum(len(d.text) for d in kept), 0, []
         for document in kept:
             try:
                 text, reason = stage.apply(document.text, counts)
@@ -90,17 +87,16 @@ def clean_part(
                 "left_out": len(kept) - len(after),
                 "changed": changed,
                 "characters_after": sum(len(d.text) for d in after),
-                "seconds": round(time.perf_counter() - start, 4),
+                "cpu_seconds": round(time.thread_time() - start, 4),
             }
         )
         kept = after
     if with_signatures:
-        on_stage("near_duplicates")
-        start = time.perf_counter()
+        start = time.thread_time()
         rows = [signature(document.text) for document in kept]
         write_atomic(path.with_suffix("").with_suffix(".npy"), _npy(np.array(rows, np.uint32).reshape(-1, N_HASHES)))
-        seconds = round(time.perf_counter() - start, 4)
-        about.append({"stage": "signatures", "characters": sum(len(d.text) for d in kept), "seconds": seconds})
+        seconds = round(time.thread_time() - start, 4)
+        about.append({"stage": "signatures", "characters": sum(len(d.text) for d in kept), "cpu_seconds": seconds})
     header = {
         "input": documents_hash(documents),
         "n_in": len(documents),
