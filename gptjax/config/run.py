@@ -20,6 +20,7 @@ SCORES = {
     "tag": ("accuracy", "macro_f1", "span_f1"),
     "regress": ("pearson", "spearman"),
     "choose": ("accuracy",),
+    "answer": ("exact_match", "f1"),
     "reward": ("accuracy",),
     "dpo": ("accuracy",),
 }
@@ -264,7 +265,9 @@ class TrainConfig:
     """Refuse to resume where the newest checkpoint is damaged, instead of using an older one."""
     allow_data_change: bool = False
     """Resume with other data or another batch_size; text that was trained on may be repeated."""
-    best_by: Literal["loss", "accuracy", "macro_f1", "span_f1", "pearson", "spearman", "metric"] = "loss"
+    best_by: Literal[
+        "loss", "accuracy", "macro_f1", "span_f1", "pearson", "spearman", "exact_match", "f1", "metric"
+    ] = "loss"
     """What decides which checkpoint is the best: the lowest validation loss, or a task's highest score;
     metric: what task.metric returns."""
     patience: int = 0
@@ -504,7 +507,7 @@ class Config:
         if self.task.kind in HEADED:
             no_effect("train", self.train, "z_loss", False, "a task that predicts tokens")
             no_effect("train", self.train, "sample_prompt", False, "a task that predicts tokens")
-            if self.task.multi_label or self.task.loss or self.task.kind not in LABELLED:
+            if self.task.multi_label or self.task.loss or self.task.kind not in (*LABELLED, "answer"):
                 no_effect("train", self.train, "label_smoothing", False, "one label a text")
         if self.task.kind == "dpo":
             for name in ("z_loss", "label_smoothing"):

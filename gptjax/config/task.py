@@ -11,13 +11,13 @@ LABELLED = ("classify", "tag")
 """Tasks whose head names labels."""
 WHOLE_TEXTS = ("classify", "regress", "choose", "reward")
 """Tasks whose head reads whole texts, pairs or candidates."""
-PADDED = (*WHOLE_TEXTS, "dpo")
+PADDED = (*WHOLE_TEXTS, "answer", "dpo")
 """Tasks whose sequences are padded at their end; those of the others are packed."""
 SEVERAL = ("choose", "reward", "dpo")
 """Tasks whose rows are several sequences."""
 TEMPLATED = ("instruct", "reward", "dpo")
 """Tasks that write prompts and responses by `task.template`."""
-HEADED = (*WHOLE_TEXTS, "tag")
+HEADED = (*WHOLE_TEXTS, "tag", "answer")
 """Tasks with a head of their own."""
 LORA_TARGETS = ("attn/w_qkv", "attn/w_out", "mlp/w_in", "mlp/w_out")
 
@@ -63,10 +63,13 @@ class AdapterConfig:
 class TaskConfig:
     """What the model is trained to do."""
 
-    kind: Literal["pretrain", "classify", "regress", "choose", "tag", "instruct", "reward", "dpo", "multi"] = "pretrain"
+    kind: Literal[
+        "pretrain", "classify", "regress", "choose", "tag", "answer", "instruct", "reward", "dpo", "multi"
+    ] = "pretrain"
     """pretrain: the next token; classify: a text's label; regress: a text's number or numbers; choose: the right one of
-    several candidates; tag: a label for each word; instruct: responses to prompts; reward: a score for responses, from
-    pairs of which one was preferred; dpo: to prefer such responses (arXiv:2305.18290); multi: the tasks in `parts`."""
+    several candidates; tag: a label for each word; answer: the part of a text that answers a question; instruct:
+    responses to prompts; reward: a score for responses, from pairs of which one was preferred; dpo: to prefer such
+    responses (arXiv:2305.18290); multi: the tasks in `parts`."""
     validation_path: tuple[str, ...] = ()
     """Labelled files for validation; none: data.validation_fraction of the rows, chosen by hash."""
     label_field: str = "label"
@@ -93,6 +96,14 @@ class TaskConfig:
     """Field of the response that was preferred."""
     rejected_field: str = "rejected"
     """Field of the other response."""
+    question_field: str = "question"
+    """Field of the question of answer, about the text of data.text_field."""
+    answers_field: str = "answers"
+    """Field of its answers, as in SQuAD: {text: [...], answer_start: [...]}; or text that stands in the other text."""
+    stride: int = 32
+    """Tokens that two windows of answer share, where a text does not fit into one."""
+    no_answer: bool = False
+    """Questions of answer may have none: rows without answers are allowed, and predictions may be empty."""
     beta: float = 0.1
     """Of dpo: how closely the model stays to init_from; higher is closer (arXiv:2305.18290, equation 7)."""
     messages_field: str = "messages"
@@ -132,7 +143,7 @@ class TaskConfig:
     """Share of a training text's tokens that classify and regress swap with the next one at random."""
 
     def __post_init__(self):
-        not_negative("task", self, "max_tokens", "lookahead", "lm_weight")
+        not_negative("task", self, "max_tokens", "lookahead", "lm_weight", "stride")
         for name in ("metric", "loss", "rows"):
             import_path("task", self, name)
         if self.beta <= 0:
@@ -146,15 +157,18 @@ class TaskConfig:
             ("tag",): ("tokens_field", "tags_field", "lookahead"),
             ("instruct",): ("messages_field",),
             ("dpo",): ("beta",),
+            ("answer",): ("question_field", "answers_field", "stride", "no_answer"),
             ("instruct", "reward"): ("response_field",),
             ("reward", "dpo"): ("chosen_field", "rejected_field"),
             TEMPLATED: ("prompt_field", "template"),
             texts: ("second_field", "augment_delete", "augment_swap"),
             LABELLED: ("labels",),
-            (*texts, "choose"): ("label_field", "delimiters"),
+            (*texts, "choose"): ("label_field",),
+            (*texts, "choose", "answer"): ("delimiters",),
             WHOLE_TEXTS: ("pooling",),
             HEADED: ("lm_weight",),
-            (*texts, "choose", "tag"): ("metric", "loss"),
+            (*texts, "choose", "tag"): ("loss",),
+            (*texts, "choose", "tag", "answer"): ("metric",),
             (*HEADED, "instruct", "dpo"): ("validation_path", "max_tokens", "rows"),
         }.items():
             for name in names:

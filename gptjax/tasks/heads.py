@@ -36,6 +36,8 @@ def output_count(task: TaskConfig) -> int:
     """Numbers that the head gives."""
     if task.kind == "regress":
         return len(task.means)
+    if task.kind == "answer":
+        return 2
     return 1 if task.kind in SCORED else len(task.labels)
 
 
@@ -125,17 +127,21 @@ def squared_loss(outputs_BN: jax.Array, targets_BN: jax.Array, weights_B: jax.Ar
 def head_states_loss(config: Config, name: str) -> Callable[[dict, jax.Array, Any], Loss]:
     """The loss of head `name`, and with `task.lm_weight` that of the next token of the same texts."""
     task, smoothing = config.task, config.train.label_smoothing
-    options = loss_options(config.model)
 
     def states_loss(params: dict, x_RTD: jax.Array, batch: Any) -> Loss:
         loss = output_loss(task, head_outputs(task, params, name, x_RTD, batch), batch, smoothing)
-        if not task.lm_weight:
-            return loss
-        tokens = token_loss(config.model, options, params, x_RTD, next_tokens(config.model, batch))
-        value = tokens.objective / jnp.maximum(tokens.count, 1.0)
-        return with_extras(loss, {"lm_loss": value}, {"lm_loss": task.lm_weight})
+        return with_language_model(config, params, x_RTD, batch, loss)
 
     return states_loss
+
+
+def with_language_model(config: Config, params: dict, x_RTD: jax.Array, batch: Any, loss: Loss) -> Loss:
+    """Adds the mean loss of the next token, times `task.lm_weight`."""
+    if not config.task.lm_weight:
+        return loss
+    tokens = token_loss(config.model, loss_options(config.model), params, x_RTD, next_tokens(config.model, batch))
+    value = tokens.objective / jnp.maximum(tokens.count, 1.0)
+    return with_extras(loss, {"lm_loss": value}, {"lm_loss": config.task.lm_weight})
 
 
 def next_tokens(model: ModelConfig, batch: Any) -> Batch:

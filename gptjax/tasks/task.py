@@ -13,6 +13,7 @@ from gptjax.batches.labelled import Encoded
 from gptjax.batches.multi import Windows
 from gptjax.batches.packed import TargetSequence
 from gptjax.config.run import Config
+from gptjax.evaluation.answers import AnswerScores
 from gptjax.evaluation.choices import ChoiceScores
 from gptjax.evaluation.labels import LabelScores, MultiScores
 from gptjax.evaluation.loss import Evaluation, MixtureEvaluation
@@ -31,6 +32,7 @@ Scores = (
     | LabelScores
     | NumberScores
     | ChoiceScores
+    | AnswerScores
     | PreferenceScores
     | ScoresWithMetric
     | MultiScores

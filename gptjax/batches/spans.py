@@ -1,0 +1,134 @@
+"""Questions and windows of their texts → batches with the place of the answer.
+
+Shape suffixes: B windows, T position.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.batches.labelled import Marks, widths
+from gptjax.errors import UserError
+from gptjax.text.answers import Question
+from gptjax.text.tokenizer import Tokenizer
+
+
+class SpanBatch(NamedTuple):
+    """A question and a part of its text in each row, padded at the end."""
+
+    inputs: Any
+    """int32 `[B, T]`."""
+    lengths: Any
+    """int32 `[B]`: tokens of each row; the last one is no part of the text."""
+    firsts: Any
+    """int32 `[B]`: position of the text's first token."""
+    targets: Any
+    """int32 `[B, 2]`: positions of the answer's first and last token; 0: the row has no answer."""
+    weights: Any
+    """float32 `[B]`: 0 for padding rows."""
+
+
+class Window(NamedTuple):
+    """A part of a question's text."""
+
+    question: int
+    """Number of the question."""
+    first: int
+    """Position of the part's first token in the row."""
+    offsets: np.ndarray
+    """Byte of the whole text at which each token of the part begins, and that at which the last one ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanSet:
+    """Encoded windows."""
+
+    tokens: Sequence[np.ndarray]
+    windows: Sequence[Window]
+    targets: np.ndarray
+    """As in `SpanBatch`, for all windows."""
+    cut: np.ndarray
+    """bool: windows of a text that needs several."""
+    max_tokens: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each window."""
+        return np.array([len(ids) for ids in self.tokens], np.int64)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all windows."""
+        return int(self.lengths.sum())
+
+    def batch(self, numbers: np.ndarray, tokens: Sequence[np.ndarray], weights: np.ndarray) -> SpanBatch:
+        """Puts the windows `numbers`, whose ids are `tokens`, into one batch; number -1 gives an empty row."""
+        lengths = np.array([len(ids) for ids in tokens], np.int32)
+        T = next(width for width in widths(self.max_tokens) if width >= lengths.max(initial=1))
+        inputs = np.zeros((len(tokens), T), np.int32)
+        for row, ids in zip(inputs, tokens, strict=True):
+            row[: len(ids)] = ids
+        here = numbers >= 0
+        firsts = np.array([self.windows[n].first if n >= 0 else 0 for n in numbers], np.int32)
+        targets = np.where(here[:, None], self.targets[np.maximum(numbers, 0)], -1)
+        return SpanBatch(
+            inputs, lengths, firsts, targets.astype(np.int32), np.where(here, weights, 0).astype(np.float32)
+        )
+
+
+def encode_questions(
+    examples: Sequence[Question], tokenizer: Tokenizer, marks: Marks, max_tokens: int, stride: int
+) -> SpanSet:
+    """Encodes each question with one window of its text after another; windows overlap by `stride` tokens.
+
+    A window without the whole answer has none, so its target is position 0.
+
+    Args:
+        examples: Questions and their answers.
+        tokenizer: The model's.
+        marks: What stands before the question, between it and the text, and at the end.
+        max_tokens: Of a window, the question included.
+        stride: Tokens that two windows share.
+
+    Raises:
+        UserError: A question leaves no room for more than `stride` tokens of its text, or nothing would part the two.
+    """
+    if not marks.delimiter:
+        raise UserError(
+            "task.delimiters=end_of_text: the tokenizer has no end-of-text token to stand between question and text;"
+            " set task.delimiters=learned"
+        )
+    tokens, windows, targets, cut = [], [], [], []
+    for number, example in enumerate(examples):
+        question = np.asarray(tokenizer.encode(example.question), np.int32)
+        ids = np.asarray(tokenizer.encode(example.text), np.int32)
+        before = np.concatenate([marks.start, question, marks.delimiter]).astype(np.int32)
+        room = max_tokens - len(before) - len(marks.extract)
+        if room <= stride:
+            raise UserError(
+                f"{example.where}: the question has {len(question)} tokens, which leaves {room} of"
+                f" task.max_tokens={max_tokens} for the text, must leave more than task.stride={stride}"
+            )
+        ends = np.cumsum(tokenizer.byte_lengths[ids])
+        offsets = np.concatenate([[0], ends]).astype(np.int64)
+        span = _token_span(example, offsets) if example.answers else None
+        starts = range(0, max(1, len(ids) - stride), room - stride)
+        for start in starts:
+            part = ids[start : start + room]
+            tokens.append(np.concatenate([before, part, marks.extract]).astype(np.int32))
+            windows.append(Window(number, len(before), offsets[start : start + len(part) + 1]))
+            inside = span is not None and start <= span[0] and span[1] < start + len(part)
+            place = [len(before) + t - start for t in span] if inside and span is not None else [0, 0]
+            targets.append(place)
+            cut.append(len(starts) > 1)
+    return SpanSet(tokens, windows, np.array(targets, np.int32).reshape(-1, 2), np.array(cut, bool), max_tokens)
+
+
+def _token_span(example: Question, offsets: np.ndarray) -> tuple[int, int]:
+    """The first and the last token that has a byte of the first answer."""
+    begin = len(example.text[: example.start].encode())
+    end = begin + len(example.answers[0].encode())
+    first = int(np.searchsorted(offsets, begin, side="right")) - 1
+    return first, int(np.searchsorted(offsets, end, side="left")) - 1

@@ -1,0 +1,190 @@
+"""Extractive question answering: the head finds the first and the last token of the answer in a text.
+
+The model reads start, question, delimiter, a window of the text, extract. Position 0 stands for "no answer".
+
+Shape suffixes: B windows, T and S position, D n_embd.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.batches.labelled import TextBatches
+from gptjax.batches.spans import SpanBatch, SpanSet, encode_questions
+from gptjax.config.model import ModelConfig
+from gptjax.config.run import Config
+from gptjax.config.task import TaskConfig
+from gptjax.evaluation.answers import AnswerPredictions, AnswerScores, answer_report, score_answers
+from gptjax.evaluation.metric import ScoresWithMetric
+from gptjax.evaluation.predict import Predict, predict_rows
+from gptjax.model.gpt import Compute, states_and_extras
+from gptjax.model.heads import head_logits, label_loss
+from gptjax.model.loss import inputs_of
+from gptjax.ops.cross_entropy import Loss
+from gptjax.tasks.functions import with_metric
+from gptjax.tasks.heads import NO_CANDIDATE, flat, with_language_model, with_learned_tokens
+from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_encoded, longest
+from gptjax.tasks.texts import marks_of
+from gptjax.text.answers import Question, parse_question
+from gptjax.text.tokenizer import Tokenizer
+
+LONGEST_ANSWER = 30
+"""Most tokens of a predicted answer, as in BERT's script for SQuAD."""
+
+
+def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
+    """See `task.Kind`."""
+    examples, tokenizer = source.examples[name], source.tokenizer
+    train, validation = (_encode(config, tokenizer, side) for side in (examples.train, examples.validation))
+    windows = TextBatches(train, config.task, config.seed)
+    predict = compiled(make_predict(config.model, config.task, name, compute))
+
+    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> AnswerScores | ScoresWithMetric:
+        batch_size = config.train.micro_batch
+        found, loss = _predicted(config, predict, params, examples.validation, validation, batch_size, sharding)
+        return with_metric(config.task, found, score_answers(found, loss))
+
+    without = int((train.targets[:, 0] == 0).sum())
+    note = (
+        f"{len(examples.train):,} questions, {len(examples.validation):,} to validate on; {len(train.tokens):,} windows"
+        f" of {longest(config)} tokens, {without:,} of them without the answer"
+    )
+    return Task(
+        windows,
+        windows.mean_tokens,
+        hash_encoded(train),
+        evaluate,
+        (note, *examples.notes),
+        evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
+        measured_on=hash_encoded(validation),
+    )
+
+
+def span_states_loss(config: Config, name: str) -> StatesLoss:
+    """The mean of the losses of both ends of the answer."""
+
+    def states_loss(params: dict, x_BTD: jax.Array, batch: SpanBatch) -> Loss:
+        loss = span_loss(span_logits(params["heads"][name], x_BTD, batch), batch, config.train.label_smoothing)
+        return with_language_model(config, params, x_BTD, batch, loss)
+
+    return states_loss
+
+
+def span_logits(head: dict, x_BTD: jax.Array, batch: SpanBatch) -> jax.Array:
+    """Float32 logits `[B, 2, T]` of the first and the last token of the answer; only tokens of the text, and position
+    0, can be one.
+    """
+    positions_1T = jnp.arange(x_BTD.shape[1])[None]
+    inside_BT = (positions_1T >= batch.firsts[:, None]) & (positions_1T < batch.lengths[:, None] - 1)
+    allowed_BT = inside_BT | (positions_1T == 0)
+    return jnp.where(allowed_BT[:, None], jnp.swapaxes(head_logits(head, x_BTD), 1, 2), NO_CANDIDATE)
+
+
+def span_loss(logits_B2T: jax.Array, batch: SpanBatch, smoothing: float = 0.0) -> Loss:
+    """Sums half the losses of the two ends."""
+    halves_B2 = jnp.stack([batch.weights, batch.weights], axis=1) / 2
+    return label_loss(logits_B2T, batch.targets, halves_B2, smoothing)
+
+
+def make_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
+    """Returns `predict(params, batch) -> (best [B, 4], [nll, count])`, to be jitted: first and last position of the
+    likeliest span, the sum of its logits, and that of no answer.
+    """
+
+    def predict(params: dict, batch: SpanBatch) -> tuple[jax.Array, jax.Array]:
+        rows, read = flat(batch), with_learned_tokens(params, name, task)
+        x_BTD, _ = states_and_extras(model, read, rows.inputs, inputs_of(rows), compute=compute)
+        logits_B2T = span_logits(params["heads"][name], x_BTD, batch)
+        loss = span_loss(logits_B2T, batch)
+        return best_spans(logits_B2T), jnp.stack([loss.nll, loss.count])
+
+    return predict
+
+
+def best_spans(logits_B2T: jax.Array) -> jax.Array:
+    """See `make_predict`."""
+    T = logits_B2T.shape[-1]
+    sums_BTS = logits_B2T[:, 0, :, None] + logits_B2T[:, 1, None, :]
+    length_TS = jnp.arange(T)[None] - jnp.arange(T)[:, None]
+    possible_TS = (length_TS >= 0) & (length_TS < LONGEST_ANSWER) & (jnp.arange(T) > 0)[:, None]
+    flat_BN = jnp.where(possible_TS[None], sums_BTS, 3 * NO_CANDIDATE).reshape(logits_B2T.shape[0], -1)
+    first_B, last_B = jnp.divmod(jnp.argmax(flat_BN, axis=-1), T)
+    return jnp.stack([first_B, last_B, jnp.max(flat_BN, axis=-1), sums_BTS[:, 0, 0]], axis=-1).astype("float32")
+
+
+@functools.cache
+def _compiled_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
+    return jax.jit(make_predict(model, task, name, compute))
+
+
+def predict(
+    config: Config,
+    name: str,
+    params: dict,
+    tokenizer: Tokenizer,
+    examples: Sequence[Question],
+    batch_size: int,
+    compute: Compute,
+    sharding: jax.sharding.Sharding,
+) -> tuple[AnswerPredictions, float]:
+    """See `classify.predict`."""
+    rows = _encode(config, tokenizer, examples)
+    compiled = _compiled_predict(config.model, config.task, name, compute)
+    return _predicted(config, compiled, params, examples, rows, batch_size, sharding)
+
+
+def outputs(predictions: AnswerPredictions) -> Iterator[dict[str, Any]]:
+    """The answer to each question and the character at which it begins; an empty text and -1: it has none."""
+    for answer, start in zip(predictions.predicted, predictions.starts, strict=True):
+        yield {"predicted": answer, "answer_start": start}
+
+
+def _encode(config: Config, tokenizer: Tokenizer, examples: Sequence[Question]) -> SpanSet:
+    return encode_questions(examples, tokenizer, marks_of(config, tokenizer), longest(config), config.task.stride)
+
+
+def _predicted(
+    config: Config,
+    predict: Callable,
+    params: dict,
+    examples: Sequence[Question],
+    rows: SpanSet,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+) -> tuple[AnswerPredictions, float]:
+    """The best span over all windows of each question; without an answer where every window says so more strongly."""
+    best, loss = predict_rows(predict, params, rows, 4, batch_size, sharding)
+    answers, starts = [""] * len(examples), [-1] * len(examples)
+    highest, none = np.full(len(examples), -np.inf), np.full(len(examples), np.inf)
+    several = [False] * len(examples)
+    for window, (first, last, score, nothing), cut in zip(rows.windows, best.tolist(), rows.cut.tolist(), strict=True):
+        number = window.question
+        none[number], several[number] = min(none[number], nothing), cut
+        if score > highest[number]:
+            highest[number] = score
+            raw = examples[number].text.encode()
+            begin, end = window.offsets[int(first) - window.first], window.offsets[int(last) - window.first + 1]
+            answer = raw[begin:end].decode(errors="ignore")
+            answers[number] = answer.strip()
+            begin += len(answer.encode()) - len(answer.lstrip().encode())
+            starts[number] = len(raw[:begin].decode(errors="ignore"))
+    if config.task.no_answer:
+        for number in np.flatnonzero(none > highest).tolist():
+            answers[number], starts[number] = "", -1
+    truth = tuple(example.answers for example in examples)
+    return AnswerPredictions(tuple(answers), tuple(starts), truth, tuple(several)), loss
+
+
+KIND = Kind(
+    build,
+    span_states_loss,
+    parse_question,
+    lambda example: f"{example.question}\n{example.text}",
+    predict,
+    outputs,
+    answer_report,
+)
