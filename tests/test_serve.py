@@ -4,10 +4,12 @@ import asyncio
 import base64
 import dataclasses
 import json
+import re
 import signal
 import socket
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -169,6 +171,24 @@ def test_a_chat_is_answered_as_in_a_conversation(client):
     assert last["choices"][0]["finish_reason"] == choice["finish_reason"] == "length"
 
 
+def test_an_answer_has_the_form_that_is_asked_for(client):
+    pytest.importorskip("llguidance", reason="needs the package of gptjax[constrain]")
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 22]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 40, "response_format": asked}
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    [choice] = response.json()["choices"]
+    assert json.loads(choice["message"]["content"])["n"] in (1, 22) and choice["finish_reason"] == "stop"
+    for choice in complete(client, prompt="a", max_tokens=20, n=3, regex="x[yz]{2}")["choices"]:
+        assert re.fullmatch("x[yz]{2}", choice["text"])
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [
@@ -189,6 +209,9 @@ def test_a_chat_is_answered_as_in_a_conversation(client):
         ("/v1/completions", {"prompt": "x", "model": "gpt-4"}, 404, "model"),
         ("/v1/completions", {"prompt": "x", "logprobs": 21}, 400, "logprobs"),
         ("/v1/completions", {"prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ("/v1/completions", {"prompt": "x", "response_format": {"type": "xml"}}, 400, "response_format"),
+        ("/v1/completions", {"prompt": "x", "regex": "a", "response_format": {"type": "json_object"}}, 400, "regex"),
+        ("/v1/completions", {"prompt": "x", "regex": "(a"}, 400, None),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "cat", "content": "x"}]}, 400, "messages[0].role"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": {}}]}, 400, "messages[0].content"),
@@ -196,8 +219,9 @@ def test_a_chat_is_answered_as_in_a_conversation(client):
         ("/v1/embeddings", {"input": "a", "pooling": "max"}, 400, "pooling"),
         ("/v1/embeddings", {"input": "a", "layer": 7}, 400, None),
         ("/v1/classify", {"input": "a"}, 400, None),
-        ("/tokenize", {"tokens": ["a", "b"]}, 400, "tokens"),
-        ("/tokenize", {}, 400, None),
+        ("/detokenize", {"tokens": ["a", "b"]}, 400, "tokens"),
+        ("/detokenize", {}, 400, "tokens"),
+        ("/tokenize", {"prompt": 5}, 400, "prompt"),
     ],
 )
 def test_a_wrong_request_is_refused_in_the_form_of_openais_api(client, path, body, status, param):
@@ -379,9 +403,11 @@ def test_models_tokens_and_counts(client):
     [model] = client.get("/v1/models").json()["data"]
     assert (model["id"], model["context_length"]) == (NAME, 128)
     assert client.get(f"/v1/models/{NAME}").json() == model and client.get("/v1/models/x").status_code == 404
-    tokens = client.post("/tokenize", json={"text": "aé"}).json()
-    assert tokens["tokens"] == [97, 195, 169] and tokens["pieces"] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
-    assert client.post("/tokenize", json={"tokens": [97, 98]}).json()["text"] == "ab"
+    tokens = client.post("/tokenize", json={"prompt": "aé"}).json()
+    assert tokens["tokens"] == [97, 195, 169] and tokens["token_strs"] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
+    assert client.post("/tokenize", json={"prompt": "<|endoftext|>"}).json()["tokens"] == [256]
+    assert client.post("/tokenize", json={"prompt": "<|endoftext|>!"}).json()["count"] == 14
+    assert client.post("/detokenize", json={"tokens": [97, 98]}).json() == {"prompt": "ab"}
 
     def count(name):
         lines = client.get("/metrics").text.splitlines()
@@ -390,7 +416,7 @@ def test_models_tokens_and_counts(client):
     names = ("gptjax_generated_tokens_total", "gptjax_prompt_tokens_total", 'gptjax_requests_total{path="/tokenize"')
     before = [count(name) for name in names]
     complete(client, **PLAIN | {"ignore_eos": True})
-    client.post("/tokenize", json={"text": "a"})
+    client.post("/tokenize", json={"prompt": "a"})
     after = [count(name) for name in names]
     assert after[1:] == [before[1] + 3, before[2] + 1] and after[0] >= before[0] + 6
 
@@ -410,31 +436,65 @@ def run_dir(tmp_path_factory):
     return folder
 
 
-def test_the_command_serves_openais_client_and_finishes_what_runs_when_it_is_stopped(run_dir):
-    openai = pytest.importorskip("openai")
+@pytest.fixture(scope="module")
+def server(run_dir):
     with served(run_dir) as server:
-        with openai.OpenAI(base_url=f"{server.url}v1", api_key="none", max_retries=0) as api:
-            assert [model.id for model in api.models.list()] == ["tiny"]
-            text = api.completions.create(model="tiny", prompt="abc", max_tokens=6, temperature=0).choices[0].text
-            [[expected]] = sampled(["abc"], max_new_tokens=6, temperature=0)
-            assert text == expected.text
-            assert len(api.embeddings.create(model="tiny", input=["a", "b"]).data[1].embedding) == 16
-            with pytest.raises(openai.BadRequestError) as error:
-                api.completions.create(model="tiny", prompt="", max_tokens=6)
-            assert error.value.param == "prompt"
-            stream = api.chat.completions.create(
-                model="tiny",
-                messages=[{"role": "user", "content": "hi"}],
-                max_tokens=100,
-                stream=True,
-                extra_body={"ignore_eos": True},
-            )
-            chunks = [next(stream)]
-            server.process.send_signal(signal.SIGTERM)
-            chunks += stream
-        assert chunks[-1].choices[0].finish_reason is not None
-        assert server.process.wait(60) == 128 + signal.SIGTERM
-        assert not any("Traceback" in line for line in server.lines), server.lines
+        yield server
+
+
+def test_lm_eval_measures_a_served_model(server):
+    """Log-likelihoods are those of the model, without a tokenizer of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("lm_eval", "tenacity"):
+            pytest.importorskip(name, reason="needs lm_eval[api]")
+        from lm_eval.api.instance import Instance
+        from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+        lm = LocalCompletionsAPI(base_url=f"{server.url}v1/completions", model="tiny", max_length=128)
+        pairs = [("a text", " that goes"), ("b", "c"), ("", "alone")]
+        requests = [Instance("loglikelihood", {}, pair, n, ("t", n, 1)) for n, pair in enumerate(pairs)]
+        found = lm.loglikelihood(requests, disable_tqdm=True)
+        until = {"until": ["\n"], "max_gen_toks": 8, "temperature": 0}
+        [text] = lm.generate_until([Instance("generate_until", {}, ("abc", until), 0, ("t", 0, 1))], disable_tqdm=True)
+    model = Model(make_run())
+    for (context, rest), (score, greedy) in zip(pairs, found, strict=True):
+        before = list(context.encode()) or [256]
+        ids = [*before, *rest.encode()]
+        logits = np.asarray(model.logits(ids), np.float64)[len(before) - 1 : -1]
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        places = np.arange(len(rest))
+        assert score == pytest.approx(log_p[places, ids[len(before) :]].sum(), abs=1e-3)
+        assert greedy == bool((log_p.argmax(-1) == ids[len(before) :]).all())
+    [[expected]] = sampled(["abc"], max_new_tokens=8, temperature=0, stop=("\n",))
+    assert text == expected.text
+
+
+def test_openais_client_is_served_and_what_runs_finishes_when_the_server_is_stopped(server):
+    """The last one with this server, which has ended after it."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{server.url}v1", api_key="none", max_retries=0) as api:
+        assert [model.id for model in api.models.list()] == ["tiny"]
+        text = api.completions.create(model="tiny", prompt="abc", max_tokens=6, temperature=0).choices[0].text
+        [[expected]] = sampled(["abc"], max_new_tokens=6, temperature=0)
+        assert text == expected.text
+        assert len(api.embeddings.create(model="tiny", input=["a", "b"]).data[1].embedding) == 16
+        with pytest.raises(openai.BadRequestError) as error:
+            api.completions.create(model="tiny", prompt="", max_tokens=6)
+        assert error.value.param == "prompt"
+        stream = api.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "hi"}],
+            max_tokens=100,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        chunks = [next(stream)]
+        server.process.send_signal(signal.SIGTERM)
+        chunks += stream
+    assert chunks[-1].choices[0].finish_reason is not None
+    assert server.process.wait(60) == 128 + signal.SIGTERM
+    assert not any("Traceback" in line for line in server.lines), server.lines
 
 
 def test_an_address_that_is_taken_is_told_in_one_line(run_dir, capsys):

@@ -268,3 +268,14 @@ def test_rows_with_lengths_of_their_own_are_rows_alone(model, dtype):
     found, longer = extend(model, params, next_BT, cache, "float32")
     np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-5)  # matmuls of other shapes
     assert longer.used.tolist() == [length + 3 for length in lengths]
+
+
+def test_a_row_does_not_get_the_bias_of_the_one_before_it_in_its_slot():
+    """The others have biases, so that the tables are read."""
+    prompt = np.arange(5, dtype=np.int32)
+    biased = {"logit_bias": ("7=30",), "max_new_tokens": 3, "temperature": 0}
+    slot_decoder = decoder(slots=2)
+    run(slot_decoder, [Row(prompt, SampleConfig(**biased)) for _ in range(2)])
+    plain = Row(prompt, SampleConfig(max_new_tokens=8, temperature=0))
+    found, other = run(slot_decoder, [plain, Row(prompt, SampleConfig(**biased | {"max_new_tokens": 9}))])
+    assert found == alone(MODEL, plain) and found != other[:8]

@@ -19,7 +19,8 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.verbs import SampleConfig, token_biases
 from gptjax.errors import UserError
 from gptjax.generation.choose import Rule, choice_numbers, log_probabilities
-from gptjax.generation.controls import History, Tables, make_history, make_tables
+from gptjax.generation.constraint import Constraint
+from gptjax.generation.controls import BANNED, History, Tables, make_history, make_tables
 from gptjax.generation.decode import (
     NOTHING,
     PREFILL,
@@ -62,6 +63,8 @@ class Row:
     """Return log-probabilities of the prompt's tokens too."""
     score_only: bool = False
     """End when the prompt is read."""
+    constraint: Constraint | None = None
+    """What the new tokens must form."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     """Prompt and new tokens."""
     slot: int = -1
@@ -150,7 +153,7 @@ class SlotDecoder:
         self._fresh.add(row)
         new_rows = row_key(np.uint32(options.seed), *row.number)[None], choice_numbers(options, 1)
         self._keys_B, self._numbers = _set_row((self._keys_B, self._numbers), row.slot, new_rows)
-        if _controls(options):
+        if _is_controlled(row) or self._history.counts_BV is not None:  # else the tables of an earlier row would stay
             self._set_controls(row)
 
     def stop(self, row: Row) -> None:
@@ -240,6 +243,11 @@ class SlotDecoder:
 
     def _decode(self, decoded: list[Row], limit: int) -> list[Event]:
         limit = min(limit, max(row.options.max_new_tokens - row.new for row in decoded))
+        for row in decoded:
+            if row.constraint is not None:
+                limit = 1  # the next token decides what may follow
+                if not self._constrain(row, row.constraint):
+                    return [Event(row, _NO_TOKENS, True)]
         done_B, last_B, count_B = np.ones(self._slots, bool), *np.zeros((2, self._slots), np.int32)
         stop_B, used_B = np.full(self._slots, NOTHING, np.int32), np.zeros(self._slots, np.int32)
         for slot, row in enumerate(self._rows):
@@ -271,6 +279,8 @@ class SlotDecoder:
             piece = Piece(piece.tokens_N[:left], mine)
             row.tokens += piece.tokens_N.tolist()
             row.read = len(row.tokens) - 1
+            if row.constraint is not None:
+                row.constraint.add(piece.tokens_N.tolist())
             events.append(Event(row, piece, ended or row.new == row.options.max_new_tokens))
         return events
 
@@ -278,7 +288,7 @@ class SlotDecoder:
         """One of few rules, so that few programs compile: filters and controls are all on where one is needed."""
         options = [row.options for row in rows]
         filters = any(o.temperature > 0 and (o.top_k or o.top_p < 1 or o.min_p or o.typical_p < 1) for o in options)
-        controls = any(map(_controls, options))
+        controls = any(map(_is_controlled, rows))
         return Rule(
             greedy=False,
             mixed=True,
@@ -287,12 +297,20 @@ class SlotDecoder:
             logprobs=min(MOST_LOGPROBS, self._model.config.vocab_size) if any(o.logprobs for o in options) else 0,
         )
 
+    def _constrain(self, row: Row, constraint: Constraint) -> bool:
+        """Bans all tokens but those that the constraint allows next; returns whether there are any."""
+        allowed_V = constraint.allowed()
+        [bias_V] = np.asarray(make_tables(BIAS, token_biases(row.options), (), len(allowed_V)).bias_BV)
+        new_rows = Tables(jnp.asarray(np.where(allowed_V, bias_V, np.float32(BANNED)))[None])
+        self._tables = _set_row(self._tables, row.slot, new_rows)
+        return bool(allowed_V.any())
+
     def _set_controls(self, row: Row) -> None:
         B, V = self._slots, self._model.config.vocab_size
         if self._history.counts_BV is None:
             self._history = History(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32))
             self._tables = Tables(jnp.zeros((B, V)))
-        rule = Rule(greedy=False, bias=True, penalties=True)
+        rule = BIAS._replace(penalties=True)
         new_rows = (
             make_history(rule, [row.prompt], row.options.max_new_tokens, V),
             make_tables(rule, token_biases(row.options), (), V),
@@ -300,6 +318,7 @@ class SlotDecoder:
         self._history, self._tables = _set_row((self._history, self._tables), row.slot, new_rows)
 
 
+BIAS = Rule(greedy=False, bias=True)
 _NO_TOKENS = Piece(np.zeros(0, np.int32), None)
 
 
@@ -351,9 +370,11 @@ def _set_row(arrays: Any, row: jax.Array | int, new: Any) -> Any:
     return jax.tree.map(lambda old, new: old.at[row].set(new[0]), arrays, new)
 
 
-def _controls(options: SampleConfig) -> bool:
+def _is_controlled(row: Row) -> bool:
+    options = row.options
     penalties = (options.repetition_penalty, options.presence_penalty, options.frequency_penalty) != (1, 0, 0)
-    return penalties or bool(options.logit_bias) or options.min_new_tokens > 0
+    others = bool(options.logit_bias) or options.min_new_tokens > 0 or row.constraint is not None
+    return penalties or others
 
 
 def _common(kept: list[int], prompt: np.ndarray) -> int:

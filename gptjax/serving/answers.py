@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gptjax.generation.constraint import Form
 from gptjax.generation.slots import Row
 from gptjax.generation.stream import make_text_stream
 from gptjax.serving import protocol
@@ -29,6 +30,16 @@ class Answer(Protocol):
 
     def rows(self) -> list[Row]:
         """The sequences to decode; their places are the indices below."""
+        ...
+
+    @property
+    def form(self) -> Form | None:
+        """What each of its texts must be."""
+        ...
+
+    @property
+    def before(self) -> str:
+        """What the model writes before such a text."""
         ...
 
     def take(self, index: int, update: Update) -> None:
@@ -76,6 +87,14 @@ class CompletionAnswer:
     @property
     def stream(self) -> bool:
         return self._asked.stream
+
+    @property
+    def form(self) -> Form | None:
+        return self._asked.form
+
+    @property
+    def before(self) -> str:
+        return ""
 
     def rows(self) -> list[Row]:
         asked = self._asked
@@ -168,11 +187,20 @@ class ChatAnswer:
         self.prompts: Sequence[np.ndarray] = [prompt]
         self._tokenizer, self._model, self._id = tokenizer, model, protocol.new_id("chatcmpl")
         self._choices = [_Choice() for _ in range(asked.samples)]
+        self._before = format.header_end
         self._filters = [AnswerFilter(format) for _ in range(asked.samples)]
 
     @property
     def stream(self) -> bool:
         return self._asked.stream
+
+    @property
+    def form(self) -> Form | None:
+        return self._asked.form
+
+    @property
+    def before(self) -> str:
+        return self._before
 
     def rows(self) -> list[Row]:
         asked, end = self._asked, self._tokenizer.end_of_text

@@ -53,6 +53,8 @@ def make_app(service: Service, config: ServeConfig, keys: Sequence[str] = ()) ->
         "/v1/models": ("GET", server.models),
         "/v1/models/{name:path}": ("GET", server.model),
         "/tokenize": ("POST", server.tokenize),
+        "/detokenize": ("POST", server.detokenize),
+        "/tokenizer_info": ("GET", server.tokenizer_info),
         "/v1/completions": ("POST", server.completions),
         "/v1/chat/completions": ("POST", server.chat),
         "/v1/embeddings": ("POST", server.embeddings),
@@ -173,20 +175,32 @@ class _Server:
         return JSONResponse(self._service.description())
 
     async def tokenize(self, request: Request) -> Response:
-        """Token ids of a text, or the text of token ids."""
+        """Token ids of a text; the tokenizer's end token alone is that token."""
         body = await self._body(request)
-        protocol.check_names(body, ("model", "text", "tokens"))
-        if ("text" in body) == ("tokens" in body):
-            raise Invalid("give either text or tokens")
-        tokenizer = self._service.tokenizer
-        if "text" in body:
-            text = protocol.text(body, "text")
-            ids = (await asyncio.to_thread(tokenizer.encode, text)).tolist()
+        protocol.check_names(body, ("model", "prompt", "add_special_tokens"))
+        tokenizer, text = self._service.tokenizer, protocol.text(body, "prompt")
+        if body.get("add_special_tokens"):
+            raise Invalid("add_special_tokens must be false: the server adds none to prompts", "add_special_tokens")
+        if text == tokenizer.end_token and tokenizer.end_of_text is not None:
+            ids = [tokenizer.end_of_text]
         else:
-            [array] = protocol.read_prompts([body["tokens"]], tokenizer, "tokens")
-            ids = array.tolist()
-        pieces = [protocol.token_text(tokenizer, id) for id in ids]
-        return JSONResponse({"tokens": ids, "count": len(ids), "pieces": pieces, "text": tokenizer.decode(ids)})
+            ids = (await asyncio.to_thread(tokenizer.encode, text)).tolist()
+        names = [protocol.token_text(tokenizer, id) for id in ids]
+        size = self._service.run.config.model.block_size
+        return JSONResponse({"tokens": ids, "count": len(ids), "token_strs": names, "max_model_len": size})
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids."""
+        body = await self._body(request)
+        protocol.check_names(body, ("model", "tokens"))
+        [ids] = protocol.read_prompts([body.get("tokens")], self._service.tokenizer, "tokens")
+        return JSONResponse({"prompt": self._service.tokenizer.decode(ids)})
+
+    async def tokenizer_info(self, _request: Request) -> Response:
+        """The tokens with a meaning of their own; evaluation programs ask for them."""
+        tokenizer = self._service.tokenizer
+        end = None if tokenizer.end_of_text is None else tokenizer.end_token
+        return JSONResponse({"eos_token": end, "bos_token": end, "pad_token": end})
 
     # --- text -------------------------------------------------------------------------------------------------
 
@@ -232,6 +246,8 @@ class _Server:
             raise Invalid(f"{len(rows)} sequences: prompts times n must be at most {protocol.MOST_SEQUENCES}", "n")
         for row in rows:
             self._service.check(row)
+        if answer.form is not None:
+            await asyncio.to_thread(self._service.constrain, rows, answer.form, answer.before)
         updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
 
         def listener(index: int) -> Callable[[Update], None]:

@@ -17,6 +17,7 @@ import numpy as np
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.embeddings import EmbeddingOptions, Pooling
+from gptjax.generation.constraint import Form
 from gptjax.generation.slots import MOST_LOGPROBS
 from gptjax.serving.engine import Token
 from gptjax.text.chats import Message
@@ -35,11 +36,23 @@ COMMON = {
 """Numbers of both endpoints; those of the second line are not OpenAI's."""
 OPTIONS = {"min_tokens": "min_new_tokens"}
 """Names of `SampleConfig`, where they differ."""
-SHARED = (*COMMON, "model", "stream", "stream_options", "stop", "n", "logit_bias", "user", "ignore_eos")
+SHARED = (
+    *COMMON,
+    "model",
+    "stream",
+    "stream_options",
+    "stop",
+    "n",
+    "logit_bias",
+    "user",
+    "ignore_eos",
+    "regex",
+    "response_format",
+)
 COMPLETION = (*SHARED, "prompt", "max_tokens", "logprobs", "echo")
 CHAT = (*SHARED, "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs")
 UNSUPPORTED = (
-    *("suffix", "best_of", "tools", "tool_choice", "functions", "function_call", "response_format", "audio"),
+    *("suffix", "best_of", "tools", "tool_choice", "functions", "function_call", "audio"),
     *("modalities", "prediction", "reasoning_effort", "web_search_options", "dimensions"),
 )
 """Parameters of OpenAI's that may only be null."""
@@ -73,6 +86,8 @@ class Asked:
     echo: bool = False
     score_only: bool = False
     """No new tokens."""
+    form: Form | None = None
+    """What the text must be."""
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -197,7 +212,32 @@ def _asked(body: dict[str, Any], logprobs: int | None, max_tokens: int, echo: bo
         logprobs,
         echo,
         max_tokens == 0,
+        _form(body),
     )
+
+
+def _form(body: dict[str, Any]) -> Form | None:
+    regex, given = text(body, "regex"), body.get("response_format")
+    if given is not None and not isinstance(given, dict):
+        raise Invalid("response_format must be an object with a type", "response_format")
+    kind = "text" if given is None else given.get("type")
+    schema = None
+    if kind == "json_object":
+        schema = {"type": "object"}
+    elif kind == "json_schema":
+        named = (given or {}).get("json_schema")
+        schema = named.get("schema") if isinstance(named, dict) else None
+        if not isinstance(schema, dict):
+            raise Invalid("response_format.json_schema must hold a schema", "response_format")
+    elif kind != "text":
+        raise Invalid("response_format.type must be text, json_object or json_schema", "response_format")
+    if not regex and schema is None:
+        return None
+    if regex and schema is not None:
+        raise Invalid("regex and response_format are both given; leave one out", "regex")
+    if _boolean(body, "ignore_eos") or body.get("min_tokens"):
+        raise Invalid("ignore_eos and min_tokens do not go with regex or response_format", "regex")
+    return Form(regex, schema)
 
 
 def read_prompts(value: Any, tokenizer: Tokenizer, name: str) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """What is served: a run, the engine that decodes with it, and its labels and vectors."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from gptjax.config.task import LABELLED
 from gptjax.config.verbs import SampleConfig, ServeConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evaluation.embeddings import BATCH, EmbeddingOptions, embed_ids
+from gptjax.generation.constraint import Constrainer, Form
 from gptjax.generation.decode import check_prompts
 from gptjax.generation.slots import Row, check_options
 from gptjax.model.gpt import Compute
@@ -53,6 +55,8 @@ class Service:
             self.engine = Engine(model, config.slots, config.max_queue, self.metrics)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="labels")  # one at a time: each uses all cores
         self._computing = 0
+        self._lock = threading.Lock()
+        self._constrainer: Constrainer | None = None
 
     def start(self) -> None:
         """Begins to take requests."""
@@ -78,6 +82,18 @@ class Service:
         if self.labels:
             return ["classify", "embeddings"]
         return ["completions", *(["chat/completions"] if self.chat_format else []), "embeddings"]
+
+    def constrain(self, rows: Sequence[Row], form: Form, before: str) -> None:
+        """Makes the rows write texts of a form, after what the model writes before them.
+
+        Raises:
+            UserError: The form is malformed, or llguidance is missing.
+        """
+        with self._lock:
+            self._constrainer = self._constrainer or Constrainer(self.tokenizer)
+        self._constrainer.check(form, before)
+        for row in rows:
+            row.constraint = self._constrainer.make(form, before)
 
     def check(self, row: Row) -> None:
         """Refuses a sequence that cannot be decoded.
