@@ -1,8 +1,10 @@
 """Continues token sequences with a cache of keys and values.
 
 A context is what the model sees of a row: at first the prompt, or its last `block_size` tokens where it is longer.
-When a context would pass `block_size`, it slides: the newest `block_size // 2` tokens (at least one) are kept and
-run again, so the cost of sliding is spread over as many new tokens.
+When a context would pass `block_size`, it slides. Where only distances between tokens matter (RoPE, ALiBi, relative
+biases, no positions), each new token takes the place of the oldest one in the cache: it attends to the newest
+`block_size` tokens, as a window of that width over the whole text would have it. Elsewhere the newest `block_size // 2`
+tokens (at least one) are kept and run again, so the cost of sliding is spread over as many new tokens.
 
 Shape suffixes: B row (one sample of one prompt), T position, N new token, V vocabulary.
 """
@@ -24,6 +26,7 @@ from gptjax.generation.weights import DecodingWeights, decoding_weights
 from gptjax.machine.platform import target_platform
 from gptjax.model.cache import Cache, grow_cache, init_cache
 from gptjax.model.gpt import extend, finish_logits, for_decoding
+from gptjax.model.positions import POSITIONS
 from gptjax.ops import kernels
 from gptjax.ops.projection import project
 
@@ -159,27 +162,31 @@ def _stream(
     history = make_history(rule, contexts, options.max_new_tokens, config.vocab_size)
     numbers = choice_numbers(options, rows)
     done_B = np.zeros(rows, bool)
+    slides = POSITIONS[config.positions].slides and config.adapter.kind not in ("prompt", "prefix")
     cache, number, used, slots, most, told = None, 0, 0, 0, 0, False
     while number < options.max_new_tokens and not done_B.all():
         room = min(config.block_size + 1 - len(c) for c, done in zip(contexts, done_B, strict=True) if not done)
+        if room < 1 and not told:
+            how = "by a token at a time" if slides else f"to its last {_kept(config)} tokens"
+            notify(f"the context is full (model.block_size={config.block_size}): it slides {how}")
+            told = True
         # Slots were counted for the longest context. Once it has stopped the others may need more, and run again.
-        if cache is None or room < 1 or used == most:
-            if room < 1 and not told:
-                kept = _kept(config)
-                notify(
-                    f"the context is full (model.block_size={config.block_size}): it slides to its last {kept} tokens"
-                )
-                told = True
+        if cache is None or (not slides and (room < 1 or used == most)):
             contexts = [_window(config, c, done) for c, done in zip(contexts, done_B, strict=True)]
             used = _prefill_length(contexts)
-            most = max(most, window_slots(config, contexts, options.max_new_tokens - number))
+            new = options.max_new_tokens - number
+            most = max(most, sliding_slots(config, used, new) if slides else window_slots(config, contexts, new))
             slots = max(slots, _first_slots(config, model.stored, len(contexts), used, most))
             cache = prefilled(model, contexts, slots)
             continue
-        if used == slots:
+        if used == slots < most:
             slots = min(2 * slots, most)
-            cache = _grown(cache, slots)
-        limit = min(piece_length, room, options.max_new_tokens - number, slots - used)
+            cache = _grown(config, cache, slots, PREFILL)
+        limit = min(piece_length, options.max_new_tokens - number)
+        if slots < most or not slides:
+            limit = min(limit, slots - used)
+        if room >= 1:  # a context that has just become full is told of
+            limit = min(limit, room)
         last_B = np.array([c[-1] for c in contexts], np.int32)
         places = np.full(rows, number, np.int32), np.int32(limit), np.full(rows, stop, np.int32)
         cache, history, new_BN, logprobs = decode(
@@ -284,7 +291,7 @@ def _extend_cache(
     return extend(config, weights.params, tokens_BT, cache, dtype)[1]
 
 
-_grown = jax.jit(grow_cache, static_argnums=1)
+_grown = jax.jit(grow_cache, static_argnums=(0, 2, 3))
 
 
 def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int) -> Cache:
@@ -294,7 +301,7 @@ def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int) 
     tokens_BT = np.zeros((len(contexts), length), np.int32)
     for row, context, padding in zip(tokens_BT, contexts, padding_B, strict=True):
         row[padding:] = context[:-1]
-    cache = init_cache(model.config, jnp.asarray(padding_B), slots, model.stored)
+    cache = init_cache(model.config, jnp.asarray(padding_B), slots, model.stored, chunk=PREFILL)
     for start in range(0, length, PREFILL):
         chunk_BT = tokens_BT[:, start : start + PREFILL]
         cache = _extend_cache(model.config, model.dtype, model.weights, chunk_BT, cache)
@@ -313,6 +320,11 @@ def window_slots(config: ModelConfig, contexts, new: int) -> int:
     """Slots until the last token, or until the first context is full."""
     longest = max(len(c) for c in contexts)
     return _round_up(_prefill_length(contexts) + min(new, config.block_size + 1 - longest), SLOTS_MULTIPLE)
+
+
+def sliding_slots(config: ModelConfig, used: int, new: int) -> int:
+    """Slots until the last token, or those of a full context, which then slides."""
+    return _round_up(min(used + new, max(used, config.block_size)), SLOTS_MULTIPLE)
 
 
 def _first_slots(config: ModelConfig, dtype: str, rows: int, used: int, most: int) -> int:

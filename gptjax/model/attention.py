@@ -110,10 +110,11 @@ class Attention(nnx.Module):
             assert inputs.used is not None  # it is set wherever there is a cache
             cache = kv.write(cache, inputs.used, k_BTGC, v_BTGC)
             k_BGSC, v_BGSC, visible_BTS = *cache, inputs.visible(kind)
-            bias = self._bias(k_BGSC.shape[2])
+            S = k_BGSC.shape[2]
+            bias, token_NS = self._bias(S), kv.slot_tokens(inputs.used, x_BTD.shape[1], S)
             if prefix is not None:
                 k_BGSC, v_BGSC, visible_BTS = with_prefix(prefix, k_BGSC, v_BGSC, visible_BTS)
-            y_BTHC = cached_attention(q_BTHC, k_BGSC, v_BGSC, visible_BTS, spec, bias, inputs.used)
+            y_BTHC = cached_attention(q_BTHC, k_BGSC, v_BGSC, visible_BTS, spec, bias, inputs.used, token_NS)
         elif prefix is None:
             y_BTHC = self_attention(spec, qkv_BTGEC, inputs.mask, self._bias(x_BTD.shape[1]), key)
         else:

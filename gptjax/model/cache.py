@@ -22,7 +22,10 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Slots fill from the left.
+    """Slots fill from the left; token t of a row, its padding counted, is in slot t modulo the slots of a layer.
+
+    A token takes the slot of one that no later token may attend to. So layers with a window need few slots, and where
+    positions allow it, a full context slides by a token.
 
     Either all rows write the same slots, which is faster: then shorter prompts are padded on their left. Or each row
     has its own number of filled slots, so that rows can begin and end at different times.
@@ -30,30 +33,54 @@ class Cache(NamedTuple):
 
     layers: tuple[LayerCache, ...]
     used: jax.Array
-    """Slots filled, int32: a scalar, or `[B]` where each row has its own number."""
+    """Tokens that were written, int32: a scalar, or `[B]` where each row has its own number."""
     padding_B: jax.Array
     """Slots at the left of each row that hold no token."""
 
 
 def init_cache(
-    config: ModelConfig, padding_B: jax.Array, slots: int, dtype: jax.typing.DTypeLike, own_lengths: bool = False
+    config: ModelConfig,
+    padding_B: jax.Array,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    own_lengths: bool = False,
+    chunk: int = 0,
 ) -> Cache:
     """Returns an empty cache of `slots` positions for `len(padding_B)` rows.
 
-    `own_lengths`: whether each row fills its slots by itself.
+    Args:
+        config: Shape of the model.
+        padding_B: Slots at the left of each row that hold no token.
+        slots: Number of slots of a layer.
+        dtype: Of keys and values.
+        own_lengths: Whether each row fills its slots by itself.
+        chunk: Largest number of tokens that are written at once, where those before the last ones are written in chunks
+            of this length; layers with a window then have only the slots that it needs. 0: all layers have all slots.
     """
-    shape = (padding_B.shape[0], config.kv_heads, slots, config.head_width)
-    layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer))
+    B, G, C = padding_B.shape[0], config.kv_heads, config.head_width
+    shapes = [(B, G, layer_slots(config, n, slots, chunk), C) for n in range(config.n_layer)]
+    layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes)
     return Cache(layers, jnp.zeros(padding_B.shape if own_lengths else (), jnp.int32), padding_B)
 
 
-def grow_cache(cache: Cache, slots: int) -> Cache:
-    """Returns a cache of as many slots, with what this one holds."""
+def layer_slots(config: ModelConfig, layer: int, slots: int, chunk: int) -> int:
+    """Slots of a layer out of `slots`, see `init_cache`: a multiple of the chunk, so that no chunk passes the end."""
+    if not chunk or config.layer_kind(layer) != "local":
+        return slots
+    return min(slots, -(-(config.attention_window + chunk - 1) // chunk) * chunk)
 
-    def put(old_BGSC):
-        return jnp.pad(old_BGSC, ((0, 0), (0, 0), (0, slots - old_BGSC.shape[2]), (0, 0)))
 
-    return cache._replace(layers=jax.tree.map(put, cache.layers))
+def grow_cache(config: ModelConfig, cache: Cache, slots: int, chunk: int = 0) -> Cache:
+    """Returns a cache of as many slots, with what this one holds; `chunk` is that of `init_cache`."""
+
+    def put(old_BGSC, more):
+        return jnp.pad(old_BGSC, ((0, 0), (0, 0), (0, more - old_BGSC.shape[2]), (0, 0)))
+
+    layers = (
+        LayerCache(*(put(x, layer_slots(config, n, slots, chunk)) for x in layer))
+        for n, layer in enumerate(cache.layers)
+    )
+    return cache._replace(layers=tuple(layers))
 
 
 def select_rows(cache: Cache, rows: jax.Array | np.ndarray) -> Cache:
@@ -69,15 +96,24 @@ def replace_rows(cache: Cache, rows: jax.Array, others: Cache) -> Cache:
     return cache._replace(layers=layers, used=cache.used.at[rows].set(others.used, mode="drop"))
 
 
-def visible_slots(cache: Cache, new: int, window: int) -> jax.Array:
-    """Which slots each of `new` positions after the used ones may see: `[B, T, S]`, True where it may.
+def visible_slots(config: ModelConfig, cache: Cache, new: int, kind: str) -> jax.Array:
+    """Which slots each of `new` positions after the used ones may see in layers of a kind: `[B, T, S]`, True where.
 
-    `window` is the config's: how many tokens a position sees, itself included; 0: all before it.
+    A position sees as many tokens as the window has, or else as the context, itself included.
     """
-    slot = jnp.arange(cache.layers[0].k_BGSC.shape[2])[None, None]
-    last = _next_slots(cache, new)[:, :, None]
-    visible = (slot <= last) & (slot >= cache.padding_B[:, None, None])
-    return visible & (slot > last - window) if window else visible
+    here = [n for n in range(config.n_layer) if (config.layer_kind(n) == "local") == (kind == "local")]
+    slots = cache.layers[here[0] if here else 0].k_BGSC.shape[2]
+    window = config.attention_window if kind == "local" else config.block_size
+    token_N1S = slot_tokens(cache.used, new, slots)[:, None]
+    last_NT1 = _next_slots(cache, new)[:, :, None]
+    visible = (token_N1S <= last_NT1) & (token_N1S > last_NT1 - window)
+    return visible & (token_N1S >= jnp.maximum(cache.padding_B, 0)[:, None, None])
+
+
+def slot_tokens(used: jax.Array, new: int, slots: int) -> jax.Array:
+    """The number of the token in each slot once `new` more are written, `[1 or B, S]`; negative: there is none."""
+    last_N1 = jnp.atleast_1d(used)[:, None] + new - 1
+    return last_N1 - jnp.mod(last_N1 - jnp.arange(slots)[None], slots)
 
 
 def positions(cache: Cache, new: int) -> jax.Array:
@@ -91,7 +127,7 @@ def _next_slots(cache: Cache, new: int) -> jax.Array:
 
 
 def write(layer: LayerCache, used: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array) -> LayerCache:
-    """Stores new keys and values of one layer behind the used slots."""
+    """Stores new keys and values of one layer behind the used slots, in place of the oldest once these are all used."""
 
     def put(old_BGSC, new_BTGC):
         new_BGTC = new_BTGC.transpose(0, 2, 1, 3).astype(old_BGSC.dtype)
@@ -103,7 +139,7 @@ def write(layer: LayerCache, used: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Arr
 
     def update(old_BGSC, new_BGTC):
         if not used.ndim:
-            return jax.lax.dynamic_update_slice(old_BGSC, new_BGTC, (0, 0, used, 0))
+            return jax.lax.dynamic_update_slice(old_BGSC, new_BGTC, (0, 0, jnp.mod(used, old_BGSC.shape[2]), 0))
         update_row = jax.lax.dynamic_update_slice
         return jax.vmap(lambda old, new, at: update_row(old, new, (0, at, 0)))(old_BGSC, new_BGTC, used)
 

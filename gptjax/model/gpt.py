@@ -183,8 +183,8 @@ class Decoder(nnx.Module):
         inputs = BlockInputs(
             positions_BT,
             used=cache.used,
-            full_BTS=kv.visible_slots(cache, T, 0),
-            local_BTS=kv.visible_slots(cache, T, config.attention_window),
+            full_BTS=kv.visible_slots(config, cache, T, "full"),
+            local_BTS=kv.visible_slots(config, cache, T, "local"),
         )
         x_BTD = embedded_BTD = self.embed(tokens_BT, positions_BT)
         layers, adapters = [], self.adapters or [None] * config.n_layer

@@ -134,6 +134,7 @@ def cached_attention(
     spec: AttentionSpec = CAUSAL,
     bias: Bias | None = None,
     first: jax.Array | int = 0,
+    places_NS: jax.Array | None = None,
 ) -> jax.Array:
     """Attends a few new queries to a cache of keys and values; returns `[B, T, H, C]`.
 
@@ -141,18 +142,19 @@ def cached_attention(
     of the reference.
 
     Args:
-        q_BTHC: Queries at slots `first`, `first + 1`, …
+        q_BTHC: Queries of the tokens `first`, `first + 1`, …
         k_BGSC: Keys of all slots.
         v_BGSC: Values of all slots.
         visible_BTS: True for slots that a query may attend to. It already includes the window and the segments.
         spec: Scale and soft cap; its other fields are not read.
         bias: Added to the logits, by distance.
-        first: Slot of the first query, a scalar or `[B]`.
+        first: Token of the first query, a scalar or `[B]`.
+        places_NS: Token in each slot, `[1 or B, S]`; None: slot s has token s.
     """
     plain_logits = bias is None and not spec.softcap and not spec.scale
     if q_BTHC.shape[1] == 1 and plain_logits and kernels.usable_for_a_cache(k_BGSC.dtype, q_BTHC.shape[3]):
         return _cached_by_kernel(q_BTHC, k_BGSC, v_BGSC, visible_BTS)
-    return cached_attention_reference(q_BTHC, k_BGSC, v_BGSC, visible_BTS, spec, bias, first)
+    return cached_attention_reference(q_BTHC, k_BGSC, v_BGSC, visible_BTS, spec, bias, first, places_NS)
 
 
 @jax.custom_vjp
@@ -182,6 +184,7 @@ def cached_attention_reference(
     spec: AttentionSpec = CAUSAL,
     bias: Bias | None = None,
     first: jax.Array | int = 0,
+    places_NS: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `cached_attention` with XLA's matmuls; differentiable."""
     B, T, H, C = q_BTHC.shape
@@ -197,8 +200,9 @@ def cached_attention_reference(
     logits = logits.reshape(B, G, R, T, S)
     if bias is not None:
         query_NT = jnp.atleast_1d(first)[:, None] + jnp.arange(T)[None]  # N: 1, or B where rows differ
-        added = jax.vmap(lambda query_T: bias_HTS(bias, query_T, jnp.arange(S)))(query_NT)
         N = query_NT.shape[0]
+        key_NS = jnp.broadcast_to(jnp.arange(S)[None] if places_NS is None else places_NS, (N, S))
+        added = jax.vmap(lambda query_T, key_S: bias_HTS(bias, query_T, key_S))(query_NT, key_NS)
         logits = logits + jnp.broadcast_to(added, (N, H, T, S)).reshape(N, G, R, T, S)
     weights = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], logits, HIDDEN), axis=-1)
     weights = weights.astype(q_BTHC.dtype).reshape(B, G, R * T, S)
