@@ -60,7 +60,8 @@ class DataConfig:
     """Where the text comes from, and how it is cleaned and split. One of path, source and hf_dataset is given."""
 
     path: tuple[str, ...] = ()
-    """Files, folders or globs: .txt .md .py .jsonl .csv .tsv .parquet .conll .conllu, each also .gz or .zst."""
+    """Files, folders or globs: .txt .md .py .jsonl .csv .tsv .parquet .conll .conllu .mbox .warc
+    .wet, each also .gz or .zst."""
     source: Literal["", "python-stdlib"] = ""
     """A corpus that every machine has: python-stdlib is the running Python's standard library."""
     hf_dataset: str = ""

@@ -7,6 +7,7 @@ from gptjax.text.cleaning.quality import LIMITS
 
 COUNTED = {
     "unknown_files": "files of other kinds passed over",
+    "other_records": "records passed over: no page, or stored compressed",
     "invalid_utf8_skipped": "left out: not UTF-8",
     "invalid_utf8_replaced": "with bytes replaced that are not UTF-8",
     "empty": "left out: empty",

@@ -20,13 +20,17 @@ from typing import Any, NamedTuple
 
 from gptjax.config.run import TEMPLATE_FIELD, DataConfig
 from gptjax.errors import UserError, did_you_mean
+from gptjax.text.collect import read_mbox, read_warc
 from gptjax.text.conll import Sentence, conll_sentences, sentence_documents, sentence_row
 from gptjax.text.streams import COMPRESSIONS, named_errors, one_line_of, open_binary
 from gptjax.text.unicode import UTF16_HINT, InvalidText, find_surrogate, has_surrogate, replace_invalid
 
 TEXT_ENDINGS = (".txt", ".md", ".py")
 ROW_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet", ".conll", ".conllu")
-ENDINGS = TEXT_ENDINGS + ROW_ENDINGS
+HTML_ENDINGS = (".html", ".htm", ".xhtml")
+"""Read where `data.clean.html` makes text of them."""
+COLLECTIONS = (".mbox", ".warc", ".wet")
+ENDINGS = TEXT_ENDINGS + ROW_ENDINGS + COLLECTIONS
 
 Columns = Sequence[str] | None
 """The fields of a row that are read and checked; None: all."""
@@ -65,11 +69,20 @@ def read_file(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Do
     Raises:
         UserError: The file cannot be read, is truncated or malformed, or a row has no text.
     """
-    if ending(path) in TEXT_ENDINGS:
+    if ending(path) in TEXT_ENDINGS + HTML_ENDINGS:
         with named_errors(path), open_binary(path, data.encoding) as file:
             text = decode_utf8(file.read(), str(path), data, counts)
         if text is not None:
             yield Document(text.removeprefix("\ufeff"), str(path))
+    elif ending(path) in COLLECTIONS:
+        with named_errors(path), open_binary(path) as file:
+
+            def decode(raw: bytes, where: str) -> str | None:
+                return decode_utf8(raw, where, data, counts)
+
+            name, is_mail = str(path), ending(path) == ".mbox"
+            found = read_mbox(file, name, decode) if is_mail else read_warc(file, name, decode, counts)
+            yield from (Document(text, where) for text, where in found)
     elif ending(path) in CONLL_ENDINGS:
         yield from (Document(text, where) for text, where in sentence_documents(_sentences(path, data, counts)))
     elif data.template:

@@ -14,7 +14,7 @@ import xxhash
 from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 from gptjax.text import hub
-from gptjax.text.formats import ENDINGS, Document, read_file
+from gptjax.text.formats import ENDINGS, HTML_ENDINGS, Document, read_file
 from gptjax.text.paths import find_files
 
 _NOT_STDLIB = {
@@ -85,7 +85,8 @@ def given_files(data: DataConfig, counts: Counter[str]) -> list[Path]:
     """The files of `data.path` in the order in which they are read; `counts` gets those of other kinds."""
     if not data.path:
         raise UserError("no text: set one of data.path, data.source and data.hf_dataset")
-    return sorted(find_files(data.path, "data.path", ENDINGS, counts), key=lambda path: path.parts)
+    endings = ENDINGS if data.clean.html == "keep" else ENDINGS + HTML_ENDINGS
+    return sorted(find_files(data.path, "data.path", endings, counts), key=lambda path: path.parts)
 
 
 def _stdlib() -> Path:
