@@ -1,12 +1,15 @@
 """The profile of a step: time is shared among operations that overlap, and a real trace is read."""
 
+from collections import Counter
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from gptjax.cli import main
 from gptjax.config.reader import to_yaml
-from gptjax.report.trace import by_kind, kind_of, shared_time
+from gptjax.report.trace import by_kind, descriptions, shared_time
 from tests.tiny import run_config
 
 
@@ -17,21 +20,29 @@ def test_operations_that_overlap_share_the_clock():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "description", "kind"),
     [
-        ("dot.12", "matmul"),
-        ("custom-call.3", "custom call"),
-        ("gemm_fusion_dot.1", "matmul"),
-        ("all-reduce.1", "collective"),
-        ("loop_add_fusion", "fused elementwise"),
-        ("copy.4", "copy"),
-        ("reduce-window", "reduction"),
-        ("rng-bit-generator", "other"),
+        ("fusion.12", "dot_general", "matmul"),
+        ("ffi_call.3", "gptjax_weight_gradient ffi_call", "matmul"),
+        ("ffi_call.4", "gptjax_attention_gradient ffi_call", "attention"),
+        ("custom-call.1", "__cublas$gemm dot_general", "matmul"),
+        ("all-reduce.1", "add", "collective"),
+        ("loop_add_fusion", "", "elementwise"),
+        ("copy.4", "", "copy"),
+        ("reduce-window", "", "reduction"),
+        ("rng-bit-generator", "", "other"),
     ],
 )
-def test_kinds_go_by_names(name, kind):
-    assert kind_of(name) == kind
-    assert by_kind({name: 3.0, f"{name}.1": 4.0}) == {kind: 7.0}
+def test_kinds_go_by_what_operations_do(name, description, kind):
+    assert by_kind(Counter({name: 3.0}), {name: description}) == {kind: 3.0}
+
+
+def test_what_operations_do_is_read_from_the_program():
+    program = jax.jit(lambda x: jnp.tanh(x @ x).sum()).lower(jnp.ones((64, 64))).compile().as_text()
+    found = descriptions(program)
+    assert "dot_general" in found.values() and any("tanh" in text or "reduce" in text for text in found.values())
+    line = '  %ffi_call.3 = f32[2]{0} custom-call(%a), custom_call_target="gptjax_mlp", metadata={op_name="f/ffi_call"}'
+    assert descriptions(line) == {"ffi_call.3": "gptjax_mlp ffi_call"}
 
 
 def test_a_run_is_profiled_and_left_alone(tmp_path, capsys):

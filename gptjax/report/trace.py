@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -10,15 +10,34 @@ import jax
 CONTAINERS = ("while", "call", "conditional")
 """Operations whose time is that of what they hold."""
 KINDS = {
-    "matmul": r"dot|gemm|convolution|matmul|cublas",
-    "attention": r"attention|flash|splash|cudnn",
-    "collective": r"all-reduce|all-gather|reduce-scatter|all-to-all|collective|send|recv",
-    "copy": r"copy|transpose|bitcast|reshape|slice|pad|concatenate|dynamic-update",
+    "attention": r"attention|flash|splash|fmha",
+    "loss": r"cross_entropy",
+    "matmul": r"dot|gemm|convolution|matmul|cublas|linear|mlp|weight_gradient|pack_weights",
+    "norm": r"layer_norm",
+    "collective": r"all-reduce|all-gather|reduce-scatter|all-to-all|collective|\b(send|recv)",
+    "elementwise": r"fusion|add|sub|mul|div|exp|log|tanh|rsqrt|convert|select|compare|broadcast",
+    "copy": r"copy|transpose|bitcast|reshape|slice|pad|concatenate",
     "reduction": r"reduce|sort|scatter|gather",
-    "custom call": r"custom-call",
-    "fused elementwise": r"fusion|loop_|add|multiply|exp|tanh|convert|select|compare|broadcast",
 }
-"""Kinds of operations by patterns of their names; the first that matches counts."""
+"""Kinds of operations by patterns of their descriptions; the first that matches counts."""
+_OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ", re.MULTILINE)
+_TARGET, _SOURCE = re.compile(r'custom_call_target="([^"]*)"'), re.compile(r'op_name="([^"]*)"')
+
+
+def descriptions(program: str) -> dict[str, str]:
+    """What each operation of a compiled program does: the function that it calls, or the end of its source.
+
+    Args:
+        program: As `Compiled.as_text` returns it.
+    """
+    found = {}
+    for line in program.splitlines():
+        if name := _OPERATION.match(line):
+            target, source = _TARGET.search(line), _SOURCE.search(line)
+            words = [target[1]] if target else []
+            words += [source[1].rpartition("/")[2]] if source else []
+            found[name[1]] = " ".join(words)
+    return found
 
 
 def measured(folder: Path) -> dict[str, tuple[collections.Counter, collections.Counter]]:
@@ -54,14 +73,14 @@ def shared_time(spans: Sequence[tuple[float, float, str]]) -> collections.Counte
     return times
 
 
-def by_kind(times: collections.Counter) -> collections.Counter:
-    """Adds up the times of operations of a kind."""
+def by_kind(times: collections.Counter, described: Mapping[str, str]) -> collections.Counter:
+    """Adds up the times of operations of a kind; `described` as `descriptions` returns it."""
     kinds = collections.Counter()
     for name, time in times.items():
-        kinds[kind_of(name)] += time
+        kinds[kind_of(f"{described.get(name, '')} {name}")] += time
     return kinds
 
 
-def kind_of(name: str) -> str:
-    """The kind of an operation, by its name."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+def kind_of(description: str) -> str:
+    """The kind of an operation, by its description and name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, description, re.IGNORECASE)), "other")

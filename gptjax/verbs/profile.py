@@ -13,7 +13,7 @@ from gptjax.config.verbs import ProfileConfig
 from gptjax.errors import UserError
 from gptjax.machine import compile_cache
 from gptjax.report import cost
-from gptjax.report.trace import by_kind, measured
+from gptjax.report.trace import by_kind, descriptions, measured
 from gptjax.training.setup import build
 from gptjax.training.trainer import device_batches
 
@@ -33,7 +33,7 @@ def run_profile(config: Config, options: ProfileConfig) -> int:
     compile_cache.start(config.cache_dir)
     with tempfile.TemporaryDirectory(prefix="gptjax-profile-") as folder:
         run_dir, trace = Path(folder) / "run", Path(folder) / "trace"
-        seconds, tokens, flops = _trace(config, run_dir, trace, options.steps)
+        seconds, tokens, flops, program = _trace(config, run_dir, trace, options.steps)
         found = measured(trace)
         if options.out:
             shutil.copytree(trace, Path(options.out).expanduser())
@@ -45,36 +45,42 @@ def run_profile(config: Config, options: ProfileConfig) -> int:
         print("the profiler of this device recorded no operations")
         return 0
     times, counts = max(found.values(), key=lambda pair: pair[0].total())
-    total = times.total()
+    total, described = times.total(), descriptions(program)
     print(f"\n{'kind of operation':28}  {'share':>6}  {'ms per step':>11}")
-    for kind, nanoseconds in by_kind(times).most_common():
+    for kind, nanoseconds in by_kind(times, described).most_common():
         print(f"{kind:28}  {nanoseconds / total:6.1%}  {nanoseconds / 1e6 / options.steps:11.2f}")
     print(f"\n{'operation':44}  {'share':>6}  {'ms per step':>11}  {'runs per step':>13}")
     for name, nanoseconds in times.most_common(ROWS):
         runs = counts[name] / options.steps
-        print(f"{name[:44]:44}  {nanoseconds / total:6.1%}  {nanoseconds / 1e6 / options.steps:11.2f}  {runs:13.1f}")
+        shown = f"{name} {described.get(name, '')}"[:44]
+        print(f"{shown:44}  {nanoseconds / total:6.1%}  {nanoseconds / 1e6 / options.steps:11.2f}  {runs:13.1f}")
     if options.out:
         print(f"\n{options.out}: open it with TensorBoard's profile plugin, or the .trace.json.gz in ui.perfetto.dev")
     return 0
 
 
-def _trace(config: Config, run_dir: Path, trace: Path, steps: int) -> tuple[float, int, float]:
-    """Writes a trace; returns the seconds of its steps, the tokens of a step, and the FLOPs of a token."""
+def _trace(config: Config, run_dir: Path, trace: Path, steps: int) -> tuple[float, int, float, str]:
+    """Writes a trace; returns the seconds of its steps, the tokens of a step, the FLOPs of a token, and the compiled
+    program.
+    """
     train = dataclasses.replace(config.train, num_steps=WARM_UP + steps, num_epochs=0.0)
     parts, state, _ = build(dataclasses.replace(config, run_dir=str(run_dir), train=train), run_dir)
     batches = device_batches(parts, 0, WARM_UP + steps)
     flops = cost.flops_per_token(parts.config.model, state.params) if parts.config.finetune.train == "all" else 0.0
     try:
-        for _ in range(WARM_UP):
-            state, metrics = parts.train_step(state, next(batches))
+        batch = next(batches)
+        step = parts.train_step.lower(state, batch).compile()
+        state, metrics = step(state, batch)
+        for _ in range(WARM_UP - 1):
+            state, metrics = step(state, next(batches))
         jax.block_until_ready(state)
         with jax.profiler.trace(str(trace)):
             began = time.monotonic()
             for _ in range(steps):
-                state, metrics = parts.train_step(state, next(batches))
+                state, metrics = step(state, next(batches))
             jax.block_until_ready((state, metrics))
             seconds = time.monotonic() - began
     finally:
         batches.close()
         parts.checkpoints.close()
-    return seconds, parts.tokens_per_step, flops
+    return seconds, parts.tokens_per_step, flops, step.as_text()
