@@ -144,12 +144,12 @@ def test_echo_scores_the_prompt_as_the_model_does(client):
     logits = np.asarray(model.logits(list(prompt.encode())), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = [log_p[t, token] for t, token in enumerate(prompt.encode()[1:])]
-    for more in ({"max_tokens": 0}, {"max_tokens": 2, "temperature": 0}):
+    for more in ({"max_tokens": 0}, {"max_tokens": 2, "temperature": 0, "logit_bias": LETTERS}):
         [choice] = complete(client, prompt=prompt, echo=True, logprobs=1, **more)["choices"]
         found = choice["logprobs"]
         assert choice["text"].startswith(prompt) and found["token_logprobs"][0] is None
         np.testing.assert_allclose(found["token_logprobs"][1 : len(prompt)], expected, atol=1e-4)
-        assert found["text_offset"][: len(prompt)] == list(range(len(prompt)))
+        assert found["text_offset"] == list(range(len(prompt) + more["max_tokens"]))
         best = [max(row.values()) for row in found["top_logprobs"][1 : len(prompt)]]
         np.testing.assert_allclose(best, log_p[: len(prompt) - 1].max(-1), atol=1e-4)
     assert complete(client, prompt=prompt, echo=True, max_tokens=0)["choices"][0]["text"] == prompt
@@ -328,12 +328,19 @@ def test_a_client_that_leaves_frees_its_slot(client, stream, sends):
         }
         await client.app(scope, receive, send)
 
-    step = engine._decoder.step
-    engine._decoder.step = lambda: (time.sleep(0.02), step())[1]
+    step, steps = engine._decoder.step, []
+
+    def slow_step():
+        steps.append(time.sleep(0.02))
+        return step()
+
+    engine._decoder.step = slow_step
     try:
         asyncio.run(asyncio.wait_for(talk(), 20))
+        before = len(steps)
         assert not any(b"[DONE]" in message.get("body", b"") for message in sent)
         wait_for(lambda: engine.busy == 0 and engine.waiting == 0)
+        assert len(steps) - before <= 3  # 25 are needed to finish
     finally:
         engine._decoder.step = step
     complete(client, **PLAIN)
