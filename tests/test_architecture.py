@@ -36,6 +36,9 @@ ONLY_IN = {
     "sklearn": ("gptjax/evaluation/labels.py",),
     "seqeval": ("gptjax/evaluation/labels.py",),
     "matplotlib": ("gptjax/evaluation/labels.py", "gptjax/report/figures.py"),
+    "sacrebleu": ("gptjax/evaluation/text_scores.py",),
+    "rouge_score": ("gptjax/evaluation/text_scores.py",),
+    "lm_eval": ("gptjax/exchange/harness.py",),
 }
 NO_JAX = ("errors", "files", "config", "text", "batches")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

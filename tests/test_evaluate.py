@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.batches.pretraining import evaluation_batches
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.cli import main
+from gptjax.evaluation.sliding import sliding_spans
 from gptjax.model.gpt import logits
+from gptjax.text.shards import TokenSplit
 from gptjax.training import trainer
-from tests.tiny import SHARED_DATA, hidden_states, run_config
+from tests.tiny import SHARED_DATA, hidden_states, run_config, untrained_run
 
 CASES = SHARED_DATA.parent / "cases"
 
@@ -181,3 +184,56 @@ def test_rows_of_several_files_are_scored_alone_and_together(tmp_path, capsys):
 def test_every_document_of_a_file_is_measured(run, capsys):
     lines = evaluate(capsys, run, "--data.path", CASES / "evaldocs.jsonl", CASES / "eval_last.txt")
     assert "200 documents" in lines[0] and "1 document," in lines[1] and lines[2].startswith("total ")
+
+
+def sliding_losses(config, ids: np.ndarray, stride: int) -> np.ndarray:
+    """The loss of each target of one document, by NumPy: each from the window that scores it first."""
+    run, T = load_run(Path(config.run_dir)), config.model.block_size
+    found = np.full(len(ids) - 1, np.nan)
+    for start in range(0, len(ids) - 1, stride):
+        window = ids[start : start + T + 1]
+        tokens = jnp.asarray(window[None, :-1])
+        x_BTD = hidden_states(run.config.model, run.params, tokens, jnp.arange(tokens.shape[1])[None])
+        scores = np.asarray(logits(run.config.model, run.params, x_BTD), np.float64)[0]
+        nll = np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(scores)), window[1:]]
+        new = np.isnan(found[start : start + len(nll)])
+        found[start : start + len(nll)][new] = nll[new]
+        if start + T >= len(ids) - 1:
+            break
+    assert not np.isnan(found).any()
+    return found
+
+
+def test_sliding_windows_score_each_token_once_with_the_context_that_is_stated(tmp_path, capsys):
+    run = untrained_run(tmp_path)
+    texts = ["aaa 1\nbbb 2\n" * 9 + "q", "zz"]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = evaluate(capsys, run, "--data.path", tmp_path / "two.jsonl", "--stride", "5")
+    expected = [sliding_losses(run, np.array([256, *text.encode(), 256]), 5) for text in texts]
+    assert numbers(lines[0])[0] == pytest.approx(np.concatenate(expected).mean(), abs=1e-4)
+    assert "windows     32 tokens, stride 5: each token is scored once, after at least 27 tokens" in "\n".join(lines)
+    side_by_side = numbers(evaluate(capsys, run, "--data.path", tmp_path / "two.jsonl")[0])[0]
+    assert numbers(lines[0])[0] != side_by_side
+    assert "stride 32" in evaluate(capsys, run, "--stride", "32")[1]
+    assert main(["evaluate", "--run_dir", run.run_dir, "--stride", "33"]) == 2
+    assert "stride=33 must be at most model.block_size=32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize(("end", "across"), [(9, False), (9, True), (None, False)])
+def test_sliding_windows_have_the_targets_of_other_windows(stride, end, across):
+    """Every position of the stream is a target as often as in windows side by side: once, or never."""
+    lengths, separator = (1, 2, 8, 9, 17, 30), [] if end is None else [end]
+    parts = [[*separator, *range(100 + 100 * i, 100 + 100 * i + n)] for i, n in enumerate(lengths)]
+    starts = np.cumsum([0, *map(len, parts[:-1])]).astype(np.uint64)
+    stream = np.array([token for part in parts for token in part] + separator, np.int32)
+    split = TokenSplit((stream,), (starts,), 1, end)
+    spans = list(sliding_spans(split, 8, stride, across))
+    assert all(0 < span.scored < len(span.tokens) <= 9 for span in spans)
+    scored = np.concatenate([span.tokens[-span.scored :] for span in spans])
+    batches = evaluation_batches(split, 8, 0, 4, across)
+    targets = np.concatenate([batch.targets[batch.targets >= 0] for batch in batches])
+    np.testing.assert_array_equal(np.sort(scored), np.sort(targets))
+    for span in spans:
+        if end is not None and not across:
+            assert (span.tokens[:1] == end).all() or len(span.tokens) - span.scored >= 8 - stride + 1

@@ -17,7 +17,7 @@ from gptjax.config.cluster import ClusterConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config, DataConfig, PartConfig
 from gptjax.config.task import TaskConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs import EvaluateConfig, SampleConfig
 from gptjax.errors import UserError
 
 MODULES = [
@@ -56,6 +56,7 @@ MORE = [
     (SampleConfig, {"temperature": 0.0}),
     (SampleConfig, {"temperature": 0.0, "num_beams": 2}),
     (SampleConfig, {"prompt_file": "p", "out": "o"}),
+    (EvaluateConfig, {"benchmark": "choices", "data": DataConfig(path=("x",))}),
     (ModelConfig, {"n_expert": 4, "bias": False, "expert_width": 8}),
 ]
 

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 
 from gptjax.batches.pretraining import Batch
+from gptjax.checkpoints.run_dir import write_run
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config, DataConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.model import gpt
 from gptjax.report.metrics import read_metrics
+from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import step
 from gptjax.training.setup import load_state
 
@@ -101,6 +103,17 @@ def run_config(tmp_path: Path, **sections) -> Config:
         ),
     )
     return replace(config, **sections)
+
+
+def untrained_run(tmp_path: Path, **sections) -> Config:
+    """A run directory of a model that was not trained, whose large weights make every token depend on its context."""
+    config = run_config(tmp_path, **sections)
+    files = sorted(Path(config.data.path[0]).iterdir())
+    tokenizer = make_tokenizer(config.tokenizer, lambda: (file.read_text(encoding="utf-8") for file in files))
+    config = replace(config, model={"vocab_size": tokenizer.vocab_size})
+    params = jax.tree.map(lambda leaf: 8 * leaf, init_params(config.model, jax.random.key(0)))
+    write_run(Path(config.run_dir), config, params, tokenizer)
+    return config
 
 
 # All that makes going on hard: dropout, accumulation, an average of the parameters.

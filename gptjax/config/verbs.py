@@ -305,6 +305,26 @@ class EvaluateConfig(CheckpointConfig):
     """Name of the task, of a run that learned several."""
     figure: str = ""
     """File for a figure of the confusion matrix of labels: .png, .svg or .pdf."""
+    stride: int = 0
+    """Tokens that windows over a text move forward; each token is scored once. 0: windows stand side by side."""
+    benchmark: Literal[
+        "none", "choices", "generate", "hellaswag", "lambada", "arc", "piqa", "winogrande", "boolq", "mmlu"
+    ] = "none"
+    """Format of rows with questions: multiple choice by likelihood, or (generate) answers that are generated."""
+    shots: int = 0
+    """Examples with their answers before each question of a benchmark."""
+    shots_path: tuple[str, ...] = ()
+    """Files of rows that the examples are chosen from; empty: other rows of the same file."""
+    seed: int = 0
+    """Random seed of the choice of examples."""
+    max_new_tokens: int = 64
+    """Largest number of tokens of a generated answer."""
+    stop: tuple[str, ...] = ("\n",)
+    """Strings that end a generated answer."""
+    pattern: str = ""
+    """Regular expression whose first group is the answer in a generated text; empty: all of the text is."""
+    text_scores: bool = False
+    """Also print BLEU, chrF and ROUGE-L of generated answers (extra evaluate)."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self):
@@ -320,10 +340,31 @@ class EvaluateConfig(CheckpointConfig):
             raise UserError(
                 "data options have no effect on the run's own data; set data.path, source or hf_dataset too"
             )
-        not_negative("", self, "windows")
+        not_negative("", self, "windows", "stride", "shots", "seed")
+        no_effect("", self, "windows", not self.stride, "windows side by side (stride=0)")
         if self.language_model:
             no_effect("", self, "figure", False, "labels")
-        positive("", self, "batch_size")
+        positive("", self, "batch_size", "max_new_tokens")
+        self._check_benchmark()
+
+    def _check_benchmark(self):
+        asked = self.benchmark != "none"
+        no_effect("", self, "shots", asked, "benchmark")
+        for name in ("shots_path", "seed"):
+            no_effect("", self, name, self.shots > 0, "shots")
+        for name in ("max_new_tokens", "stop", "pattern", "text_scores"):
+            no_effect("", self, name, self.benchmark == "generate", "benchmark=generate")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(f"pattern={self.pattern!r} is not a regular expression: {error}") from None
+        no_empty_text(self, "stop")
+        if not asked:
+            return
+        for name in ("windows", "stride", "language_model", "figure", "part"):
+            no_effect("", self, name, False, "a text or labels: benchmark is set, which is always measured whole")
+        if not (self.data.path or self.data.hf_dataset):
+            raise UserError(f"benchmark={self.benchmark} needs rows; give --data.path FILE or --data.hf_dataset NAME")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

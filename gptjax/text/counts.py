@@ -23,6 +23,7 @@ COUNTED = {
     "missing_label": "left out: without a label (null, empty, -1 or -100; a number that is a class can be named in"
     " task.labels)",
     "missing_number": "left out: without a number (null, NaN or empty)",
+    "without_answer": "left out: without an answer (null, empty or -1, as in public test sets)",
     "turns_without_text": "turns without text skipped",
     "left_out_by_function": "left out by the function of task.rows",
     "equal_responses": "left out: both responses are the same",

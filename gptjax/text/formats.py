@@ -7,6 +7,7 @@ stream; a plain text file is one document and is held whole.
 import codecs
 import contextlib
 import csv
+import functools
 import io
 import json
 import re
@@ -93,7 +94,9 @@ def read_file(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Do
             yield Document(text_value(row.values[data.text_field], row.where, data.text_field), row.where)
 
 
-def read_file_rows(path: Path, data: DataConfig, counts: Counter[str], columns: Columns = None) -> Iterator[Row]:
+def read_file_rows(
+    path: Path, data: DataConfig, counts: Counter[str], columns: Columns = None, names: Sequence[str] = ()
+) -> Iterator[Row]:
     """Yields the rows of one file in their order.
 
     A sentence of CoNLL is a row with the fields "tokens" and "tags", see `conll.sentence_row`.
@@ -103,6 +106,7 @@ def read_file_rows(path: Path, data: DataConfig, counts: Counter[str], columns: 
         data: The encoding, the quoting, and what to do with bytes that are not valid.
         counts: As for `read_file`.
         columns: The fields that every row must have; the others may be left out of it.
+        names: Columns of a CSV or TSV file whose first line has not the first of these names, so that it is a row.
 
     Raises:
         UserError: The file cannot be read, is truncated or malformed, or has two fields of one name.
@@ -110,7 +114,8 @@ def read_file_rows(path: Path, data: DataConfig, counts: Counter[str], columns: 
     if ending(path) in CONLL_ENDINGS:
         yield from (Row(sentence_row(sentence), sentence.where) for sentence in _sentences(path, data, counts))
         return
-    reader: Reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(ending(path), _table)
+    table = functools.partial(_table, names=names)
+    reader: Reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(ending(path), table)
     encoding = "utf-8" if ending(path) == ".parquet" else data.encoding
     policy = InvalidText(data, counts)
     with named_errors(path), open_binary(path, encoding) as file:
@@ -267,13 +272,21 @@ def _check_columns(names: Sequence[str], where: str, columns: Columns) -> None:
 
 
 def _table(
-    file: io.BufferedReader, name: str, data: DataConfig, policy: InvalidText, columns: Columns
+    file: io.BufferedReader,
+    name: str,
+    data: DataConfig,
+    policy: InvalidText,
+    columns: Columns,
+    *,
+    names: Sequence[str] = (),
 ) -> Iterator[Row]:
     header = None
     for where, cells in _table_cells(file, name, data):
         blank = len(cells) == 1 and not cells[0].strip() and (header is None or len(header) > 1)
         if blank or not cells:
             continue
+        if header is None and names and names[0] not in cells:
+            header = list(names)
         if header is None:
             if data.invalid_utf8 == "error":
                 _valid_cells(dict(enumerate(cells)), where, policy)

@@ -18,7 +18,11 @@ MISSING_NUMBERS = (-1, -100)
 
 
 def read_rows(
-    paths: Sequence[str], option: str, data: DataConfig | None = None, counts: Counter[str] | None = None
+    paths: Sequence[str],
+    option: str,
+    data: DataConfig | None = None,
+    counts: Counter[str] | None = None,
+    names: Sequence[str] = (),
 ) -> Iterator[Row]:
     """Yields the rows of files in the order given, as `formats.read_file_rows` reads them.
 
@@ -27,13 +31,14 @@ def read_rows(
         option: Where the paths came from ("data.path"), for error messages.
         data: Encoding, quoting and what to do with bytes that are not valid; None: the defaults.
         counts: Gets what was left out or replaced.
+        names: Columns of tables that do not name them, see `read_file_rows`.
 
     Raises:
         UserError: A file is missing, of another kind, or malformed; the message names file and row.
     """
     data, counts = data or DataConfig(), Counter() if counts is None else counts
     for path in find_files(paths, option, ROW_ENDINGS, counts):
-        yield from read_file_rows(path, data, counts)
+        yield from read_file_rows(path, data, counts, names=names)
 
 
 def read_dataset_rows(data: DataConfig, counts: Counter[str] | None = None) -> Iterator[Row]:

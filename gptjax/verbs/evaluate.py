@@ -14,21 +14,23 @@ import numpy as np
 
 from gptjax.batches.pretraining import Batch, evaluation_batches
 from gptjax.checkpoints.run_dir import CONFIG_FILE, LoadedRun, load_run
+from gptjax.config.model import ModelConfig
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import LABELLED
 from gptjax.config.verbs import EvaluateConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evaluation.labels import save_confusion
+from gptjax.evaluation.likelihood import make_scorer, score_spans
 from gptjax.evaluation.loss import (
     Evaluation,
     MixtureEvaluation,
     evaluation_of,
     make_eval_step,
     mean_evaluation,
-    measure,
     sum_loss,
 )
+from gptjax.evaluation.sliding import sliding_spans
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.tasks.dpo import measure_preferences
@@ -43,14 +45,18 @@ from gptjax.text.labelled import check_labels, read_data_rows
 from gptjax.text.mixture import prepare_sources
 from gptjax.text.prepare import prepare
 from gptjax.text.rows import limited
+from gptjax.text.shards import TokenSplit
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.text.whole import WholeText, document_hashes, read_whole
 from gptjax.training.step import compute_options
+from gptjax.verbs.benchmark import measure_benchmark
 
 CLEANING = ("text_field", "invalid_utf8", "unicode", "newlines", "attend_across_documents")
 """Options of data that another text inherits from the run, where they are not set for it."""
 SILENCE = 10.0
 """Seconds between two lines of progress."""
+SPANS = 2**12
+"""Sliding windows that are made at once."""
 Notify = Callable[[str], None]
 
 
@@ -100,6 +106,9 @@ def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
     tokenizer = run.tokenizer
     if tokenizer is None:
         raise UserError(f"{options.run_dir}: has no tokenizer, so no text can be measured")
+    if options.benchmark != "none":
+        lines = measure_benchmark(run, tokenizer, options, _sources(options), notify, _progress(notify))
+        return "\n".join([*lines, _checkpoint_line(run, options)])
     if options.language_model:
         return _evaluate_text(run, tokenizer, options, notify)
     run, name = one_task(run, options.part, options.run_dir)
@@ -108,8 +117,9 @@ def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
         raise UserError(f"figure={options.figure!r} has no effect: {options.run_dir} has task.kind={kind}, no labels")
     if kind == "pretrain":
         return _evaluate_text(run, tokenizer, options, notify)
-    if options.windows:
-        raise UserError(f"windows={options.windows} has no effect: task.kind={kind} is measured on every row")
+    for option, value in (("windows", options.windows), ("stride", options.stride)):
+        if value:
+            raise UserError(f"{option}={value} has no effect: task.kind={kind} is measured on every row")
     if kind == "dpo":
         return _evaluate_preferences(run, tokenizer, options, notify)
     return (
@@ -119,16 +129,14 @@ def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
 
 def _evaluate_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify) -> str:
     if not _given(options):
-        return str(_evaluate_own_text(run, tokenizer, options, notify))
+        found = _evaluate_own_text(run, tokenizer, options, notify)
+        return "\n".join([str(found), *_windows_line(run.config.model, options)])
     measured = []
     for name, data in _sources(options):
         inherited = {key: getattr(run.config.data, key) for key in CLEANING if _is_default(data, key)}
         data = dataclasses.replace(data, **({} if data.source else inherited))
         text = read_whole(data, tokenizer)
-        batches = evaluation_batches(
-            text.split, run.config.model.block_size, options.windows, options.batch_size, data.attend_across_documents
-        )
-        nll, count = sum_loss(_eval_step(run), run.params, _with_progress(batches, name, notify), _device())
+        nll, count = _sum_loss(run, text.split, data.attend_across_documents, options, name, notify)
         measured.append(Measured(name, text, nll, count))
     lines = [str(measured[0].evaluation)]
     if len(measured) > 1:
@@ -137,9 +145,43 @@ def _evaluate_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig
         lines.append(f"{'total':{width}}  {_total(measured)}")
     else:
         lines.append(f"text        {measured[0].name}: {measured[0].sizes}")
-    if options.windows:
-        lines.append(f"windows     at most {options.windows:,} of each text, evenly spaced")
+    lines += _windows_line(run.config.model, options)
     return "\n".join([*lines, _checkpoint_line(run, options), _overlap_line(run.config, measured)])
+
+
+def _windows_line(model: ModelConfig, options: EvaluateConfig) -> list[str]:
+    if options.windows:
+        return [f"windows     at most {options.windows:,} of each text, evenly spaced"]
+    if not options.stride:
+        return []
+    least = model.block_size - options.stride
+    return [
+        f"windows     {model.block_size:,} tokens, stride {options.stride:,}: each token is scored once, after at least"
+        f" {least:,} tokens of its document where it has so many"
+    ]
+
+
+def _sum_loss(
+    run: LoadedRun, split: TokenSplit, across: bool, options: EvaluateConfig, name: str, notify: Notify
+) -> tuple[float, float]:
+    """The summed loss of a text and its number of targets."""
+    model = run.config.model
+    if not options.stride:
+        batches = evaluation_batches(split, model.block_size, options.windows, options.batch_size, across)
+        return sum_loss(_eval_step(run), run.params, _with_progress(batches, name, notify), _device())
+    if options.stride > model.block_size:
+        raise UserError(f"stride={options.stride} must be at most model.block_size={model.block_size}")
+    spans, nll, count = sliding_spans(split, model.block_size, options.stride, across), 0.0, 0
+    scorer, advance = make_scorer(model, compute_options(run.config)), _progress(notify)
+    while some := list(itertools.islice(spans, SPANS)):
+        scores = score_spans(
+            scorer, run.params, some, model.block_size, options.batch_size, _device(), lambda n: advance(n, name)
+        )
+        nll -= math.fsum(score.log_probability for score in scores)
+        count += sum(span.scored for span in some)
+    if not count:
+        raise UserError(f"{name}: {split.n_tokens} tokens, must have 2; give it more text")
+    return nll, count
 
 
 def _total(measured: Sequence[Measured]) -> Evaluation:
@@ -167,9 +209,8 @@ def _evaluate_own_text(
     if owner is run.config and run.data_hash not in ("", prepared.dataset.hash):
         notify(f"{options.run_dir}: its text has changed since it was trained; the loss is that of the new text")
     split, across = prepared.dataset.validation, owner.data.attend_across_documents
-    batches = evaluation_batches(split, run.config.model.block_size, options.windows, options.batch_size, across)
-    batches = _with_progress(batches, "validation text", notify)
-    return measure(_eval_step(run), run.params, batches, _device(), bytes_per_token(split))
+    nll, count = _sum_loss(run, split, across, options, "validation text", notify)
+    return evaluation_of(nll, count, bytes_per_token(split))
 
 
 def _evaluate_own_sources(
@@ -182,9 +223,8 @@ def _evaluate_own_sources(
     found = {}
     for name, one in prepared.items():
         split = one.dataset.validation
-        batches = evaluation_batches(split, run.config.model.block_size, options.windows, options.batch_size, across)
-        batches = _with_progress(batches, name, notify)
-        found[name] = measure(_eval_step(run), run.params, batches, _device(), bytes_per_token(split))
+        nll, count = _sum_loss(run, split, across, options, name, notify)
+        found[name] = evaluation_of(nll, count, bytes_per_token(split))
     stages = mixture_stages(owner, {name: one.dataset.train.n_tokens for name, one in prepared.items()})
     return mean_evaluation(dict(zip(found, stages[0].weights, strict=True)), found)
 
@@ -343,12 +383,24 @@ def _eval_step(run: LoadedRun) -> Callable:
 
 def _with_progress(batches: Iterable[Batch], name: str, notify: Notify) -> Iterator[Batch]:
     """Yields batches, and calls `notify` from time to time."""
-    said = time.monotonic()
-    for number, batch in enumerate(batches):
+    advance = _progress(notify, "batches")
+    for batch in batches:
+        yield batch
+        advance(1, name)
+
+
+def _progress(notify: Notify, unit: str = "sequences") -> Callable[[int, str], None]:
+    """Returns `advance(count, name)`, which calls `notify` from time to time."""
+    said, done = time.monotonic(), 0
+
+    def advance(count: int, name: str) -> None:
+        nonlocal said, done
+        done += count
         if time.monotonic() - said >= SILENCE:
             said = time.monotonic()
-            notify(f"{name}: {number:,} batches measured")
-        yield batch
+            notify(f"{name}: {done:,} {unit} measured")
+
+    return advance
 
 
 def _given(options: EvaluateConfig) -> bool:

@@ -1,0 +1,64 @@
+"""Continuations of prompts up to a stop string."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gptjax.config.model import ModelConfig
+from gptjax.config.verbs import SampleConfig
+from gptjax.generation.decode import stream
+from gptjax.generation.sample import TextCollector
+from gptjax.text.tokenizer import Tokenizer
+
+PIECE = 16
+"""Tokens between two searches for stop strings."""
+
+
+def generate_until(
+    model: ModelConfig,
+    params: dict,
+    tokenizer: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    options: SampleConfig,
+    batch_size: int,
+    notify: Callable[[str], None] = lambda message: None,
+) -> list[str]:
+    """Returns the continuation of each prompt, cut before the first stop string of `options.stop`.
+
+    Prompts are decoded in batches of similar length, each of `batch_size` rows, so that few programs are compiled.
+
+    Args:
+        model: Shape of the model.
+        params: Of the model.
+        tokenizer: Decodes the new tokens; its end-of-text ends a continuation too.
+        prompts: Token ids, none empty.
+        options: How tokens are chosen, how many at most, and which texts end a continuation.
+        batch_size: Rows of a batch.
+        notify: Gets one line about prompts that are cut or contexts that slide.
+    """
+    if tokenizer.vocab_size < model.vocab_size:  # ids that only the model has are never chosen: they have no text
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
+        rows = [prompts[number] for number in numbers]
+        rows += rows[-1:] * (batch_size - len(rows))
+        collectors = [TextCollector(tokenizer, options) for _ in rows]
+        for pieces in stream(
+            model,
+            params,
+            rows,
+            options,
+            end_of_text=tokenizer.end_of_text,
+            is_finished=lambda row, collectors=collectors: collectors[row].stopped,
+            notify=notify,
+            piece_length=PIECE,
+        ):
+            for collector, piece in zip(collectors, pieces, strict=True):
+                collector.add(piece)
+        for number, collector in zip(numbers, collectors, strict=False):
+            collector.end()
+            texts[number] = collector.sample().text
+    return texts

@@ -1,0 +1,34 @@
+"""Examples before a question: which ones, and the prompt that they make."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gptjax.errors import UserError
+from gptjax.evaluation.benchmarks import SEPARATOR, Item
+
+
+def choose_shots(pool: Sequence[Item], shots: int, seed: int) -> list[Item]:
+    """The examples before every question: the first of the pool in an order that `seed` draws. There is one more than
+    asked for if the pool has it, for questions that are among the examples themselves.
+
+    Raises:
+        UserError: The pool has too few items.
+    """
+    if len(pool) < shots:
+        raise UserError(f"shots={shots}: there are {len(pool)} rows to choose from; give more rows, or fewer shots")
+    order = np.random.default_rng(seed).permutation(len(pool))
+    return [pool[number] for number in order[: shots + 1]] if shots else []
+
+
+def prompts(item: Item, examples: Sequence[Item], shots: int) -> tuple[str, ...]:
+    """The contexts of an item after `shots` of the examples, none of which is the item itself.
+
+    Raises:
+        UserError: All examples but one are needed, and one is the item.
+    """
+    others = [example.shown for example in examples if example != item][:shots]
+    if len(others) < shots:
+        raise UserError(f"{item.where}: shots={shots}: too few other rows; give more rows, or shots_path")
+    before = "".join(text + SEPARATOR for text in others)
+    return tuple(before + context for context in item.contexts)
