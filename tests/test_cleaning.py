@@ -384,12 +384,14 @@ def test_a_killed_cleaning_continues_with_the_parts_that_it_had(corpus, tmp_path
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, BYTES, tmp_path / "b", report=quiet)
     monkeypatch.setattr(module, "clean_part", lambda path, *rest: (cleaned.append(path.name), real(path, *rest)))
+    monkeypatch.setattr(module, "_REPORT_SECONDS", 0.0)
     lines = []
     again = prepare(corpus, BYTES, tmp_path / "b", report=lines.append).dataset
     assert again.hash == whole.hash
     assert again.manifest["counts"] == whole.manifest["counts"]
     assert len(set(cleaned)) == len(cleaned) > 3
     assert any("documents were cleaned before" in line for line in lines)
+    assert any(line.endswith(" s left") for line in lines)
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-20], lambda raw: raw[:200] + b"x" + raw[201:], lambda _: b""])

@@ -25,6 +25,8 @@ from gptjax.text.cleaning.near import find_near_duplicates
 from gptjax.text.cleaning.part import clean_part, documents_hash, part_path, read_header, read_part
 from gptjax.text.cleaning.stages import make_stages
 from gptjax.text.formats import Document
+from gptjax.text.sources import given_files
+from gptjax.text.streams import COMPRESSIONS
 
 PART_CHARACTERS = 2**22
 CLEAN_VERSION = 1
@@ -76,7 +78,7 @@ def build_store(
     folder.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     n_parts = missing = 0
-    progress = _Progress(report, data.max_documents)
+    progress = _Progress(report, _expected_characters(data))
     with _workers(data) as clean:
         waiting: deque[Future[None]] = deque()
         for number, documents in enumerate(_chunks(read(counts))):
@@ -282,13 +284,23 @@ def _ask(process: subprocess.Popen[str], message: Any) -> dict[str, str]:
     return json.loads(answer)
 
 
+def _expected_characters(data: DataConfig) -> int:
+    """About as many as there are bytes to read; 0: unknown, because files are compressed or a part is read."""
+    if not data.path or data.max_documents:
+        return 0
+    files = given_files(data, Counter())
+    if any(path.suffix.lower() in (*COMPRESSIONS, ".parquet") for path in files):
+        return 0
+    return sum(path.stat().st_size for path in files)
+
+
 class _Progress:
-    """Prints documents, MB/s and, where the number of documents is known, the time that is left."""
+    """Prints documents, characters per second and, where the size of the corpus is known, about the time left."""
 
     def __init__(self, report: Report, expected: int):
         self._report, self._expected = report, expected
         self._start = self._last = time.monotonic()
-        self._documents = self._characters = self._kept = 0
+        self._documents = self._characters = self._kept = self._kept_characters = 0
 
     def add(self, documents: list[Document]) -> None:
         self._documents += len(documents)
@@ -296,15 +308,20 @@ class _Progress:
         now = time.monotonic()
         if now - self._last >= _REPORT_SECONDS:
             self._last = now
-            self.end()
+            left = max(0, self._expected - self._characters - self._kept_characters)
+            self._print(f", about {left / self._speed:,.0f} s left" if self._expected else "")
 
     def skip(self, documents: list[Document]) -> None:
         self._kept += len(documents)
+        self._kept_characters += sum(len(document.text) for document in documents)
 
     def end(self) -> None:
-        seconds = max(1e-3, time.monotonic() - self._start)
-        kept = f", {self._kept:,} documents were cleaned before" if self._kept else ""
-        self._report(
-            f"cleaning: {self._documents:,} documents, {self._characters / 1e6:,.0f} M characters,"
-            f" {self._characters / 1e6 / seconds:.1f} M/s{kept}"
-        )
+        self._print(f", {self._kept:,} documents were cleaned before" if self._kept else "")
+
+    @property
+    def _speed(self) -> float:
+        return self._characters / max(1e-3, time.monotonic() - self._start)
+
+    def _print(self, more: str) -> None:
+        characters = f"{self._characters / 1e6:,.0f} M characters, {self._speed / 1e6:.1f} M/s"
+        self._report(f"cleaning: {self._documents:,} documents, {characters}{more}")
