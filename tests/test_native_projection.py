@@ -11,7 +11,7 @@ import pytest
 from gptjax.config.model import ModelConfig
 from gptjax.config.task import AdapterConfig
 from gptjax.config.verbs import SampleConfig
-from gptjax.generation.decode import _prefilled, generate
+from gptjax.generation.decode import DecodingModel, generate, prefilled
 from gptjax.generation.weights import decoding_weights
 from gptjax.machine.native import build
 from gptjax.model import gpt
@@ -170,7 +170,7 @@ def test_logits_of_bfloat16_are_nearly_those_without_kernels(without_kernels, pa
 
     def last_logits(stored):
         weights = decoding_weights(MODEL, params, "bfloat16", rows == 1)
-        cache = _prefilled(MODEL, "float32", weights, PROMPTS[:rows], 64, stored)
+        cache = prefilled(DecodingModel(MODEL, weights, "float32", stored), PROMPTS[:rows], 64)
         last_B1 = jnp.asarray([[prompt[-1]] for prompt in PROMPTS[:rows]])
         x_B1D, _ = extend(MODEL, weights.params, last_B1, cache, "float32")
         return np.asarray(project(x_B1D, weights.readout)[:, 0])
