@@ -16,7 +16,7 @@ from gptjax.config.reader import to_yaml
 from gptjax.config.run import Config
 from gptjax.report import charts, html
 from gptjax.report.events import add_event, read_events
-from gptjax.report.page import asset
+from gptjax.report.page import asset, json_for_html
 from gptjax.report.record import names_of, read_record, read_samples
 from tests.tiny import CONFIG, replace
 
@@ -119,8 +119,13 @@ def test_nothing_that_users_made_becomes_part_of_the_page(tmp_path):
     assert HOSTILE in hostile.text and hostile.data["runs"][0]["name"] == HOSTILE
 
 
+def test_data_in_a_page_has_no_signs_of_html():
+    text = json_for_html({HOSTILE: [HOSTILE, math.nan]})
+    assert not set("<>&") & set(text) and json.loads(text) == {HOSTILE: [HOSTILE, None]}
+
+
 def test_scripts_make_text_only_as_text():
-    for name in ("dom.js", "report.js"):
+    for name in ("dom.js", "report.js", "inspect.js"):
         code = asset(name).replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|Function\(|http", code), name
 
