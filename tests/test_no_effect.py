@@ -40,7 +40,7 @@ REQUIRED = {
     "PlanConfig": {"devices": 1, "chip": "h100"},
     "PartConfig": {"name": "a", "task": TaskConfig(kind="tag")},
 }
-TEXTS = dict.fromkeys(("rows", "loss", "metric"), "m:f") | {
+TEXTS = dict.fromkeys(("rows", "loss", "metric", "reward"), "m:f") | {
     "template": "{role}: {content}",
     "targets": ("mlp/w_in",),
     "name": "r50k_base",
@@ -52,6 +52,7 @@ MORE = [
     (Config, {"task": TaskConfig(kind="multi"), "parts": TWO_PARTS}),
     (Config, {"task": TaskConfig(kind="classify", multi_label=True)}),
     (Config, {"task": TaskConfig(kind="dpo"), "init_from": "b"}),
+    (Config, {"task": TaskConfig(kind="reinforce", reward="m:f"), "init_from": "b"}),
     (ClusterConfig, {"coordinator": "node:1", "num_processes": 2, "process_id": 0}),
     (SampleConfig, {"temperature": 0.0}),
     (SampleConfig, {"temperature": 0.0, "num_beams": 2}),

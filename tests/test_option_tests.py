@@ -132,6 +132,8 @@ ELSEWHERE = {
     ),
     "test_answers::test_windows_overlap_and_each_token_of_the_text_can_be_found": ("task.stride",),
     "test_answers::test_a_wrong_row_is_named": ("task.question_field", "task.answers_field", "task.no_answer"),
+    "test_reinforce::test_the_gradient_is_that_of_policy_gradient_and_kl": ("task.kl_weight",),
+    "test_reinforce::test_wrong_input_is_named": ("task.reward", "task.response_tokens", "task.group_size"),
     "test_finetune::test_several_tasks_share_a_model": ("task.kind", "task.validation_path"),
     "test_finetune::test_what_is_frozen_keeps_its_bits_and_what_learns_changes": (
         *("finetune.train", "finetune.top_k", "finetune.paths"),

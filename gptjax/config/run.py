@@ -510,11 +510,17 @@ class Config:
             no_effect("train", self.train, "sample_prompt", False, "a task that predicts tokens")
             if self.task.multi_label or self.task.loss or self.task.kind not in (*LABELLED, "answer"):
                 no_effect("train", self.train, "label_smoothing", False, "one label a text")
-        if self.task.kind == "dpo":
+        if self.task.kind == "reinforce" and self.train.batch_size % self.task.group_size:
+            raise UserError(
+                f"train.batch_size={self.train.batch_size} must be a multiple of task.group_size={self.task.group_size}"
+            )
+        if self.task.kind in ("dpo", "reinforce"):
             for name in ("z_loss", "label_smoothing"):
                 no_effect("train", self.train, name, False, "a task that predicts tokens or labels")
             if not self.init_from:
-                raise UserError("task.kind=dpo compares the model with the one it starts from; name it as init_from")
+                raise UserError(
+                    f"task.kind={self.task.kind} compares the model with the one it starts from; name it as init_from"
+                )
         if self.finetune.train != "all" and not self.init_from:
             raise UserError(
                 f"finetune.train={self.finetune.train} would freeze parameters that were drawn at random; name the run"

@@ -11,11 +11,13 @@ LABELLED = ("classify", "tag")
 """Tasks whose head names labels."""
 WHOLE_TEXTS = ("classify", "regress", "choose", "reward")
 """Tasks whose head reads whole texts, pairs or candidates."""
-PADDED = (*WHOLE_TEXTS, "answer", "dpo")
+PADDED = (*WHOLE_TEXTS, "answer", "dpo", "reinforce")
 """Tasks whose sequences are padded at their end; those of the others are packed."""
 SEVERAL = ("choose", "reward", "dpo")
 """Tasks whose rows are several sequences."""
-TEMPLATED = ("instruct", "reward", "dpo")
+CHATS = ("instruct", "dpo", "reinforce")
+"""Tasks that learn to respond to prompts."""
+TEMPLATED = ("instruct", "reward", "dpo", "reinforce")
 """Tasks that write prompts and responses by `task.template`."""
 HEADED = (*WHOLE_TEXTS, "tag", "answer")
 """Tasks with a head of their own."""
@@ -64,12 +66,13 @@ class TaskConfig:
     """What the model is trained to do."""
 
     kind: Literal[
-        "pretrain", "classify", "regress", "choose", "tag", "answer", "instruct", "reward", "dpo", "multi"
+        "pretrain", "classify", "regress", "choose", "tag", "answer", "instruct", "reward", "dpo", "reinforce", "multi"
     ] = "pretrain"
     """pretrain: the next token; classify: a text's label; regress: a text's number or numbers; choose: the right one of
     several candidates; tag: a label for each word; answer: the part of a text that answers a question; instruct:
     responses to prompts; reward: a score for responses, from pairs of which one was preferred; dpo: to prefer such
-    responses (arXiv:2305.18290); multi: the tasks in `parts`."""
+    responses (arXiv:2305.18290); reinforce: responses that a function of yours rewards (arXiv:2402.03300); multi: the
+    tasks in `parts`."""
     validation_path: tuple[str, ...] = ()
     """Labelled files for validation; none: data.validation_fraction of the rows, chosen by hash."""
     label_field: str = "label"
@@ -89,7 +92,7 @@ class TaskConfig:
     tags_field: str = "tags"
     """Field of tag's labels, one for each word."""
     prompt_field: str = "prompt"
-    """Field of the prompt of instruct, reward and dpo."""
+    """Field of the prompt of instruct, reward, dpo and reinforce."""
     response_field: str = "response"
     """Field of instruct's response, and of the response that a reward model scores."""
     chosen_field: str = "chosen"
@@ -109,7 +112,7 @@ class TaskConfig:
     messages_field: str = "messages"
     """Field of instruct's chat, a list of {role, content}; where a row has it, prompt and response are not read."""
     template: str = "### {role}\n{content}\n\n"
-    """Text of one message of instruct, reward and dpo; a prompt has role user, a response role assistant."""
+    """Text of one message of instruct, reward, dpo and reinforce; a prompt has role user, a response role assistant."""
     labels: tuple[str, ...] = ()
     """Labels in the order of the head's outputs; none: those of the training rows, sorted."""
     multi_label: bool = False
@@ -128,6 +131,15 @@ class TaskConfig:
     """balanced: every class of classify has the same weight in the loss, however rare."""
     lookahead: int = 0
     """Tokens after a word that tag reads before it predicts the word's label; attention is causal."""
+    reward: str = ""
+    """Function of yours that reinforce learns to please, as module:function: of a row and a response, a dict and a
+    text, it makes a number."""
+    group_size: int = 8
+    """Responses that reinforce samples to each prompt and compares."""
+    response_tokens: int = 64
+    """Longest response that reinforce samples."""
+    kl_weight: float = 0.04
+    """Weight of the KL divergence from the model of init_from in reinforce; 0: the model may go anywhere."""
     metric: str = ""
     """Function of yours that scores predictions, as module:function: of predicted values and true ones, both lists, it
     makes a number or a dict of numbers. The module is searched in the current folder too."""
@@ -143,9 +155,16 @@ class TaskConfig:
     """Share of a training text's tokens that classify and regress swap with the next one at random."""
 
     def __post_init__(self):
-        not_negative("task", self, "max_tokens", "lookahead", "lm_weight", "stride")
-        for name in ("metric", "loss", "rows"):
+        not_negative("task", self, "max_tokens", "lookahead", "lm_weight", "stride", "kl_weight")
+        positive("task", self, "response_tokens")
+        for name in ("metric", "loss", "rows", "reward"):
             import_path("task", self, name)
+        if self.kind == "reinforce" and not self.reward:
+            raise UserError(
+                "task.reward is missing; name a function of a row and a response, such as my_file:my_reward"
+            )
+        if self.group_size < 2:
+            raise UserError(f"task.group_size={self.group_size} must be at least 2: responses are compared")
         if self.beta <= 0:
             raise UserError(f"task.beta={self.beta} must be above 0")
         fraction("task", self, "augment_delete", "augment_swap")
@@ -157,6 +176,7 @@ class TaskConfig:
             ("tag",): ("tokens_field", "tags_field", "lookahead"),
             ("instruct",): ("messages_field",),
             ("dpo",): ("beta",),
+            ("reinforce",): ("reward", "group_size", "response_tokens", "kl_weight"),
             ("answer",): ("question_field", "answers_field", "stride", "no_answer"),
             ("instruct", "reward"): ("response_field",),
             ("reward", "dpo"): ("chosen_field", "rejected_field"),
@@ -169,7 +189,7 @@ class TaskConfig:
             HEADED: ("lm_weight",),
             (*texts, "choose", "tag"): ("loss",),
             (*texts, "choose", "tag", "answer"): ("metric",),
-            (*HEADED, "instruct", "dpo"): ("validation_path", "max_tokens", "rows"),
+            (*HEADED, "instruct", "dpo", "reinforce"): ("validation_path", "max_tokens", "rows"),
         }.items():
             for name in names:
                 no_effect("task", self, name, self.kind in kinds, f"task.kind={_either(kinds)}")

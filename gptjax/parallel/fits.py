@@ -33,6 +33,8 @@ def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
                 f"{name} must be a multiple of {2 * size['context']}, two chunks for each of"
                 f" mesh.context={size['context']} devices"
             )
+    if config.task.kind == "reinforce" and jax.process_count() > 1:
+        raise UserError("task.kind=reinforce samples on one device and runs in one process; start a single one")
     if size["stage"] > 1:
         _check_stages(config, f"mesh.stage={size['stage']}", model.n_layer // size["stage"])
 

@@ -7,7 +7,7 @@ import jax
 
 from gptjax.batches.packed import PackedSequences, encode_chats
 from gptjax.config.run import Config, DataConfig
-from gptjax.config.task import TaskConfig
+from gptjax.config.task import CHATS, TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.loss import Evaluation, make_eval_step, measure
 from gptjax.model.gpt import Compute
@@ -70,7 +70,7 @@ def chat_template(config: Config) -> str | None:
     Raises:
         UserError: It has chats of several templates.
     """
-    templates = {part.task.template for part in parts_of(config).values() if part.task.kind in ("instruct", "dpo")}
+    templates = {part.task.template for part in parts_of(config).values() if part.task.kind in CHATS}
     if len(templates) > 1:
         raise UserError("the run has chats of several templates; write the prompt in one of them and add --raw")
     return templates.pop() if templates else None

@@ -16,7 +16,7 @@ from gptjax.model.gpt import Compute, states_and_extras
 from gptjax.model.loss import extra_weights, inputs_of
 from gptjax.ops.cross_entropy import Loss, with_extras
 from gptjax.report.progress import say
-from gptjax.tasks import answer, choose, classify, dpo, instruct, pretrain, regress, reward, tag
+from gptjax.tasks import answer, choose, classify, dpo, instruct, pretrain, regress, reinforce, reward, tag
 from gptjax.tasks.functions import call_function
 from gptjax.tasks.heads import flat, with_learned_tokens
 from gptjax.tasks.multi import combine, combined_loss, parts_of
@@ -39,6 +39,7 @@ TASKS: dict[str, Kind] = {
     "instruct": instruct.KIND,
     "reward": reward.KIND,
     "dpo": dpo.KIND,
+    "reinforce": reinforce.KIND,
 }
 """By `task.kind`; `multi` is made of these."""
 

@@ -20,6 +20,7 @@ from gptjax.evaluation.loss import Evaluation, MixtureEvaluation
 from gptjax.evaluation.metric import ScoresWithMetric
 from gptjax.evaluation.numbers import NumberScores
 from gptjax.evaluation.preferences import PreferenceScores
+from gptjax.evaluation.rewards import RewardScores
 from gptjax.model.gpt import Compute
 from gptjax.ops.cross_entropy import Loss
 from gptjax.text.labelled import Examples, ParseRow
@@ -34,6 +35,7 @@ Scores = (
     | ChoiceScores
     | AnswerScores
     | PreferenceScores
+    | RewardScores
     | ScoresWithMetric
     | MultiScores
 )
@@ -71,6 +73,8 @@ class Task:
     """Log lines about the examples."""
     evaluation_batches: int = 0
     """Batches of an evaluation; 0: unknown."""
+    follow: Callable[[dict], None] | None = None
+    """Takes the model's parameters before each batch is made; None: batches do not depend on them."""
     measured_on: str = ""
     """Identity of the validation data: only losses and scores on the same data can be compared."""
 

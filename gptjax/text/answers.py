@@ -56,12 +56,14 @@ def _answers(value: Any, row: Row, task: TaskConfig) -> list[tuple[str, int | No
         items = [value] if isinstance(value, str) else value
         items = items if isinstance(items, (list, tuple)) else [None]
         pairs = [(i.get("text"), i.get("answer_start")) if isinstance(i, dict) else (i, None) for i in items]
+    checked: list[tuple[str, int | None]] = []
     for text, start in pairs:
         if not isinstance(text, str) or not text or not (start is None or isinstance(start, int)):
             raise UserError(
                 f"{row.where}: field {task.answers_field!r} must be text, or have text and answer_start as SQuAD's rows"
             )
-    return pairs
+        checked.append((text, start))
+    return checked
 
 
 def _place(answer: str, start: int | None, text: str, row: Row, task: TaskConfig, data: DataConfig) -> int:

@@ -25,6 +25,7 @@ from gptjax.report.progress import say, silence_output
 from gptjax.report.record import SAMPLES_FILE, read_record
 from gptjax.tasks.instruct import chat_template
 from gptjax.tasks.task import Scores
+from gptjax.tasks.trainable import join
 from gptjax.text.chats import USER, Message, render_prompt
 from gptjax.training import selftest
 from gptjax.training.divergence import write_dump
@@ -85,6 +86,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
             say(finished)
             _write_report(parts)
     batches = device_batches(parts, first, options.num_steps)
+    _follow(parts, state)
     batch = next(batches)
     step_program = _program(parts, state, batch, programs)
     facts = _describe(parts, state, step_program)
@@ -106,6 +108,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
             in_flight.add(metrics["loss"])
             if step != options.num_steps:
                 with log.data_wait():
+                    _follow(parts, state)
                     batch = next(batches)
             log.flush()
             in_flight.wait()
@@ -203,8 +206,15 @@ def device_batches(parts: Parts, first: int, stop: int) -> Generator[Any]:
         batch = parts.task.windows.batch(step, options.batch_size, rows)
         return jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
 
-    for batch in prefetch(make, first, stop):
+    steps = range(first, stop)
+    for batch in prefetch(make, first, stop) if parts.task.follow is None else map(make, steps):
         yield put_rows(batch, sharding, options.micro_batch)
+
+
+def _follow(parts: Parts, state: TrainState) -> None:
+    """Gives the parameters to batches that are sampled from the model."""
+    if parts.task.follow is not None:
+        parts.task.follow(join(state.params, state.frozen))
 
 
 def _save(parts: Parts, state: TrainState, loop: Loop, scores: Scores | None, log: Log) -> None:

@@ -40,6 +40,7 @@ from gptjax.tasks.multi import parts_of
 from gptjax.tasks.pretrain import bytes_per_token, mixture_stages
 from gptjax.tasks.registry import TASKS, parse, read_examples
 from gptjax.tasks.regress import check_count
+from gptjax.tasks.reinforce import measure_rewards
 from gptjax.text.counts import counted
 from gptjax.text.labelled import check_labels, read_data_rows
 from gptjax.text.mixture import prepare_sources
@@ -120,6 +121,9 @@ def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
     for option, value in (("windows", options.windows), ("stride", options.stride)):
         if value:
             raise UserError(f"{option}={value} has no effect: task.kind={kind} is measured on every row")
+    if kind == "reinforce":
+        examples = _examples(run.config, options.data if _given(options) else None)
+        return f"{measure_rewards(run.config, run.params, tokenizer, examples)} · {len(examples):,} prompts"
     if kind == "dpo":
         return _evaluate_preferences(run, tokenizer, options, notify)
     return (

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax.checkpoints.run_dir import LoadedRun, load_run
+from gptjax.config.task import CHATS
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import Sample, samples
@@ -74,7 +75,7 @@ def prompt_template(run: LoadedRun, raw: bool, where: str) -> str | None:
     Raises:
         UserError: `raw` has no effect, or the run has chats of several templates.
     """
-    if raw and not any(part.task.kind in ("instruct", "dpo") for part in parts_of(run.config).values()):
+    if raw and not any(part.task.kind in CHATS for part in parts_of(run.config).values()):
         raise UserError(f"raw=True has no effect: {where} has task.kind={run.config.task.kind}, which has no template")
     return None if raw else chat_template(run.config)
 
