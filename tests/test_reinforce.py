@@ -79,10 +79,11 @@ def test_the_gradient_is_that_of_policy_gradient_and_kl(kl_weight):
 
 
 def test_wrong_input_is_named(folder):
+    task = task_of(folder, "nothing", response_tokens=4, group_size=4)
     [long, short] = parse([Row({"prompt": "x" * 30}, "r:1"), Row({"prompt": "x"}, "r:2")], task_of(folder, "nothing"),
                           DataConfig())  # fmt: skip
     config = Config(
-        model=dataclasses.replace(MODEL, block_size=32), task=task_of(folder, "nothing"), init_from="b",
+        model=dataclasses.replace(MODEL, block_size=32), task=task, init_from="b",
         train=dataclasses.replace(Config().train, batch_size=8),
     )  # fmt: skip
     with pytest.raises(
@@ -94,7 +95,7 @@ def test_wrong_input_is_named(folder):
     with pytest.raises(UserError, match=r"train.batch_size=6 must be a multiple of task.group_size=4"):
         replace(config, train={"batch_size": 6})
     with pytest.raises(UserError, match=r"task.reward is missing"):
-        TaskConfig(kind="reinforce")
+        TaskConfig(kind="reinforce", reward="")
     found = rewards_of(task_of(folder, "length"), [short] * 2, [np.array([65, BYTES.end_of_text]), np.array([65] * 3)],
                        BYTES)  # fmt: skip
     assert found.tolist() == [1.0, 3.0], "the end of the text is no part of the response"
