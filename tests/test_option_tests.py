@@ -134,6 +134,9 @@ ELSEWHERE = {
     "test_answers::test_a_wrong_row_is_named": ("task.question_field", "task.answers_field", "task.no_answer"),
     "test_reinforce::test_the_gradient_is_that_of_policy_gradient_and_kl": ("task.kl_weight",),
     "test_reinforce::test_wrong_input_is_named": ("task.reward", "task.response_tokens", "task.group_size"),
+    "test_small_data::test_synonyms_replace_words_of_training_texts": ("task.synonyms", "task.augment_synonyms"),
+    "test_small_data::test_every_row_is_validated_in_one_fold": ("task.folds", "task.fold"),
+    "test_small_data::test_the_rate_is_a_share_of_that_of_the_base": ("finetune.base_rate",),
     "test_finetune::test_several_tasks_share_a_model": ("task.kind", "task.validation_path"),
     "test_finetune::test_what_is_frozen_keeps_its_bits_and_what_learns_changes": (
         *("finetune.train", "finetune.top_k", "finetune.paths"),

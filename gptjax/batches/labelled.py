@@ -5,7 +5,7 @@ Shape suffixes: B texts in a batch, T position, N labels.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -268,6 +268,8 @@ class TextBatches:
     texts: Encoded
     task: TaskConfig
     seed: int
+    rewrite: Callable[[int, np.random.Generator], np.ndarray] | None = None
+    """Makes other ids of the text of a number; None: texts stay as they are."""
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -282,9 +284,7 @@ class TextBatches:
     def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Any:
         """Returns rows of the batch of `step`, from 0. All rows are made, since the longest one sets the width."""
         draws, numbers = self._rows(step, batch_size)
-        tokens = [
-            self._augmented(self.texts.tokens[n], d) for d, n in zip(draws.tolist(), numbers.tolist(), strict=True)
-        ]
+        tokens = [self._augmented(self._ids(n, d), d) for d, n in zip(draws.tolist(), numbers.tolist(), strict=True)]
         return take_rows(self.texts.batch(numbers, tokens, self._weights[numbers]), rows)
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
@@ -320,6 +320,11 @@ class TextBatches:
             return np.ones(len(self.texts.targets))
         counts = np.bincount(self.texts.targets)
         return (len(self.texts.targets) / len(counts) / counts)[self.texts.targets]
+
+    def _ids(self, number: int, draw: int) -> Any:
+        if self.rewrite is None:
+            return self.texts.tokens[number]
+        return self.rewrite(number, np.random.default_rng((self.seed, 3, draw)))
 
     def _augmented(self, ids: np.ndarray, draw: int) -> np.ndarray:
         """Deletes and swaps tokens between the first and the last one; follows from the seed and the draw."""

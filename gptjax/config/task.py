@@ -75,6 +75,10 @@ class TaskConfig:
     tasks in `parts`."""
     validation_path: tuple[str, ...] = ()
     """Labelled files for validation; none: data.validation_fraction of the rows, chosen by hash."""
+    folds: int = 0
+    """Split the rows into this many folds by a hash of their text, for cross-validation; 0: none."""
+    fold: int = 0
+    """The fold that is held out for validation, from 0."""
     label_field: str = "label"
     """Field of the label. classify: a list for several labels a text; regress: a number or a list of numbers; choose:
     the number of the right candidate, from 0, or its text."""
@@ -149,6 +153,11 @@ class TaskConfig:
     rows: str = ""
     """Function of yours, as module:function, that each row passes first: of a dict it makes a dict, or None to leave
     the row out."""
+    synonyms: str = ""
+    """File of words with the same meaning, those of a line separated by tabs, for augment_synonyms."""
+    augment_synonyms: float = 0.0
+    """Share of a training text's words in task.synonyms that classify and regress replace by another of the line
+    (arXiv:1901.11196)."""
     augment_delete: float = 0.0
     """Share of a training text's tokens that classify and regress drop at random (arXiv:1901.11196)."""
     augment_swap: float = 0.0
@@ -167,7 +176,8 @@ class TaskConfig:
             raise UserError(f"task.group_size={self.group_size} must be at least 2: responses are compared")
         if self.beta <= 0:
             raise UserError(f"task.beta={self.beta} must be above 0")
-        fraction("task", self, "augment_delete", "augment_swap")
+        fraction("task", self, "augment_delete", "augment_swap", "augment_synonyms")
+        not_negative("task", self, "folds", "fold")
         texts = ("classify", "regress")
         for kinds, names in {
             ("classify",): ("multi_label", "class_weights"),
@@ -181,7 +191,7 @@ class TaskConfig:
             ("instruct", "reward"): ("response_field",),
             ("reward", "dpo"): ("chosen_field", "rejected_field"),
             TEMPLATED: ("prompt_field", "template"),
-            texts: ("second_field", "augment_delete", "augment_swap"),
+            texts: ("second_field", "augment_delete", "augment_swap", "augment_synonyms"),
             LABELLED: ("labels",),
             (*texts, "choose"): ("label_field",),
             (*texts, "choose", "answer"): ("delimiters",),
@@ -189,14 +199,23 @@ class TaskConfig:
             HEADED: ("lm_weight",),
             (*texts, "choose", "tag"): ("loss",),
             (*texts, "choose", "tag", "answer"): ("metric",),
-            (*HEADED, "instruct", "dpo", "reinforce"): ("validation_path", "max_tokens", "rows"),
+            (*HEADED, "instruct", "dpo", "reinforce"): ("validation_path", "max_tokens", "rows", "folds"),
         }.items():
             for name in names:
                 no_effect("task", self, name, self.kind in kinds, f"task.kind={_either(kinds)}")
         no_effect("task", self, "both_orders", bool(self.second_field), "task.second_field")
-        if self.second_field and (self.augment_delete or self.augment_swap):
+        no_effect("task", self, "fold", self.folds > 0, "task.folds")
+        no_effect("task", self, "synonyms", self.augment_synonyms > 0, "task.augment_synonyms")
+        if self.augment_synonyms and not self.synonyms:
+            raise UserError(f"task.augment_synonyms={self.augment_synonyms} needs a file: set task.synonyms")
+        if self.folds and (self.folds < 2 or self.validation_path or not 0 <= self.fold < self.folds):
             raise UserError(
-                "task.augment_delete and task.augment_swap could move the delimiter of a pair; leave them out with"
+                f"task.folds={self.folds} must be at least 2, task.fold={self.fold} below it, and task.validation_path"
+                " empty"
+            )
+        if self.second_field and (self.augment_delete or self.augment_swap or self.augment_synonyms):
+            raise UserError(
+                "task.augment_delete, augment_swap and augment_synonyms are for rows of one text; leave them out with"
                 f" task.second_field={self.second_field!r}"
             )
         if len(self.means) != len(self.deviations) or any(value <= 0 for value in self.deviations):
@@ -228,12 +247,14 @@ class FinetuneConfig:
     """Regular expressions that train=paths searches in parameter names, such as 'norm_' or 'blocks/mlp'."""
     layer_decay: float = 1.0
     """Factor of a block's learning rate relative to the block above it (arXiv:1801.06146, section 3.2)."""
+    base_rate: float = 0.0
+    """Peak learning rate as a share of the one that the run of init_from had, such as 0.1; 0: optim.learning_rate."""
     head_learning_rate: float = 0.0
     """Peak learning rate of heads; 0: optim.learning_rate."""
 
     def __post_init__(self):
         positive("finetune", self, "top_k")
-        not_negative("finetune", self, "head_learning_rate")
+        not_negative("finetune", self, "head_learning_rate", "base_rate")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"finetune.layer_decay={self.layer_decay} must lie in (0, 1]")
         no_effect("finetune", self, "top_k", self.train == "top", "finetune.train=top")

@@ -17,7 +17,7 @@ from gptjax.model.gpt import Compute
 from gptjax.tasks.functions import with_metric
 from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
 from gptjax.tasks.task import Compile, Kind, Source, Task, hash_encoded, longest
-from gptjax.tasks.texts import encode_examples
+from gptjax.tasks.texts import encode_examples, make_rewrite
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Text, is_missing, label_name, text_and_second
 from gptjax.text.tokenizer import Tokenizer
@@ -28,7 +28,8 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
     tokenizer, examples = source.tokenizer, source.examples[name]
     task = config.task
     train, validation = (_encode(config, tokenizer, side) for side in (examples.train, examples.validation))
-    windows = TextBatches(train, task, config.seed)
+    rewrite = make_rewrite(config, tokenizer, examples.train)
+    windows = TextBatches(train, config.task, config.seed, rewrite)
     predict = compiled(make_predict(config.model, task, name, compute))
 
     def evaluate(params: dict, sharding: jax.sharding.Sharding) -> LabelScores | ScoresWithMetric:

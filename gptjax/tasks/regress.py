@@ -21,7 +21,7 @@ from gptjax.tasks.classify import plain_text
 from gptjax.tasks.functions import with_metric
 from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
 from gptjax.tasks.task import Compile, Kind, Source, Task, hash_encoded, longest
-from gptjax.tasks.texts import encode_examples
+from gptjax.tasks.texts import encode_examples, make_rewrite
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Examples, Numbers, text_and_second
 from gptjax.text.tokenizer import Tokenizer
@@ -33,7 +33,8 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
     """See `task.Kind`."""
     examples = source.examples[name]
     train, validation = (_encode(config, source.tokenizer, side) for side in (examples.train, examples.validation))
-    windows = TextBatches(train, config.task, config.seed)
+    rewrite = make_rewrite(config, source.tokenizer, examples.train)
+    windows = TextBatches(train, config.task, config.seed, rewrite)
     predict = compiled(make_predict(config.model, config.task, name, compute))
 
     def evaluate(params: dict, sharding: jax.sharding.Sharding) -> NumberScores | ScoresWithMetric:

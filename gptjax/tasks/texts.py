@@ -1,6 +1,6 @@
 """Texts, pairs and candidates as token sequences of a task."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from gptjax.config.run import Config
 from gptjax.tasks.heads import learned_marks
 from gptjax.tasks.task import longest
 from gptjax.text.labelled import Choice, Numbers, Text
+from gptjax.text.replace import read_synonyms, replace_words
 from gptjax.text.tokenizer import Tokenizer
 
 
@@ -28,6 +29,27 @@ def encode_examples(
         return TextSet(tokens, targets, cut, room)
     turned, cut_too = encode_rows([row[::-1] for row in rows], tokenizer, marks, room)
     return CandidateSet(list(zip(tokens, turned, strict=True)), targets, cut | cut_too, room, 2)
+
+
+def make_rewrite(
+    config: Config, tokenizer: Tokenizer, examples: Sequence[Text | Numbers]
+) -> Callable[[int, np.random.Generator], np.ndarray] | None:
+    """Returns a function that encodes a training text with words replaced by synonyms; None: none are given.
+
+    Raises:
+        UserError: The file of synonyms cannot be read.
+    """
+    share = config.task.augment_synonyms
+    if not share:
+        return None
+    synonyms, marks = read_synonyms(config.task.synonyms), marks_of(config, tokenizer)
+
+    def rewrite(number: int, random: np.random.Generator) -> np.ndarray:
+        text = replace_words(examples[number].text, synonyms, share, random)
+        [ids], _ = encode_rows([(text,)], tokenizer, marks, longest(config))
+        return ids
+
+    return rewrite
 
 
 def encode_choices(config: Config, tokenizer: Tokenizer, examples: Sequence[Choice]) -> CandidateSet:

@@ -109,7 +109,7 @@ def read_examples(parse_row: ParseRow, task: TaskConfig, data: DataConfig) -> Ex
         rows = read_rows(task.validation_path, "task.validation_path", data, counts)
         train, validation = examples, list(parse_rows(parse_row, rows, task, data, counts=counts))
     else:
-        held_out = [hash_text(example) < data.validation_fraction * 2**64 for example in examples]
+        held_out = [_is_held_out(hash_text(example), task, data) for example in examples]
         train = [example for example, held in zip(examples, held_out, strict=True) if not held]
         validation = [example for example, held in zip(examples, held_out, strict=True) if held]
     notes = tuple(counted(counts))
@@ -182,6 +182,11 @@ def check_labels(example: Text | Words, labels: Sequence[str]) -> None:
 def hash_text(example: Example) -> int:
     """What decides on which side of the split an example is: equal texts are on the same, whatever their labels."""
     return xxhash.xxh3_64_intdigest(json.dumps(example[0]).encode())
+
+
+def _is_held_out(number: int, task: TaskConfig, data: DataConfig) -> bool:
+    """Whether an example with this hash is for validation."""
+    return number % task.folds == task.fold if task.folds else number < data.validation_fraction * 2**64
 
 
 def _label_names(task: TaskConfig, train: Sequence[Text | Words], notes: Sequence[str]) -> tuple[str, ...]:

@@ -241,6 +241,7 @@ def _resolve(config: Config, source: Source, base: LoadedRun | None) -> Config:
                 f" tokenizer ({base.config.tokenizer.kind}) is used; leave the tokenizer's options out"
             )
         config = dataclasses.replace(config, model=_base_shape(config, base), tokenizer=base.config.tokenizer)
+        config = with_base_rate(config, base.config.optim.learning_rate)
     elif config.model.vocab_size == 0:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     if config.model.vocab_size < vocab_size:
@@ -262,6 +263,18 @@ def _resolve(config: Config, source: Source, base: LoadedRun | None) -> Config:
         train = dataclasses.replace(config.train, sample_prompt=_sample_prompt(config, source.tokenizer))
         config = dataclasses.replace(config, train=train)
     return config
+
+
+def with_base_rate(config: Config, rate_of_base: float) -> Config:
+    """Turns `finetune.base_rate` into `optim.learning_rate`, and prints it."""
+    share = config.finetune.base_rate
+    if not share:
+        return config
+    rate = share * rate_of_base
+    say(f"rate        {rate:.3g} = finetune.base_rate {share:g} x {rate_of_base:.3g} of {config.init_from}")
+    least = min(config.optim.min_learning_rate, rate / 10)
+    optim = dataclasses.replace(config.optim, learning_rate=rate, min_learning_rate=least)
+    return dataclasses.replace(config, optim=optim, finetune=dataclasses.replace(config.finetune, base_rate=0.0))
 
 
 def _sample_prompt(config: Config, tokenizer: Tokenizer) -> str:
