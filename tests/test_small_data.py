@@ -75,5 +75,5 @@ def test_the_rate_is_a_share_of_that_of_the_base(capsys):
     assert "rate        0.0002 = finetune.base_rate 0.1 x 0.002 of b" in capsys.readouterr().out
     assert found.finetune.base_rate == 0.0, "a run that resumes has the rate itself"
     assert with_base_rate(found, 1.0) == found
-    with pytest.raises(UserError, match=r"optim.learning_rate=0.5 and finetune.base_rate=0.1 both set"):
+    with pytest.raises(UserError, match=r"optim.learning_rate=0.5 and finetune.base_rate=0.1 both set the"):
         Config(init_from="b", finetune=FinetuneConfig(base_rate=0.1), optim=OptimConfig(learning_rate=0.5))

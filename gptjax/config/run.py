@@ -538,7 +538,7 @@ class Config:
         no_effect("finetune", self.finetune, "base_rate", bool(self.init_from), "init_from")
         if self.finetune.base_rate and self.optim.learning_rate != OptimConfig.learning_rate:
             raise UserError(
-                f"optim.learning_rate={self.optim.learning_rate} and finetune.base_rate={self.finetune.base_rate} both set"
-                " the learning rate; leave one out"
+                f"optim.learning_rate={self.optim.learning_rate} and finetune.base_rate={self.finetune.base_rate} both"
+                " set the learning rate; leave one out"
             )
         no_effect("finetune", self.finetune, "head_learning_rate", labelled, "a task.kind with a head")
