@@ -50,7 +50,7 @@ def predict_run(options: PredictConfig, notify: Callable[[str], None] = print) -
     run, name = one_task(run, options.part, options.run_dir)
     task = run.config.task
     if TASKS[task.kind].predict is None:
-        raise UserError(f"{options.run_dir}: has task.kind={task.kind}, which predicts nothing; use gptjax sample")
+        raise UserError(f"{options.run_dir}: has task.kind={task.kind}, which has no labels; use gptjax sample")
     data = _data_config(run.config.data, options, task)
     counts: Counter[str] = Counter()
     rows = read_rows([options.file], "file", data, counts) if options.file else _given_rows(options.text, task, data)
