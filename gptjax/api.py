@@ -33,7 +33,7 @@ from gptjax.tasks.registry import TASKS, parse
 from gptjax.text.formats import Row
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.verbs.evaluate import one_task, predict_labels
-from gptjax.verbs.sample import in_template, prompt_template
+from gptjax.verbs.sample import check_continues, in_template, prompt_template, write_targets
 from gptjax.verbs.train import run_train
 
 WIDTHS = 64
@@ -129,7 +129,8 @@ class Model:
         return np.concatenate([np.array(start, np.int32), self.tokenizer.encode(text)])
 
     def logits(self, texts: Texts | Ids) -> np.ndarray | list[np.ndarray]:
-        """Float32 logits `[T, V]` of the token after each one; of several texts a list.
+        """Float32 logits `[T, V]` of the token after each one, or of what the run's objective predicts there; of
+        several texts a list.
 
         Raises:
             UserError: A text is longer than the context, or empty.
@@ -159,7 +160,12 @@ class Model:
         return vectors_ND[0] if one else vectors_ND
 
     def loss(self, texts: Texts | Ids) -> float | list[float]:
-        """Mean negative log-likelihood of the tokens of each text in nats, the first token left out."""
+        """Mean negative log-likelihood of the tokens of each text in nats, the first token left out.
+
+        Raises:
+            UserError: The run does not predict the next token.
+        """
+        check_continues(self.config, "this run")
         one, rows = self._rows(texts)
         found = []
         for ids, logits_BTV in self._each(_logits, rows):
@@ -184,11 +190,17 @@ class Model:
             UserError: An option or a prompt is wrong.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_continues(self.config, "this run")
         config = from_dict(SampleConfig, options, "generate()")
+        if self.config.model.encoder_layers:
+            return [[text] for text in write_targets(self.run, self.tokenizer, prompts, config)]
         template = prompt_template(self.run, config.raw, "this run")
         prompts, at_start = in_template(prompts, template), template is not None
         return sample_texts(
-            self.config.model, self.params, self.tokenizer, prompts, config, at_start=at_start, notify=notify
+            *(self.config.model, self.params, self.tokenizer, prompts, config),
+            at_start=at_start,
+            prefix=self.config.task.objective.kind == "prefix",
+            notify=notify,
         )
 
     def predict(self, texts: Texts | Sequence[dict[str, Any]], part: str = "") -> list[dict[str, Any]]:
@@ -214,6 +226,8 @@ class Model:
 
     def _rows(self, texts: Texts | Ids) -> tuple[bool, list[np.ndarray]]:
         """Whether a single text was given, and the ids of each."""
+        if self.config.model.encoder_layers:
+            raise UserError("model.encoder_layers: logits and states need a source and a target; use generate")
         if isinstance(texts, str):
             return True, [self._checked(self.tokens(texts))]
         if isinstance(texts, np.ndarray) or (len(texts) and isinstance(texts[0], (int, np.integer))):
@@ -233,6 +247,8 @@ class Model:
         model, compute = self.config.model, Compute(self.compute_dtype, unroll=1)
         for ids in rows:
             width = min(model.block_size, -(-len(ids) // WIDTHS) * WIDTHS)
+            if model.bidirectional:  # it would attend to padding
+                width = len(ids)
             tokens_1T = np.zeros((1, width), np.int32)
             tokens_1T[0, : len(ids)] = ids
             yield ids, np.asarray(function(model, compute, self.params, tokens_1T))

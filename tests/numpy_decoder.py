@@ -24,8 +24,9 @@ ACTIVATIONS = {
 
 
 class NumpyDecoder:
-    def __init__(self, config, params):
-        self.c = config
+    def __init__(self, config, params, prefix=0):
+        """`prefix`: so many tokens are visible to all."""
+        self.c, self.prefix = config, prefix
         self.p = {}
         self._flatten("", params)
 
@@ -157,12 +158,13 @@ class NumpyDecoder:
             for t in range(T):
                 for s in range(T):
                     window = c.attention_window if kind == "local" else 0
-                    if s > t or (window and s <= t - window):
+                    hidden = s > t and s >= self.prefix and not c.bidirectional
+                    if hidden or (window and abs(t - s) >= window):
                         scores[t, s] = -np.inf
                     elif c.positions == "alibi":
-                        scores[t, s] -= (t - s) * 2.0 ** (-8.0 * (head + 1) / H)
+                        scores[t, s] -= abs(t - s) * 2.0 ** (-8.0 * (head + 1) / H)
                     elif c.positions == "t5":
-                        scores[t, s] += self.get("blocks/attn/distances", layer)[bucket(t - s), head]
+                        scores[t, s] += self.get("blocks/attn/distances", layer)[bucket(t - s, c.bidirectional), head]
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             y[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, g]
         out = y.reshape(T, H * C) @ self.get("blocks/attn/w_out", layer)
@@ -186,8 +188,14 @@ class NumpyDecoder:
         return y
 
 
-def bucket(distance):
-    """T5's bucket of a causal distance: 16 exact ones, then 16 logarithmic ones up to 128."""
-    if distance < 16:
+def bucket(distance, bidirectional):
+    """T5's bucket of a distance: the first half exact, then logarithmic ones up to 128; both ways: half for each."""
+    if bidirectional and distance < 0:
+        return 16 + bucket_of(-distance, 8)
+    return bucket_of(max(0, distance), 8 if bidirectional else 16)
+
+
+def bucket_of(distance, exact):
+    if distance < exact:
         return distance
-    return min(31, 16 + int(math.log(distance / 16) / math.log(128 / 16) * 16))
+    return min(2 * exact - 1, exact + int(math.log(distance / exact) / math.log(128 / exact) * exact))

@@ -93,6 +93,20 @@ def test_logits_are_those_of_numpy(name):
         np.testing.assert_allclose(row, expected, atol=2e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "sandwich, soft caps, local and full", "alibi", "t5"])
+def test_whole_texts_and_prefixes_are_those_of_numpy(name, bidirectional):
+    config = dataclasses.replace(config_of(name), bidirectional=bidirectional)
+    params = params_of(config)
+    ahead = None if bidirectional else jnp.broadcast_to(jnp.arange(24) < 9, (2, 24))
+    x_BTD = jax.jit(gpt.hidden_states, static_argnums=0)(config, params, TOKENS, POSITIONS_BT, ahead_BT=ahead)
+    actual = gpt.logits(config, params, x_BTD)
+    reference = NumpyDecoder(config, params, prefix=9)
+    for row, tokens in zip(actual, TOKENS, strict=True):
+        expected = reference.logits(tokens)
+        np.testing.assert_allclose(row, expected, atol=2e-4 * np.abs(expected).max())
+
+
 @every_variant
 def test_documents_packed_together_are_those_alone(name):
     config = config_of(name)

@@ -49,6 +49,7 @@ TEXTS = dict.fromkeys(("rows", "loss", "metric", "reward"), "m:f") | {
 TWO_PARTS = tuple(PartConfig(name=name, task=TaskConfig(kind="tag")) for name in "ab")
 # Configs that one change of one field does not reach.
 MORE = [
+    (Config, {"task": TaskConfig(kind="seq2seq"), "model": ModelConfig(encoder_layers=1)}),
     (Config, {"task": TaskConfig(kind="multi"), "parts": TWO_PARTS}),
     (Config, {"task": TaskConfig(kind="classify", multi_label=True)}),
     (Config, {"task": TaskConfig(kind="dpo"), "init_from": "b"}),

@@ -153,6 +153,18 @@ ELSEWHERE = {
     ),
     "test_sinks::test_the_options_turn_sinks_on": ("log.tensorboard", "log.wandb", "log.trackio", "log.mlflow"),
     "test_sinks::test_sinks_get_the_project": ("log.project",),
+    "test_objectives::test_batches_are_functions_of_seed_and_step": ("task.objective.kind",),
+    "test_objectives::test_spans_have_the_rate_and_length_asked_for": (
+        *("task.objective.rate", "task.objective.span_length"),
+    ),
+    "test_objectives::test_whole_words_are_masked_together": ("task.objective.whole_words",),
+    "test_objectives::test_the_rates_of_filling_are_those_asked_for": (
+        *("task.objective.fill_rate", "task.objective.suffix_first"),
+    ),
+    "test_objectives::test_each_head_has_the_target_so_many_tokens_ahead": ("task.objective.ahead",),
+    "test_seq2seq::test_logits_are_those_of_t5": ("model.encoder_layers",),
+    "test_seq2seq::test_a_pair_without_a_side_is_named": ("task.source_field", "task.target_field"),
+    "test_architectures::test_whole_texts_and_prefixes_are_those_of_numpy": ("model.bidirectional",),
     "test_step::test_step_does_not_depend_on_the_mesh": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
     "test_parallel::test_unshardable_runs_are_rejected": ("mesh.context", "mesh.stage"),
     "cluster/test_agreement::test_wrong_options_are_named": (

@@ -18,6 +18,7 @@ from gptjax.text.tokenizer import (
     tokenizer_to_json,
 )
 from gptjax.text.train_bpe import PATTERN, byte_of_character, make_byte_level
+from gptjax.text.train_wordpiece import CONTINUES
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NASTY = (
@@ -35,12 +36,12 @@ def make(kind: str):
         except UserError as error:
             where = os.environ.get("TIKTOKEN_CACHE_DIR", "not set")
             pytest.skip(f"needs the vocabulary {kind} (TIKTOKEN_CACHE_DIR is {where}): {error}")
-    config = TokenizerConfig(kind="bpe", vocab_size=700) if kind == "bpe" else TokenizerConfig(kind=kind)
+    config = TokenizerConfig(kind=kind, **({"vocab_size": 700} if kind in ("bpe", "wordpiece") else {}))
     corpus = [NASTY, Path(__file__).read_text(), "ab" * 50]
     return make_tokenizer(config, lambda: corpus, report=lambda _: None)
 
 
-KINDS = pytest.mark.parametrize("kind", ["bytes", "chars", "bpe", *PUBLISHED])
+KINDS = pytest.mark.parametrize("kind", ["bytes", "chars", "bpe", "wordpiece", *PUBLISHED])
 
 
 @KINDS
@@ -145,6 +146,27 @@ def test_trained_merges_encode_as_the_library_that_learned_them():
     assert isinstance(library.model, models.BPE)
     for text in (*corpus, "unseen wörds 日本 🙃 123456"):
         assert tokenizer.encode(text).tolist() == library.encode(text).ids
+
+
+def test_word_pieces_are_the_longest_that_match():
+    tokenizer = make("wordpiece")
+    names = {tokenizer._library.id_to_token(i): i for i in range(tokenizer.vocab_size)}
+    for text in (NASTY, "the tokenizer's tokens, unseen w\u00f6rds \u2581 <|endoftext|> 123456"):
+        expected = []
+        for word, _ in tokenizer._library.pre_tokenizer.pre_tokenize_str(text):
+            start = 0
+            while start < len(word):
+                lead = CONTINUES if start else ""
+                stop = next(stop for stop in range(len(word), start, -1) if lead + word[start:stop] in names)
+                expected.append(names[lead + word[start:stop]])
+                start = stop
+        assert tokenizer.encode(text).tolist() == expected
+        assert tokenizer.decode(expected) == text and tokenizer.end_of_text not in expected
+    assert all(name in names and CONTINUES + name in names for name in byte_of_character())
+    again = tokenizer_from_json(tokenizer_to_json(tokenizer), "x")
+    assert again.encode(NASTY).tolist() == tokenizer.encode(NASTY).tolist()
+    with pytest.raises(UserError, match=r"vocab_size=512 must be above 512 for tokenizer.kind=wordpiece"):
+        make_tokenizer(TokenizerConfig(kind="wordpiece", vocab_size=512), lambda: [NASTY])
 
 
 def test_training_twice_learns_the_same():

@@ -25,6 +25,8 @@ class Batch(NamedTuple):
     """Number of the document within the window, from 0: attention stays inside a segment; None: one document."""
     positions: Any
     """Position within the segment, from 0."""
+    ahead: Any = None
+    """bool: tokens that are visible to those before them in their segment too; None: none are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class PackedWindows:
 
     def windows(self, numbers: np.ndarray) -> Batch:
         """Returns the windows of these numbers, counted over all epochs, as arrays [B, T]."""
-        starts = self._starts(numbers)
+        starts = self.starts(numbers)
         batch = read_windows(self.split, starts, self.block_size, self.attend_across_documents)
         return self._without_skipped(batch, starts) if self.skipped else batch
 
@@ -95,7 +97,7 @@ class PackedWindows:
 
     def documents_of(self, numbers: np.ndarray) -> list[tuple[int, int]]:
         """Returns the first and the last document in each of these windows."""
-        starts = self._starts(numbers)
+        starts = self.starts(numbers)
         return [
             (self.split.document_at(int(start)), self.split.document_at(int(start) + self.block_size - 1))
             for start in starts
@@ -106,7 +108,7 @@ class PackedWindows:
         batch = self.windows(np.array([index]))
         return Batch(*(None if array is None else array[0] for array in batch))
 
-    def _starts(self, numbers: np.ndarray) -> np.ndarray:
+    def starts(self, numbers: np.ndarray) -> np.ndarray:
         """Positions in the stream at which windows begin."""
         epochs, numbers = np.divmod(numbers, self.windows_per_epoch)
         # Every offset leaves room for all windows and the last one's last target.

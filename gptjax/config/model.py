@@ -19,6 +19,8 @@ class ModelConfig:
 
     n_layer: int = 12
     """Transformer blocks."""
+    encoder_layers: int = 0
+    """Blocks of an encoder, whose output each block attends to; for task.kind=seq2seq. 0: a decoder alone."""
     n_head: int = 12
     """Query heads."""
     n_kv_head: int = 0
@@ -81,6 +83,9 @@ class ModelConfig:
     """llama3: pairs of channels that turn less often over the original length are stretched."""
     rope_high_frequency_factor: float = 4.0
     """llama3: pairs of channels that turn more often stay as they are."""
+    bidirectional: bool = False
+    """Tokens attend to those after them too: for task.objective.kind=masked, and tasks with labels that start from it.
+    """
     attention_window: int = 0
     """Tokens that each token attends to, itself included (arXiv:2004.05150, section 3.1); 0: all before it."""
     attention_pattern: tuple[Literal["full", "local", "full_nope"], ...] = ()
@@ -122,7 +127,9 @@ class ModelConfig:
 
     def __post_init__(self):
         positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple", "norm_epsilon")
-        not_negative("model", self, "n_kv_head", "head_dim", "mlp_width", "vocab_size", "attention_window")
+        not_negative(
+            "model", self, "n_kv_head", "head_dim", "mlp_width", "vocab_size", "attention_window", "encoder_layers"
+        )
         not_negative("model", self, "attention_scale", "attention_softcap", "logit_softcap", "rope_original_length")
         not_negative("model", self, "rope_local_base", "rope_low_frequency_factor")
         not_negative("model", self, "n_expert", "expert_width", "n_shared_expert", "expert_capacity")
@@ -132,6 +139,7 @@ class ModelConfig:
         self._check_sizes()
         self._check_rope()
         self._check_experts()
+        self._check_encoder()
         no_effect("model", self, "qkv_bias", not self.bias, "model.bias=false")
         no_effect("model", self, "parallel", self.norm_position == "pre", "model.norm_position=pre")
         if self.attention_pattern:
@@ -160,7 +168,10 @@ class ModelConfig:
         if self.n_expert:
             mlp = (3 if self.gated else 2) * self.n_embd * self.expert_size * (self.n_expert + self.n_shared_expert)
         attention = 2 * self.n_embd * (self.n_head + self.kv_heads) * self.head_width
-        parameters = self.n_layer * (mlp + attention) + (self.padded_vocab_size + self.block_size) * self.n_embd
+        attention *= 2 if self.encoder_layers else 1
+        parameters = (self.n_layer + self.encoder_layers) * (mlp + attention) + (
+            self.padded_vocab_size + self.block_size
+        ) * self.n_embd
         if parameters > MAX_PARAMETERS:
             raise UserError(
                 f"model.n_layer={self.n_layer}, n_embd={self.n_embd}, vocab_size={self.vocab_size}:"
@@ -180,6 +191,15 @@ class ModelConfig:
                 f"model.attention_window={self.attention_window} has no effect at model.block_size={self.block_size};"
                 " give less, or 0 for all"
             )
+
+    def _check_encoder(self) -> None:
+        if not self.encoder_layers:
+            return
+        for name in ("norm_position", "parallel", "residual_mix", "n_expert", "bidirectional"):
+            if getattr(self, name) not in (getattr(ModelConfig, name), "post"):
+                raise UserError(f"model.{name}={getattr(self, name)} does not go with model.encoder_layers")
+        if self.adapter.kind != "none":
+            raise UserError(f"model.adapter.kind={self.adapter.kind} does not go with model.encoder_layers")
 
     def _check_experts(self) -> None:
         positive("model", self, "experts_per_token")

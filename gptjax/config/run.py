@@ -36,12 +36,12 @@ TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 class TokenizerConfig:
     """How text becomes token ids."""
 
-    kind: Literal["bytes", "chars", "tiktoken", "bpe"] = "tiktoken"
-    """bytes; chars: those of the corpus; tiktoken: a published encoding; bpe: trained on the corpus."""
+    kind: Literal["bytes", "chars", "tiktoken", "bpe", "wordpiece"] = "tiktoken"
+    """bytes; chars: those of the corpus; tiktoken: a published encoding; bpe and wordpiece: trained on the corpus."""
     name: str = "gpt2"
     """Encoding for kind tiktoken: gpt2, r50k_base, p50k_base, cl100k_base or o200k_base."""
     vocab_size: int = 4096
-    """Tokens that kind bpe learns, the 256 bytes and <|endoftext|> included."""
+    """Tokens that kinds bpe and wordpiece learn, single bytes and <|endoftext|> included."""
 
     def __post_init__(self):
         if self.kind == "tiktoken" and self.name not in TIKTOKEN_NAMES:
@@ -52,7 +52,8 @@ class TokenizerConfig:
         if self.vocab_size < 257:
             raise UserError(f"tokenizer.vocab_size={self.vocab_size} must be at least 257: 256 bytes and <|endoftext|>")
         no_effect("tokenizer", self, "name", self.kind == "tiktoken", "tokenizer.kind=tiktoken")
-        no_effect("tokenizer", self, "vocab_size", self.kind == "bpe", "tokenizer.kind=bpe")
+        learned = self.kind in ("bpe", "wordpiece")
+        no_effect("tokenizer", self, "vocab_size", learned, "tokenizer.kind=bpe or wordpiece")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -451,6 +452,12 @@ class Config:
         train = "all" if self.model.adapter.kind == "none" else "new"
         return dataclasses.replace(self, task=part.task, data=part.data, parts=(), finetune=FinetuneConfig(train=train))
 
+    @property
+    def why_no_sample(self) -> str:
+        """Why the run's model cannot continue text; empty: it can."""
+        bidirectional = "model.bidirectional=true, so it does not predict the next token"
+        return self.task.objective.why_no_sample or (bidirectional if self.model.bidirectional else "")
+
     def _has_score(self, name: str) -> bool:
         """Whether evaluations of this task have the score that `train.best_by` names; span_f1: where tags are BIO."""
         if name == "metric":
@@ -521,6 +528,8 @@ class Config:
                 raise UserError(
                     f"task.kind={self.task.kind} compares the model with the one it starts from; name it as init_from"
                 )
+        self._check_objective()
+        self._check_encoder()
         if self.finetune.train != "all" and not self.init_from:
             raise UserError(
                 f"finetune.train={self.finetune.train} would freeze parameters that were drawn at random; name the run"
@@ -542,3 +551,40 @@ class Config:
                 " set the learning rate; leave one out"
             )
         no_effect("finetune", self.finetune, "head_learning_rate", labelled, "a task.kind with a head")
+
+    def _check_encoder(self) -> None:
+        pairs, layers = self.task.kind == "seq2seq", self.model.encoder_layers
+        if layers and not pairs:
+            raise UserError(f"model.encoder_layers={layers} has no effect with task.kind={self.task.kind}; seq2seq has")
+        if pairs and not layers and not self.init_from:
+            raise UserError("task.kind=seq2seq needs model.encoder_layers, as many as model.n_layer for example")
+        if pairs and self.finetune.train != "all":
+            raise UserError(f"finetune.train={self.finetune.train} does not go with task.kind=seq2seq; leave it at all")
+        if pairs:
+            no_effect("train", self.train, "sample_prompt", False, "a task.kind that continues text")
+            no_effect("data", self.data, "text_field", False, "a task.kind that reads it: seq2seq has source_field")
+
+    def _check_objective(self) -> None:
+        """Holds the objective against the model; what `init_from` decides is checked when its model is known."""
+        objective, model = self.task.objective, self.model
+        if self.sources and objective.rearranges:
+            raise UserError(f"task.objective.kind={objective.kind} does not go with sources; give one text as data")
+        if objective.why_no_sample:
+            no_effect("train", self.train, "sample_prompt", False, f"a model that continues text: {objective.kind} not")
+        if objective.kind == "masked" and not model.bidirectional and not self.init_from:
+            raise UserError("task.objective.kind=masked needs model.bidirectional=true: it predicts from both sides")
+        kinds = {part.task.kind for part in self.parts} or {self.task.kind}
+        weighs_tokens = self.task.kind in HEADED and self.task.lm_weight > 0
+        if model.bidirectional and (weighs_tokens or not (kinds <= set(HEADED) or objective.kind == "masked")):
+            learned = f"task.kind={self.task.kind}, task.objective.kind={objective.kind}"
+            raise UserError(
+                f"model.bidirectional=true: {learned} would see its targets; leave it out, or choose"
+                " task.objective.kind=masked, task.kind=classify or tag"
+            )
+        if objective.kind == "permutation":
+            if model.positions not in ("learned", "sinusoidal", "rope"):
+                raise UserError(
+                    f"model.positions={model.positions}: task.objective.kind=permutation shuffles tokens, so it needs"
+                    " positions of tokens: learned, sinusoidal or rope"
+                )
+            no_effect("model", model, "attention_window", False, "tokens in their order: permutation shuffles them")

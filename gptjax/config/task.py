@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
+from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.rules import fraction, import_path, no_effect, not_negative, positive
 from gptjax.errors import UserError, did_you_mean
 
@@ -11,7 +12,7 @@ LABELLED = ("classify", "tag")
 """Tasks whose head names labels."""
 WHOLE_TEXTS = ("classify", "regress", "choose", "reward")
 """Tasks whose head reads whole texts, pairs or candidates."""
-PADDED = (*WHOLE_TEXTS, "answer", "dpo", "reinforce")
+PADDED = (*WHOLE_TEXTS, "answer", "dpo", "reinforce", "seq2seq")
 """Tasks whose sequences are padded at their end; those of the others are packed."""
 SEVERAL = ("choose", "reward", "dpo")
 """Tasks whose rows are several sequences."""
@@ -66,13 +67,25 @@ class TaskConfig:
     """What the model is trained to do."""
 
     kind: Literal[
-        "pretrain", "classify", "regress", "choose", "tag", "answer", "instruct", "reward", "dpo", "reinforce", "multi"
+        "pretrain",
+        "classify",
+        "regress",
+        "choose",
+        "tag",
+        "answer",
+        "instruct",
+        "reward",
+        "dpo",
+        "reinforce",
+        "seq2seq",
+        "multi",
     ] = "pretrain"
     """pretrain: the next token; classify: a text's label; regress: a text's number or numbers; choose: the right one of
     several candidates; tag: a label for each word; answer: the part of a text that answers a question; instruct:
     responses to prompts; reward: a score for responses, from pairs of which one was preferred; dpo: to prefer such
-    responses (arXiv:2305.18290); reinforce: responses that a function of yours rewards (arXiv:2402.03300); multi: the
-    tasks in `parts`."""
+    responses (arXiv:2305.18290); reinforce: responses that a function of yours rewards (arXiv:2402.03300); seq2seq: a
+    target text for a source text, with model.encoder_layers; multi: the tasks in `parts`."""
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     validation_path: tuple[str, ...] = ()
     """Labelled files for validation; none: data.validation_fraction of the rows, chosen by hash."""
     folds: int = 0
@@ -113,6 +126,10 @@ class TaskConfig:
     """Questions of answer may have none: rows without answers are allowed, and predictions may be empty."""
     beta: float = 0.1
     """Of dpo: how closely the model stays to init_from; higher is closer (arXiv:2305.18290, equation 7)."""
+    source_field: str = "source"
+    """Field of seq2seq's source."""
+    target_field: str = "target"
+    """Field of seq2seq's target."""
     messages_field: str = "messages"
     """Field of instruct's chat, a list of {role, content}; where a row has it, prompt and response are not read."""
     template: str = "### {role}\n{content}\n\n"
@@ -185,6 +202,7 @@ class TaskConfig:
             ("choose",): ("candidates_field",),
             ("tag",): ("tokens_field", "tags_field", "lookahead"),
             ("instruct",): ("messages_field",),
+            ("seq2seq",): ("source_field", "target_field"),
             ("dpo",): ("beta",),
             ("reinforce",): ("reward", "group_size", "response_tokens", "kl_weight"),
             ("answer",): ("question_field", "answers_field", "stride", "no_answer"),
@@ -199,10 +217,11 @@ class TaskConfig:
             HEADED: ("lm_weight",),
             (*texts, "choose", "tag"): ("loss",),
             (*texts, "choose", "tag", "answer"): ("metric",),
-            (*HEADED, "instruct", "dpo", "reinforce"): ("validation_path", "max_tokens", "rows", "folds"),
+            (*HEADED, "instruct", "dpo", "reinforce", "seq2seq"): ("validation_path", "max_tokens", "rows", "folds"),
         }.items():
             for name in names:
                 no_effect("task", self, name, self.kind in kinds, f"task.kind={_either(kinds)}")
+        no_effect("task.objective", self.objective, "kind", self.kind == "pretrain", "task.kind=pretrain")
         no_effect("task", self, "both_orders", bool(self.second_field), "task.second_field")
         no_effect("task", self, "fold", self.folds > 0, "task.folds")
         no_effect("task", self, "synonyms", self.augment_synonyms > 0, "task.augment_synonyms")

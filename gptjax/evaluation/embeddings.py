@@ -15,9 +15,9 @@ import numpy as np
 from gptjax.batches.labelled import TextBatch, TextSet, ordered_batches
 from gptjax.config.model import ModelConfig
 from gptjax.errors import UserError
-from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, hidden_states
+from gptjax.model.gpt import Compute, apply_blocks, embed_tokens
 from gptjax.model.heads import pool
-from gptjax.model.inputs import BlockInputs
+from gptjax.model.loss import batch_states, inputs_of
 from gptjax.text.tokenizer import Tokenizer
 
 Pooling = Literal["mean", "last"]
@@ -38,11 +38,13 @@ class EmbeddingOptions:
 
 
 def check_layer(model: ModelConfig, layer: int) -> None:
-    """Refuses a layer that the model does not have.
+    """Refuses a layer that the model does not have, and a model whose states need a target too.
 
     Raises:
         UserError: Naming the range.
     """
+    if model.encoder_layers:
+        raise UserError(f"model.encoder_layers={model.encoder_layers}: its states need a source and a target")
     if not -1 <= layer <= model.n_layer:
         raise UserError(f"layer={layer} must lie in [-1, {model.n_layer}]: model.n_layer={model.n_layer}")
 
@@ -95,16 +97,15 @@ def _compiled(
 def _embed(
     model: ModelConfig, options: EmbeddingOptions, compute: Compute, params: dict, batch: TextBatch
 ) -> jax.Array:
-    positions_BT = jnp.broadcast_to(jnp.arange(batch.inputs.shape[1])[None], batch.inputs.shape)
     if options.layer == -1:
-        x_BTD = hidden_states(model, params, batch.inputs, positions_BT, compute=compute)
+        x_BTD = batch_states(model, compute, params, batch)
     else:
-        x_BTD = embed_tokens(model, params, batch.inputs, positions_BT)
+        inputs = inputs_of(model, batch)
+        x_BTD = embed_tokens(model, params, batch.inputs, inputs.positions_BT)
         if options.layer:
             lower = dataclasses.replace(model, n_layer=options.layer)
-            x_BTD, _ = apply_blocks(
-                lower, _first_layers(params, options.layer), x_BTD, BlockInputs(positions_BT), compute=compute
-            )
+            kept = _first_layers(params, options.layer)
+            x_BTD, _ = apply_blocks(lower, kept, x_BTD, inputs, compute=compute)
     vectors_BD = pool(x_BTD, batch.lengths, options.pooling)
     if options.normalized:
         vectors_BD = vectors_BD / jnp.maximum(jnp.linalg.norm(vectors_BD, axis=1, keepdims=True), 1e-12)

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from gptjax.batches.pairs import PairBatch
 from gptjax.batches.pretraining import Batch
 from gptjax.config.model import ModelConfig
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import batch_loss, loss_options
 from gptjax.parallel.place import put
 
-EvalStep = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
+EvalStep = Callable[[dict, Any], tuple[jax.Array, jax.Array]]
 
 
 class Evaluation(NamedTuple):
@@ -21,15 +22,16 @@ class Evaluation(NamedTuple):
     val_loss: float
     """Nats per target token."""
     perplexity: float
-    bits_per_byte: float
-    """Bits per byte of UTF-8 text, which are comparable between tokenizers."""
+    bits_per_byte: float | None
+    """Bits per byte of UTF-8 text, which are comparable between tokenizers; None: the targets are not all of it."""
 
     def row(self) -> dict[str, float]:
         """Returns the results for `metrics.jsonl`."""
-        return self._asdict()
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def __str__(self) -> str:
-        return f"loss {self.val_loss:.4f} · perplexity {self.perplexity:.2f} · {self.bits_per_byte:.4f} bits per byte"
+        bits = "" if self.bits_per_byte is None else f" · {self.bits_per_byte:.4f} bits per byte"
+        return f"loss {self.val_loss:.4f} · perplexity {self.perplexity:.2f}{bits}"
 
 
 class MixtureEvaluation(NamedTuple):
@@ -66,7 +68,7 @@ def make_eval_step(model: ModelConfig, compute: Compute) -> EvalStep:
     """
     options = loss_options(model)
 
-    def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def eval_step(params: dict, batch: Batch | PairBatch) -> tuple[jax.Array, jax.Array]:
         loss = batch_loss(model, options, compute, params, batch, None)
         return loss.nll, loss.count
 
@@ -76,16 +78,19 @@ def make_eval_step(model: ModelConfig, compute: Compute) -> EvalStep:
 def measure(
     eval_step: EvalStep,
     params: dict,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | PairBatch],
     sharding: jax.sharding.Sharding,
-    bytes_per_token: float,
+    bytes_per_token: float | None,
 ) -> Evaluation:
-    """Averages the loss over all targets of all batches (sums first, then one division)."""
+    """Averages the loss over all targets of all batches (sums first, then one division).
+
+    `bytes_per_token` is None where bits per byte are not defined.
+    """
     return evaluation_of(*sum_loss(eval_step, params, batches, sharding), bytes_per_token)
 
 
 def sum_loss(
-    eval_step: EvalStep, params: dict, batches: Iterable[Batch], sharding: jax.sharding.Sharding
+    eval_step: EvalStep, params: dict, batches: Iterable[Batch | PairBatch], sharding: jax.sharding.Sharding
 ) -> tuple[float, float]:
     """Returns the summed loss of all targets in nats, and the number of targets."""
     sums: list[tuple[jax.Array, jax.Array]] = []
@@ -96,7 +101,8 @@ def sum_loss(
     return nll, count
 
 
-def evaluation_of(nll: float, count: float, bytes_per_token: float) -> Evaluation:
+def evaluation_of(nll: float, count: float, bytes_per_token: float | None) -> Evaluation:
     """Computes loss, perplexity and bits per byte from a summed loss."""
     loss = nll / count
-    return Evaluation(loss, math.exp(min(loss, 700.0)), loss / math.log(2) / bytes_per_token)
+    bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+    return Evaluation(loss, math.exp(min(loss, 700.0)), bits)

@@ -31,6 +31,7 @@ def beam_search(
     end_of_text: int | None = None,
     bad_words: Sequence[Sequence[int]] = (),
     notify: Callable[[str], None] = lambda message: None,
+    prefix: bool = False,
 ) -> list[list[np.ndarray]]:
     """Returns the `options.num_samples` best continuations of each prompt, best first, without end-of-text.
 
@@ -54,7 +55,7 @@ def beam_search(
     beams, rule = options.num_beams, choice_rule(options, words=bool(bad_words))
     searches = [_Search(options, config.vocab_size, stop) for _ in prompts]
     contexts = [np.asarray(prompt, np.int32) for prompt in prompts]
-    model = prepare(config, params, options, len(prompts) * beams)
+    model = prepare(config, params, options, len(prompts) * beams, prefix)
     slots = window_slots(model.config, contexts, options.max_new_tokens)
     cache = select_rows(prefilled(model, contexts, slots), np.repeat(np.arange(len(prompts)), beams))
     rows = [context for context in contexts for _ in range(beams)]

@@ -46,6 +46,8 @@ class DecodingModel(NamedTuple):
     """Of activations."""
     stored: str
     """Of the cache."""
+    prefix: bool = False
+    """Whether the tokens of a context attend to each other, as in a prefix LM."""
 
 
 class Logprobs(NamedTuple):
@@ -111,6 +113,7 @@ def stream(
     is_finished: Callable[[int], bool] = lambda row: False,
     notify: Callable[[str], None] = lambda message: None,
     piece_length: int = 8,
+    prefix: bool = False,
 ) -> Iterator[list[Piece]]:
     """Yields new tokens as they come: for every row (prompt by prompt, sample by sample) a piece.
 
@@ -127,6 +130,7 @@ def stream(
         is_finished: Asked after each piece whether a row, by its number, ends here.
         notify: Gets one line when a prompt is cut and, once, when contexts slide.
         piece_length: New tokens per row in one piece, at most 64.
+        prefix: See `DecodingModel`.
 
     Raises:
         UserError: A prompt is empty or holds an id outside the vocabulary, or an option names such an id.
@@ -135,24 +139,24 @@ def stream(
     numbers = range(len(prompts)) if numbers is None else numbers
     return _stream(
         *(config, params, prompts, options, end_of_text, bad_words, numbers, is_finished, notify),
-        min(piece_length, BUFFER),
+        *(min(piece_length, BUFFER), prefix),
     )
 
 
-def prepare(config: ModelConfig, params: dict, options: SampleConfig, rows: int) -> DecodingModel:
+def prepare(config: ModelConfig, params: dict, options: SampleConfig, rows: int, prefix: bool = False) -> DecodingModel:
     """Lays out a model to decode so many rows at once, in the precision that the options name."""
     config, params = for_decoding(config, params)
     weight_dtype = options.compute_dtype if options.quantize == "none" else options.quantize
     dtype = "float32" if target_platform() == "cpu" else options.compute_dtype
     stored = options.compute_dtype if kernels.usable_for_a_cache(options.compute_dtype, config.head_width) else dtype
-    return DecodingModel(config, decoding_weights(config, params, weight_dtype, rows == 1), dtype, stored)
+    return DecodingModel(config, decoding_weights(config, params, weight_dtype, rows == 1), dtype, stored, prefix)
 
 
 def _stream(
-    config, params, prompts, options, end_of_text, bad_words, prompt_numbers, is_finished, notify, piece_length
+    config, params, prompts, options, end_of_text, bad_words, prompt_numbers, is_finished, notify, piece_length, prefix
 ):
     rows = len(prompts) * options.num_samples
-    model = prepare(config, params, options, rows)
+    model = prepare(config, params, options, rows, prefix)
     config = model.config
     rule = choice_rule(options, words=bool(bad_words))
     stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
@@ -284,24 +288,32 @@ def _put(all: jax.Array, new: jax.Array, n: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(all, new[:, None], (0, n, *(0,) * (new.ndim - 1)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "prefix"), donate_argnames="cache")
 def _extend_cache(
-    config: ModelConfig, dtype: str, weights: DecodingWeights, tokens_BT: jax.Array, cache: Cache
+    config: ModelConfig, dtype: str, weights: DecodingWeights, tokens_BT: jax.Array, cache: Cache, prefix: bool = False
 ) -> Cache:
-    return extend(config, weights.params, tokens_BT, cache, dtype)[1]
+    return extend(config, weights.params, tokens_BT, cache, dtype, prefix)[1]
 
 
 _grown = jax.jit(grow_cache, static_argnums=(0, 2, 3))
 
 
 def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int) -> Cache:
-    """Returns a cache of every context but its last token, which the decoding loop reads."""
+    """Returns a cache of every context but its last token, which the decoding loop reads.
+
+    Of a prefix all tokens run at once, the last one too: the others attend to it. The loop runs it again.
+    """
     length = _prefill_length(contexts)
     padding_B = np.array([length - (len(c) - 1) for c in contexts], np.int32)
     tokens_BT = np.zeros((len(contexts), length), np.int32)
     for row, context, padding in zip(tokens_BT, contexts, padding_B, strict=True):
         row[padding:] = context[:-1]
-    cache = init_cache(model.config, jnp.asarray(padding_B), slots, model.stored, chunk=PREFILL)
+    chunk = length + 1 if model.prefix else PREFILL
+    cache = init_cache(model.config, jnp.asarray(padding_B), slots, model.stored, chunk=chunk)
+    if model.prefix and length:
+        whole_BT = np.concatenate([tokens_BT, [[context[-1]] for context in contexts]], axis=1).astype(np.int32)
+        cache = _extend_cache(model.config, model.dtype, model.weights, whole_BT, cache, prefix=True)
+        return cache._replace(used=cache.used - 1)
     for start in range(0, length, PREFILL):
         chunk_BT = tokens_BT[:, start : start + PREFILL]
         cache = _extend_cache(model.config, model.dtype, model.weights, chunk_BT, cache)

@@ -38,11 +38,18 @@ def sample_texts(
     options: SampleConfig,
     *,
     at_start: bool = False,
+    prefix: bool = False,
     on_text: Callable[[int, int, str], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[list[str]]:
     """Returns the text of every `Sample` of `samples`, whose arguments and errors these are."""
-    found = samples(config, params, tokenizer, prompts, options, at_start=at_start, on_text=on_text, notify=notify)
+    found = samples(
+        *(config, params, tokenizer, prompts, options),
+        at_start=at_start,
+        prefix=prefix,
+        on_text=on_text,
+        notify=notify,
+    )
     return [[sample.text for sample in row] for row in found]
 
 
@@ -54,6 +61,7 @@ def samples(
     options: SampleConfig,
     *,
     at_start: bool = False,
+    prefix: bool = False,
     numbers: Sequence[int] | None = None,
     on_text: Callable[[int, int, str], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
@@ -67,6 +75,7 @@ def samples(
         prompts: Texts, none empty; the tokenizer's end token in them is plain text unless `options.allow_special`.
         options: How many, how long, how chosen, in which precision; `prompt` and `run_dir` are not read here.
         at_start: Whether each prompt begins a document, so that end-of-text stands before it as in training.
+        prefix: Whether the tokens of a prompt attend to each other, as in a prefix LM.
         numbers: Of the prompts, which belong to the seed; None: 0, 1, 2 ...
         on_text: Called with prompt number, sample number (both from 0) and the next piece of text, always whole
             characters, as they come; the pieces join to what is returned.
@@ -82,8 +91,9 @@ def samples(
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     bad_words = bad_word_ids(tokenizer, options.bad_words)
     if options.num_beams > 1:
+        end = tokenizer.end_of_text
         found = beam_search(
-            config, params, ids, options, end_of_text=tokenizer.end_of_text, bad_words=bad_words, notify=notify
+            config, params, ids, options, end_of_text=end, bad_words=bad_words, notify=notify, prefix=prefix
         )
         return [[_whole(tokenizer, tokens, options) for tokens in row] for row in found]
     rows = [TextCollector(tokenizer, options) for _ in range(len(prompts) * options.num_samples)]
@@ -104,6 +114,7 @@ def samples(
         is_finished=lambda row: rows[row].stopped,
         notify=notify,
         piece_length=piece_length,
+        prefix=prefix,
     ):
         for row, piece in enumerate(pieces):
             take(row, rows[row].add(piece))

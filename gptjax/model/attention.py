@@ -24,6 +24,7 @@ from gptjax.ops.attention_spec import AttentionSpec, Bias, Request
 def attention_spec(config: ModelConfig, kind: str) -> AttentionSpec:
     """What attention computes in layers of a kind, see `ModelConfig.layer_kind`."""
     return AttentionSpec(
+        causal=not config.bidirectional,
         window=config.attention_window if kind == "local" else 0,
         scale=config.attention_scale,
         softcap=config.attention_softcap,
@@ -31,7 +32,9 @@ def attention_spec(config: ModelConfig, kind: str) -> AttentionSpec:
     )
 
 
-def explain_attention(config: ModelConfig, batch: int, dtype: jax.typing.DTypeLike, segments: bool, rate: bool) -> str:
+def explain_attention(
+    config: ModelConfig, batch: int, dtype: jax.typing.DTypeLike, segments: bool, rate: bool, ahead: bool = False
+) -> str:
     """Names the implementation that trains each kind of layer, and why faster ones are passed over.
 
     Args:
@@ -40,6 +43,7 @@ def explain_attention(config: ModelConfig, batch: int, dtype: jax.typing.DTypeLi
         dtype: Of matmul operands.
         segments: Whether documents share a window.
         rate: Whether dropout is on.
+        ahead: Whether some tokens are visible to those before them.
     """
     B, T, C = batch, config.block_size, config.head_width
     bias = POSITIONS[config.positions].bias
@@ -57,6 +61,7 @@ def explain_attention(config: ModelConfig, batch: int, dtype: jax.typing.DTypeLi
             platform=target_platform(),
             packed=True,
             segments=segments,
+            ahead=ahead,
             bias=POSITIONS[config.positions].layer_table is not None,
             slopes=bias is not None and POSITIONS[config.positions].layer_table is None,
             dropout=rate and config.dropout > 0,

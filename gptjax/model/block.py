@@ -14,8 +14,9 @@ from gptjax.config.model import ModelConfig
 from gptjax.model.adapters import BlockAdapter, Bottleneck, Prefix
 from gptjax.model.attention import Attention
 from gptjax.model.cache import LayerCache
+from gptjax.model.cross import CrossAttention
 from gptjax.model.experts import Experts, Extras
-from gptjax.model.inputs import BlockInputs
+from gptjax.model.inputs import BlockInputs, Memory
 from gptjax.model.norms import NORMS
 from gptjax.model.parameters import laid_out, linear, output_init, value, weight_init, zeros
 from gptjax.ops.activations import ACTIVATIONS
@@ -84,6 +85,8 @@ class Block(nnx.Module):
         norm, place = NORMS[config.norm], config.norm_position
         self.norm_1 = norm(config) if place != "output" else None
         self.attn = Attention(config, rngs=rngs)
+        self.norm_cross = norm(config) if config.encoder_layers else None
+        self.cross = CrossAttention(config, rngs=rngs) if config.encoder_layers else None
         self.norm_2 = norm(config) if place != "output" and config.parallel != "one_norm" else None
         shared = config.n_shared_expert * config.expert_size
         self.mlp = None if config.n_expert and not shared else MLP(config, rngs=rngs, width=shared)
@@ -149,7 +152,10 @@ class Block(nnx.Module):
             if self.norm_2 is not None:
                 stream_BTD, h_BTD = self._read(stream_BTD, self.norm_2, dtype)
             return self._add(x_BTD, h_BTD, mlp_layer, after_2), new_cache, extras
-        for sublayer, norm, after in ((attention, self.norm_1, after_1), (mlp_layer, self.norm_2, after_2)):
+        sublayers = [(attention, self.norm_1, after_1), (mlp_layer, self.norm_2, after_2)]
+        if self.cross is not None and inputs.memory is not None:
+            sublayers.insert(1, self._cross_sublayer(self.cross, inputs.memory, key, dtype))
+        for sublayer, norm, after in sublayers:
             if self.config.norm_position == "post":
                 assert norm is not None
                 x_BTD = norm(self._add(x_BTD, x_BTD.astype(dtype), sublayer, after), jnp.float32)
@@ -157,6 +163,15 @@ class Block(nnx.Module):
                 x_BTD, h_BTD = self._read(x_BTD, norm, dtype)
                 x_BTD = self._add(x_BTD, h_BTD, sublayer, after)
         return x_BTD, new_cache, extras
+
+    def _cross_sublayer(self, cross: CrossAttention, memory: Memory, key: jax.Array | None, dtype):
+        """Cross-attention, its norm, and what happens to its output."""
+        weights_key, output_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, 4))
+
+        def attention(h_BTD: jax.Array, residual: jax.Array | None) -> jax.Array:
+            return cross(h_BTD, memory, weights_key, residual)
+
+        return attention, self.norm_cross, self._after(None, None, output_key, None, dtype)
 
     def _read(self, x_BTD, norm, dtype):
         """The residual stream, and what a sublayer reads of it."""

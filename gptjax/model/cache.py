@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
+from gptjax.model.inputs import Memory
 
 
 class LayerCache(NamedTuple):
@@ -36,6 +37,8 @@ class Cache(NamedTuple):
     """Tokens that were written, int32: a scalar, or `[B]` where each row has its own number."""
     padding_B: jax.Array
     """Slots at the left of each row that hold no token."""
+    memory: tuple[Memory, ...] | None = None
+    """Of an encoder-decoder: keys and values of the source in each layer."""
 
 
 def init_cache(
@@ -87,7 +90,7 @@ def select_rows(cache: Cache, rows: jax.Array | np.ndarray) -> Cache:
     """Returns a cache of these rows of another one, in this order; a row may be taken several times."""
     layers = jax.tree.map(lambda leaf: leaf[rows], cache.layers)
     used = cache.used[rows] if cache.used.ndim else cache.used
-    return Cache(layers, used, cache.padding_B[rows])
+    return Cache(layers, used, cache.padding_B[rows], jax.tree.map(lambda leaf: leaf[rows], cache.memory))
 
 
 def replace_rows(cache: Cache, rows: jax.Array, others: Cache) -> Cache:
@@ -96,10 +99,11 @@ def replace_rows(cache: Cache, rows: jax.Array, others: Cache) -> Cache:
     return cache._replace(layers=layers, used=cache.used.at[rows].set(others.used, mode="drop"))
 
 
-def visible_slots(config: ModelConfig, cache: Cache, new: int, kind: str) -> jax.Array:
+def visible_slots(config: ModelConfig, cache: Cache, new: int, kind: str, prefix: bool = False) -> jax.Array:
     """Which slots each of `new` positions after the used ones may see in layers of a kind: `[B, T, S]`, True where.
 
-    A position sees as many tokens as the window has, or else as the context, itself included.
+    A position sees as many tokens as the window has, or else as the context, itself included. The new positions of a
+    prefix see each other.
     """
     here = [n for n in range(config.n_layer) if (config.layer_kind(n) == "local") == (kind == "local")]
     slots = cache.layers[here[0] if here else 0].k_BGSC.shape[2]
@@ -107,6 +111,8 @@ def visible_slots(config: ModelConfig, cache: Cache, new: int, kind: str) -> jax
     token_N1S = slot_tokens(cache.used, new, slots)[:, None]
     last_NT1 = _next_slots(cache, new)[:, :, None]
     visible = (token_N1S <= last_NT1) & (token_N1S > last_NT1 - window)
+    if prefix:
+        visible = jnp.abs(token_N1S - last_NT1) < window
     return visible & (token_N1S >= jnp.maximum(cache.padding_B, 0)[:, None, None])
 
 

@@ -2,7 +2,8 @@
 
 `params` holds `embed/tokens [V, D]`, `embed/positions [block_size, D]`, `blocks/...` with a leading layer axis on every
 leaf, `norm_f/...`, and `head/w [V, D]` where the embeddings are not tied. With `model.adapter` also `adapters/...`,
-with a leading layer axis, or `prompt/w [P, D]`. Other entries, as `heads`, are passed over. `blocks` may be several
+with a leading layer axis, or `prompt/w [P, D]`. With `model.encoder_layers`, `encoder/blocks/...` and
+`encoder/norm_f/...`, which `encode` reads. Other entries, as `heads`, are passed over. `blocks` may be several
 stacks in order: then those that are constants cost no gradient.
 
 Decoding takes the same with `blocks/0/...`, `blocks/1/...` instead of stacks, see `generation/weights.py`.
@@ -25,7 +26,7 @@ from gptjax.model.adapters import BlockAdapter, Prefix, Prompt, merge_lora
 from gptjax.model.block import Block
 from gptjax.model.cache import Cache
 from gptjax.model.experts import Extras
-from gptjax.model.inputs import BlockInputs
+from gptjax.model.inputs import BlockInputs, Memory
 from gptjax.model.layer_scan import scan_layers
 from gptjax.model.norms import NORMS, Norm
 from gptjax.model.parameters import INIT_STD, normal, zeros
@@ -176,22 +177,25 @@ class Decoder(nnx.Module):
         self.adapters = None if config.adapter.kind == "none" else nnx.List(adapters)
         self.config = config
 
-    def __call__(self, tokens_BT: jax.Array, cache: Cache, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Cache]:
+    def __call__(
+        self, tokens_BT: jax.Array, cache: Cache, dtype: jax.typing.DTypeLike, prefix: bool = False
+    ) -> tuple[jax.Array, Cache]:
         """Returns the normed hidden states `[B, T, D]` of tokens that follow those in `cache`, and the longer cache."""
         T, config = tokens_BT.shape[1], self.config
         positions_BT = kv.positions(cache, T)
         inputs = BlockInputs(
             positions_BT,
             used=cache.used,
-            full_BTS=kv.visible_slots(config, cache, T, "full"),
-            local_BTS=kv.visible_slots(config, cache, T, "local"),
+            full_BTS=kv.visible_slots(config, cache, T, "full", prefix),
+            local_BTS=kv.visible_slots(config, cache, T, "local", prefix),
         )
         x_BTD = embedded_BTD = self.embed(tokens_BT, positions_BT)
         layers, adapters = [], self.adapters or [None] * config.n_layer
         for number, (block, layer, adapter) in enumerate(zip(self.blocks, cache.layers, adapters, strict=True)):
-            prefix = None if adapter is None else adapter.prefix(dtype)
+            learned = None if adapter is None else adapter.prefix(dtype)
+            inputs = inputs._replace(memory=None if cache.memory is None else cache.memory[number])
             x_BTD, layer, _ = block(
-                x_BTD, dtype, inputs, config.layer_kind(number), None, layer, adapter, prefix, embedded_BTD
+                x_BTD, dtype, inputs, config.layer_kind(number), None, layer, adapter, learned, embedded_BTD
             )
             layers.append(layer)
         x_BTD = x_BTD.astype(dtype) if self.norm_f is None else self.norm_f(x_BTD, dtype)
@@ -210,7 +214,43 @@ def has_head(config: ModelConfig) -> bool:
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Draws float32 parameters as GPT-2 does: normal with deviation 0.02, biases zero, norms one."""
-    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
+    if config.encoder_layers:
+        encoder = init_params(encoder_model(config), jax.random.fold_in(key, 1))
+        params["encoder"] = {name: encoder[name] for name in ("blocks", "norm_f") if name in encoder}
+    return params
+
+
+def encoder_model(config: ModelConfig) -> ModelConfig:
+    """The shape of the encoder: the same blocks, without cross-attention, that attend in both directions."""
+    return dataclasses.replace(config, n_layer=config.encoder_layers, encoder_layers=0, bidirectional=True)
+
+
+def encode(
+    config: ModelConfig,
+    params: dict,
+    source_BS: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    compute: Compute = Compute(),
+    key: jax.Array | None = None,
+) -> Memory:
+    """What the encoder makes of sources, padded at their end; embeddings are shared with the decoder."""
+    positions_BS = jax.lax.broadcasted_iota("int32", source_BS.shape, 1)
+    keys_BS = positions_BS < lengths_B[:, None]
+    inputs, own = BlockInputs(positions_BS, Mask(keys_BS=keys_BS)), {"embed": params["embed"], **params["encoder"]}
+    key = None if key is None else jax.random.fold_in(key, config.n_layer + 1)
+    states_BSD, _ = states_and_extras(encoder_model(config), own, source_BS, inputs, compute=compute, key=key)
+    return Memory(keys_BS, states_BSD)
+
+
+def layer_memories(config: ModelConfig, params: dict, memory: Memory) -> tuple[Memory, ...]:
+    """Keys and values of the source in each layer of a decoder, computed once for all of its tokens; `params` are as
+    `init_params` returns them.
+    """
+    blocks = _merge(config, params).blocks
+    layers = (jax.tree.map(lambda leaf, n=n: leaf[n], blocks) for n in range(config.n_layer))
+    return tuple(memory._replace(states_BSD=None, heads=layer.cross.heads(memory.states_BSD)) for layer in layers)
 
 
 def hidden_states(
@@ -220,7 +260,7 @@ def hidden_states(
     positions_BT: jax.Array,
     segments_BT: jax.Array | None = None,
     *,
-    prefix_B: jax.Array | None = None,
+    ahead_BT: jax.Array | None = None,
     compute: Compute = Compute(),
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -232,11 +272,11 @@ def hidden_states(
         tokens_BT: Ids below `config.vocab_size`.
         positions_BT: Below `config.block_size`.
         segments_BT: Tokens attend within their segment; None: everywhere before them.
-        prefix_B: Tokens before this position are visible to the whole row; None: no prefix.
+        ahead_BT: True where a token is visible to those before it too; None: nowhere.
         compute: Precision and layout of the computation.
         key: Randomness for dropout; None: no dropout.
     """
-    inputs = BlockInputs(positions_BT, Mask(segments_BT, prefix_B))
+    inputs = BlockInputs(positions_BT, Mask(segments_BT, ahead_BT))
     return states_and_extras(config, params, tokens_BT, inputs, compute=compute, key=key)[0]
 
 
@@ -304,15 +344,21 @@ def for_decoding(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
 
 
 def extend(
-    config: ModelConfig, params: dict, tokens_BT: jax.Array, cache: Cache, dtype: jax.typing.DTypeLike
+    config: ModelConfig,
+    params: dict,
+    tokens_BT: jax.Array,
+    cache: Cache,
+    dtype: jax.typing.DTypeLike,
+    prefix: bool = False,
 ) -> tuple[jax.Array, Cache]:
-    """Runs tokens that follow those in `cache`; returns their hidden states `[B, T, D]` and the longer cache.
+    """Runs tokens that follow those in `cache`; returns their hidden states `[B, T, D]` and the longer cache. Those of
+    a prefix attend to each other.
 
     `config` and `params` are as `for_decoding` returns them, with blocks and adapters one by one; their matrices may be
     `Projection`s.
     """
-    trunk = {name: part for name, part in params.items() if name not in ("head", "heads")}
-    return nnx.merge(_decoder_graphdef(config), trunk)(tokens_BT, cache, dtype)
+    trunk = {name: part for name, part in params.items() if name not in ("head", "heads", "encoder")}
+    return nnx.merge(_decoder_graphdef(config), trunk)(tokens_BT, cache, dtype, prefix)
 
 
 def unembedding(params: dict) -> jax.Array:
@@ -363,7 +409,8 @@ def _top_stack(params: dict) -> dict:
 
 
 def _merge(config: ModelConfig, params: dict) -> GPT:
-    return nnx.merge(_graphdef(config), {name: part for name, part in params.items() if name != "heads"})
+    apart = "heads", "encoder"
+    return nnx.merge(_graphdef(config), {name: part for name, part in params.items() if name not in apart})
 
 
 @functools.cache

@@ -10,8 +10,28 @@ import jax
 from gptjax.ops.attention_spec import Mask
 
 
+class MemoryHeads(NamedTuple):
+    """Keys and values that one layer makes of the source."""
+
+    k_BSGC: jax.Array
+    v_BSGC: jax.Array
+
+
+class Memory(NamedTuple):
+    """What a decoder reads of the source; S is a position of the source here."""
+
+    keys_BS: jax.Array
+    """False where the source is padding."""
+    states_BSD: jax.Array | None = None
+    """Final hidden states of the encoder."""
+    heads: MemoryHeads | None = None
+    """What the layer at hand made of them, while decoding with a cache."""
+
+
 class BlockInputs(NamedTuple):
-    """Positions and masks; the last three are set while decoding with a cache."""
+    """Positions and masks, and the source of an encoder-decoder; `used` and what follows is set while decoding with a
+    cache.
+    """
 
     positions_BT: jax.Array
     """Position of each token in its text."""
@@ -23,6 +43,8 @@ class BlockInputs(NamedTuple):
     """Slots that each new token may attend to in layers without window."""
     local_BTS: jax.Array | None = None
     """The same in layers with a window."""
+    memory: Memory | None = None
+    """The source; None: a decoder alone."""
 
     def visible(self, kind: str) -> jax.Array:
         """Slots that new tokens may attend to in layers of a kind."""

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.batches.labelled import TextBatch
+from gptjax.batches.pairs import PairBatch
 from gptjax.batches.pretraining import Batch
 from gptjax.config.model import ModelConfig
 from gptjax.config.task import TaskConfig
-from gptjax.model.gpt import Compute, hidden_states, shared_rows, unembedding
+from gptjax.model.gpt import Compute, encode, shared_rows, states_and_extras, unembedding
 from gptjax.model.heads import head_logits, label_loss, multi_label_loss, pool
 from gptjax.model.inputs import BlockInputs
 from gptjax.ops.attention_spec import Mask
@@ -21,7 +22,12 @@ def loss_options(model: ModelConfig, label_smoothing: float = 0.0, z_loss: float
 
 
 def batch_loss(
-    model: ModelConfig, options: LossOptions, compute: Compute, params: dict, batch: Batch, key: jax.Array | None
+    model: ModelConfig,
+    options: LossOptions,
+    compute: Compute,
+    params: dict,
+    batch: Batch | PairBatch,
+    key: jax.Array | None,
 ) -> Loss:
     """Sums the next-token loss over a batch of leaves `[B, T]`.
 
@@ -36,7 +42,9 @@ def batch_loss(
     return token_loss(model, options, params, batch_states(model, compute, params, batch, key), batch)
 
 
-def token_loss(model: ModelConfig, options: LossOptions, params: dict, x_BTD: jax.Array, batch: Batch) -> Loss:
+def token_loss(
+    model: ModelConfig, options: LossOptions, params: dict, x_BTD: jax.Array, batch: Batch | PairBatch
+) -> Loss:
     """Sums the next-token loss of final hidden states."""
     w_VD = shared_rows(unembedding(params))
     if model.logit_scale != 1.0:
@@ -49,16 +57,34 @@ def token_loss(model: ModelConfig, options: LossOptions, params: dict, x_BTD: ja
 
 
 def batch_states(
-    model: ModelConfig, compute: Compute, params: dict, batch: TextBatch | Batch, key: jax.Array | None = None
+    model: ModelConfig,
+    compute: Compute,
+    params: dict,
+    batch: TextBatch | Batch | PairBatch,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the final hidden states `[B, T, D]` of a batch."""
-    inputs, positions, segments = batch.inputs, positions_of(batch), segments_of(batch)
-    return hidden_states(model, params, inputs, positions, segments, compute=compute, key=key)
+    inputs = all_inputs(model, compute, params, batch, key)
+    return states_and_extras(model, params, batch.inputs, inputs, compute=compute, key=key)[0]
 
 
-def inputs_of(batch: TextBatch | Batch) -> BlockInputs:
+def all_inputs(
+    model: ModelConfig, compute: Compute, params: dict, batch: TextBatch | Batch | PairBatch, key: jax.Array | None
+) -> BlockInputs:
+    """What blocks read beside the residual stream, with the encoded source of pairs."""
+    if not isinstance(batch, PairBatch):
+        return inputs_of(model, batch)
+    memory = encode(model, params, batch.source, batch.lengths, compute=compute, key=key)
+    return BlockInputs(positions_of(batch), memory=memory)
+
+
+def inputs_of(model: ModelConfig, batch: TextBatch | Batch) -> BlockInputs:
     """What blocks read of a batch beside the residual stream."""
-    return BlockInputs(positions_of(batch), Mask(segments_of(batch)))
+    positions_BT = positions_of(batch)
+    if isinstance(batch, Batch):
+        return BlockInputs(positions_BT, Mask(batch.segments, batch.ahead))
+    padded = model.bidirectional  # causal attention never looks at padding, which follows the text
+    return BlockInputs(positions_BT, Mask(keys_BS=positions_BT < batch.lengths[..., None] if padded else None))
 
 
 def extra_weights(model: ModelConfig) -> dict[str, float]:
@@ -66,7 +92,7 @@ def extra_weights(model: ModelConfig) -> dict[str, float]:
     return {"balance_loss": model.balance_loss, "router_z_loss": model.router_z_loss}
 
 
-def positions_of(batch: TextBatch | Batch) -> jax.Array:
+def positions_of(batch: TextBatch | Batch | PairBatch) -> jax.Array:
     """Position of each token in its text."""
     # Rows of texts are filled up at their end, which causal attention never looks at.
     return (
@@ -74,11 +100,6 @@ def positions_of(batch: TextBatch | Batch) -> jax.Array:
         if isinstance(batch, Batch)
         else jax.lax.broadcasted_iota("int32", batch.inputs.shape, batch.inputs.ndim - 1)
     )
-
-
-def segments_of(batch: TextBatch | Batch) -> jax.Array | None:
-    """Document of each token; None: one a row."""
-    return batch.segments if isinstance(batch, Batch) else None
 
 
 def label_logits(

@@ -119,20 +119,22 @@ def _alibi(config: ModelConfig, _table: jax.Array | None, _keys: int) -> Bias:
     return Bias(slopes_H=jnp.asarray(alibi_slopes(config.n_head)))
 
 
-def t5_bucket(distance_N: np.ndarray) -> np.ndarray:
+def t5_bucket(distance_N: np.ndarray, bidirectional: bool = False) -> np.ndarray:
     """The bucket of each distance of a query from a key before it (arXiv:1910.10683, section 2.1): exact for small
-    ones, then logarithmic. Causal: keys after the query share bucket 0.
+    ones, then logarithmic. Causal: keys after the query share bucket 0. Bidirectional: they have the second half.
     """
-    distance = np.maximum(distance_N, 0)
-    exact = T5_BUCKETS // 2
-    large = np.log(np.maximum(distance, 1) / exact) / np.log(T5_DISTANCE / exact) * (T5_BUCKETS - exact)
-    return np.where(distance < exact, distance, np.minimum(exact + large.astype(np.int64), T5_BUCKETS - 1))
+    count = T5_BUCKETS // 2 if bidirectional else T5_BUCKETS
+    distance = np.abs(distance_N) if bidirectional else np.maximum(distance_N, 0)
+    exact = count // 2
+    large = np.log(np.maximum(distance, 1) / exact) / np.log(T5_DISTANCE / exact) * (count - exact)
+    bucket = np.where(distance < exact, distance, np.minimum(exact + large.astype(np.int64), count - 1))
+    return bucket + count * (distance_N < 0) if bidirectional else bucket
 
 
-def _t5(_config: ModelConfig, table_NH: jax.Array | None, keys: int) -> Bias:
+def _t5(config: ModelConfig, table_NH: jax.Array | None, keys: int) -> Bias:
     assert table_NH is not None
     distances_N = np.arange(-(keys - 1), keys)
-    return Bias(by_distance_HN=table_NH[t5_bucket(distances_N)].T)
+    return Bias(by_distance_HN=table_NH[t5_bucket(distances_N, config.bidirectional)].T)
 
 
 POSITIONS: dict[str, PositionMethod] = {

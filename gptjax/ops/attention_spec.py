@@ -41,8 +41,8 @@ class Mask(NamedTuple):
 
     segments_BT: jax.Array | None = None
     """Document number of each position. A query attends only within its document. Requires self-attention (S = T)."""
-    prefix_B: jax.Array | None = None
-    """Keys before this position are visible to all queries (prefix LM, arXiv:1910.10683, section 3.2.1)."""
+    ahead_BS: jax.Array | None = None
+    """True where a key is also visible to the queries before it (prefix LM, arXiv:1910.10683, section 3.2.1)."""
     keys_BS: jax.Array | None = None
     """False where a key is padding."""
 
@@ -76,7 +76,7 @@ class Request:
     packed: bool
     """Whether queries, keys and values are one array `[B, T, G, E, C]`."""
     segments: bool = False
-    prefix: bool = False
+    ahead: bool = False
     padded_keys: bool = False
     bias: bool = False
     """Whether a learned bias is added (`Bias.by_distance_HN`)."""
@@ -120,7 +120,7 @@ def make_request(
         platform=target_platform(),
         packed=packed,
         segments=mask.segments_BT is not None,
-        prefix=mask.prefix_B is not None,
+        ahead=mask.ahead_BS is not None,
         padded_keys=mask.keys_BS is not None,
         bias=bias is not None and bias.by_distance_HN is not None,
         slopes=bias is not None and bias.slopes_H is not None,
@@ -134,7 +134,7 @@ def needs_dense_weights(request: Request) -> str | None:
         return "queries and keys differ in number"
     if not request.spec.causal:
         return "attention is not causal"
-    if request.prefix:
+    if request.ahead:
         return "a prefix is visible to all queries"
     if request.padded_keys:
         return "keys are padded"
@@ -163,8 +163,8 @@ def hidden_BTS(spec: AttentionSpec, mask: Mask, T: int, S: int) -> jax.Array:
     if spec.causal:
         upper_triangle_TS = jnp.triu(jnp.ones((T, S), bool), 1)  # keys after the query
         hidden |= upper_triangle_TS[None]
-        if mask.prefix_B is not None:
-            hidden &= jnp.arange(S)[None, None] >= mask.prefix_B[:, None, None]
+        if mask.ahead_BS is not None:
+            hidden &= ~mask.ahead_BS[:, None, :]
     if spec.window:
         distance_TS = jnp.arange(T)[:, None] - jnp.arange(S)[None]
         hidden |= (jnp.abs(distance_TS) >= spec.window)[None]

@@ -59,6 +59,10 @@ def _check_stages(config: Config, stages: str, layers: int) -> None:
             f"{stages}: each stage has {layers} layers, which must be a multiple of the {len(pattern)} that"
             " model.attention_pattern names"
         )
+    if config.task.objective.kind == "multi_token":
+        raise UserError(f"{stages} does not go with task.objective.kind=multi_token: its heads follow the last stage")
+    if config.model.encoder_layers:
+        raise UserError(f"{stages} does not go with model.encoder_layers: all stages would need the encoder's output")
     if config.model.n_expert:
         raise UserError(f"{stages} cannot be combined with model.n_expert: stages do not pass on the router's losses")
     if config.model.residual_mix:

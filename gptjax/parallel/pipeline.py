@@ -132,7 +132,7 @@ def _forward(pieces, step, carry, t):
     """Runs the next micro-batch forward in each stage."""
     stages_S, K = _stages(), carry.inputs_KSBTD.shape[0]
     x_SBTD, m_S = send_forward(carry.y_SBTD, _embed(pieces, step, step.rest, t)), t - stages_S
-    inputs = select_micro_batches(inputs_of(step.batch), m_S)
+    inputs = select_micro_batches(inputs_of(pieces.model, step.batch), m_S)
 
     def run(stacks, frozen_stacks, s, x_BTD, m, inputs):
         return _run_stage(pieces, step, stacks, frozen_stacks, s, x_BTD, m, inputs)
@@ -158,7 +158,10 @@ def _backward(pieces, step, carry, t, dy_BTD):
     m_S = t - delay_S - stages_S
     exists_S = (m_S >= 0) & (m_S < M)
     dy_SBTD = jnp.where(exists_S[:, None, None, None], send_backward(carry.dx_SBTD, dy_BTD), 0.0)
-    x_SBTD, inputs = _inputs_at(carry.inputs_KSBTD, (t - delay_S) % K), select_micro_batches(inputs_of(step.batch), m_S)
+    x_SBTD, inputs = (
+        _inputs_at(carry.inputs_KSBTD, (t - delay_S) % K),
+        select_micro_batches(inputs_of(pieces.model, step.batch), m_S),
+    )
 
     def run(stacks, frozen_stacks, s, x_BTD, m, inputs, dy_BTD):
         def recompute(stacks, x_BTD):

@@ -90,9 +90,12 @@ def resolve(config: Config) -> Config:
     if config.task.kind != "pretrain" or config.init_from:
         name = "init_from" if config.init_from else f"task.kind={config.task.kind}"
         raise UserError(f"{name}: plan supports only task.kind=pretrain without init_from; leave it out")
+    if config.task.objective.rearranges:
+        raise UserError(f"task.objective.kind={config.task.objective.kind}: plan supports causal and multi_token")
     kind, size = config.tokenizer.kind, config.model.vocab_size
     if not size:
-        of_kind = {"tiktoken": VOCABULARIES[config.tokenizer.name], "bytes": 257, "bpe": config.tokenizer.vocab_size}
+        of_kind = {"tiktoken": VOCABULARIES[config.tokenizer.name], "bytes": 257}
+        of_kind |= dict.fromkeys(("bpe", "wordpiece"), config.tokenizer.vocab_size)
         size = of_kind.get(kind, 0)
     if not size:
         raise UserError(f"tokenizer.kind={kind}: the vocabulary size depends on the corpus; give --model.vocab_size")

@@ -69,7 +69,7 @@ def read_record(run_dir: Path, name: str = "") -> RunRecord:
         damaged_events=damaged,
     )
     flops, peak = record.facts.get("flops_per_token"), record.facts.get("peak_flops")
-    if is_number(flops) and is_number(peak) and peak > 0:
+    if is_number(flops) and isinstance(peak, int | float) and peak > 0:
         for row in record.steps:
             if is_number(row["tokens_per_s"]):
                 row["mfu"] = row["tokens_per_s"] * flops / peak

@@ -133,6 +133,12 @@ def sampling(options: DecodingConfig) -> SampleConfig:
 def for_texts(run: LoadedRun, options: SampleConfig, rows: int) -> DecodingModel:
     """The model of a run, laid out to decode; ids that its tokenizer does not have are never chosen."""
     model, tokenizer = run.config.model, run.tokenizer
+    kind, objective = run.config.task.kind, run.config.task.objective.kind
+    if run.config.why_no_sample or model.encoder_layers or objective == "prefix":
+        raise UserError(
+            f"task.kind={kind}, task.objective.kind={objective}: chat and serve need a run that reads a"
+            " prompt from left to right; use gptjax sample, or evaluate"
+        )
     if tokenizer is not None and tokenizer.vocab_size < model.vocab_size:
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     return prepare(model, run.params, options, rows)

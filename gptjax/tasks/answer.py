@@ -97,7 +97,7 @@ def make_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compu
 
     def predict(params: dict, batch: SpanBatch) -> tuple[jax.Array, jax.Array]:
         rows, read = flat(batch), with_learned_tokens(params, name, task)
-        x_BTD, _ = states_and_extras(model, read, rows.inputs, inputs_of(rows), compute=compute)
+        x_BTD, _ = states_and_extras(model, read, rows.inputs, inputs_of(model, rows), compute=compute)
         logits_B2T = span_logits(params["heads"][name], x_BTD, batch)
         loss = span_loss(logits_B2T, batch)
         return best_spans(logits_B2T), jnp.stack([loss.nll, loss.count])

@@ -124,7 +124,7 @@ def measure_preferences(
 def _log_probs(model: ModelConfig, compute: Compute) -> Callable[[dict, Any], jax.Array]:
     def log_probs(params: dict, batch: PreferenceBatch) -> jax.Array:
         rows = flat(batch)
-        x_RTD, _ = states_and_extras(model, params, rows.inputs, inputs_of(rows), compute=compute)
+        x_RTD, _ = states_and_extras(model, params, rows.inputs, inputs_of(model, rows), compute=compute)
         return response_log_probs(model, params, x_RTD, batch)
 
     return log_probs

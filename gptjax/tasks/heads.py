@@ -170,7 +170,7 @@ def make_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compu
 
     def predict(params: dict, batch: Any) -> tuple[jax.Array, jax.Array]:
         rows, read = flat(batch), with_learned_tokens(params, name, task)
-        x_RTD, _ = states_and_extras(model, read, rows.inputs, inputs_of(rows), compute=compute)
+        x_RTD, _ = states_and_extras(model, read, rows.inputs, inputs_of(model, rows), compute=compute)
         outputs = head_outputs(task, params, name, x_RTD, batch)
         loss = output_loss(task, outputs, batch)
         if task.kind not in ("regress", "reward"):

@@ -1,35 +1,59 @@
-"""Learns the next token of prepared text."""
+"""Learns to predict tokens of prepared text: the next one, or what `task.objective` says."""
+
+from collections.abc import Iterable
 
 import jax
 
 from gptjax.batches.mixture import MixtureWindows, Stage
-from gptjax.batches.pretraining import PackedWindows, evaluation_batches
+from gptjax.batches.multi import Windows
+from gptjax.batches.objectives import ArrangedWindows, vocabulary_of
+from gptjax.batches.pretraining import Batch, PackedWindows, evaluation_batches
+from gptjax.config.objective import SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.config.run import Config
 from gptjax.evaluation.loss import MixtureEvaluation, make_eval_step, mean_evaluation, measure
+from gptjax.model.ahead import predict_ahead
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import loss_options, token_loss
 from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_texts
 from gptjax.text.shards import TokenSplit
+from gptjax.text.tokenizer import Tokenizer
 
 
 def build(config: Config, _name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
     """See `task.Kind`."""
     if source.mixture:
         return _build_mixture(config, source, compute, compiled)
-    dataset = source.dataset
+    dataset, objective = source.dataset, config.task.objective
     assert dataset is not None
     model, train, across = config.model, config.train, config.data.attend_across_documents
     batches = list(
-        evaluation_batches(dataset.validation, model.block_size, train.eval_windows, train.micro_batch, across)
+        text_batches(
+            objective,
+            source.tokenizer,
+            dataset.validation,
+            model.block_size,
+            train.eval_windows,
+            train.micro_batch,
+            across,
+        )
     )
-    eval_step, ratio = compiled(make_eval_step(model, compute)), bytes_per_token(dataset.validation)
+    skipped = source.skipped.get("", frozenset())
+    windows: Windows = PackedWindows(dataset.train, model.block_size, config.seed, across, skipped)
+    notes = ()
+    if objective.rearranges:
+        vocabulary = vocabulary_of(source.tokenizer, SPECIAL_TOKENS.get(objective.kind, ()))
+        windows = ArrangedWindows(dataset.train, model.block_size, config.seed, across, objective, vocabulary, skipped)
+        notes = tuple(note for note in (windows.note(),) if note)
+    eval_step, ratio = compiled(make_eval_step(model, compute)), bytes_per_target(objective, dataset.validation)
+    targets = f"{sum(int((batch.targets >= 0).sum()) for batch in batches)} targets of {dataset.hash}"
     return Task(
-        PackedWindows(dataset.train, model.block_size, config.seed, across, source.skipped.get("", frozenset())),
+        windows,
         model.block_size,
         dataset.hash,
         lambda params, sharding: measure(eval_step, params, batches, sharding, ratio),
+        notes,
         evaluation_batches=len(batches),
-        measured_on=f"{sum(int((batch.targets >= 0).sum()) for batch in batches)} targets of {dataset.hash}",
+        measured_on=targets if objective.kind == "causal" else f"{targets}, {objective.kind}",
     )
 
 
@@ -47,7 +71,9 @@ def _build_mixture(config: Config, source: Source, compute: Compute, compiled: C
 
     def evaluate(params: dict, sharding: jax.sharding.Sharding) -> MixtureEvaluation:
         found = {
-            name: measure(eval_step, params, batches[name], sharding, bytes_per_token(one.validation))
+            name: measure(
+                eval_step, params, batches[name], sharding, bytes_per_target(config.task.objective, one.validation)
+            )
             for name, one in sources.items()
         }
         return mean_evaluation(weights, found)
@@ -96,16 +122,34 @@ def describe_stages(config: Config, stages: tuple[Stage, ...], n_tokens: dict[st
     return lines
 
 
+def text_batches(
+    objective: ObjectiveConfig,
+    tokenizer: Tokenizer,
+    split: TokenSplit,
+    block_size: int,
+    n_windows: int,
+    batch_size: int,
+    across: bool,
+) -> Iterable[Batch]:
+    """Fixed batches to measure an objective on, see `batches.pretraining.evaluation_batches`."""
+    if not objective.rearranges:
+        return evaluation_batches(split, block_size, n_windows, batch_size, across)
+    vocabulary = vocabulary_of(tokenizer, SPECIAL_TOKENS.get(objective.kind, ()))
+    return ArrangedWindows(split, block_size, 0, across, objective, vocabulary).evaluation(n_windows, batch_size)
+
+
 def next_token_loss(config: Config, _name: str = "") -> StatesLoss:
-    """The loss of predicting each token from those before it, where the batch has a target."""
+    """The loss of predicting the batch's targets, where it has one."""
     model = config.model
     options = loss_options(model, config.train.label_smoothing, config.train.z_loss)
+    if config.task.objective.kind == "multi_token":
+        return predict_ahead(model, options)
     return lambda params, x_BTD, batch: token_loss(model, options, params, x_BTD, batch)
 
 
-def bytes_per_token(split: TokenSplit) -> float:
-    """UTF-8 bytes of a split's text per target."""
-    return split.n_bytes / max(1, split.n_tokens - 1)
+def bytes_per_target(objective: ObjectiveConfig, split: TokenSplit) -> float | None:
+    """UTF-8 bytes of a split's text per target; None: targets are not every token of the text."""
+    return split.n_bytes / max(1, split.n_tokens - 1) if objective.measures_text else None
 
 
 KIND = Kind(build, next_token_loss)

@@ -8,15 +8,16 @@ from typing import Any
 
 import jax
 
+from gptjax.config.objective import SPECIAL_TOKENS
 from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import LABELLED, TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import are_spans, require_seqeval
 from gptjax.model.gpt import Compute, states_and_extras
-from gptjax.model.loss import extra_weights, inputs_of
+from gptjax.model.loss import all_inputs, extra_weights
 from gptjax.ops.cross_entropy import Loss, with_extras
 from gptjax.report.progress import say
-from gptjax.tasks import answer, choose, classify, dpo, instruct, pretrain, regress, reinforce, reward, tag
+from gptjax.tasks import answer, choose, classify, dpo, instruct, pretrain, regress, reinforce, reward, seq2seq, tag
 from gptjax.tasks.functions import call_function
 from gptjax.tasks.heads import flat, with_learned_tokens
 from gptjax.tasks.multi import combine, combined_loss, parts_of
@@ -27,7 +28,7 @@ from gptjax.text.formats import Row
 from gptjax.text.labelled import Examples, ParseRow
 from gptjax.text.mixture import prepare_sources
 from gptjax.text.prepare import Prepared, prepare
-from gptjax.text.tokenizer import Tokenizer, make_tokenizer
+from gptjax.text.tokenizer import Tokenizer, make_tokenizer, with_special_tokens
 
 TASKS: dict[str, Kind] = {
     "pretrain": pretrain.KIND,
@@ -40,6 +41,7 @@ TASKS: dict[str, Kind] = {
     "reward": reward.KIND,
     "dpo": dpo.KIND,
     "reinforce": reinforce.KIND,
+    "seq2seq": seq2seq.KIND,
 }
 """By `task.kind`; `multi` is made of these."""
 
@@ -61,7 +63,8 @@ def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
                 first.tokenizer, None, {}, mixture={n: one.dataset for n, one in mixed.items()}, skipped=skipped
             )
         prepared = prepare(config.data, config.tokenizer, cache, report=say, tokenizer_override=tokenizer)
-        return Source(prepared.tokenizer, prepared.dataset, {}, skipped={"": _skipped(prepared, config.data)})
+        tokenizer = with_special_tokens(prepared.tokenizer, SPECIAL_TOKENS.get(config.task.objective.kind, ()))
+        return Source(tokenizer, prepared.dataset, {}, skipped={"": _skipped(prepared, config.data)})
     parts = parts_of(config)
     examples = {name: read_examples(part.task, part.data) for name, part in parts.items()}
     if any(part.task.kind == "tag" and are_spans(examples[name].labels) for name, part in parts.items()):
@@ -149,7 +152,8 @@ def make_part_loss(config: Config, name: str, compute: Compute) -> LossFunction:
 
     def loss(params: dict, batch: Any, key: jax.Array | None) -> Loss:
         rows, read = flat(batch), with_learned_tokens(params, name, config.task)
-        x_BTD, extras = states_and_extras(model, read, rows.inputs, inputs_of(rows), compute=compute, key=key)
+        inputs = all_inputs(model, compute, read, rows, key)
+        x_BTD, extras = states_and_extras(model, read, rows.inputs, inputs, compute=compute, key=key)
         found = of_states(params, x_BTD, batch)
         return with_extras(found, extras, extra_weights(model)) if extras else found
 

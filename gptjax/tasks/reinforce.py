@@ -235,7 +235,7 @@ def _target_log_probs(model: ModelConfig, compute: Compute) -> Callable[[dict, R
     def log_probs(params: dict, batch: RolloutBatch) -> jax.Array:
         plain = {name: part for name, part in params.items() if name not in ("adapters", "prompt")}
         rows = flat(batch)
-        x_BTD, _ = states_and_extras(model, plain, rows.inputs, inputs_of(rows), compute=compute)
+        x_BTD, _ = states_and_extras(model, plain, rows.inputs, inputs_of(model, rows), compute=compute)
         return token_log_probs(model, plain, x_BTD, batch.targets)
 
     return log_probs

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gptjax.config.run import Config
 from gptjax.errors import UserError
+from gptjax.model.ahead import init_ahead
 from gptjax.model.gpt import init_params
 from gptjax.tasks.heads import init_task_head
 
@@ -27,6 +28,9 @@ def init_all(config: Config, key: jax.Array, base: dict | None = None) -> dict:
         name: init_task_head(config.model, task, jax.random.fold_in(key, number))
         for number, (name, task) in enumerate(config.heads.items(), 1)
     }
+    objective = config.task.objective
+    if objective.kind == "multi_token":
+        heads["ahead"] = init_ahead(config.model, objective.ahead - 1, jax.random.fold_in(key, len(heads) + 1))
     return params | {"heads": heads | given.get("heads", {})} if heads else params
 
 

@@ -49,7 +49,7 @@ def _answers(value: Any, row: Row, task: TaskConfig) -> list[tuple[str, int | No
         texts, starts = value.get("text"), value.get("answer_start")
         texts, starts = ([v] if isinstance(v, (str, int)) else v for v in (texts, starts))
         if isinstance(texts, (list, tuple)) and (starts is None or len(starts) == len(texts)):
-            pairs = list(zip(texts, starts or [None] * len(texts), strict=True))
+            pairs: list[Any] = list(zip(texts, starts or [None] * len(texts), strict=True))
         else:
             pairs = [(None, None)]
     else:

@@ -315,13 +315,16 @@ class LibraryTokenizer(Tokenizer):
         from gptjax.text.train_bpe import byte_of_character
 
         byte_of, added = byte_of_character(), self._library.get_added_tokens_decoder()
+        continues = getattr(self._library.model, "continuing_subword_prefix", None) or ""
         has_pieces = bool(json.loads(self.content)["model"].get("byte_fallback"))
         table = []
         for i in range(self.size):
             token = self._library.id_to_token(i)
             if token is None:
                 table.append(f"<|reserved_{i}|>".encode())
-            elif has_pieces and (byte := _BYTE_PIECE.fullmatch(token)):
+                continue
+            token = token if i in added else token.removeprefix(continues)
+            if has_pieces and (byte := _BYTE_PIECE.fullmatch(token)):
                 table.append(bytes([int(byte[1], 16)]))
             elif i in added or (not has_pieces and not set(token) <= byte_of.keys()):
                 table.append(token.encode())
@@ -330,6 +333,53 @@ class LibraryTokenizer(Tokenizer):
             else:
                 table.append(bytes(byte_of[character] for character in token))
         return table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExtendedTokenizer(Tokenizer):
+    """Another tokenizer, and after its ids those of tokens that no text encodes to."""
+
+    base: Tokenizer
+    names: tuple[str, ...]
+    kind = "extended"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.base.vocab_size + len(self.names)
+
+    @property
+    def end_of_text(self) -> int | None:
+        return self.base.end_of_text
+
+    @property
+    def end_token(self) -> str:
+        return self.base.end_token
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return self.base.special_tokens | {name: self.base.vocab_size + i for i, name in enumerate(self.names)}
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.base.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.base.encode_batch(texts)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        size, decoded = self.base.vocab_size, []
+        for added, group in itertools.groupby(self._checked(ids), lambda i: i >= size):
+            run = list(group)
+            decoded += [self.names[i - size].encode() for i in run] if added else [self.base.decode_bytes(run)]
+        return b"".join(decoded)
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "base": self.base.to_dict(), "names": list(self.names)}
+
+
+def with_special_tokens(tokenizer: Tokenizer, names: tuple[str, ...]) -> Tokenizer:
+    """Returns a tokenizer that also has the tokens `names`, with the same ids for all others."""
+    new = tuple(name for name in names if name not in tokenizer.special_tokens)
+    return ExtendedTokenizer(tokenizer, new) if new else tokenizer
 
 
 def make_tokenizer(
@@ -353,6 +403,13 @@ def make_tokenizer(
         return _chars_of(documents())
     if config.kind == "tiktoken":
         return _published(config.name)
+    if config.kind == "wordpiece":
+        from gptjax.text.train_wordpiece import train_wordpiece
+
+        pieces = (piece for text in documents() for piece in split_text(text))
+        content = train_wordpiece(pieces, config.vocab_size, END_OF_TEXT, report)
+        library = LibraryTokenizer(content, 0, END_OF_TEXT)
+        return dataclasses.replace(library, size=library._library.get_vocab_size())
     from gptjax.text.train_bpe import PATTERN, train_ranks
 
     ranks = train_ranks((piece for text in documents() for piece in split_text(text)), config.vocab_size - 1, report)
@@ -501,8 +558,15 @@ def _from_dict(content: dict) -> Tokenizer:
             if largest >= size:
                 raise ValueError(f"size is {size}, and there is a token of id {largest}")
             return tokenizer
+        case "extended":
+            names = content["names"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("names must be strings")
+            if len(set(names)) < len(names):
+                raise ValueError("a name is given twice")
+            return ExtendedTokenizer(_from_dict(content["base"]), tuple(names))
         case kind:
-            raise ValueError(f"kind is {kind!r}, must be bytes, chars, tiktoken, bpe or library")
+            raise ValueError(f"kind is {kind!r}, must be bytes, chars, tiktoken, bpe, library or extended")
 
 
 def _utf8(text: str) -> bytes:

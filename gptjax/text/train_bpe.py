@@ -1,6 +1,7 @@
 """Learns the merges of a byte-pair encoding from a corpus, with the trainer of the tokenizers library."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from gptjax.errors import UserError
 
@@ -32,19 +33,9 @@ def train_ranks(texts: Iterable[str], n_tokens: int, report: Callable[[str], obj
         special_tokens=[],
         initial_alphabet=sorted(byte_of_character()),
     )
-    read = 0
-
-    def leading_part() -> Iterator[str]:
-        nonlocal read
-        for text in texts:
-            if read >= MAX_CHARACTERS:
-                report(f"tokenizer: merges are learned from the first {read / 1e6:.0f} M characters of the corpus")
-                return
-            read += len(text)
-            yield text
-
-    tokenizer.train_from_iterator(leading_part(), trainer)
-    if not read:
+    read: list[int] = []
+    tokenizer.train_from_iterator(leading_part(texts, report, read), trainer)
+    if not sum(read):
         raise UserError("tokenizer.kind=bpe: the corpus has no text to learn from")
     bytes_of = byte_of_character()
     vocabulary = tokenizer.get_vocab()
@@ -57,11 +48,23 @@ def train_ranks(texts: Iterable[str], n_tokens: int, report: Callable[[str], obj
     return dict(sorted(ranks.items(), key=lambda item: item[1]))
 
 
-def make_byte_level():
-    """An untrained BPE tokenizer of the tokenizers library that cuts text by `PATTERN`."""
+def leading_part(texts: Iterable[str], report: Callable[[str], object], read: list[int]) -> Iterator[str]:
+    """Yields texts until they have `MAX_CHARACTERS`; adds the length of each to `read`."""
+    total = 0
+    for text in texts:
+        if total >= MAX_CHARACTERS:
+            report(f"tokenizer: tokens are learned from the first {total / 1e6:.0f} M characters of the corpus")
+            return
+        total += len(text)
+        read.append(len(text))
+        yield text
+
+
+def make_byte_level(model: Any = None):
+    """A tokenizer of the tokenizers library that cuts text by `PATTERN`; without a model, an untrained BPE."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(models.BPE() if model is None else model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PATTERN), "isolated"),

@@ -254,12 +254,20 @@ def _resolve(config: Config, source: Source, base: LoadedRun | None) -> Config:
             raise UserError(
                 f"task.max_tokens={part.task.max_tokens} must be at most model.block_size={config.model.block_size}"
             )
+    if config.task.objective.kind == "masked" and not config.model.bidirectional:
+        raise UserError(
+            f"init_from={config.init_from}: was trained with model.bidirectional=false;"
+            " task.objective.kind=masked predicts from both sides"
+        )
+    if config.task.kind == "seq2seq" and not config.model.encoder_layers:
+        raise UserError(f"init_from={config.init_from}: has no encoder, which task.kind=seq2seq needs")
     if config.finetune.train == "top" and config.finetune.top_k > config.model.n_layer:
         raise UserError(f"finetune.top_k={config.finetune.top_k} must be at most model.n_layer={config.model.n_layer}")
     config = with_labels(config, source.examples)
     if config.train.best_by == "span_f1" and not are_spans(config.task.labels):
         raise UserError("train.best_by='span_f1' needs tags of the form B-x, I-x and O; choose accuracy or macro_f1")
-    if config.train.sample_tokens and not config.heads:
+    other = config.heads or config.task.objective.why_no_sample or config.model.encoder_layers
+    if config.train.sample_tokens and not other:
         train = dataclasses.replace(config.train, sample_prompt=_sample_prompt(config, source.tokenizer))
         config = dataclasses.replace(config, train=train)
     return config

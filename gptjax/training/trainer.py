@@ -281,7 +281,8 @@ def _evaluate(
 
 def _show_sample(parts: Parts, params: dict, step: int, log: Log, signals: Signals) -> None:
     config = parts.config
-    if not config.train.sample_tokens or config.heads:
+    other = config.heads or config.task.objective.why_no_sample or config.model.encoder_layers
+    if not config.train.sample_tokens or other:
         return
     options = SampleConfig(max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
     if jax.process_count() > 1:
@@ -307,6 +308,7 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log, signals: Signa
             options,
             on_text=stop_early,
             at_start=template is not None,
+            prefix=config.task.objective.kind == "prefix",
         )
     except Abandoned:
         raise
@@ -356,5 +358,6 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> list[tuple[
 def _explain_attention(parts: Parts) -> str:
     config = parts.config
     segments = config.task.kind not in PADDED and not config.data.attend_across_documents
+    ahead = config.task.objective.has_prefix
     explained = traced_in(parts.mesh, explain_attention)
-    return explained(config.model, config.train.micro_batch, config.train.compute_dtype, segments, True)
+    return explained(config.model, config.train.micro_batch, config.train.compute_dtype, segments, True, ahead)

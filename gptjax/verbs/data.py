@@ -128,6 +128,10 @@ def rank_documents(config: Config, run_dir: Path, options: DataVerbConfig) -> li
 
 def _prepared(config: Config, run_dir: Path) -> Mapping[str, Prepared]:
     """The run's prepared data by source; that of a run with one source has an empty name."""
+    if config.task.objective.rearranges:
+        raise UserError(
+            f"{run_dir}: task.objective.kind={config.task.objective.kind} rearranges text; data shows others"
+        )
     cache = Path(config.cache_dir).expanduser()
     tokenizer = load_tokenizer(run_dir / "tokenizer.json")
     if config.sources:

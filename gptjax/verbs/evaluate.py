@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax.batches.pretraining import Batch, evaluation_batches
+from gptjax.batches.pretraining import Batch
 from gptjax.checkpoints.run_dir import CONFIG_FILE, LoadedRun, load_run
 from gptjax.config.model import ModelConfig
+from gptjax.config.objective import SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import LABELLED
@@ -37,17 +38,18 @@ from gptjax.tasks.dpo import measure_preferences
 from gptjax.tasks.functions import metric_values
 from gptjax.tasks.instruct import measure_chats
 from gptjax.tasks.multi import parts_of
-from gptjax.tasks.pretrain import bytes_per_token, mixture_stages
+from gptjax.tasks.pretrain import bytes_per_target, mixture_stages, text_batches
 from gptjax.tasks.registry import TASKS, parse, read_examples
 from gptjax.tasks.regress import check_count
 from gptjax.tasks.reinforce import measure_rewards
+from gptjax.tasks.seq2seq import measure_pairs
 from gptjax.text.counts import counted
 from gptjax.text.labelled import check_labels, read_data_rows
 from gptjax.text.mixture import prepare_sources
 from gptjax.text.prepare import prepare
 from gptjax.text.rows import limited
 from gptjax.text.shards import TokenSplit
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizer import Tokenizer, with_special_tokens
 from gptjax.text.whole import WholeText, document_hashes, read_whole
 from gptjax.training.step import compute_options
 from gptjax.verbs.benchmark import measure_benchmark
@@ -69,11 +71,12 @@ class Measured(NamedTuple):
     nll: float
     targets: float
     """Targets in the windows that were measured."""
+    objective: ObjectiveConfig
 
     @property
     def evaluation(self) -> Evaluation:
         """Loss, perplexity and bits per byte."""
-        return evaluation_of(self.nll, self.targets, bytes_per_token(self.text.split))
+        return evaluation_of(self.nll, self.targets, bytes_per_target(self.objective, self.text.split))
 
     @property
     def sizes(self) -> str:
@@ -135,13 +138,14 @@ def _evaluate_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig
     if not _given(options):
         found = _evaluate_own_text(run, tokenizer, options, notify)
         return "\n".join([str(found), *_windows_line(run.config.model, options)])
-    measured = []
+    measured, objective = [], _text_objective(run.config, options.run_dir)
     for name, data in _sources(options):
         inherited = {key: getattr(run.config.data, key) for key in CLEANING if _is_default(data, key)}
         data = dataclasses.replace(data, **({} if data.source else inherited))
         text = read_whole(data, tokenizer)
-        nll, count = _sum_loss(run, text.split, data.attend_across_documents, options, name, notify)
-        measured.append(Measured(name, text, nll, count))
+        across = data.attend_across_documents
+        nll, count = _sum_loss(run, text.split, across, options, name, notify, objective)
+        measured.append(Measured(name, text, nll, count, objective))
     lines = [str(measured[0].evaluation)]
     if len(measured) > 1:
         width = max(5, *(len(one.name) for one in measured))
@@ -166,12 +170,22 @@ def _windows_line(model: ModelConfig, options: EvaluateConfig) -> list[str]:
 
 
 def _sum_loss(
-    run: LoadedRun, split: TokenSplit, across: bool, options: EvaluateConfig, name: str, notify: Notify
+    run: LoadedRun,
+    split: TokenSplit,
+    across: bool,
+    options: EvaluateConfig,
+    name: str,
+    notify: Notify,
+    objective: ObjectiveConfig,
 ) -> tuple[float, float]:
     """The summed loss of a text and its number of targets."""
     model = run.config.model
+    if options.stride and objective.rearranges:
+        raise UserError(f"stride={options.stride} has no effect: task.objective.kind={objective.kind} rearranges text")
     if not options.stride:
-        batches = evaluation_batches(split, model.block_size, options.windows, options.batch_size, across)
+        sizes = model.block_size, options.windows, options.batch_size
+        assert run.tokenizer is not None  # text cannot be measured without
+        batches = text_batches(objective, run.tokenizer, split, *sizes, across)
         return sum_loss(_eval_step(run), run.params, _with_progress(batches, name, notify), _device())
     if options.stride > model.block_size:
         raise UserError(f"stride={options.stride} must be at most model.block_size={model.block_size}")
@@ -190,17 +204,15 @@ def _sum_loss(
 
 def _total(measured: Sequence[Measured]) -> Evaluation:
     targets = sum(max(1, one.text.split.n_tokens - 1) for one in measured)
-    ratio = sum(one.text.split.n_bytes for one in measured) / targets
+    ratio = sum(one.text.split.n_bytes for one in measured) / targets if measured[0].objective.measures_text else None
     return evaluation_of(math.fsum(one.nll for one in measured), sum(one.targets for one in measured), ratio)
 
 
 def _evaluate_own_text(
     run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify
 ) -> Evaluation | MixtureEvaluation:
-    """The next token's loss on the run's validation text; of a run with labels, on that of the run it started from."""
-    owner = run.config
-    while owner.task.kind != "pretrain" and owner.init_from:
-        owner = load_config(Path(owner.init_from).expanduser() / CONFIG_FILE)
+    """The loss of the run's objective on its validation text; of a run with labels, that of the run it started from."""
+    owner = _text_owner(run.config)
     if owner.task.kind != "pretrain":
         raise UserError(f"{options.run_dir}: started from no run with text of its own; give --data.path")
     if owner.sources:
@@ -208,13 +220,34 @@ def _evaluate_own_text(
     cache = Path(owner.cache_dir).expanduser()
     override = tokenizer if owner.init_from else None  # as the run itself was prepared
     prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=override)
-    if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
+    special = SPECIAL_TOKENS.get(owner.task.objective.kind, ())
+    if with_special_tokens(prepared.tokenizer, special).fingerprint != tokenizer.fingerprint:
         prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=tokenizer)
     if owner is run.config and run.data_hash not in ("", prepared.dataset.hash):
         notify(f"{options.run_dir}: its text has changed since it was trained; the loss is that of the new text")
     split, across = prepared.dataset.validation, owner.data.attend_across_documents
-    nll, count = _sum_loss(run, split, across, options, "validation text", notify)
-    return evaluation_of(nll, count, bytes_per_token(split))
+    objective = owner.task.objective
+    nll, count = _sum_loss(run, split, across, options, "validation text", notify, objective)
+    return evaluation_of(nll, count, bytes_per_target(objective, split))
+
+
+def _text_owner(config: Config) -> Config:
+    """The run that learned from text: this one, or one that it started from."""
+    while config.task.kind != "pretrain" and config.init_from:
+        config = load_config(Path(config.init_from).expanduser() / CONFIG_FILE)
+    return config
+
+
+def _text_objective(config: Config, where: str) -> ObjectiveConfig:
+    """What a run is measured by on text: the next token, unless it learned another objective.
+
+    Raises:
+        UserError: Its attention is bidirectional, and no objective is known that it learned.
+    """
+    objective = _text_owner(config).task.objective if config.model.bidirectional else config.task.objective
+    if config.model.bidirectional and objective.kind != "masked":
+        raise UserError(f"{where}: model.bidirectional=true, so it has no loss of the next token")
+    return objective
 
 
 def _evaluate_own_sources(
@@ -227,8 +260,8 @@ def _evaluate_own_sources(
     found = {}
     for name, one in prepared.items():
         split = one.dataset.validation
-        nll, count = _sum_loss(run, split, across, options, name, notify)
-        found[name] = evaluation_of(nll, count, bytes_per_token(split))
+        nll, count = _sum_loss(run, split, across, options, name, notify, owner.task.objective)
+        found[name] = evaluation_of(nll, count, bytes_per_target(owner.task.objective, split))
     stages = mixture_stages(owner, {name: one.dataset.train.n_tokens for name, one in prepared.items()})
     return mean_evaluation(dict(zip(found, stages[0].weights, strict=True)), found)
 
@@ -289,7 +322,8 @@ def _concatenated(parts: Sequence[Any]) -> Any:
 def _evaluate_chats(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig) -> str:
     def measured(examples: list) -> Any:
         compute = compute_options(run.config)
-        return measure_chats(run.config, tokenizer, examples, compute, jax.jit)(run.params, _device())
+        measure_all = measure_pairs if run.config.task.kind == "seq2seq" else measure_chats
+        return measure_all(run.config, tokenizer, examples, compute, jax.jit)(run.params, _device())
 
     if not _given(options):
         return str(measured(_examples(run.config, None)))

@@ -1,15 +1,19 @@
 """`gptjax sample`."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax.checkpoints.run_dir import LoadedRun, load_run
+from gptjax.config.rules import no_effect
+from gptjax.config.run import Config
 from gptjax.config.task import CHATS
 from gptjax.config.verbs import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import Sample, samples
+from gptjax.generation.targets import target_texts
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.report.tokens import TokenRow, print_tokens
@@ -19,10 +23,20 @@ from gptjax.text.chats import USER, Message, render_prompt
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.text.unicode import has_surrogate
 
+TARGET_OPTIONS = (
+    *("checkpoint", "strict", "base", "run_dir", "prompt", "prompt_file"),
+    *("max_new_tokens", "num_beams", "length_penalty"),
+)
+"""Options of a run with task.kind=seq2seq; temperature may be 0, which `num_beams` demands."""
+
 
 def run_sample(config: SampleConfig, prompts: list[str]) -> int:
     """Prints continuations of prompts; a single one as it is made."""
     run, tokenizer, template = load_for_prompts(config)
+    if run.config.model.encoder_layers:
+        for text in write_targets(run, tokenizer, prompts, config):
+            _write(f"{text}\n")
+        return 0
     prompts = in_template(prompts, template)
     one = len(prompts) * config.num_samples == 1 and not config.json and not config.logprobs
     if one:
@@ -34,6 +48,7 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
         prompts,
         config,
         at_start=template is not None,
+        prefix=run.config.task.objective.kind == "prefix",
         on_text=(lambda _prompt, _sample, piece: _write(piece)) if one else None,
         notify=notify,
     )
@@ -61,7 +76,30 @@ def load_for_prompts(config: SampleConfig) -> tuple[LoadedRun, Tokenizer, str | 
     run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, notify, config.base)
     if run.tokenizer is None:
         raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
+    check_continues(run.config, config.run_dir)
     return run, run.tokenizer, prompt_template(run, config.raw, config.run_dir)
+
+
+def write_targets(run: LoadedRun, tokenizer: Tokenizer, sources: Sequence[str], options: SampleConfig) -> list[str]:
+    """Returns the target that an encoder-decoder writes for each source.
+
+    Raises:
+        UserError: An option is set that only a run that continues text has.
+    """
+    for field in dataclasses.fields(SampleConfig):
+        if field.name not in TARGET_OPTIONS and (field.name != "temperature" or options.temperature):
+            no_effect("", options, field.name, False, "a run that continues text")
+    return target_texts(run.config.model, run.params, tokenizer, sources, options, notify)
+
+
+def check_continues(config: Config, where: str) -> None:
+    """Refuses to continue text by a model that did not learn to.
+
+    Raises:
+        UserError: It says why.
+    """
+    if reason := config.why_no_sample:
+        raise UserError(f"{where}: cannot continue text: task.objective.kind={config.task.objective.kind}; {reason}")
 
 
 def prompt_template(run: LoadedRun, raw: bool, where: str) -> str | None:

@@ -49,6 +49,8 @@ def sample_rows(config: SampleConfig, notify: Callable[[str], None] = print) -> 
         raise UserError(f"{config.prompt_file}: has no rows")
     prompts = [fill(config.prompt_template, row) for row in rows]
     run, tokenizer, template = load_for_prompts(config)
+    if run.config.model.encoder_layers:
+        raise UserError(f"out={config.out!r}: rows of a file are not written for task.kind=seq2seq; give --prompt")
     texts = [prompt if template is None else render_prompt([Message(USER, prompt)], template) for prompt in prompts]
     lengths = [len(ids) for ids in encode_prompts(tokenizer, texts, config.allow_special)]
     done = _Partial(Path(f"{config.out}.partial").expanduser(), _fingerprint(config, run.step, run.config, texts))
@@ -65,6 +67,7 @@ def sample_rows(config: SampleConfig, notify: Callable[[str], None] = print) -> 
             found = samples(
                 *(run.config.model, run.params, tokenizer, [texts[n] for n in filled], config),
                 at_start=template is not None,
+                prefix=run.config.task.objective.kind == "prefix",
                 numbers=filled,
             )
             done.add({n: [describe(tokenizer, one) for one in row] for n, row in zip(numbers, found, strict=False)})

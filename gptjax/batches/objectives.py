@@ -1,0 +1,368 @@
+"""Windows of text, rearranged for objectives other than the next token; each a pure function of its number.
+
+An objective turns one document, or the part of it that lies in a window, into inputs and targets. Documents are
+rearranged one by one, so no target depends on another document.
+
+T is a position of a window.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.batches.pretraining import Batch, PackedWindows
+from gptjax.batches.rows import ALL, Rows
+from gptjax.config.objective import FILL, MASK, MODES, SPANS, ObjectiveConfig
+from gptjax.errors import UserError
+from gptjax.text.shards import TokenSplit
+from gptjax.text.tokenizer import Tokenizer
+
+TRAINING, VALIDATION = 2, 3
+"""Streams of random numbers: of one seed they differ from each other and from those of other batches."""
+NOTED_WINDOWS = 64
+"""Windows in which tokens without room are counted."""
+
+
+class Arranged(NamedTuple):
+    """One document as a model reads it; arrays `[n]`."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    """What is predicted at each position; -1: nothing."""
+    positions: np.ndarray
+    prefix: int = 0
+    """So many inputs at the start are visible to all others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What an objective knows of the tokenizer."""
+
+    text_tokens: int
+    """Ids below this one stand for text."""
+    end_of_text: int | None
+    special: dict[str, int]
+    """Ids of the objective's own tokens, by name."""
+    joins: tuple[np.ndarray, np.ndarray]
+    """bool `[text_tokens]` each: whether an id begins, and whether it ends, with a character of a word."""
+
+
+Arrange = Callable[[ObjectiveConfig, Vocabulary, np.ndarray, np.random.Generator], Arranged]
+"""Of at least two tokens of a document. Their number alone decides how many inputs it returns, unless a random choice
+does."""
+
+
+def vocabulary_of(tokenizer: Tokenizer, names: tuple[str, ...]) -> Vocabulary:
+    """Describes a tokenizer that has the special tokens `names`."""
+    special = {name: tokenizer.special_tokens[name] for name in names}
+    size = min(special.values(), default=tokenizer.vocab_size)
+    texts = [tokenizer.decode_bytes([i]) for i in range(size)]
+    joins = tuple(
+        np.array([text != b"" and _of_word(text[at]) for text in texts], bool) & _is_text(tokenizer, size)
+        for at in (0, -1)
+    )
+    return Vocabulary(size, tokenizer.end_of_text, special, (joins[0], joins[1]))
+
+
+def _of_word(byte: int) -> bool:
+    return byte >= 128 or chr(byte).isalnum()
+
+
+def _is_text(tokenizer: Tokenizer, size: int) -> np.ndarray:
+    return np.arange(size) != (-1 if tokenizer.end_of_text is None else tokenizer.end_of_text)
+
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+
+def _next_token(tokens: np.ndarray, first_target: int = 1, prefix: int = 0) -> Arranged:
+    """Predicts each token from those before it, from token number `first_target` on."""
+    targets = tokens[1:].copy()
+    targets[: first_target - 1] = -1
+    return Arranged(tokens[:-1], targets, np.arange(len(tokens) - 1), prefix)
+
+
+def backward(_config: ObjectiveConfig, _vocabulary: Vocabulary, tokens: np.ndarray, _random) -> Arranged:
+    """Predicts each token from those after it: the document in reverse order."""
+    return _next_token(tokens[::-1])
+
+
+def prefix(_config: ObjectiveConfig, _vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
+    """Predicts what follows a prefix of random length, at least one token; the prefix attends to all of itself."""
+    length = int(random.integers(1, len(tokens)))
+    return _next_token(tokens, length, length)
+
+
+def fill_in_the_middle(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
+    """Moves the middle of a document to its end, behind prefix and suffix (arXiv:2207.14255, section 3).
+
+    PSM: `PRE prefix SUF suffix MID middle`; SPM: `PRE SUF suffix MID prefix middle`, their variant 2. End-of-text
+    follows the middle, as the sign that it is complete. Cuts are between tokens.
+    """
+    if random.random() >= config.fill_rate:
+        return _next_token(tokens)
+    end = [] if vocabulary.end_of_text is None else [vocabulary.end_of_text]
+    pre, suf, mid = ([vocabulary.special[name]] for name in FILL)
+    begin, text = (tokens[:1], tokens[1:]) if end == [tokens[0]] else (tokens[:0], tokens)
+    if len(text) > 1 and end == [text[-1]]:
+        text = text[:-1]
+    first, second = np.sort(random.integers(0, len(text) + 1, 2))
+    before, middle, after = text[:first], text[first:second], text[second:]
+    if random.random() < config.suffix_first:
+        parts = (begin, pre, suf, after, mid, before, middle, end)
+    else:
+        parts = (begin, pre, before, suf, after, mid, middle, end)
+    return _next_token(np.concatenate(parts).astype(np.int32))
+
+
+def masked(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
+    """Predicts `rate` of the tokens, at least one, from all others: of those chosen, 80 % are replaced by the mask
+    token, 10 % by a random token, and 10 % stay (arXiv:1810.04805, section 3.1). The first token, which starts the
+    document, is not chosen.
+    """
+    n = len(tokens)
+    wanted = max(1, round(config.rate * n))
+    if config.whole_words:
+        begins, ends = vocabulary.joins
+        joined = np.concatenate([[False, False], begins[tokens[2:]] & ends[tokens[1:-1]]])
+        words = np.cumsum(~joined)[1:]  # a number for the word of each token after the first
+        order = random.permutation(np.unique(words))
+        sizes = np.cumsum(np.bincount(words)[order])
+        chosen = 1 + np.flatnonzero(np.isin(words, order[: 1 + np.searchsorted(sizes, wanted)]))
+    else:
+        chosen = 1 + random.permutation(n - 1)[:wanted]
+    inputs, targets = tokens.copy(), np.full(n, -1, np.int32)
+    targets[chosen] = tokens[chosen]
+    share = random.random(len(chosen))
+    replaced = np.where(share < 0.8, vocabulary.special[MASK], random.integers(0, vocabulary.text_tokens, len(chosen)))
+    inputs[chosen] = np.where(share < 0.9, replaced, tokens[chosen])
+    return Arranged(inputs, targets, np.arange(n))
+
+
+def permutation(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
+    """Predicts the last `rate` of the tokens in a random order, each from those that come before it in this order.
+
+    XLNet's two streams are two places of one causal sequence: before a token that is predicted stands a mask token at
+    the same position, whose output predicts it. The place of the mask token comes first, so it cannot attend to its
+    target; what it adds to later places is a function of earlier tokens. Only positions tell the order of the text.
+    """
+    n = len(tokens)
+    count = max(1, round(config.rate * (n - 1)))
+    order = np.concatenate([[0], 1 + random.permutation(n - 1)])
+    known, predicted = order[: n - count], order[n - count :]
+    twice = np.repeat(predicted, 2)[:-1]  # nothing is predicted from the last token
+    positions = np.concatenate([known, twice])
+    inputs, targets = tokens[positions], np.full(len(positions), -1, np.int32)
+    places = len(known) + 2 * np.arange(count)
+    inputs[places], targets[places] = vocabulary.special[MASK], tokens[predicted]
+    return Arranged(inputs, targets, positions)
+
+
+def span_corruption(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
+    """Replaces spans of the text by sentinels and predicts the spans after it (arXiv:1910.10683, section 3.1.4)."""
+    return _spans(vocabulary, tokens, config.rate, config.span_length, random, [])
+
+
+def ul2(_config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
+    """One of UL2's seven denoisers (arXiv:2205.05131, table 1), each as likely: R removes few short spans, X long
+    spans or many, S predicts the last quarter. A mode token at the start says which.
+    """
+    rate, length = ((0.15, 3), (0.15, 8), (0.5, 3), (0.5, 8), (0.15, 64), (0.5, 64), (0.25, 0))[random.integers(7)]
+    r, x, s = ([vocabulary.special[name]] for name in MODES)
+    if length:
+        return _spans(vocabulary, tokens, rate, length, random, r if rate < 0.5 and length < 64 else x)
+    tokens = np.concatenate([s, tokens]).astype(np.int32)
+    known = min(len(tokens) - 1, max(2, round((1 - rate) * len(tokens))))
+    return _next_token(tokens, known, known)
+
+
+def _spans(vocabulary, tokens, rate, mean, random, mode) -> Arranged:
+    """`mode first-token text-with-sentinels sentinel span sentinel span … sentinel`; loss after the text."""
+    text = tokens[1:]
+    n = len(text)
+    noise = min(max(1, round(rate * n)), max(1, n - 1))
+    count = min(max(1, round(noise / mean)), noise, max(1, n - noise), len(SPANS) - 1)
+    removed, kept = _parts(noise, count, random), _parts(n - noise, count, random)
+    stops = np.cumsum(np.stack([kept, removed], axis=1).reshape(-1))
+    pieces = np.split(text, stops[:-1])
+    sentinels = [[vocabulary.special[name]] for name in SPANS[: count + 1]]
+    known = [mode, tokens[:1], *(part for i in range(count) for part in (pieces[2 * i], sentinels[i]))]
+    wanted = [part for i in range(count) for part in (sentinels[i], pieces[2 * i + 1])]
+    length = sum(len(part) for part in known)
+    return _next_token(np.concatenate([*known, *wanted, sentinels[count]]).astype(np.int32), length, length)
+
+
+def _parts(total: int, count: int, random: np.random.Generator) -> np.ndarray:
+    """Cuts a number into `count` random parts, none of them 0 where that is possible."""
+    if total < count:
+        return np.full(count, total)
+    cuts = np.sort(random.permutation(total - 1)[: count - 1]) + 1
+    return np.diff(np.concatenate([[0], cuts, [total]]))
+
+
+OBJECTIVES: dict[str, Arrange] = {
+    "backward": backward,
+    "prefix": prefix,
+    "fill_in_the_middle": fill_in_the_middle,
+    "masked": masked,
+    "permutation": permutation,
+    "span_corruption": span_corruption,
+    "ul2": ul2,
+}
+"""By `task.objective.kind`."""
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrangedWindows:
+    """Endless batches of windows of an objective, as `PackedWindows`.
+
+    A window holds as much text as always fits, rearranged, if it is one document. Of a window of many documents the end
+    may have no room; `note` counts it.
+    """
+
+    split: TokenSplit
+    block_size: int
+    seed: int
+    attend_across_documents: bool
+    objective: ObjectiveConfig
+    vocabulary: Vocabulary
+    skipped: frozenset[int] = frozenset()
+    """Documents that are left out, by number."""
+
+    @functools.cached_property
+    def windows(self) -> PackedWindows:
+        """The windows of text that are rearranged."""
+        return PackedWindows(self.split, self.length, self.seed, self.attend_across_documents)
+
+    @functools.cached_property
+    def length(self) -> int:
+        """Tokens of text in a window, without the last target."""
+        return text_length(self.objective, self.vocabulary, self.block_size)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Positions in one pass."""
+        return self.windows.windows_per_epoch * self.block_size
+
+    def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Batch:
+        """Returns rows of the batch of `step`, from 0."""
+        numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
+        starts = self.windows.starts(numbers)
+        return self._pack([self._window(TRAINING, int(n), s)[0] for n, s in zip(numbers, starts, strict=True)])
+
+    def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
+        """Returns the first and the last document in each row of the batch of `step`."""
+        return self.windows.documents(step, batch_size)
+
+    def evaluation(self, n_windows: int, batch_size: int) -> Iterator[Batch]:
+        """Returns batches of fixed windows, evenly spaced over the stream, rearranged the same each time.
+
+        Args:
+            n_windows: How many windows; 0, or more than there are: all.
+            batch_size: Rows that are left over have no targets.
+
+        Raises:
+            UserError: The stream has fewer than two tokens.
+        """
+        if self.split.n_tokens < 2:
+            raise UserError(f"the validation split has {self.split.n_tokens} tokens, must have 2; give it more text")
+        length = self.length
+        total = -(-(self.split.n_tokens - 1) // length)
+        chosen = min(n_windows or total, total)
+        starts = [i * total // chosen * length for i in range(chosen)]
+        for first in range(0, chosen, batch_size):
+            here = range(first, min(first + batch_size, chosen))
+            found = [self._window(VALIDATION, starts[i] // length, starts[i])[0] for i in here]
+            yield self._pack(found + [[]] * (batch_size - len(found)))
+
+    def note(self) -> str:
+        """Says how much text of the first windows has no room; empty: all of it has."""
+        numbers = np.arange(min(NOTED_WINDOWS, self.windows.windows_per_epoch))
+        starts = self.windows.starts(numbers)
+        lost = sum(self._window(TRAINING, int(n), s)[1] for n, s in zip(numbers, starts, strict=True))
+        total = len(numbers) * (self.windows.block_size + 1)
+        return f"{100 * lost / total:.1f} % of the tokens of {len(numbers)} windows have no room" if lost else ""
+
+    def _window(self, purpose: int, number: int, start: int) -> tuple[list[Arranged], int]:
+        """The documents of window `number`, rearranged, and how many of its tokens are left out for want of room."""
+        random = np.random.default_rng((self.seed if purpose == TRAINING else 0, purpose, number))
+        arrange, room = OBJECTIVES[self.objective.kind], self.block_size
+        found, lost = [], 0
+        for tokens in self._pieces(int(start)):
+            seed = random.integers(2**63)
+            used, one = len(tokens), None
+            while used >= 2:
+                one = arrange(self.objective, self.vocabulary, tokens[:used], np.random.default_rng(seed))
+                if len(one.inputs) <= room:
+                    break
+                used, one = used - (len(one.inputs) - room), None
+            if one is None:
+                lost += len(tokens)
+                continue
+            lost += len(tokens) - used
+            found.append(one)
+            room -= len(one.inputs)
+        return found, lost
+
+    def _pieces(self, start: int) -> Iterator[np.ndarray]:
+        """The tokens of each document in a window; end-of-text follows a document that ends in it."""
+        split = self.split
+        stop = min(start + self.length + 1, split.n_tokens)
+        tokens = split.slice(start, stop)
+        apart = split.n_documents > 1 and (not self.attend_across_documents or bool(self.skipped))
+        begins = split.document_starts(start, stop) - start if apart else np.empty(0, np.int64)
+        cuts = np.unique(np.concatenate([[0], begins, [len(tokens)]])).tolist()
+        # The last input of a masked document has no next token to predict, so the token that ends it is not needed.
+        closed = split.end_of_text is not None and self.objective.kind != "masked"
+        number = split.document_at(start)
+        for document, (first, end) in enumerate(itertools.pairwise(cuts), number):
+            piece = tokens[first : min(end + closed, len(tokens))]
+            if len(piece) > 1 and document not in self.skipped:
+                yield piece
+
+    def _pack(self, windows: list[list[Arranged]]) -> Batch:
+        """Puts the documents of each window side by side; padding is a segment of its own without targets."""
+        shape = len(windows), self.block_size
+        inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        ahead = np.zeros(shape, bool)
+        for row, documents in enumerate(windows):
+            start = 0
+            for number, one in enumerate(documents):
+                here = slice(start, start + len(one.inputs))
+                inputs[row, here], targets[row, here] = one.inputs, one.targets
+                segments[row, here], positions[row, here] = number, one.positions
+                ahead[row, start : start + one.prefix] = True
+                start = here.stop
+            segments[row, start:] = len(documents)
+        return Batch(inputs, targets, segments, positions, ahead if self.objective.has_prefix else None)
+
+
+def text_length(objective: ObjectiveConfig, vocabulary: Vocabulary, block_size: int) -> int:
+    """The longest window of text, in tokens without the last target, that always fits in `block_size` inputs.
+
+    Raises:
+        UserError: No window is long enough.
+    """
+    arrange = OBJECTIVES[objective.kind]
+
+    def too_long(length: int) -> bool:
+        tokens = np.zeros(length + 1, np.int32)
+        draws = range(64 if objective.kind in ("ul2", "fill_in_the_middle") else 1)  # random choices of the length
+        return any(
+            len(arrange(objective, vocabulary, tokens, np.random.default_rng(draw)).inputs) > block_size
+            for draw in draws
+        )
+
+    length = bisect.bisect_left(range(1, block_size + 1), True, key=too_long)
+    if length < 4:
+        raise UserError(f"model.block_size={block_size} is too short for task.objective.kind={objective.kind}")
+    return length

@@ -1,0 +1,104 @@
+"""What pretraining predicts, as a frozen dataclass."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.config.rules import fraction, no_effect
+from gptjax.errors import UserError
+
+SENTINELS = 100
+"""Spans of one document that can be replaced, as in T5."""
+FILL = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+MASK = "<|mask|>"
+MODES = ("<|mode_r|>", "<|mode_x|>", "<|mode_s|>")
+SPANS = tuple(f"<|extra_{number}|>" for number in range(SENTINELS))
+SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
+    "fill_in_the_middle": FILL,
+    "masked": (MASK,),
+    "permutation": (MASK,),
+    "span_corruption": SPANS,
+    "ul2": (*SPANS, *MODES),
+}
+"""Tokens that an objective adds to the run's tokenizer; no text encodes to them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What pretraining predicts from what."""
+
+    kind: Literal[
+        "causal",
+        "backward",
+        "fill_in_the_middle",
+        "prefix",
+        "multi_token",
+        "masked",
+        "permutation",
+        "span_corruption",
+        "ul2",
+    ] = "causal"
+    """causal: each token from those before it; backward: from those after it; fill_in_the_middle (arXiv:2207.14255);
+    prefix: a bidirectional prefix, loss on the rest (arXiv:1910.10683, section 3.2.1); multi_token (arXiv:2404.19737);
+    masked (BERT, arXiv:1810.04805); permutation (XLNet, arXiv:1906.08237); span_corruption (T5, arXiv:1910.10683); ul2
+    (arXiv:2205.05131)."""
+    rate: float = 0.15
+    """Share of a document's tokens that masked, permutation and span_corruption predict."""
+    whole_words: bool = False
+    """masked chooses all tokens of a word together."""
+    span_length: float = 3.0
+    """Mean tokens of a span of span_corruption."""
+    fill_rate: float = 0.5
+    """Share of documents that fill_in_the_middle rearranges; the others are predicted from left to right."""
+    suffix_first: float = 0.5
+    """Share of the rearranged documents with the suffix before the prefix (SPM); the others have it after (PSM)."""
+    ahead: int = 4
+    """Tokens that multi_token predicts at each position."""
+
+    def __post_init__(self):
+        section = "task.objective"
+        fraction(section, self, "rate")
+        for name in ("fill_rate", "suffix_first"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{section}.{name}={getattr(self, name)} must lie in [0, 1]")
+        if not self.rate:
+            raise UserError(f"{section}.rate={self.rate} leaves no target; it must lie between 0 and 1")
+        if self.span_length < 1:
+            raise UserError(f"{section}.span_length={self.span_length} must be at least 1")
+        if self.ahead < 2:
+            raise UserError(f"{section}.ahead={self.ahead} must be at least 2; kind=causal predicts one token")
+        for kinds, names in {
+            ("masked", "permutation", "span_corruption"): ("rate",),
+            ("masked",): ("whole_words",),
+            ("span_corruption",): ("span_length",),
+            ("fill_in_the_middle",): ("fill_rate", "suffix_first"),
+            ("multi_token",): ("ahead",),
+        }.items():
+            needs = f"{section}.kind={', '.join(kinds[:-1])}{' or ' if kinds[:-1] else ''}{kinds[-1]}"
+            for name in names:
+                no_effect(section, self, name, self.kind in kinds, needs)
+
+    @property
+    def rearranges(self) -> bool:
+        """Whether batches are other than windows of the text with the next token as target."""
+        return self.kind not in ("causal", "multi_token")
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether part of a document is visible to all of it."""
+        return self.kind in ("prefix", "span_corruption", "ul2")
+
+    @property
+    def measures_text(self) -> bool:
+        """Whether the loss is of every token of the text, so that bits per byte are defined."""
+        return self.kind in ("causal", "multi_token", "backward")
+
+    @property
+    def why_no_sample(self) -> str:
+        """Why text cannot be continued by a model of this objective; empty: it can be."""
+        return {
+            "backward": "it predicts the token before, not the next one",
+            "masked": "it predicts tokens from both sides",
+            "permutation": "it predicts tokens at positions that are given",
+            "span_corruption": "it predicts spans that were removed",
+            "ul2": "it predicts spans that were removed",
+        }.get(self.kind, "")
