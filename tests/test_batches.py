@@ -39,10 +39,6 @@ def equal(a: Batch, b: Batch) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def joined(arrays):
-    return None if arrays[0] is None else np.concatenate(arrays)
-
-
 def slow_row(split: TokenSplit, start: int, T: int, across: bool) -> Batch:
     """The definition, one token at a time."""
     stream = split.slice(0, split.n_tokens).tolist()
@@ -117,7 +113,7 @@ def test_rows_of_processes_and_micro_batches_make_up_the_global_batch():
     for parts in (1, 2, 3, 4, 12):
         size = 12 // parts
         cut = [packed.batch(5, 12, slice(i * size, (i + 1) * size)) for i in range(parts)]
-        assert equal(whole, Batch(*(joined(arrays) for arrays in zip(*cut, strict=True))))
+        assert equal(whole, Batch(*(np.concatenate(arrays) for arrays in zip(*cut, strict=True))))
     assert equal(whole, Batch(*(np.stack(x) for x in zip(*(packed.row(60 + r) for r in range(12)), strict=True))))
     assert packed.batch(5, 12, slice(3, 3)).inputs.shape == (0, 8)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.batches.pretraining import Batch, PackedWindows
+from gptjax.batches.pretraining import Batch, PackedWindows, PrefixBatch
 from gptjax.batches.rows import ALL, Rows
 from gptjax.config.objective import FILL, MASK, MODES, SPANS, ObjectiveConfig
 from gptjax.errors import UserError
@@ -252,7 +252,7 @@ class ArrangedWindows:
         """Positions in one pass."""
         return self.windows.windows_per_epoch * self.block_size
 
-    def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Batch:
+    def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Batch | PrefixBatch:
         """Returns rows of the batch of `step`, from 0."""
         numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
         starts = self.windows.starts(numbers)
@@ -262,7 +262,7 @@ class ArrangedWindows:
         """Returns the first and the last document in each row of the batch of `step`."""
         return self.windows.documents(step, batch_size)
 
-    def evaluation(self, n_windows: int, batch_size: int) -> Iterator[Batch]:
+    def evaluation(self, n_windows: int, batch_size: int) -> Iterator[Batch | PrefixBatch]:
         """Returns batches of fixed windows, evenly spaced over the stream, rearranged the same each time.
 
         Args:
@@ -328,7 +328,7 @@ class ArrangedWindows:
             if len(piece) > 1 and document not in self.skipped:
                 yield piece
 
-    def _pack(self, windows: list[list[Arranged]]) -> Batch:
+    def _pack(self, windows: list[list[Arranged]]) -> Batch | PrefixBatch:
         """Puts the documents of each window side by side; padding is a segment of its own without targets."""
         shape = len(windows), self.block_size
         inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
@@ -343,7 +343,8 @@ class ArrangedWindows:
                 ahead[row, start : start + one.prefix] = True
                 start = here.stop
             segments[row, start:] = len(documents)
-        return Batch(inputs, targets, segments, positions, ahead if self.objective.has_prefix else None)
+        arrays = inputs, targets, segments, positions
+        return PrefixBatch(*arrays, ahead) if self.objective.has_prefix else Batch(*arrays)
 
 
 def text_length(objective: ObjectiveConfig, vocabulary: Vocabulary, block_size: int) -> int:

@@ -25,8 +25,17 @@ class Batch(NamedTuple):
     """Number of the document within the window, from 0: attention stays inside a segment; None: one document."""
     positions: Any
     """Position within the segment, from 0."""
-    ahead: Any = None
-    """bool: tokens that are visible to those before them in their segment too; None: none are."""
+
+
+class PrefixBatch(NamedTuple):
+    """A batch in which some tokens are visible to those before them; the first four arrays are those of `Batch`."""
+
+    inputs: Any
+    targets: Any
+    segments: Any
+    positions: Any
+    ahead: Any
+    """bool `[B, T]`: True where a token is visible to those before it in its segment, too."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.batches.pairs import PairBatch
-from gptjax.batches.pretraining import Batch
+from gptjax.batches.pretraining import Batch, PrefixBatch
 from gptjax.config.model import ModelConfig
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import batch_loss, loss_options
@@ -68,7 +68,7 @@ def make_eval_step(model: ModelConfig, compute: Compute) -> EvalStep:
     """
     options = loss_options(model)
 
-    def eval_step(params: dict, batch: Batch | PairBatch) -> tuple[jax.Array, jax.Array]:
+    def eval_step(params: dict, batch: Batch | PrefixBatch | PairBatch) -> tuple[jax.Array, jax.Array]:
         loss = batch_loss(model, options, compute, params, batch, None)
         return loss.nll, loss.count
 
@@ -78,7 +78,7 @@ def make_eval_step(model: ModelConfig, compute: Compute) -> EvalStep:
 def measure(
     eval_step: EvalStep,
     params: dict,
-    batches: Iterable[Batch | PairBatch],
+    batches: Iterable[Batch | PrefixBatch | PairBatch],
     sharding: jax.sharding.Sharding,
     bytes_per_token: float | None,
 ) -> Evaluation:
@@ -90,7 +90,10 @@ def measure(
 
 
 def sum_loss(
-    eval_step: EvalStep, params: dict, batches: Iterable[Batch | PairBatch], sharding: jax.sharding.Sharding
+    eval_step: EvalStep,
+    params: dict,
+    batches: Iterable[Batch | PrefixBatch | PairBatch],
+    sharding: jax.sharding.Sharding,
 ) -> tuple[float, float]:
     """Returns the summed loss of all targets in nats, and the number of targets."""
     sums: list[tuple[jax.Array, jax.Array]] = []

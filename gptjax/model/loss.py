@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from gptjax.batches.labelled import TextBatch
 from gptjax.batches.pairs import PairBatch
-from gptjax.batches.pretraining import Batch
+from gptjax.batches.pretraining import Batch, PrefixBatch
 from gptjax.config.model import ModelConfig
 from gptjax.config.task import TaskConfig
 from gptjax.model.gpt import Compute, encode, shared_rows, states_and_extras, unembedding
@@ -14,6 +14,9 @@ from gptjax.model.inputs import BlockInputs
 from gptjax.ops.attention_spec import Mask
 from gptjax.ops.axes import constrain_batch
 from gptjax.ops.cross_entropy import Loss, LossOptions, cross_entropy
+
+AnyBatch = TextBatch | Batch | PrefixBatch | PairBatch
+"""What a model reads; each has `inputs`, `[B, T]`."""
 
 
 def loss_options(model: ModelConfig, label_smoothing: float = 0.0, z_loss: float = 0.0) -> LossOptions:
@@ -26,7 +29,7 @@ def batch_loss(
     options: LossOptions,
     compute: Compute,
     params: dict,
-    batch: Batch | PairBatch,
+    batch: AnyBatch,
     key: jax.Array | None,
 ) -> Loss:
     """Sums the next-token loss over a batch of leaves `[B, T]`.
@@ -42,9 +45,7 @@ def batch_loss(
     return token_loss(model, options, params, batch_states(model, compute, params, batch, key), batch)
 
 
-def token_loss(
-    model: ModelConfig, options: LossOptions, params: dict, x_BTD: jax.Array, batch: Batch | PairBatch
-) -> Loss:
+def token_loss(model: ModelConfig, options: LossOptions, params: dict, x_BTD: jax.Array, batch: AnyBatch) -> Loss:
     """Sums the next-token loss of final hidden states."""
     w_VD = shared_rows(unembedding(params))
     if model.logit_scale != 1.0:
@@ -60,7 +61,7 @@ def batch_states(
     model: ModelConfig,
     compute: Compute,
     params: dict,
-    batch: TextBatch | Batch | PairBatch,
+    batch: AnyBatch,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the final hidden states `[B, T, D]` of a batch."""
@@ -69,7 +70,7 @@ def batch_states(
 
 
 def all_inputs(
-    model: ModelConfig, compute: Compute, params: dict, batch: TextBatch | Batch | PairBatch, key: jax.Array | None
+    model: ModelConfig, compute: Compute, params: dict, batch: AnyBatch, key: jax.Array | None
 ) -> BlockInputs:
     """What blocks read beside the residual stream, with the encoded source of pairs."""
     if not isinstance(batch, PairBatch):
@@ -78,11 +79,13 @@ def all_inputs(
     return BlockInputs(positions_of(batch), memory=memory)
 
 
-def inputs_of(model: ModelConfig, batch: TextBatch | Batch) -> BlockInputs:
+def inputs_of(model: ModelConfig, batch: TextBatch | Batch | PrefixBatch) -> BlockInputs:
     """What blocks read of a batch beside the residual stream."""
     positions_BT = positions_of(batch)
-    if isinstance(batch, Batch):
+    if isinstance(batch, PrefixBatch):
         return BlockInputs(positions_BT, Mask(batch.segments, batch.ahead))
+    if isinstance(batch, Batch):
+        return BlockInputs(positions_BT, Mask(batch.segments))
     padded = model.bidirectional  # causal attention never looks at padding, which follows the text
     return BlockInputs(positions_BT, Mask(keys_BS=positions_BT < batch.lengths[..., None] if padded else None))
 
@@ -92,12 +95,12 @@ def extra_weights(model: ModelConfig) -> dict[str, float]:
     return {"balance_loss": model.balance_loss, "router_z_loss": model.router_z_loss}
 
 
-def positions_of(batch: TextBatch | Batch | PairBatch) -> jax.Array:
+def positions_of(batch: AnyBatch) -> jax.Array:
     """Position of each token in its text."""
     # Rows of texts are filled up at their end, which causal attention never looks at.
     return (
         batch.positions
-        if isinstance(batch, Batch)
+        if isinstance(batch, Batch | PrefixBatch)
         else jax.lax.broadcasted_iota("int32", batch.inputs.shape, batch.inputs.ndim - 1)
     )
 

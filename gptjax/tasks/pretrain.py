@@ -7,7 +7,7 @@ import jax
 from gptjax.batches.mixture import MixtureWindows, Stage
 from gptjax.batches.multi import Windows
 from gptjax.batches.objectives import ArrangedWindows, vocabulary_of
-from gptjax.batches.pretraining import Batch, PackedWindows, evaluation_batches
+from gptjax.batches.pretraining import Batch, PackedWindows, PrefixBatch, evaluation_batches
 from gptjax.config.objective import SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.config.run import Config
 from gptjax.evaluation.loss import MixtureEvaluation, make_eval_step, mean_evaluation, measure
@@ -130,7 +130,7 @@ def text_batches(
     n_windows: int,
     batch_size: int,
     across: bool,
-) -> Iterable[Batch]:
+) -> Iterable[Batch | PrefixBatch]:
     """Fixed batches to measure an objective on, see `batches.pretraining.evaluation_batches`."""
     if not objective.rearranges:
         return evaluation_batches(split, block_size, n_windows, batch_size, across)

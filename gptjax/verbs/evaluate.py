@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax.batches.pretraining import Batch
 from gptjax.checkpoints.run_dir import CONFIG_FILE, LoadedRun, load_run
 from gptjax.config.model import ModelConfig
 from gptjax.config.objective import SPECIAL_TOKENS, ObjectiveConfig
@@ -419,7 +418,7 @@ def _eval_step(run: LoadedRun) -> Callable:
     return jax.jit(make_eval_step(run.config.model, compute_options(run.config)))
 
 
-def _with_progress(batches: Iterable[Batch], name: str, notify: Notify) -> Iterator[Batch]:
+def _with_progress(batches: Iterable[Any], name: str, notify: Notify) -> Iterator[Any]:
     """Yields batches, and calls `notify` from time to time."""
     advance = _progress(notify, "batches")
     for batch in batches:
