@@ -51,7 +51,7 @@ def test_evaluate_measures_what_the_run_measured(folder, kind):
     [row] = [row for row in rows(load_run(run_dir).config) if "val_loss" in row]
     assert "bits_per_byte" not in row
     found = evaluate_run(EvaluateConfig(run_dir=str(run_dir), windows=8, batch_size=8))
-    assert found == str(Evaluation(row["val_loss"], row["perplexity"], None)) and "bits" not in found
+    assert found.splitlines()[0] == str(Evaluation(row["val_loss"], row["perplexity"], None)) and "bits" not in found
 
 
 def test_a_prefix_run_continues_text_and_a_masked_run_says_why_not(folder):
@@ -120,7 +120,7 @@ def test_heads_for_tokens_ahead_are_trained_saved_and_not_needed(tmp_path):
     assert jax.tree.leaves(params["heads"]["ahead"])[0].shape[0] == 2
     [row] = [row for row in found if "val_loss" in row]
     plain = str(Evaluation(row["val_loss"], row["perplexity"], row["bits_per_byte"]))
-    assert evaluate_run(EvaluateConfig(run_dir=config.run_dir, windows=8, batch_size=8)) == plain
+    assert evaluate_run(EvaluateConfig(run_dir=config.run_dir, windows=8, batch_size=8)).splitlines()[0] == plain
     assert len(gptjax.load(config.run_dir).generate("aaa", max_new_tokens=2)) == 1
 
 
