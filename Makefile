@@ -1,11 +1,11 @@
-# make demo · make test · make native · make cluster · make faults · make lint · make mutants · make bench ·
+# make demo · make test · make slow · make native · make cluster · make faults · make lint · make mutants · make bench ·
 # make finetune-report: each makes the environment that it needs in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist worksteal
 
-.PHONY: demo test native cluster faults lint mutants bench finetune-report clean
+.PHONY: demo test slow native cluster faults lint mutants bench finetune-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py configs/demo.yaml
@@ -14,6 +14,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+slow: $(VENV)/installed-dev  # those that native and cluster do not run
+	$(BIN)/python -m pytest $(PARALLEL) -m slow --ignore tests/cluster --ignore tests/faults/test_cluster.py \
+		--ignore tests/test_native_library.py --ignore tests/test_parallel.py --ignore tests/test_plan.py
 
 native: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/test_native_library.py

@@ -118,6 +118,10 @@ def test_a_run_learns_what_is_rewarded_and_resumes(folder, capsys):
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1, rewards
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 0
     assert all(math.isfinite(row["grad_norm"]) and row["response_tokens"] <= 4 for row in metrics)
+    broken = replace(config, run_dir=str(folder / "broken"), train={"num_steps": 6})
+    assert trainer.train(broken) == 0 and trainer.train(replace(broken, train=train)) == 0
+    again = [row for row in read_metrics(Path(broken.run_dir)) if "loss" in row]
+    assert [(row["loss"], row["reward"]) for row in again] == [(row["loss"], row["reward"]) for row in metrics]
     capsys.readouterr()
     assert main(["evaluate", "--run_dir", config.run_dir]) == 0
     assert "reward " in capsys.readouterr().out
