@@ -198,7 +198,7 @@ def test_a_skipped_document_has_no_targets_and_all_else_stays(tmp_path):
         old, new = before.batch(step, 4), after.batch(step, 4)
         for field in ("inputs", "segments", "positions"):
             np.testing.assert_array_equal(getattr(old, field), getattr(new, field))
-        for b, start in enumerate(before._starts(np.arange(step * 4, step * 4 + 4))):
+        for b, start in enumerate(before.starts(np.arange(step * 4, step * 4 + 4))):
             numbers = np.array([split.document_at(int(start) + t) for t in range(8)])
             np.testing.assert_array_equal(new.targets[b], np.where(np.isin(numbers, (2, 4)), -1, old.targets[b]))
 
