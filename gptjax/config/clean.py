@@ -1,11 +1,10 @@
 """Options of cleaning text before it is tokenized. Every stage is off by default."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Literal
 
-from gptjax.config.rules import not_negative, positive, usable_paths
+from gptjax.config.rules import import_path, not_negative, positive, usable_paths
 from gptjax.errors import UserError, did_you_mean
 
 RULE_SETS = ("gopher", "gopher_repetition", "c4", "fineweb")
@@ -133,8 +132,7 @@ class CleanConfig:
             )
         if self.workers and not self.active:
             raise UserError(f"data.clean.workers={self.workers} has no effect without a stage of cleaning")
-        if self.filter and not re.fullmatch(r"[\w.]+:\w+", self.filter):
-            raise UserError(f"data.clean.filter={self.filter!r} must be package.module:function")
+        import_path("data.clean", self, "filter")
         not_negative("data.clean", self, "workers")
         positive("data.clean", self, "decontaminate_ngram")
         usable_paths("data.clean", self, "decontaminate")

@@ -1,45 +1,14 @@
-"""Functions of the user's own, named in the config by import path."""
+"""Scores and losses of the user's own, by functions that the config names."""
 
-import functools
-import importlib
 import math
-import sys
 import traceback
-from collections.abc import Callable
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
+from gptjax.config.functions import load_function, short_reason
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.metric import ScoresWithMetric
-
-
-@functools.cache
-def load_function(path: str, option: str) -> Callable[..., Any]:
-    """The function that `module:function` names; the current folder is searched after the installed modules.
-
-    Args:
-        path: As in the config.
-        option: The option that names it, for error messages.
-
-    Raises:
-        UserError: There is no such module or function, or importing it fails.
-    """
-    module, _, name = path.partition(":")
-    folder = str(Path.cwd())
-    sys.path.append(folder)
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
-        raise UserError(
-            f"{option}={path!r}: {module} cannot be imported from {folder}: {type(error).__name__}: {_line(error)}"
-        ) from error
-    finally:
-        sys.path.remove(folder)
-    if not callable(found):
-        raise UserError(f"{option}={path!r}: {module} has no function {name!r}")
-    return found
 
 
 def call_function(path: str, option: str, *values: Any, where: str = "") -> Any:
@@ -57,7 +26,7 @@ def call_function(path: str, option: str, *values: Any, where: str = "") -> Any:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         prefix = f"{where}: " if where else ""
         raise UserError(
-            f"{prefix}{option}={path!r} raised {type(error).__name__}: {_line(error)} ({frame.filename}:{frame.lineno})"
+            f"{prefix}{option}={path!r} raised {short_reason(error)} ({frame.filename}:{frame.lineno})"
         ) from error
 
 
@@ -90,7 +59,3 @@ def with_metric(task: TaskConfig, predictions: Any, scores: Any) -> Any:
     if both := values.keys() & scores.row().keys():
         raise UserError(f"task.metric={task.metric!r} returned {min(both)!r}, which is a score of the task; rename it")
     return ScoresWithMetric(scores, values) if values else scores
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

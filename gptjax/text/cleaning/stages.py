@@ -1,7 +1,5 @@
 """The stages that look at one document at a time, in their order."""
 
-import functools
-import importlib
 import inspect
 import re
 from collections import Counter
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.config.functions import load_function
 from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.clean import normalise
@@ -25,6 +24,7 @@ from gptjax.text.unicode import has_surrogate
 
 LANGUAGE_CHARACTERS = 2000
 """The language is judged by the beginning of a document: the library reads byte by byte in Python."""
+FILTER = "data.clean.filter"
 _LIBRARIES = {"html": ("selectolax", "trafilatura"), "repair": ("ftfy",), "languages": ("py3langid",)}
 
 
@@ -111,7 +111,7 @@ def _language_stage(languages: tuple[str, ...], confidence: float) -> Callable[[
 
 
 def _filter_stage(path: str) -> Callable[[str, Counter[str]], tuple[str, str]]:
-    function = _import(path)
+    function = load_function(path, FILTER)
 
     def apply(text: str, _: Counter[str]) -> tuple[str, str]:
         result = function(text)
@@ -127,23 +127,9 @@ def _filter_stage(path: str) -> Callable[[str, Counter[str]], tuple[str, str]]:
     return apply
 
 
-@functools.cache
-def _import(path: str) -> Callable[[str], object]:
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"data.clean.filter={path}: cannot be imported ({error}); PYTHONPATH must name the folder of {module}"
-        ) from None
-    if not callable(function):
-        raise UserError(f"data.clean.filter={path} is a {type(function).__name__}, must be a function")
-    return function
-
-
 def _source_of(path: str) -> str:
     """The text of the module that holds the user's function, so that a change of it prepares the data again."""
-    module = inspect.getmodule(_import(path))
+    module = inspect.getmodule(load_function(path, FILTER))
     try:
         return inspect.getsource(module) if module else ""
     except (OSError, TypeError):  # a module in C
