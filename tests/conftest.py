@@ -1,3 +1,4 @@
+import gc
 import os
 import zlib
 from pathlib import Path
@@ -7,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import pytest
 
 from gptjax.machine import compile_cache
 from gptjax.machine.native import build, compiler
@@ -22,3 +24,13 @@ if option := os.environ.get("GPTJAX_TEST_OPTION"):  # for the compiler of kernel
 if folder := compile_cache.usable_folder(str(CACHE)):
     build.keep_in(folder)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Frees compiled programs before a long run of tests has more memory mappings than Linux allows (65,530)."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
