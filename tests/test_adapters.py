@@ -132,7 +132,7 @@ def test_sampling_uses_the_adapter(kind):
     model, params = adapted(kind)
     options = SampleConfig(max_new_tokens=4, temperature=0.0)
     prompt = np.asarray(TOKENS[0])
-    [new] = np.concatenate([np.stack(p) for p in stream(model, params, [prompt], options)], axis=1)
+    new = np.concatenate([piece.tokens_N for [piece] in stream(model, params, [prompt], options)])
     ids_BT = jnp.concatenate([prompt, new])[None]
     x_BTD = hidden_states(model, params, ids_BT, jnp.arange(ids_BT.shape[1])[None])
     likeliest = jnp.argmax(logits(model, params, x_BTD)[0], axis=-1)

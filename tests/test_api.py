@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused(trained):
         trained.logits("a" * 100)
     with pytest.raises(UserError, match=r"outside of model.vocab_size"):
         trained.logits([9999])
-    with pytest.raises(UserError, match="predict needs classify"):
+    with pytest.raises(UserError, match="predict needs a task with a head"):
         trained.predict("abc")
 
 

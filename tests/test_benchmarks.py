@@ -295,6 +295,7 @@ def test_scores_of_texts_take_the_best_of_several_accepted_answers():
     assert "ROUGE-L 0.5714" in found and "BLEU 100" not in found
 
 
+@pytest.mark.slow
 def test_generated_answers_are_compared(run, tmp_path, capsys):
     """The answers are those of `gptjax sample`, greedily, up to the stop string."""
     contexts = ["aaa 1\nbbb", "ccc 3\nddd 4\neee", "f"]

@@ -205,7 +205,7 @@ def test_a_large_cache_grows_as_it_fills_and_changes_no_token(monkeypatch, varia
     expected = generate(model, make_params(model), prompts, options)
     sizes = []
     grow = decode._grown
-    monkeypatch.setattr(decode, "_grown", lambda cache, slots: (sizes.append(slots), grow(cache, slots))[1])
+    monkeypatch.setattr(decode, "_grown", lambda *args: (sizes.append(args[2]), grow(*args))[1])
     monkeypatch.setattr(decode, "LARGE", 0)
     monkeypatch.setattr(decode, "SLOTS_MULTIPLE", 4)
     grown = generate(model, make_params(model), prompts, options)

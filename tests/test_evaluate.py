@@ -160,6 +160,7 @@ def test_a_change_of_the_runs_own_text_is_told(tmp_path, capsys):
     assert "its text has changed since it was trained" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rows_of_several_files_are_scored_alone_and_together(tmp_path, capsys):
     def write(name: str, numbers) -> Path:
         rows = ({"text": f"{'ab'[n % 2] * 3} {n}", "label": "ab"[n % 2]} for n in numbers)

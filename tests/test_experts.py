@@ -47,6 +47,7 @@ def test_an_expert_that_is_full_drops_later_tokens_and_counts_them():
     assert (y_1TD[0, :2] != 0).all() and (y_1TD[0, 2:] == 0).all()
 
 
+@pytest.mark.slow
 def test_objective_and_metrics_hold_the_routers_losses_whatever_the_micro_batches():
     results = []
     for count in (1, 4):

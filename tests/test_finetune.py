@@ -109,6 +109,7 @@ def flat(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_frozen_keeps_its_bits_and_what_learns_changes(folder, trained, method):
     config = trained(method)
@@ -158,6 +159,7 @@ def test_checkpoints_and_moments_hold_only_what_learns(folder, trained, method):
     assert size < base_size
 
 
+@pytest.mark.slow
 def test_what_is_frozen_costs_no_gradient(folder, trained):
     def flops(method: str) -> float:
         config = load_config(Path(trained(method).run_dir) / "config.yaml")
@@ -299,6 +301,7 @@ def test_evaluate_prints_the_table(folder, trained, tmp_path, capsys):
     assert main(["evaluate", "--run_dir", run_dir, "--windows", "3"]) == 2
 
 
+@pytest.mark.slow
 def test_a_head_for_the_same_labels_is_kept_in_the_order_of_the_new_run(folder, trained, capsys):
     base = load_run(Path(trained("all").run_dir))
     still = {"learning_rate": 0.0, "min_learning_rate": 0.0}
@@ -323,6 +326,7 @@ def test_a_tokenizer_beside_that_of_the_base_is_refused(folder):
         trainer.train(config)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_chosen_by_the_score_that_is_asked_for(folder, monkeypatch, capsys):
     def scripted(scores):
         found = iter(LabelScores(*values) for values in scores)
@@ -350,6 +354,7 @@ def test_the_language_model_under_a_head_is_still_the_base(folder, trained, caps
     assert lines[0] == lines[1] and lines[0].startswith("loss ")
 
 
+@pytest.mark.slow
 def test_words_are_tagged(folder, capsys):
     config = make_config(folder, "all-tag", ".conll", task={"kind": "tag", "lookahead": 1}, train={"num_steps": 60})
     assert trainer.train(config) == 0
@@ -453,6 +458,7 @@ def make_multi(folder: Path, parts: tuple[PartConfig, ...]) -> Config:
     return dataclasses.replace(config, task=TaskConfig(kind="multi"), data=DataConfig(), parts=parts)
 
 
+@pytest.mark.slow
 def test_several_tasks_share_a_model(folder, capsys):
     kinds = {"letter": ("classify", ".jsonl"), "spans": ("tag", ".conll"), "chat": ("instruct", "-chat.jsonl")}
     parts = tuple(
@@ -488,6 +494,7 @@ def test_several_tasks_share_a_model(folder, capsys):
     assert "part='' must be one of letter, spans, chat" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_loss_of_several_tasks_is_the_weighted_sum_of_their_means(folder):
     sentences = [Words(("ab", "c"), ("x", "y"), ""), Words(("a",), ("y",), "")]
     texts = [Text("abc", ("x",), ""), Text("b", ("y",), ""), Text("cc", ("y",), "")]

@@ -58,6 +58,7 @@ def named(folder: Path, function: str) -> str:
     return f"mine_{folder.name}:{function}"
 
 
+@pytest.mark.slow
 def test_functions_of_the_user_read_rows_weigh_errors_and_score(folder, capsys):
     rows = [{"review": f"text {n}", "rating": f"{n % 5} of 5" if n % 7 else ""} for n in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -215,6 +215,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_is_trained_measured_and_used(tmp_path, capsys, kind):
     task, said = RUNS[kind]

@@ -62,6 +62,7 @@ def blocked(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
 
+@pytest.mark.slow
 def test_the_base_install_trains_and_scores_a_classifier(tmp_path):
     rows = [{"text": f"{word} {n}", "label": "ab"[n % 2]} for n, word in enumerate(["aa", "bb", "ab", "ba", "cc"] * 8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -76,6 +77,7 @@ def test_the_base_install_trains_and_scores_a_classifier(tmp_path):
     assert scored.returncode == 0 and "precision" in scored.stdout and "(predicted)" in scored.stdout
 
 
+@pytest.mark.slow
 def test_spans_need_seqeval_and_other_tags_do_not(tmp_path):
     for tags, refused in ((("B-X", "O"), True), (("NOUN", "VERB"), False)):
         sentence = "".join(f"w{n}\t{tags[n % 2]}\n" for n in range(6))

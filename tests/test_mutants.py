@@ -23,6 +23,7 @@ def tree(tmp_path):
     return root
 
 
+@pytest.mark.slow
 def test_a_mutant_is_caught_or_survives(tree, capsys):
     noticed = run_mutants(tree, [CAUGHT, SURVIVES])
     assert noticed == ["test_code.py::test_doubles", ""]

@@ -45,6 +45,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["masked", "prefix"])
 def test_evaluate_measures_what_the_run_measured(folder, kind):
     run_dir = folder / kind
@@ -65,6 +66,7 @@ def test_a_prefix_run_continues_text_and_a_masked_run_says_why_not(folder):
     assert masked.logits("aaa 1 bbb").shape == (10, masked.config.model.vocab_size)
 
 
+@pytest.mark.slow
 def test_a_prompt_of_a_prefix_model_attends_to_itself_in_both_directions():
     params = jax.tree.map(lambda p: 8 * p, init_params(MODEL, jax.random.key(0)))
     prompts = [np.array([3, 9, 4, 1, 7]), np.array([5, 2])]
@@ -81,6 +83,7 @@ def test_a_prompt_of_a_prefix_model_attends_to_itself_in_both_directions():
         assert new.tolist() == tokens[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_labels_are_learned_over_a_masked_model(folder, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": f"aaa {n}", "label": "ab"[n % 2]}) + "\n" for n in range(40)))
@@ -110,6 +113,7 @@ def test_labels_are_learned_over_a_masked_model(folder, tmp_path):
         trainer.train(instruct)
 
 
+@pytest.mark.slow
 def test_heads_for_tokens_ahead_are_trained_saved_and_not_needed(tmp_path):
     objective = ObjectiveConfig(kind="multi_token", ahead=3)
     config = make_run(tmp_path, "multi_token", task={"objective": objective}, train={"num_steps": 2, "remat": "full"})

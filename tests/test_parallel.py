@@ -62,6 +62,7 @@ def row_of(name: str) -> tuple[equality.Row, equality.Row]:
     return found[name], found["one device"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_a_run_does_not_depend_on_its_sharding(name):
     row, alone = row_of(name)

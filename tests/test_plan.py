@@ -69,6 +69,7 @@ def test_state_bytes_equal_the_real_arrays():
     assert memory.parameters + memory.optimizer + memory.other == held[1] + batch
 
 
+@pytest.mark.slow
 def test_activations_with_full_remat_are_the_residual_streams():
     deep, deeper = (
         step_of(replace(DEEP, model={"n_layer": n}, train={"remat": "full", "unroll": 1}), data=2, tensor=2).memory
@@ -78,6 +79,7 @@ def test_activations_with_full_remat_are_the_residual_streams():
     assert deeper.activations - deep.activations == 3 * tokens * MODEL.n_embd * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 4}], ids=str)
 def test_communication_does_not_depend_on_unrolling(axes):
     """Compares loops over layers and micro-batches with unrolled programs."""
@@ -159,6 +161,7 @@ def _matmul_flops(jaxpr) -> int:
 TOY = Chip(kinds=(), peak_flops=1e9, memory=1e5, memory_rate=1e9, node=2, link=1e8, network=1e7)
 
 
+@pytest.mark.slow
 def test_a_layout_that_does_not_fit_gets_a_suggestion_that_does(monkeypatch):
     given = replace(DEEP, mesh={"data": 4}, model={"n_embd": 64}, train={"micro_batch_size": 16})
     whole = plan.plan_step(given, TOY, print).memory.total
@@ -306,6 +309,7 @@ def test_an_impossible_mesh_gets_a_one_line_error(tmp_path):
     assert done.returncode == 2 and "mesh.tensor=8 does not divide model.n_head=2" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_as_text_and_as_json(tmp_path):
     path = written(tmp_path, CONFIG)
     flags = ("--devices", "8", "--chip", "h100", "--train.compute_dtype", "bfloat16")

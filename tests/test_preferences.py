@@ -135,6 +135,7 @@ def test_responses_must_differ_within_the_window():
         Config(task=task)
 
 
+@pytest.mark.slow
 def test_runs_learn_to_prefer_and_to_score(tmp_path, capsys):
     base = run_config(tmp_path, run_dir=str(tmp_path / "base"), train={"num_steps": 1})
     assert trainer.train(base) == 0

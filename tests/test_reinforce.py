@@ -101,6 +101,7 @@ def test_wrong_input_is_named(folder):
     assert found.tolist() == [1.0, 3.0], "the end of the text is no part of the response"
 
 
+@pytest.mark.slow
 def test_a_run_learns_what_is_rewarded_and_resumes(folder, capsys):
     base = run_config(folder, run_dir=str(folder / "base"), train={"num_steps": 1})
     assert trainer.train(base) == 0

@@ -196,6 +196,7 @@ def test_enough_beams_find_the_best_of_all_targets():
         assert len(greedy) <= steps
 
 
+@pytest.mark.slow
 def test_the_loss_does_not_depend_on_mesh_and_remat():
     params, batch = drawn(), make_batch(SOURCES[:2], TARGETS[:2], S=20, T=24)
     options = loss_options(MODEL)
@@ -248,6 +249,7 @@ def run(tmp_path_factory) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_a_run_writes_targets_and_is_measured(run, capsys):
     [row] = [row for row in rows(run) if "val_loss" in row]
     found = evaluate_run(EvaluateConfig(run_dir=run.run_dir))

@@ -63,6 +63,7 @@ def make_rows(count, seed=0, longest=40, **options):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -81,6 +82,7 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(options):
     assert any(len(tokens) < row.options.max_new_tokens for tokens, row in zip(found, rows, strict=True))
 
 
+@pytest.mark.slow
 def test_each_sequence_keeps_its_own_options_beside_others():
     rows = [
         Row(np.arange(5, dtype=np.int32), SampleConfig(max_new_tokens=20, seed=4, **options))

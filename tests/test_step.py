@@ -40,6 +40,7 @@ def test_step_does_not_depend_on_how_the_batch_is_cut():
     assert_trees_close(cut.params, whole.params, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)])
 def test_step_does_not_depend_on_the_mesh(axes):
     config = replace(CONFIG, model={"dropout": 0.1})

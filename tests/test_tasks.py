@@ -59,6 +59,7 @@ def shapes(config: Config) -> list[set]:
     return [{leaf.shape for leaf in leaves} for leaves in zip(*batches, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds",
     [("classify",), ("tag",), ("instruct",), ("classify", "instruct"), ("instruct", "classify"), ("tag", "classify")],

@@ -74,6 +74,7 @@ def longer(finished, folder: Path, **sections):
     return config, [row["learning_rate"] for row in rows(config) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_from_the_rate_that_it_had_unless_asked_otherwise(finished, tmp_path, capsys):
     config, found = longer(finished, tmp_path / "a")
     assert found[4:] == pytest.approx([1e-3] * 4)
@@ -101,6 +102,7 @@ def test_the_config_of_a_longer_run_repeats_it_from_the_start(finished, tmp_path
     assert [row["learning_rate"] for row in rows(again) if "loss" in row] == pytest.approx(found, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_change_in_the_part_that_does_not_decay_needs_no_note(finished, tmp_path):
     steady = {"schedule": "wsd"} | OPTIM
     config = run_config(tmp_path, optim=steady, train={"num_steps": 10, "eval_every": 0, "save_every": 2})

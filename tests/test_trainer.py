@@ -162,6 +162,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["note.txt"]
 
 
+@pytest.mark.slow
 def test_losses_over_other_windows_are_not_compared(tmp_path, capsys):
     still = {"learning_rate": 0.0, "min_learning_rate": 0.0, "schedule": "cosine"}
     train = {"num_steps": 2, "eval_every": 1, "save_every": 1, "eval_windows": 2}
@@ -260,6 +261,7 @@ def test_long_steps_are_dispatched_one_at_a_time(monkeypatch, seconds, unfinishe
     assert sum(not result.done for result in made) == unfinished
 
 
+@pytest.mark.slow
 def test_the_run_does_not_depend_on_the_number_of_devices(tmp_path, unbroken):
     config, expected_rows, _ = unbroken
     alone = replace(config, run_dir=str(tmp_path / "one"), cache_dir=str(SHARED_CACHE))

@@ -43,7 +43,8 @@ def goes_on_alone(tmp_path, config, step: int) -> str:
     return f"losses within {LOSSES} of an unbroken run"
 
 
-@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [1, 0])
 @pytest.mark.fault(6, "kill -9 of one of two processes", "the other ends in one line; resumes with one process")
 def test_a_process_that_is_killed_ends_the_other(tmp_path, killed, seen):
     config = process_config(tmp_path, optim=CONSTANT, train={"num_steps": 3000, "save_every": 5, "eval_every": 0})

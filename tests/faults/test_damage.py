@@ -276,6 +276,7 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     27, "pickled code in every file of a run, of checkpoints the newest", "never executed; refused in one line"
 )

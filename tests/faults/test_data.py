@@ -196,6 +196,7 @@ def finished_shards(building: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in building.glob("*.bin")}
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     43, "preparation killed with SIGKILL at random moments", "goes on after the finished shards; none half"
 )

@@ -80,6 +80,7 @@ def test_an_infinite_gradient_changes_nothing(seen):
     seen(f"gradient norm {float(metrics['grad_norm'])}: no update, counted")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(31, "every gradient is NaN from step 2 on", "stops after 10 in a row with a dump and status 3")
 def test_a_run_that_diverges_stops_with_a_dump(tmp_path, seen):
     optim = {"learning_rate": 1e38, "min_learning_rate": 1e37, "warmup_steps": 0}
@@ -116,6 +117,7 @@ def test_after_the_limit_nothing_is_accepted_until_the_host_looks():
     assert_trees_equal(without_counters(state), without_counters(before))
 
 
+@pytest.mark.slow
 @pytest.mark.fault(32, "a few rows of noise after 250 ordinary steps", "no update; counted, logged with documents")
 def test_a_spike_makes_no_update_and_names_its_documents(tmp_path, capsys, seen):
     # With this seed the windows of the noise, document 210 of the training split, come in steps 254, 269 and 276.

@@ -179,6 +179,7 @@ sys.exit(main(["train", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_a_signal_is_answered_while_the_main_thread_is_busy(tmp_path):
     config = process_config(tmp_path, train=LONG)
     with script(STEPS_SLOWLY, write_config(config)) as process:
@@ -248,6 +249,7 @@ def ended_early(process: subprocess.Popen[str], number: int) -> str:
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.fault(3, "a signal while train prepares data", EARLY)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_data_is_prepared(tmp_path, number, seen):
@@ -300,6 +302,7 @@ sys.exit(main(["train", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     2, "the process is killed when all but the manifest is written", "the checkpoint before is used; nothing is deleted"
 )
@@ -344,6 +347,7 @@ def test_a_closed_standard_output_stops_no_training(tmp_path, seen):
     seen("40 of 40 steps, saved; status 0")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     7, "too little room for a save", "reported with path and free bytes; older checkpoints stay; status 2"
 )
@@ -483,6 +487,7 @@ def test_another_config_is_refused(unbroken, change, message, seen):
     seen(str(error.value).partition("another config: ")[2].partition("; give")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.fault(20, "resumed with another learning rate", "allowed, with a message")
 def test_another_learning_rate_is_allowed(tmp_path, unbroken, capsys, seen):
     config, *_ = unbroken
@@ -495,6 +500,7 @@ def test_another_learning_rate_is_allowed(tmp_path, unbroken, capsys, seen):
     seen(line)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     20, "resumed with another batch_size and other text", "only with train.allow_data_change, with a message"
 )
