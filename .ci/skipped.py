@@ -1,5 +1,5 @@
 """Prints the tests that a pytest run skipped, one argument for pytest a line: skipped.py REPORT.xml, a JUnit report of
-the family xunit1, which names files."""
+the family xunit1, which names files. A file that was skipped as a whole is one line."""
 
 import sys
 from xml.etree import ElementTree
@@ -7,8 +7,11 @@ from xml.etree import ElementTree
 
 def main(report: str) -> None:
     """Prints the skipped tests of a report."""
-    cases = [case for case in ElementTree.parse(report).iter("testcase") if case.find("skipped") is not None]
-    print("\n".join(f"{case.get('file')}::{case.get('name')}" for case in cases))
+    for case in ElementTree.parse(report).iter("testcase"):
+        if case.find("skipped") is not None:
+            file, name = case.get("file", ""), case.get("name", "")
+            module = file.removesuffix(".py").replace("/", ".")
+            print(file if name == module else f"{file}::{name}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from gptjax.exchange.runs import export_run
 from gptjax.model.gpt import logits
 from tests.tiny import hidden_states, untrained_run
 
-pytest.importorskip("lm_eval", reason="needs the extra lm_eval")
+pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other programs
 PAIRS = [
     ("aaa 1\nbbb 2\n", "ccc 3"),

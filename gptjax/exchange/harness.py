@@ -36,7 +36,7 @@ def register() -> None:
     try:
         from lm_eval.api.registry import model_registry
     except ImportError as error:
-        raise UserError(f"the harness needs {error.name}, of the extra lm_eval: pip install -e '.[lm_eval]'") from None
+        raise UserError(f"the harness needs {error.name}, of the extra lm-eval: pip install -e '.[lm-eval]'") from None
     if "gptjax" not in model_registry:
         model_registry.register("gptjax", target=model_class())
 
