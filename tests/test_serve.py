@@ -454,7 +454,7 @@ def test_lm_eval_measures_a_served_model(server):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in ("lm_eval", "tenacity"):
-            pytest.importorskip(name, reason="needs lm_eval[api]")
+            pytest.importorskip(name, reason="needs lm-eval[api]")
         from lm_eval.api.instance import Instance
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
