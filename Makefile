@@ -15,8 +15,8 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-slow: $(VENV)/installed-dev  # those that native and cluster do not run
-	$(BIN)/python -m pytest $(PARALLEL) -m slow --ignore tests/cluster --ignore tests/faults/test_cluster.py \
+slow: $(VENV)/installed-dev  # without native, cluster and fuzz tests
+	$(BIN)/python -m pytest $(PARALLEL) -m slow --ignore tests/cluster --ignore tests/fuzz --ignore tests/faults/test_cluster.py \
 		--ignore tests/test_native_library.py --ignore tests/test_parallel.py --ignore tests/test_plan.py
 
 native: $(VENV)/installed-dev
