@@ -15,9 +15,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-slow: $(VENV)/installed-dev  # without native, cluster and fuzz tests
-	$(BIN)/python -m pytest $(PARALLEL) -m slow --ignore tests/cluster --ignore tests/fuzz --ignore tests/faults/test_cluster.py \
-		--ignore tests/test_native_library.py --ignore tests/test_parallel.py --ignore tests/test_plan.py
+# Those of native and cluster, thousands of fuzz cases and hundreds of kills are left to their own targets.
+slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(PARALLEL) -m slow --ignore tests/cluster --ignore tests/faults/test_cluster.py \
+		--ignore tests/faults/test_storm.py --ignore tests/fuzz --ignore tests/test_native_library.py \
+		--ignore tests/test_parallel.py --ignore tests/test_plan.py
 
 native: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/test_native_library.py
