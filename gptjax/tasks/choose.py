@@ -17,8 +17,8 @@ from gptjax.evaluation.predict import Predict, predict_rows
 from gptjax.model.gpt import Compute
 from gptjax.tasks.functions import with_metric
 from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
-from gptjax.tasks.task import Compile, Kind, Source, Task, hash_encoded, longest
-from gptjax.tasks.texts import encode_choices
+from gptjax.tasks.task import Compile, Kind, Source, Task
+from gptjax.tasks.texts import encode_choices, encoded_task
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Choice, string_list
 from gptjax.text.rows import text_field
@@ -38,19 +38,8 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
         found, loss = _predicted(predict, params, validation, config.train.micro_batch, sharding)
         return with_metric(config.task, found, score_choices(found, loss))
 
-    cut = int(train.cut.sum() + validation.cut.sum())
-    note = (
-        f"{len(examples.train):,} rows of up to {train.candidates} candidates, {len(examples.validation):,} to validate"
-        f" on, {cut:,} cut at {longest(config)} tokens"
-    )
-    return Task(
-        windows,
-        windows.mean_tokens,
-        hash_encoded(train),
-        evaluate,
-        (note, *examples.notes),
-        evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
-        measured_on=hash_encoded(validation),
+    return encoded_task(
+        config, examples, windows, train, validation, evaluate, f"rows of up to {train.candidates} candidates"
     )
 
 

@@ -16,8 +16,8 @@ from gptjax.evaluation.predict import predict_texts
 from gptjax.model.gpt import Compute
 from gptjax.tasks.functions import with_metric
 from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
-from gptjax.tasks.task import Compile, Kind, Source, Task, hash_encoded, longest
-from gptjax.tasks.texts import encode_examples, make_rewrite
+from gptjax.tasks.task import Compile, Kind, Source, Task
+from gptjax.tasks.texts import encode_examples, encoded_task, make_rewrite
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Text, is_missing, label_name, text_and_second
 from gptjax.text.tokenizer import Tokenizer
@@ -36,20 +36,7 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
         found, loss = predict_texts(predict, params, validation, task.labels, config.train.micro_batch, sharding)
         return with_metric(task, found, score(found, loss))
 
-    cut = int(train.cut.sum() + validation.cut.sum())
-    note = (
-        f"{len(examples.train):,} texts, {len(examples.validation):,} to validate on,"
-        f" {cut:,} cut at {longest(config)} tokens"
-    )
-    return Task(
-        windows,
-        windows.mean_tokens,
-        hash_encoded(train),
-        evaluate,
-        (note, *examples.notes),
-        evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
-        measured_on=hash_encoded(validation),
-    )
+    return encoded_task(config, examples, windows, train, validation, evaluate, "texts")
 
 
 def predict(

@@ -20,8 +20,8 @@ from gptjax.model.gpt import Compute
 from gptjax.tasks.classify import plain_text
 from gptjax.tasks.functions import with_metric
 from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
-from gptjax.tasks.task import Compile, Kind, Source, Task, hash_encoded, longest
-from gptjax.tasks.texts import encode_examples, make_rewrite
+from gptjax.tasks.task import Compile, Kind, Source, Task
+from gptjax.tasks.texts import encode_examples, encoded_task, make_rewrite
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Examples, Numbers, text_and_second
 from gptjax.text.tokenizer import Tokenizer
@@ -41,19 +41,8 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
         found, loss = _predicted(config, predict, params, validation, config.train.micro_batch, sharding)
         return with_metric(config.task, found, score_numbers(found, loss))
 
-    cut = int(train.cut.sum() + validation.cut.sum())
-    note = (
-        f"{len(examples.train):,} texts with {len(config.task.means)} number(s), {len(examples.validation):,} to"
-        f" validate on, {cut:,} cut at {longest(config)} tokens"
-    )
-    return Task(
-        windows,
-        windows.mean_tokens,
-        hash_encoded(train),
-        evaluate,
-        (note, *examples.notes),
-        evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
-        measured_on=hash_encoded(validation),
+    return encoded_task(
+        config, examples, windows, train, validation, evaluate, f"texts with {len(config.task.means)} number(s)"
     )
 
 

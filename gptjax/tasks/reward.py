@@ -16,7 +16,8 @@ from gptjax.evaluation.predict import Predict, predict_rows
 from gptjax.evaluation.preferences import PreferenceScores, ScorePredictions, preference_report, score_preferences
 from gptjax.model.gpt import Compute
 from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
-from gptjax.tasks.task import Compile, Kind, Source, Task, hash_encoded, longest
+from gptjax.tasks.task import Compile, Kind, Source, Task, longest
+from gptjax.tasks.texts import encoded_task
 from gptjax.text.labelled import Preference
 from gptjax.text.preferences import parse_preference, plain_text
 from gptjax.text.tokenizer import Tokenizer
@@ -32,20 +33,7 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
     def evaluate(params: dict, sharding: jax.sharding.Sharding) -> PreferenceScores:
         return score_preferences(*_predicted(predict, params, validation, config.train.micro_batch, sharding))
 
-    cut = int(train.cut.sum() + validation.cut.sum())
-    note = (
-        f"{len(examples.train):,} pairs of responses, {len(examples.validation):,} to validate on, {cut:,} cut at"
-        f" {longest(config)} tokens"
-    )
-    return Task(
-        windows,
-        windows.mean_tokens,
-        hash_encoded(train),
-        evaluate,
-        (note, *examples.notes),
-        evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
-        measured_on=hash_encoded(validation),
-    )
+    return encoded_task(config, examples, windows, train, validation, evaluate, "pairs of responses")
 
 
 def predict(

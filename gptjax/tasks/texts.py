@@ -1,14 +1,16 @@
 """Texts, pairs and candidates as token sequences of a task."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
-from gptjax.batches.labelled import CandidateSet, Encoded, Marks, TextSet, encode_rows, end_marks
+from gptjax.batches.labelled import CandidateSet, Encoded, Marks, TextBatches, TextSet, encode_rows, end_marks
 from gptjax.config.run import Config
 from gptjax.tasks.heads import learned_marks
-from gptjax.tasks.task import longest
-from gptjax.text.labelled import Choice, Numbers, Text
+from gptjax.tasks.task import Task, hash_encoded, longest
+from gptjax.text.labelled import Choice, Examples, Numbers, Text
 from gptjax.text.replace import read_synonyms, replace_words
 from gptjax.text.tokenizer import Tokenizer
 
@@ -64,4 +66,30 @@ def encode_choices(config: Config, tokenizer: Tokenizer, examples: Sequence[Choi
         np.array([cut[part].any() for part in parts], bool),
         longest(config),
         max((len(example.candidates) for example in examples), default=1),
+    )
+
+
+def encoded_task(
+    config: Config,
+    examples: Examples,
+    windows: TextBatches,
+    train: Encoded,
+    validation: Encoded,
+    evaluate: Callable[[dict, jax.sharding.Sharding], Any],
+    what: str,
+) -> Task:
+    """Returns the task of examples that were encoded once; its log line counts them, and `what` names them."""
+    cut = int(train.cut.sum() + validation.cut.sum())
+    note = (
+        f"{len(examples.train):,} {what}, {len(examples.validation):,} to validate on, {cut:,} cut at"
+        f" {longest(config)} tokens"
+    )
+    return Task(
+        windows,
+        windows.mean_tokens,
+        hash_encoded(train),
+        evaluate,
+        (note, *examples.notes),
+        evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
+        measured_on=hash_encoded(validation),
     )

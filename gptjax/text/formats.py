@@ -44,6 +44,19 @@ class Document(NamedTuple):
     where: str
 
 
+def batch_documents(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """Yields lists of consecutive documents, each ended by the document that makes it at least so long."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 class Row(NamedTuple):
     """The named values of one row and where it stands ("a.jsonl:17")."""
 

@@ -1,7 +1,7 @@
 """All of a text as tokens in memory, for measuring a model on it; nothing is split off and nothing is learned."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +10,9 @@ import xxhash
 from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.clean import clean
+from gptjax.text.formats import Document, batch_documents
 from gptjax.text.shards import TokenSplit, token_dtype
-from gptjax.text.sources import Document, given_files, read_documents
+from gptjax.text.sources import given_files, read_documents
 from gptjax.text.tokenizer import Tokenizer
 
 BATCH = 2**22
@@ -40,7 +41,7 @@ def read_whole(data: DataConfig, tokenizer: Tokenizer) -> WholeText:
     end = tokenizer.end_of_text
     dtype, separator = token_dtype(tokenizer.vocab_size), [] if end is None else [end]
     tokens, starts, n_tokens, n_bytes, hashes = [], [], 0, 0, set()
-    for batch in _batches(clean(read_documents(data, counts), data, counts)):
+    for batch in batch_documents(clean(read_documents(data, counts), data, counts), BATCH):
         for document, ids in zip(batch, _encode(tokenizer, batch), strict=True):
             raw = document.text.encode()
             starts.append(n_tokens)
@@ -66,18 +67,6 @@ def document_hashes(data: DataConfig) -> frozenset[int] | None:
         return frozenset(xxhash.xxh3_64_intdigest(document.text.encode()) for document in documents)
     except (UserError, OSError):
         return None
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:

@@ -24,11 +24,12 @@ from gptjax.machine.processor import core_count
 from gptjax.text.cleaning.near import find_near_duplicates
 from gptjax.text.cleaning.part import clean_part, documents_hash, part_path, read_header, read_part
 from gptjax.text.cleaning.stages import make_stages
-from gptjax.text.formats import Document
+from gptjax.text.formats import Document, batch_documents
 from gptjax.text.sources import given_files
 from gptjax.text.streams import COMPRESSIONS
 
 PART_CHARACTERS = 2**22
+"""Of a part; it depends on the documents alone, so that every process cuts the corpus in the same way."""
 CLEAN_VERSION = 1
 """Of the stages: another one cleans again."""
 SHORTEST_PART = 20
@@ -81,7 +82,7 @@ def build_store(
     progress = _Progress(report, _expected_characters(data))
     with _workers(data) as clean:
         waiting: deque[Future[None]] = deque()
-        for number, documents in enumerate(_chunks(read(counts))):
+        for number, documents in enumerate(batch_documents(read(counts), PART_CHARACTERS)):
             n_parts = number + 1
             path = part_path(folder, number)
             header = read_header(path)
@@ -192,19 +193,6 @@ def _write_near_duplicates(folder: Path, n_parts: int, threshold: float) -> None
     temporary = folder / f".{_NEAR}.tmp.npy"
     np.save(temporary, near)
     os.replace(temporary, folder / _NEAR)
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Cuts the corpus into parts by its documents alone, so that every process cuts it in the same way."""
-    chunk, size = [], 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document.text)
-        if size >= PART_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 class _Pool(NamedTuple):
