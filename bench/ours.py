@@ -85,7 +85,7 @@ def generate(sequences: str, dtype: str, repeats: int) -> dict:
     import numpy as np
 
     from gptjax.config.model import ModelConfig
-    from gptjax.config.verbs import SampleConfig
+    from gptjax.config.verbs.sample import SampleConfig
     from gptjax.generation.decode import generate
     from gptjax.model.gpt import init_params
 

@@ -20,7 +20,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.reader import from_dict, load_config
 from gptjax.config.run import Config
 from gptjax.config.start import Start
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.embeddings import EmbeddingOptions, Pooling, embed_ids
 from gptjax.exchange.runs import import_run

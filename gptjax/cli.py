@@ -18,27 +18,24 @@ from gptjax.config.rules import usable_path
 from gptjax.config.run import Config
 from gptjax.config.start import Start, start_config
 from gptjax.config.synonyms import suggest_verb
-from gptjax.config.verbs import (
-    ChatConfig,
-    DataVerbConfig,
-    DiagnoseConfig,
-    DoctorConfig,
-    EmbedConfig,
-    EvaluateConfig,
-    ExportConfig,
-    ImportConfig,
-    InspectConfig,
-    LrFindConfig,
-    PlanConfig,
-    PredictConfig,
-    PrepareConfig,
-    ProfileConfig,
-    ReportConfig,
-    SampleConfig,
-    ServeConfig,
-    SweepConfig,
-    VerifyResumeConfig,
-)
+from gptjax.config.verbs.chat import ChatConfig
+from gptjax.config.verbs.data import DataVerbConfig
+from gptjax.config.verbs.diagnose import DiagnoseConfig
+from gptjax.config.verbs.doctor import DoctorConfig
+from gptjax.config.verbs.embed import EmbedConfig
+from gptjax.config.verbs.evaluate import EvaluateConfig
+from gptjax.config.verbs.exchange import ExportConfig, ImportConfig
+from gptjax.config.verbs.inspect import InspectConfig
+from gptjax.config.verbs.lr_find import LrFindConfig
+from gptjax.config.verbs.plan import PlanConfig
+from gptjax.config.verbs.predict import PredictConfig
+from gptjax.config.verbs.prepare import PrepareConfig
+from gptjax.config.verbs.profile import ProfileConfig
+from gptjax.config.verbs.report import ReportConfig
+from gptjax.config.verbs.sample import SampleConfig
+from gptjax.config.verbs.serve import ServeConfig
+from gptjax.config.verbs.sweep import SweepConfig
+from gptjax.config.verbs.verify_resume import VerifyResumeConfig
 from gptjax.errors import UserError, one_line
 from gptjax.machine.accelerator import has_accelerator
 

@@ -10,7 +10,7 @@ import pytest
 from gptjax.batches.labelled import TextBatch
 from gptjax.batches.pretraining import Batch
 from gptjax.config.task import LORA_TARGETS, AdapterConfig, TaskConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.decode import stream
 from gptjax.generation.weights import decoding_weights
 from gptjax.model import gpt, loss

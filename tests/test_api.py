@@ -9,7 +9,7 @@ import pytest
 
 import gptjax
 from gptjax.checkpoints.run_dir import write_run
-from gptjax.config.verbs import ExportConfig
+from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.errors import UserError
 from gptjax.exchange.runs import export_run
 from gptjax.model import gpt

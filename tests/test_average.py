@@ -8,7 +8,7 @@ import pytest
 from gptjax.checkpoints.checkpoint import Checkpoints
 from gptjax.checkpoints.run_dir import load_run, write_run
 from gptjax.config.run import Config
-from gptjax.config.verbs import ExportConfig
+from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.errors import UserError
 from gptjax.exchange.hf_model import import_model
 from gptjax.exchange.runs import export_run

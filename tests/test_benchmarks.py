@@ -15,7 +15,7 @@ import pytest
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.cli import main
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import EvaluateConfig
+from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.benchmarks import READERS, read_items
 from gptjax.evaluation.few_shot import choose_shots, prompts

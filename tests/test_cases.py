@@ -15,7 +15,8 @@ from gptjax.cli import main
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config, DataConfig, TokenizerConfig
 from gptjax.config.task import TaskConfig
-from gptjax.config.verbs import ExportConfig, SampleConfig
+from gptjax.config.verbs.exchange import ExportConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.exchange.runs import export_run, import_run
 from gptjax.report.metrics import read_metrics
 from gptjax.tasks.registry import parse

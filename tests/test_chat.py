@@ -19,7 +19,8 @@ from gptjax.cli import main
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config, TokenizerConfig
 from gptjax.config.task import TaskConfig
-from gptjax.config.verbs import ChatConfig, SampleConfig
+from gptjax.config.verbs.chat import ChatConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
 from gptjax.serving.chat_format import AnswerFilter, ChatFormat, chat_format, compile_template

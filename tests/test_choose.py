@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.choose import Rule, choice_numbers, choice_rule, choose
 
 V = 40

@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.cli import VERBS, main
 from gptjax.config.reader import read_flags, to_yaml
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.report.events import read_events
 from gptjax.training import trainer
 from gptjax.verbs.sample import read_prompts

@@ -11,7 +11,7 @@ from gptjax.config import synonyms
 from gptjax.config.model import ModelConfig
 from gptjax.config.reader import differing_fields, flag_types, from_dict, load_config, read_flags, to_dict, to_yaml
 from gptjax.config.run import Config
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("llguidance", reason="needs the package of gptjax[constrain]")
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.constraint import Constrainer, Form
 from gptjax.generation.decode import prepare

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import SampleConfig, token_biases
+from gptjax.config.verbs.decoding import token_biases
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.choose import _filtered as filtered
 from gptjax.generation.choose import choice_numbers, choice_rule
 from gptjax.generation.controls import BANNED, control, make_history, make_tables

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation import decode
 from gptjax.generation.choose import choice_numbers, choice_rule, choose

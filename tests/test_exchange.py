@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import TokenizerConfig
-from gptjax.config.verbs import ExportConfig, SampleConfig
+from gptjax.config.verbs.exchange import ExportConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.exchange.hf_model import export_model, import_model
 from gptjax.exchange.mixed_texts import mixed_texts

@@ -14,7 +14,7 @@ from gptjax.checkpoints.run_dir import load_run, write_run
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config
 from gptjax.config.task import LORA_TARGETS, AdapterConfig, FinetuneConfig, TaskConfig
-from gptjax.config.verbs import ExportConfig
+from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.errors import UserError
 from gptjax.exchange.peft import export_lora, import_lora
 from gptjax.exchange.runs import export_run, import_run

@@ -13,7 +13,7 @@ import pytest
 
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import ExportConfig
+from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.errors import UserError
 from gptjax.exchange.gguf_file import open_gguf
 from gptjax.exchange.gguf_model import export_gguf_model, import_gguf_model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.checkpoints.run_dir import load_run
-from gptjax.config.verbs import ExportConfig
+from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.errors import UserError
 from gptjax.exchange import harness
 from gptjax.exchange.runs import export_run

@@ -14,7 +14,7 @@ from gptjax.batches.mixture import MixtureWindows, Stage, make_cycle, whole_shar
 from gptjax.batches.pretraining import Batch, PackedWindows
 from gptjax.cli import main
 from gptjax.config.run import Config, DataConfig, SourceConfig, TokenizerConfig
-from gptjax.config.verbs import EvaluateConfig
+from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError
 from gptjax.tasks.pretrain import mixture_stages
 from gptjax.tasks.registry import read_source

@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.config.model import ModelConfig
 from gptjax.config.task import AdapterConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.decode import DecodingModel, generate, prefilled
 from gptjax.generation.weights import decoding_weights
 from gptjax.machine.native import build

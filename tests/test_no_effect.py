@@ -17,11 +17,13 @@ from gptjax.config.cluster import ClusterConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config, DataConfig, PartConfig
 from gptjax.config.task import TaskConfig
-from gptjax.config.verbs import EvaluateConfig, SampleConfig
+from gptjax.config.verbs.evaluate import EvaluateConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 
+ROOT = Path(gptjax.config.__path__[0])
 MODULES = [
-    importlib.import_module(f"gptjax.config.{module.name}") for module in pkgutil.iter_modules(gptjax.config.__path__)
+    importlib.import_module(module.name) for module in pkgutil.walk_packages(gptjax.config.__path__, "gptjax.config.")
 ]
 CLASSES = [
     cls
@@ -123,7 +125,11 @@ def rules() -> list[Rule]:
             frame = inspect.currentframe()
             assert frame is not None and frame.f_back is not None
             caller, option = frame.f_back, f"{section}.{name}" if section else name
-            place = caller.f_locals["self"], Path(caller.f_code.co_filename).name, caller.f_lineno
+            place = (
+                caller.f_locals["self"],
+                Path(caller.f_code.co_filename).relative_to(ROOT).as_posix(),
+                caller.f_lineno,
+            )
             seen.append((*place, config, name, option, needs))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -182,8 +188,8 @@ KNOWN = {
 
 def test_every_rule_is_among_those_that_were_found():
     written = {
-        (path.name, node.lineno)
-        for path in Path(gptjax.config.__path__[0]).glob("*.py")
+        (path.relative_to(ROOT).as_posix(), node.lineno)
+        for path in ROOT.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "no_effect"
     }

@@ -14,7 +14,8 @@ from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.run import Config, DataConfig, MeshConfig
 from gptjax.config.task import TaskConfig
-from gptjax.config.verbs import EvaluateConfig, SampleConfig
+from gptjax.config.verbs.evaluate import EvaluateConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.loss import Evaluation
 from gptjax.generation.decode import stream

@@ -19,7 +19,7 @@ from bench import plan as reality
 from gptjax.cli import main
 from gptjax.config.reader import load_config, to_yaml
 from gptjax.config.run import TIKTOKEN_NAMES, Config, MeshConfig, TokenizerConfig
-from gptjax.config.verbs import CHIP_NAMES, PlanConfig
+from gptjax.config.verbs.plan import CHIP_NAMES, PlanConfig
 from gptjax.errors import UserError
 from gptjax.machine.chips import CHIPS, Chip, chip_of
 from gptjax.model.gpt import Compute

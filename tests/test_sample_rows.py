@@ -9,7 +9,7 @@ from gptjax.checkpoints.run_dir import write_run
 from gptjax.cli import main
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config, TokenizerConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
 from gptjax.text.formats import Row

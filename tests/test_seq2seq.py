@@ -18,7 +18,7 @@ from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config, DataConfig, MeshConfig
 from gptjax.config.task import TaskConfig
-from gptjax.config.verbs import EvaluateConfig
+from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError
 from gptjax.generation.targets import search_targets
 from gptjax.model import gpt

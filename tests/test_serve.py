@@ -21,7 +21,8 @@ from gptjax.checkpoints.run_dir import LoadedRun, write_run
 from gptjax.cli import main
 from gptjax.config.run import Config, DataConfig, TokenizerConfig
 from gptjax.config.task import TaskConfig
-from gptjax.config.verbs import SampleConfig, ServeConfig
+from gptjax.config.verbs.sample import SampleConfig
+from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import samples
 from gptjax.tasks.trainable import init_all

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.decode import generate, sliding_slots
 from gptjax.model.cache import grow_cache, init_cache
 from gptjax.model.gpt import Compute, logits

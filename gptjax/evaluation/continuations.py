@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.decode import stream
 from gptjax.generation.sample import TextCollector
 from gptjax.text.tokenizer import Tokenizer

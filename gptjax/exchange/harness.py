@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from gptjax.checkpoints.run_dir import load_run
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError, one_line
 from gptjax.evaluation.continuations import generate_until
 from gptjax.evaluation.likelihood import encode_pair, make_scorer, pair_span, score_spans

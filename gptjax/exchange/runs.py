@@ -6,7 +6,7 @@ from pathlib import Path
 from gptjax.checkpoints.run_dir import CHAT_TEMPLATE_FILE, load_run, write_run
 from gptjax.config.run import Config, TokenizerConfig
 from gptjax.config.task import FinetuneConfig
-from gptjax.config.verbs import ExportConfig
+from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.exchange.families import FAMILIES
 from gptjax.exchange.gguf_model import export_gguf_model, import_gguf_model

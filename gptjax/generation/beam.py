@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import SampleConfig, token_biases
+from gptjax.config.verbs.decoding import token_biases
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import Numbers, Rule, choice_numbers, choice_rule
 from gptjax.generation.controls import History, Tables, control, make_history, make_tables, remember

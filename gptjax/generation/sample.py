@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.beam import beam_search
 from gptjax.generation.decode import BUFFER, Logprobs, Piece, stream

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import SampleConfig, token_biases
+from gptjax.config.verbs.decoding import token_biases
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import Rule, choice_numbers, log_probabilities
 from gptjax.generation.constraint import Constraint

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.weights import DecodingWeights, decoding_weights
 from gptjax.model.cache import init_cache

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from gptjax.config.verbs import PlanConfig
+from gptjax.config.verbs.plan import PlanConfig
 from gptjax.machine.chips import CHIPS, Chip
 from gptjax.planning import estimate
 from gptjax.planning.plan import USABLE, Plan, Sent

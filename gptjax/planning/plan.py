@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from gptjax.config.run import Config
-from gptjax.config.verbs import PlanConfig
+from gptjax.config.verbs.plan import PlanConfig
 from gptjax.errors import UserError
 from gptjax.machine.chips import CHIPS, Chip
 from gptjax.machine.platform import plan_for_accelerator

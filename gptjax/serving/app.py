@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gptjax.config.verbs import ServeConfig
+from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.embeddings import BATCH, check_layer, document
 from gptjax.serving import protocol

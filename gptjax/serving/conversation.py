@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.checkpoints.run_dir import LoadedRun
-from gptjax.config.verbs import DecodingConfig, SampleConfig
+from gptjax.config.verbs.decoding import DecodingConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
 from gptjax.generation.decode import DecodingModel, prepare

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError, one_line
 from gptjax.generation.decode import DecodingModel, Logprobs
 from gptjax.generation.sample import TextCollector

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.embeddings import EmbeddingOptions, Pooling
 from gptjax.generation.constraint import Form

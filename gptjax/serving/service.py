@@ -13,7 +13,8 @@ import numpy as np
 from gptjax.checkpoints.run_dir import LoadedRun
 from gptjax.config.run import Config
 from gptjax.config.task import LABELLED
-from gptjax.config.verbs import SampleConfig, ServeConfig
+from gptjax.config.verbs.sample import SampleConfig
+from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evaluation.embeddings import BATCH, EmbeddingOptions, embed_ids
 from gptjax.generation.constraint import Constrainer, Form

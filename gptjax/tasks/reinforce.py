@@ -24,7 +24,7 @@ from gptjax.batches.rows import ALL, Rows, take_rows
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import AdapterConfig, TaskConfig
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import RewardScores
 from gptjax.generation.decode import generate

@@ -9,7 +9,7 @@ import jax
 from gptjax.batches.prefetch import prefetch
 from gptjax.config.run import Config, TrainConfig
 from gptjax.config.task import PADDED
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
 from gptjax.machine import allocator, compile_cache

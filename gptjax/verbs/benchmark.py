@@ -9,7 +9,8 @@ import numpy as np
 
 from gptjax.checkpoints.run_dir import LoadedRun
 from gptjax.config.run import DataConfig
-from gptjax.config.verbs import EvaluateConfig, SampleConfig
+from gptjax.config.verbs.evaluate import EvaluateConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.benchmarks import COLUMNS, Item, read_items
 from gptjax.evaluation.continuations import generate_until

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gptjax.checkpoints.run_dir import load_run
-from gptjax.config.verbs import ChatConfig
+from gptjax.config.verbs.chat import ChatConfig
 from gptjax.errors import UserError
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify

@@ -13,7 +13,7 @@ from gptjax.batches.pretraining import PackedWindows, read_windows
 from gptjax.checkpoints.run_dir import CONFIG_FILE, load_run
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config
-from gptjax.config.verbs import DataVerbConfig
+from gptjax.config.verbs.data import DataVerbConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.loss import make_eval_step
 from gptjax.machine import compile_cache

@@ -8,7 +8,8 @@ import numpy as np
 
 from gptjax.batches.pretraining import evaluation_batches
 from gptjax.checkpoints.run_dir import load_run
-from gptjax.config.verbs import DiagnoseConfig, SampleConfig
+from gptjax.config.verbs.diagnose import DiagnoseConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.diagnose import (
     Group,

@@ -21,7 +21,7 @@ from gptjax.checkpoints.run_dir import CONFIG_FILE, TOKENIZER_FILE
 from gptjax.config.model import ModelConfig
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config
-from gptjax.config.verbs import DoctorConfig
+from gptjax.config.verbs.doctor import DoctorConfig
 from gptjax.errors import UserError
 from gptjax.machine import allocator, compile_cache
 from gptjax.machine.native import build

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from gptjax.checkpoints.run_dir import load_run
-from gptjax.config.verbs import EmbedConfig
+from gptjax.config.verbs.embed import EmbedConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.embeddings import EmbeddingOptions, check_layer, document, embed_ids
 from gptjax.files import publish, temporary_name

@@ -18,7 +18,7 @@ from gptjax.config.objective import SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config, DataConfig
 from gptjax.config.task import LABELLED
-from gptjax.config.verbs import EvaluateConfig
+from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evaluation.labels import save_confusion
 from gptjax.evaluation.likelihood import make_scorer, score_spans

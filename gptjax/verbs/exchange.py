@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gptjax.config.verbs import ExportConfig, ImportConfig
+from gptjax.config.verbs.exchange import ExportConfig, ImportConfig
 from gptjax.exchange.runs import export_run, import_run
 from gptjax.report.progress import notify
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gptjax.checkpoints.run_dir import load_run
-from gptjax.config.verbs import InspectConfig
+from gptjax.config.verbs.inspect import InspectConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.inside import inspect_text
 from gptjax.files import write_atomic

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from gptjax.config.run import Config
-from gptjax.config.verbs import LrFindConfig
+from gptjax.config.verbs.lr_find import LrFindConfig
 from gptjax.files import write_atomic
 from gptjax.machine import compile_cache
 from gptjax.report.page import escape, page

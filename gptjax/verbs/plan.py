@@ -3,7 +3,7 @@
 import json
 
 from gptjax.config.run import Config
-from gptjax.config.verbs import PlanConfig
+from gptjax.config.verbs.plan import PlanConfig
 from gptjax.machine import compile_cache
 from gptjax.planning.describe import as_values, describe
 from gptjax.planning.plan import plan_run

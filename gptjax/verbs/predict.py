@@ -11,7 +11,7 @@ from typing import Any
 from gptjax.checkpoints.run_dir import LoadedRun, load_run
 from gptjax.config.run import DataConfig
 from gptjax.config.task import TaskConfig
-from gptjax.config.verbs import PredictConfig
+from gptjax.config.verbs.predict import PredictConfig
 from gptjax.errors import UserError
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify

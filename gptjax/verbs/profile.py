@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from gptjax.config.run import Config
-from gptjax.config.verbs import ProfileConfig
+from gptjax.config.verbs.profile import ProfileConfig
 from gptjax.errors import UserError
 from gptjax.machine import compile_cache
 from gptjax.report import cost

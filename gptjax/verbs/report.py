@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gptjax.config.verbs import ReportConfig
+from gptjax.config.verbs.report import ReportConfig
 from gptjax.errors import UserError
 from gptjax.report.figures import save_figures
 from gptjax.report.html import REPORT_FILE, write_report

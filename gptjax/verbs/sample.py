@@ -10,7 +10,7 @@ from gptjax.checkpoints.run_dir import LoadedRun, load_run
 from gptjax.config.rules import no_effect
 from gptjax.config.run import Config
 from gptjax.config.task import CHATS
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import Sample, samples
 from gptjax.generation.targets import target_texts

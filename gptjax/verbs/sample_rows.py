@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import xxhash
 
 from gptjax.config.reader import to_dict
-from gptjax.config.verbs import SampleConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
 from gptjax.generation.sample import encode_prompts, samples

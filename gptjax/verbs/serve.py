@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from gptjax.checkpoints.run_dir import load_run
-from gptjax.config.verbs import ServeConfig
+from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify

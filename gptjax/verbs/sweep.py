@@ -11,7 +11,7 @@ from pathlib import Path
 from gptjax.config.reader import to_yaml
 from gptjax.config.start import CONFIG_FILE
 from gptjax.config.sweep import Sweep, SweepRun, load_sweep
-from gptjax.config.verbs import SweepConfig
+from gptjax.config.verbs.sweep import SweepConfig
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
 from gptjax.report.html import REPORT_FILE, write_report

@@ -22,7 +22,7 @@ from gptjax.checkpoints.choice import NAME
 from gptjax.checkpoints.manifest import MANIFEST
 from gptjax.config.reader import to_yaml
 from gptjax.config.run import Config
-from gptjax.config.verbs import VerifyResumeConfig
+from gptjax.config.verbs.verify_resume import VerifyResumeConfig
 from gptjax.errors import UserError
 from gptjax.machine import compile_cache
 from gptjax.ops.scheduling import deterministic_ops_requested

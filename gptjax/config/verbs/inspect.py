@@ -1,0 +1,23 @@
+"""Options of inspect."""
+
+import dataclasses
+
+from gptjax.config.rules import usable_paths
+from gptjax.config.verbs.checkpoint import CheckpointConfig
+from gptjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectConfig(CheckpointConfig):
+    """The text that a model is inspected on."""
+
+    text: str = ""
+    """The text; at most model.block_size tokens, and at most 512."""
+    out: str = ""
+    """File to write; empty: inspect.html in the run directory."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.text:
+            raise UserError("text is missing; give --text TEXT")
+        usable_paths("", self, "out")

@@ -1,0 +1,16 @@
+"""Options of sweep."""
+
+import dataclasses
+
+from gptjax.config.rules import positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """How the runs of a sweep are started; options of the runs may follow, as for train."""
+
+    parallel: int = 1
+    """Runs at a time; each is a process of its own."""
+
+    def __post_init__(self):
+        positive("", self, "parallel")
