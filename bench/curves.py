@@ -19,7 +19,9 @@ import numpy as np
 
 from gptjax.batches.pretraining import Batch
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, OptimConfig, TrainConfig
+from gptjax.config.optim import OptimConfig
+from gptjax.config.run import Config
+from gptjax.config.train import TrainConfig
 from gptjax.machine.allocator import restart
 from gptjax.machine.compile_cache import start
 from gptjax.ops import attention, cross_entropy, elementwise, linear

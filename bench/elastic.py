@@ -18,9 +18,14 @@ from pathlib import Path
 
 from equality import write_table
 
+from gptjax.config.data import DataConfig
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ModelConfig
+from gptjax.config.optim import OptimConfig
 from gptjax.config.reader import to_yaml
-from gptjax.config.run import Config, DataConfig, MeshConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.config.run import Config
+from gptjax.config.tokenizer import TokenizerConfig
+from gptjax.config.train import TrainConfig
 from gptjax.report.metrics import read_metrics
 
 STEPS, LIMIT = 6, 1e-5

@@ -19,8 +19,11 @@ import jax
 import numpy as np
 
 from gptjax.batches.pretraining import Batch
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, MeshConfig, OptimConfig, TrainConfig
+from gptjax.config.optim import OptimConfig
+from gptjax.config.run import Config
+from gptjax.config.train import TrainConfig
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
 from gptjax.planning import hlo

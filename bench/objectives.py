@@ -14,10 +14,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from gptjax.config.data import DataConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.objective import ObjectiveConfig
-from gptjax.config.run import Config, DataConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.config.optim import OptimConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
+from gptjax.config.train import TrainConfig
 from gptjax.machine import compile_cache
 from gptjax.report.metrics import read_metrics
 from gptjax.training import trainer

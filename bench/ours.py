@@ -25,7 +25,9 @@ def train(name: str, dtype: str, steps: int) -> dict:
     from gptjax.batches.prefetch import prefetch
     from gptjax.batches.pretraining import Batch
     from gptjax.config.model import ModelConfig
-    from gptjax.config.run import Config, OptimConfig, TrainConfig
+    from gptjax.config.optim import OptimConfig
+    from gptjax.config.run import Config
+    from gptjax.config.train import TrainConfig
     from gptjax.training.step import init_state, make_train_step
 
     work = TRAINING[name]

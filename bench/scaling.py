@@ -20,8 +20,10 @@ import numpy as np
 from equality import device_bytes, write_table
 
 from gptjax.batches.pretraining import Batch
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, MeshConfig, TrainConfig
+from gptjax.config.run import Config
+from gptjax.config.train import TrainConfig
 from gptjax.parallel.mesh import batch_sharding, make_mesh
 from gptjax.parallel.rules import shardings
 from gptjax.planning import hlo

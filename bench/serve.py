@@ -23,7 +23,8 @@ import numpy as np
 
 from gptjax.checkpoints.run_dir import write_run
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, TokenizerConfig
+from gptjax.config.run import Config
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.model.gpt import init_params
 from gptjax.text.tokenizer import ByteTokenizer
 from tests.server import Served, served

@@ -30,7 +30,8 @@ def corpus() -> list[str]:
 
 
 def ours(texts: list[str], folder: Path, number: int) -> float:
-    from gptjax.config.run import DataConfig, TokenizerConfig
+    from gptjax.config.data import DataConfig
+    from gptjax.config.tokenizer import TokenizerConfig
     from gptjax.text.prepare import prepare
 
     started = time.perf_counter()

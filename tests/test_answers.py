@@ -11,8 +11,9 @@ import pytest
 from gptjax.batches.labelled import Marks
 from gptjax.batches.spans import SpanBatch, encode_questions
 from gptjax.cli import main
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.answers import AnswerPredictions, normalised_answer, score_answers, word_f1
 from gptjax.report.metrics import read_metrics

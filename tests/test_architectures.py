@@ -190,7 +190,7 @@ def test_options_that_do_not_apply_together_are_refused(change, message):
 
 @pytest.mark.parametrize("name", ["sandwich, soft caps, local and full", "alibi", "t5", "mixture of experts"])
 def test_a_mesh_changes_nothing(name):
-    from gptjax.config.run import MeshConfig
+    from gptjax.config.mesh import MeshConfig
     from gptjax.parallel.mesh import make_mesh, traced_in
     from gptjax.parallel.rules import shardings
 

@@ -12,9 +12,11 @@ import pytest
 
 from gptjax.checkpoints.run_dir import load_run, write_run
 from gptjax.cli import main
+from gptjax.config.data import DataConfig
 from gptjax.config.reader import load_config
-from gptjax.config.run import Config, DataConfig, TokenizerConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.exchange.runs import export_run, import_run

@@ -17,8 +17,9 @@ import pytest
 from gptjax.checkpoints.run_dir import CHAT_TEMPLATE_FILE, LoadedRun, load_run, write_run
 from gptjax.cli import main
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, TokenizerConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.chat import ChatConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gptjax.batches.packed import PackedSequences, encode_chats
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.tasks.registry import parse, read_examples
 from gptjax.text.chats import Chat, Message, render_chat, render_prompt

@@ -1,7 +1,7 @@
 import unicodedata
 from collections import Counter
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.text.clean import clean
 from gptjax.text.sources import Document
 

@@ -11,7 +11,8 @@ import zstandard
 
 from gptjax.cli import main
 from gptjax.config.clean import CleanConfig, QualityConfig
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text.cleaning import store as module
 from gptjax.text.cleaning.near import N_HASHES, find_near_duplicates, rows_per_band, signature

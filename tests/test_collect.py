@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from gptjax.config.clean import CleanConfig
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.formats import read_file
 from gptjax.text.sources import read_documents

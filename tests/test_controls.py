@@ -273,7 +273,8 @@ def test_sample_texts_is_the_text_of_samples():
 def test_tokens_and_probabilities_on_the_command_line(tmp_path, capsys):
     from gptjax.checkpoints.run_dir import write_run
     from gptjax.cli import main
-    from gptjax.config.run import Config, TokenizerConfig
+    from gptjax.config.run import Config
+    from gptjax.config.tokenizer import TokenizerConfig
 
     run_dir = tmp_path / "run"
     config = Config(run_dir=str(run_dir), model=BYTES, tokenizer=TokenizerConfig(kind="bytes"))

@@ -15,7 +15,8 @@ from gptjax.api import Model
 from gptjax.checkpoints.run_dir import LoadedRun, write_run
 from gptjax.cli import main
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, TokenizerConfig
+from gptjax.config.run import Config
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.evaluation.embeddings import EmbeddingOptions, embed_ids
 from gptjax.model.gpt import Compute, apply_blocks, embed_tokens
 from gptjax.model.inputs import BlockInputs

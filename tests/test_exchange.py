@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import TokenizerConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError

@@ -15,9 +15,12 @@ from gptjax.batches.multi import MultiBatches
 from gptjax.batches.packed import PackedSequences, encode_words
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.cli import main
+from gptjax.config.data import DataConfig
+from gptjax.config.mixtures import PartConfig
 from gptjax.config.reader import load_config
-from gptjax.config.run import Config, DataConfig, PartConfig, TokenizerConfig
+from gptjax.config.run import Config
 from gptjax.config.task import AdapterConfig, FinetuneConfig, TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import LabelScores
 from gptjax.exchange.hf_model import import_model

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax.cli import main
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import Predictions

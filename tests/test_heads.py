@@ -10,9 +10,11 @@ import pytest
 
 from gptjax.batches.labelled import Marks, encode_rows
 from gptjax.cli import main
+from gptjax.config.data import DataConfig
 from gptjax.config.reader import load_config
-from gptjax.config.run import Config, DataConfig, TokenizerConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.numbers import NumberPredictions, pearson, ranks, score_numbers
 from gptjax.model import gpt

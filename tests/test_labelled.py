@@ -5,8 +5,8 @@ import pytest
 
 from gptjax.batches.labelled import POOL, TextBatches, encode_texts, ordered_batches, widths
 from gptjax.batches.packed import PackedSequences, encode_words
-from gptjax.config.run import TokenizerConfig
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.text.labelled import Text, Words
 from gptjax.text.tokenizer import make_tokenizer
 

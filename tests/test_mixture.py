@@ -13,7 +13,10 @@ import xxhash
 from gptjax.batches.mixture import MixtureWindows, Stage, make_cycle, whole_shares
 from gptjax.batches.pretraining import Batch, PackedWindows
 from gptjax.cli import main
-from gptjax.config.run import Config, DataConfig, SourceConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.mixtures import SourceConfig
+from gptjax.config.run import Config
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError
 from gptjax.tasks.pretrain import mixture_stages

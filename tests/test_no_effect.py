@@ -14,8 +14,10 @@ import pytest
 
 import gptjax.config
 from gptjax.config.cluster import ClusterConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.mixtures import PartConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, DataConfig, PartConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.config.verbs.sample import SampleConfig

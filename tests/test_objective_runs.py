@@ -11,8 +11,10 @@ import pytest
 import gptjax
 from gptjax.batches.labelled import TextBatch
 from gptjax.checkpoints.run_dir import load_run
+from gptjax.config.data import DataConfig
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.objective import ObjectiveConfig
-from gptjax.config.run import Config, DataConfig, MeshConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.config.verbs.sample import SampleConfig

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax.config.run import MeshConfig, OptimConfig
+from gptjax.config.mesh import MeshConfig
+from gptjax.config.optim import OptimConfig
 from gptjax.parallel.mesh import make_mesh, traced_in
 from gptjax.parallel.rules import shardings
 from gptjax.training.muon import orthogonalize, scale_by_muon

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from bench import equality
-from gptjax.config.run import Config, MeshConfig
+from gptjax.config.mesh import MeshConfig
+from gptjax.config.run import Config
 from gptjax.errors import UserError
 from gptjax.model.gpt import Compute, hidden_states
 from gptjax.ops import ring_attention

@@ -17,8 +17,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from bench import plan as reality
 from gptjax.cli import main
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.reader import load_config, to_yaml
-from gptjax.config.run import TIKTOKEN_NAMES, Config, MeshConfig, TokenizerConfig
+from gptjax.config.run import Config
+from gptjax.config.tokenizer import TIKTOKEN_NAMES, TokenizerConfig
 from gptjax.config.verbs.plan import CHIP_NAMES, PlanConfig
 from gptjax.errors import UserError
 from gptjax.machine.chips import CHIPS, Chip, chip_of

@@ -13,8 +13,10 @@ from gptjax.batches.labelled import encode_texts
 from gptjax.batches.packed import encode_chats, encode_words
 from gptjax.checkpoints.run_dir import write_run
 from gptjax.cli import main
-from gptjax.config.run import Config, DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.tasks.trainable import init_all
 from gptjax.text.chats import Message, render_chat

@@ -11,8 +11,10 @@ import pytest
 
 from gptjax.batches.preferences import encode_preferences
 from gptjax.cli import main
-from gptjax.config.run import Config, DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import AdapterConfig, FinetuneConfig, TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.preferences import ScorePredictions, score_preferences
 from gptjax.model import gpt

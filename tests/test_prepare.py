@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from gptjax.config.clean import CleanConfig
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text import prepare as module
 from gptjax.text.prepare import choose_split, describe, prepare
@@ -245,7 +246,8 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from gptjax.config.clean import CleanConfig
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.text import prepare as module
 module._REPORT_SECONDS = 0
 module._BATCH_CHARACTERS = 1000

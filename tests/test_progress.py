@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptjax.config.run import TrainConfig
+from gptjax.config.train import TrainConfig
 from gptjax.report import progress
 from gptjax.report.progress import Progress
 from gptjax.training.log import evaluations_after

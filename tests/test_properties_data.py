@@ -13,8 +13,9 @@ import pytest
 from gptjax.batches.labelled import POOL, TextBatch, TextBatches, encode_texts
 from gptjax.batches.packed import PackedSequences, TargetSequence, encode_words
 from gptjax.batches.pretraining import PackedWindows, evaluation_batches
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.evaluation.labels import Predictions, confusion, expected_calibration_error, score, table
 from gptjax.evaluation.loss import make_eval_step, measure
 from gptjax.evaluation.predict import predict_texts, predict_words

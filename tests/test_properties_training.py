@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax.config.run import OptimConfig
+from gptjax.config.optim import OptimConfig
 from gptjax.model import gpt
 from gptjax.model.gpt import Compute
 from gptjax.model.inputs import BlockInputs

@@ -12,8 +12,10 @@ import pytest
 
 from gptjax.batches.rollouts import RolloutBatch, group_advantages, pack_rollouts
 from gptjax.cli import main
-from gptjax.config.run import Config, DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.report.metrics import read_metrics
 from gptjax.tasks.registry import parse

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.tasks.registry import parse, read_examples

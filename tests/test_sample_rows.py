@@ -8,7 +8,8 @@ import pytest
 from gptjax.checkpoints.run_dir import write_run
 from gptjax.cli import main
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, TokenizerConfig
+from gptjax.config.run import Config
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts

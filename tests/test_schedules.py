@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config.optim import OptimConfig
 from gptjax.config.reader import load_config
-from gptjax.config.run import OptimConfig, TrainConfig
+from gptjax.config.train import TrainConfig
 from gptjax.errors import UserError
 from gptjax.training.optim import make_schedule
 from gptjax.training.setup import with_steps

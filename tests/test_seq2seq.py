@@ -15,8 +15,10 @@ import gptjax
 from gptjax.batches.pairs import PairBatch, PairBatches, encode_pairs
 from gptjax.batches.rows import take_rows
 from gptjax.checkpoints.run_dir import load_run
+from gptjax.config.data import DataConfig
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, DataConfig, MeshConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError

@@ -19,8 +19,10 @@ import pytest
 from gptjax.api import Model
 from gptjax.checkpoints.run_dir import LoadedRun, write_run
 from gptjax.cli import main
-from gptjax.config.run import Config, DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from gptjax.batches.labelled import TextBatches
-from gptjax.config.run import Config, DataConfig, OptimConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.optim import OptimConfig
+from gptjax.config.run import Config
 from gptjax.config.task import FinetuneConfig, TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.tasks.registry import read_examples
 from gptjax.tasks.texts import encode_examples, make_rewrite

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.formats import ENDINGS
 from gptjax.text.hub import parse_spec

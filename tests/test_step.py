@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config.run import MeshConfig, OptimConfig
+from gptjax.config.mesh import MeshConfig
+from gptjax.config.optim import OptimConfig
 from gptjax.errors import UserError
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings

@@ -7,7 +7,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from gptjax.config.run import Config, DataConfig, PartConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.mixtures import PartConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.report.metrics import read_metrics
 from gptjax.tasks.registry import make_task, read_source, with_labels

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.config.run import TIKTOKEN_NAMES, TokenizerConfig
+from gptjax.config.tokenizer import TIKTOKEN_NAMES, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text.pieces import split_text
 from gptjax.text.tokenizer import (

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config.optim import OptimConfig
 from gptjax.config.reader import load_config
-from gptjax.config.run import OptimConfig
 from gptjax.training import trainer
 from gptjax.training.optim import make_schedule
 from tests.tiny import replace, rows, run_config

@@ -9,8 +9,12 @@ import numpy as np
 
 from gptjax.batches.pretraining import Batch
 from gptjax.checkpoints.run_dir import write_run
+from gptjax.config.data import DataConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, DataConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.config.optim import OptimConfig
+from gptjax.config.run import Config
+from gptjax.config.tokenizer import TokenizerConfig
+from gptjax.config.train import TrainConfig
 from gptjax.model import gpt
 from gptjax.report.metrics import read_metrics
 from gptjax.text.tokenizer import make_tokenizer

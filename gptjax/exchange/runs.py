@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gptjax.checkpoints.run_dir import CHAT_TEMPLATE_FILE, load_run, write_run
-from gptjax.config.run import Config, TokenizerConfig
+from gptjax.config.run import Config
 from gptjax.config.task import FinetuneConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.exchange.families import FAMILIES

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gptjax.config.run import MeshConfig
+from gptjax.config.mesh import MeshConfig
 from gptjax.errors import UserError
 from gptjax.ops.axes import BATCH
 

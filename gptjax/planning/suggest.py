@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from jax.sharding import AbstractMesh, AxisType
 
-from gptjax.config.run import Config, MeshConfig
+from gptjax.config.mesh import MeshConfig
+from gptjax.config.run import Config
 from gptjax.errors import UserError
 from gptjax.machine.chips import Chip
 from gptjax.parallel.fits import check_fits

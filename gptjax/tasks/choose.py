@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from gptjax.batches.labelled import CandidateSet, TextBatches
-from gptjax.config.run import Config, DataConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.choices import ChoicePredictions, ChoiceScores, choice_report, score_choices

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from gptjax.batches.labelled import Encoded, TextBatches, label_targets
-from gptjax.config.run import Config, DataConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import LabelScores, Predictions, score, score_table

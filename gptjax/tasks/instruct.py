@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import jax
 
 from gptjax.batches.packed import PackedSequences, encode_chats
-from gptjax.config.run import Config, DataConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import CHATS, TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.loss import Evaluation, make_eval_step, measure

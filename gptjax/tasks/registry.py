@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
+from gptjax.config.data import DataConfig
 from gptjax.config.objective import SPECIAL_TOKENS
-from gptjax.config.run import Config, DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import LABELLED, TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import are_spans, require_seqeval

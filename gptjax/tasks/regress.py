@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from gptjax.batches.labelled import Encoded, TextBatches
-from gptjax.config.run import Config, DataConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.metric import ScoresWithMetric

@@ -21,8 +21,9 @@ import numpy as np
 from gptjax.batches.permutation import draw_keys, permute
 from gptjax.batches.rollouts import RolloutBatch, group_advantages, pack_rollouts
 from gptjax.batches.rows import ALL, Rows, take_rows
+from gptjax.config.data import DataConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.run import Config, DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import AdapterConfig, TaskConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError

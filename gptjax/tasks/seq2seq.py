@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 
 from gptjax.batches.pairs import PairBatches, encode_pairs
-from gptjax.config.run import Config, DataConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.loss import Evaluation, make_eval_step, measure

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from gptjax.batches.packed import PackedSequences, encode_words
-from gptjax.config.run import Config, DataConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import LabelScores, Predictions, score, score_table

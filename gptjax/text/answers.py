@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any, NamedTuple
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.text.formats import Row

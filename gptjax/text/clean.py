@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import xxhash
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.text.sources import Document
 
 _CARRIAGE_RETURN = re.compile(r"\r\n?")

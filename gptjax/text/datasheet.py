@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.text.counts import COUNTED, leaves_out
 from gptjax.text.shards import TokenSplit, open_dataset
 from gptjax.text.sources import given_files

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.config.run import TEMPLATE_FIELD, DataConfig
+from gptjax.config.data import TEMPLATE_FIELD, DataConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.text.collect import read_mbox, read_warc
 from gptjax.text.conll import Sentence, conll_sentences, sentence_documents, sentence_row

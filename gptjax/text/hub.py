@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.formats import Document, Row, fill_template, missing_field, text_value, without_surrogates
 from gptjax.text.paths import refuse_links_out

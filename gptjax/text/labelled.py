@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.config.task import LABELLED, TaskConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.text.chats import Chat

@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text.prepare import Prepared, Report, find_folder, learned_texts, prepare
 from gptjax.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.text.chats import ASSISTANT, USER, Chat, Message, render_chat

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.files import publish
 from gptjax.text.clean import clean

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text import hub
 from gptjax.text.clean import normalise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text import hub
 from gptjax.text.formats import ENDINGS, HTML_ENDINGS, Document, read_file

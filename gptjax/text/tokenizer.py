@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.config.run import TokenizerConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
 from gptjax.text.pieces import available_cores, group_pieces, split_text

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 
 UTF16_HINT = "(the file looks like UTF-16: set data.encoding=utf-16)"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.clean import clean
 from gptjax.text.formats import Document, batch_documents

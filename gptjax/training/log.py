@@ -13,7 +13,7 @@ import xxhash
 
 from gptjax import __version__
 from gptjax.config.reader import to_flat
-from gptjax.config.run import TrainConfig
+from gptjax.config.train import TrainConfig
 from gptjax.parallel import cluster
 from gptjax.report import cost
 from gptjax.report.events import add_event, read_events

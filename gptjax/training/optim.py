@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.config.run import EXTENSION, OptimConfig
+from gptjax.config.optim import EXTENSION, OptimConfig
 from gptjax.training.muon import scale_by_muon
 
 Schedule = Callable[[jax.Array], jax.Array]

@@ -26,7 +26,9 @@ from gptjax.checkpoints.run_dir import (
 from gptjax.config.cluster import ClusterConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.reader import differing_fields, load_config, to_flat
-from gptjax.config.run import Config, TokenizerConfig, TrainConfig
+from gptjax.config.run import Config
+from gptjax.config.tokenizer import TokenizerConfig
+from gptjax.config.train import TrainConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import are_spans
 from gptjax.machine.native.build import begin as begin_kernels

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from gptjax.batches.prefetch import prefetch
-from gptjax.config.run import Config, TrainConfig
+from gptjax.config.run import Config
 from gptjax.config.task import PADDED
+from gptjax.config.train import TrainConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from gptjax.checkpoints.run_dir import LoadedRun
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from gptjax.checkpoints.run_dir import CONFIG_FILE, LoadedRun, load_run
+from gptjax.config.data import DataConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.objective import SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.config.reader import load_config
-from gptjax.config.run import Config, DataConfig
+from gptjax.config.run import Config
 from gptjax.config.task import LABELLED
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError, did_you_mean

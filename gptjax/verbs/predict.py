@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.checkpoints.run_dir import LoadedRun, load_run
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.config.task import TaskConfig
 from gptjax.config.verbs.predict import PredictConfig
 from gptjax.errors import UserError

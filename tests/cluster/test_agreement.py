@@ -16,7 +16,7 @@ from gptjax.batches.rows import take_rows
 from gptjax.cli import main
 from gptjax.config import cluster as cluster_options
 from gptjax.config.cluster import ClusterConfig
-from gptjax.config.run import MeshConfig
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.parallel import cluster, relay

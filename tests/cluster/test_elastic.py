@@ -9,7 +9,8 @@ import pytest
 
 from gptjax.checkpoints.checkpoint import Checkpoints
 from gptjax.checkpoints.run_dir import write_description
-from gptjax.config.run import Config, MeshConfig
+from gptjax.config.mesh import MeshConfig
+from gptjax.config.run import Config
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.rules import shardings
 from gptjax.report.cost import parameter_count

@@ -8,9 +8,11 @@ import jax
 
 from gptjax.checkpoints.run_dir import write_run
 from gptjax.cli import main
+from gptjax.config.data import DataConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.reader import to_yaml
-from gptjax.config.run import Config, DataConfig, TokenizerConfig
+from gptjax.config.run import Config
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.text.tokenizer import ByteTokenizer
 from tests.tiny import init_params, run_config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.checkpoints.run_dir import load_run
-from gptjax.config.run import OptimConfig
+from gptjax.config.optim import OptimConfig
 from gptjax.parallel.cluster import EXIT_LOST
 from gptjax.training import trainer
 from tests.cluster.processes import LOSSES, largest_difference, started, wait_for_rows

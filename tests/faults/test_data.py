@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text import prepare as module
 from gptjax.text.prepare import find_folder, open_folder, prepare
@@ -176,7 +176,8 @@ def test_source_that_changed_between_runs(tmp_path, capsys, seen):
 SCRIPT = """
 import sys
 from pathlib import Path
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.text import prepare as module
 module.SHARD_TOKENS, module._BATCH_CHARACTERS = 3000, 2000
 data = DataConfig(path=(sys.argv[1],))

@@ -11,7 +11,8 @@ import sys
 import pytest
 import zstandard
 
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text.prepare import prepare
 from gptjax.text.tokenizer import make_tokenizer

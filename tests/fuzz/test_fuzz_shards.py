@@ -9,7 +9,8 @@ from pathlib import Path
 import xxhash
 from hypothesis import strategies as st
 
-from gptjax.config.run import DataConfig, TokenizerConfig
+from gptjax.config.data import DataConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text import prepare as module
 from gptjax.text.prepare import open_folder, prepare

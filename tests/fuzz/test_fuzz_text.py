@@ -12,7 +12,7 @@ from pathlib import Path
 import zstandard
 from hypothesis import strategies as st
 
-from gptjax.config.run import DataConfig
+from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.hub import parse_spec
 from gptjax.text.rows import read_rows
@@ -167,7 +167,7 @@ def test_dataset_names(spec):
 
 @functools.cache
 def tokenizers() -> list[str]:
-    from gptjax.config.run import TokenizerConfig
+    from gptjax.config.tokenizer import TokenizerConfig
 
     kinds = (TokenizerConfig(kind="bytes"), TokenizerConfig(kind="chars"), TokenizerConfig(kind="bpe", vocab_size=270))
     return [tokenizer_to_json(make_tokenizer(kind, lambda: ["some text, é"] * 9, lambda _: None)) for kind in kinds]

@@ -4,8 +4,8 @@ import dataclasses
 import re
 from typing import Literal
 
+from gptjax.config.data import DataConfig
 from gptjax.config.rules import no_effect, not_negative, positive, usable_paths
-from gptjax.config.run import DataConfig
 from gptjax.config.verbs.checkpoint import CheckpointConfig
 from gptjax.config.verbs.decoding import no_empty_text
 from gptjax.errors import UserError

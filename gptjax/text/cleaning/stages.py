@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.config.data import DataConfig
 from gptjax.config.functions import load_function
-from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.clean import normalise
 from gptjax.text.cleaning.extra import require, version

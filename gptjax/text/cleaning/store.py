@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from gptjax.config.data import DataConfig
 from gptjax.config.reader import to_dict
-from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
 from gptjax.machine.processor import core_count

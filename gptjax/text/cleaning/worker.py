@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from gptjax.config.data import DataConfig
 from gptjax.config.reader import from_dict
-from gptjax.config.run import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.cleaning.part import clean_part
 from gptjax.text.cleaning.stages import Stage, make_stages

@@ -1,0 +1,33 @@
+"""Options of the tokenizer."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.config.rules import no_effect
+from gptjax.errors import UserError, did_you_mean
+
+TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    kind: Literal["bytes", "chars", "tiktoken", "bpe", "wordpiece"] = "tiktoken"
+    """bytes; chars: those of the corpus; tiktoken: a published encoding; bpe and wordpiece: trained on the corpus."""
+    name: str = "gpt2"
+    """Encoding for kind tiktoken: gpt2, r50k_base, p50k_base, cl100k_base or o200k_base."""
+    vocab_size: int = 4096
+    """Tokens that kinds bpe and wordpiece learn, single bytes and <|endoftext|> included."""
+
+    def __post_init__(self):
+        if self.kind == "tiktoken" and self.name not in TIKTOKEN_NAMES:
+            raise UserError(
+                f"tokenizer.name={self.name!r} must be one of {', '.join(TIKTOKEN_NAMES)}."
+                f"{did_you_mean(self.name, TIKTOKEN_NAMES)}"
+            )
+        if self.vocab_size < 257:
+            raise UserError(f"tokenizer.vocab_size={self.vocab_size} must be at least 257: 256 bytes and <|endoftext|>")
+        no_effect("tokenizer", self, "name", self.kind == "tiktoken", "tokenizer.kind=tiktoken")
+        learned = self.kind in ("bpe", "wordpiece")
+        no_effect("tokenizer", self, "vocab_size", learned, "tokenizer.kind=bpe or wordpiece")

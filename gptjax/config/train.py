@@ -1,0 +1,94 @@
+"""Options of the training loop."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.config.rules import fraction, no_effect, not_negative, positive
+from gptjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop: length, batch size, precision, and when to log, evaluate and save."""
+
+    num_steps: int = 1000
+    """Steps of the run: batches that it trains on, each one an optimizer update."""
+    num_epochs: float = 0.0
+    """Length of the run in passes over the training data, in place of num_steps; the run's own config.yaml has the
+    steps."""
+    batch_size: int = 16
+    """Sequences per step, over all devices."""
+    micro_batch_size: int = 0
+    """Sequences per forward pass, over all devices; gradients add up to batch_size. 0: batch_size."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameters and optimizer moments."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of matmul operands; float16 uses a dynamic loss scale. auto: bfloat16 where the machine has instructions for
+    it, else float32; the run's own config.yaml has the choice."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the vocabulary."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normalizer (arXiv:2204.02311, section 5)."""
+    spike_sigma: float = 20.0
+    """Skip the update of a step whose loss or gradient norm is this many deviations above its mean; 0: never."""
+    max_skipped_in_a_row: int = 10
+    """Stop after this many skipped updates in a row, and write diverged.json."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the parameters, used for evaluation and sampling; 0: none."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matmuls (dots), or whole blocks."""
+    unroll: int = 0
+    """Blocks per iteration of the loop over layers; 0: all. Higher values run faster and compile more slowly."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 250
+    """Steps between evaluations; 0: only at the end."""
+    eval_windows: int = 512
+    """Validation windows in an evaluation, evenly spaced and always the same; 0: all."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; the best one is kept too."""
+    strict_checkpoints: bool = False
+    """Refuse to resume where the newest checkpoint is damaged, instead of using an older one."""
+    allow_data_change: bool = False
+    """Resume with other data or another batch_size; text that was trained on may be repeated."""
+    best_by: Literal[
+        "loss", "accuracy", "macro_f1", "span_f1", "pearson", "spearman", "exact_match", "f1", "metric"
+    ] = "loss"
+    """What decides which checkpoint is the best: the lowest validation loss, or a task's highest score;
+    metric: what task.metric returns."""
+    patience: int = 0
+    """Stop after this many evaluations without a new best one; 0: never."""
+    sample_prompt: str = "\n"
+    """Prompt of the sample at each evaluation."""
+    sample_tokens: int = 64
+    """Length of that sample; 0: none."""
+
+    def __post_init__(self):
+        positive("train", self, "num_steps", "batch_size", "log_every", "keep_checkpoints", "max_skipped_in_a_row")
+        not_negative(
+            "train",
+            self,
+            "micro_batch_size",
+            "unroll",
+            "eval_every",
+            "eval_windows",
+            "save_every",
+            "patience",
+        )
+        not_negative("train", self, "z_loss", "sample_tokens", "spike_sigma", "num_epochs")
+        no_effect("train", self, "num_steps", not self.num_epochs, "train.num_epochs=0")
+        fraction("train", self, "label_smoothing", "ema")
+        if self.batch_size % self.micro_batch:
+            raise UserError(
+                f"train.batch_size={self.batch_size} must be divisible by"
+                f" train.micro_batch_size={self.micro_batch_size}"
+            )
+        if self.sample_tokens and not self.sample_prompt:
+            raise UserError("train.sample_prompt is empty; give a text, or train.sample_tokens=0 for no samples")
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass, with the default resolved."""
+        return self.micro_batch_size or self.batch_size
