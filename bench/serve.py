@@ -26,7 +26,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.model.gpt import init_params
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.server import Served, served
 
 PATH = "v1/completions"

@@ -31,7 +31,7 @@ from gptjax.model.gpt import Compute
 from gptjax.report.progress import notify
 from gptjax.tasks.registry import TASKS, parse
 from gptjax.text.formats import Row
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 from gptjax.verbs.evaluate import one_task, predict_labels
 from gptjax.verbs.sample import check_continues, in_template, prompt_template, write_targets
 from gptjax.verbs.train import run_train

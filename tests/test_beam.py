@@ -14,7 +14,7 @@ from gptjax.generation.beam import beam_search
 from gptjax.generation.decode import generate
 from gptjax.generation.sample import samples
 from gptjax.model.gpt import hidden_states, logits
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.imported import hf_model, our_model
 from tests.test_controls import BYTES, END
 from tests.test_decode import MODEL, make_params, make_prompts

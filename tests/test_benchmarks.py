@@ -26,7 +26,7 @@ from gptjax.evaluation.text_scores import text_scores
 from gptjax.model.gpt import Compute, logits
 from gptjax.text.formats import Row
 from gptjax.text.rows import read_rows
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.tiny import MODEL, hidden_states, init_params, untrained_run
 
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -25,7 +25,7 @@ from gptjax.tasks.registry import parse
 from gptjax.tasks.trainable import init_all
 from gptjax.text.formats import read_file
 from gptjax.text.rows import read_rows
-from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
 from gptjax.training import trainer
 from gptjax.verbs.sample import read_prompts
 from tests.faults.inputs import refused

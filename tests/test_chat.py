@@ -27,7 +27,8 @@ from gptjax.generation.sample import sample_texts
 from gptjax.serving.chat_format import AnswerFilter, ChatFormat, chat_format, compile_template
 from gptjax.serving.conversation import Conversation
 from gptjax.text.chats import ASSISTANT, USER, Message
-from gptjax.text.tokenizer import ByteTokenizer, bpe_tokenizer_from_ranks
+from gptjax.text.tokenizers.byte_pair import bpe_tokenizer_from_ranks
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.test_decode import make_params
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=128, vocab_size=257)

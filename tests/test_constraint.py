@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.generation.constraint import Constrainer, Form
 from gptjax.generation.decode import prepare
 from gptjax.generation.slots import Row, SlotDecoder
-from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
 from tests.test_decode import make_params
 from tests.test_slots import run
 

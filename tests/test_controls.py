@@ -16,7 +16,7 @@ from gptjax.generation.controls import BANNED, control, make_history, make_table
 from gptjax.generation.decode import generate, stream
 from gptjax.generation.sample import bad_word_ids, sample_texts, samples, tokens_of
 from gptjax.generation.stream import StopFilter
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.imported import VOCAB_SIZE, hf_model, our_model
 from tests.test_decode import MODEL, make_params, make_prompts
 

@@ -18,7 +18,8 @@ from gptjax.generation.sample import sample_texts
 from gptjax.generation.weights import decoding_weights
 from gptjax.model.gpt import hidden_states, logits
 from gptjax.ops.projection import project
-from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer, bpe_tokenizer_from_ranks
+from gptjax.text.tokenizers.byte_pair import bpe_tokenizer_from_ranks
+from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
 from tests.tiny import extend, init_params
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=37)

@@ -20,7 +20,7 @@ from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.evaluation.embeddings import EmbeddingOptions, embed_ids
 from gptjax.model.gpt import Compute, apply_blocks, embed_tokens
 from gptjax.model.inputs import BlockInputs
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.test_decode import make_params
 
 MODEL = ModelConfig(n_layer=3, n_head=2, n_embd=16, block_size=32, vocab_size=257)

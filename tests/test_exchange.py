@@ -20,15 +20,10 @@ from gptjax.exchange.hf_model import export_model, import_model
 from gptjax.exchange.mixed_texts import mixed_texts
 from gptjax.exchange.runs import export_run, import_run
 from gptjax.generation.decode import generate
-from gptjax.text.tokenizer import (
-    END_OF_TEXT,
-    ByteTokenizer,
-    CharTokenizer,
-    bpe_tokenizer_from_ranks,
-    make_tokenizer,
-    tokenizer_from_json,
-    tokenizer_to_json,
-)
+from gptjax.text.tokenizer import make_tokenizer, tokenizer_from_json
+from gptjax.text.tokenizers.base import END_OF_TEXT, tokenizer_to_json
+from gptjax.text.tokenizers.byte_pair import bpe_tokenizer_from_ranks
+from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
 from gptjax.text.train_bpe import PATTERN, train_ranks
 from tests.test_model_parity import make_params, our_logits
 from tests.tiny import assert_trees_equal

@@ -21,7 +21,8 @@ from gptjax.exchange.runs import export_run, import_run
 from gptjax.model.gpt import Compute, hidden_states, logits
 from gptjax.model.heads import head_logits
 from gptjax.model.loss import label_logits
-from gptjax.text.tokenizer import END_OF_TEXT, bpe_tokenizer_from_ranks
+from gptjax.text.tokenizers.base import END_OF_TEXT
+from gptjax.text.tokenizers.byte_pair import bpe_tokenizer_from_ranks
 from gptjax.text.train_bpe import PATTERN, train_ranks
 from tests.test_model_parity import make_params
 from tests.tiny import assert_trees_close

@@ -21,7 +21,9 @@ from gptjax.exchange.gguf_tokenizer import HF_JSON, gguf_tokenizer_files
 from gptjax.exchange.hf_tokenizer import import_tokenizer
 from gptjax.exchange.runs import export_run, import_run
 from gptjax.model.gpt import Compute, hidden_states, logits
-from gptjax.text.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, bpe_tokenizer_from_ranks
+from gptjax.text.tokenizers.base import END_OF_TEXT
+from gptjax.text.tokenizers.byte_pair import bpe_tokenizer_from_ranks
+from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
 from gptjax.text.train_bpe import PATTERN, train_ranks
 from tests.test_model_parity import make_params
 from tests.tiny import SHARED_DATA, assert_trees_equal

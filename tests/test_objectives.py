@@ -16,7 +16,10 @@ from gptjax.model.ahead import predict_ahead, targets_ahead
 from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, final_norm, init_params
 from gptjax.model.loss import inputs_of, loss_options, token_loss
 from gptjax.tasks.trainable import init_all
-from gptjax.text.tokenizer import ByteTokenizer, tokenizer_from_json, tokenizer_to_json, with_special_tokens
+from gptjax.text.tokenizer import tokenizer_from_json
+from gptjax.text.tokenizers.base import tokenizer_to_json
+from gptjax.text.tokenizers.extended import with_special_tokens
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.test_batches import END, LENGTHS, make_split
 from tests.tiny import CONFIG, MODEL, make_batch, replace
 

@@ -18,7 +18,9 @@ from gptjax.exchange.mixed_texts import mixed_texts
 from gptjax.exchange.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from gptjax.serving.chat_format import chat_format
 from gptjax.text.chats import USER, Message
-from gptjax.text.tokenizer import END_OF_TEXT, bpe_tokenizer_from_ranks, tokenizer_from_json, tokenizer_to_json
+from gptjax.text.tokenizer import tokenizer_from_json
+from gptjax.text.tokenizers.base import END_OF_TEXT, tokenizer_to_json
+from gptjax.text.tokenizers.byte_pair import bpe_tokenizer_from_ranks
 from gptjax.text.train_bpe import PATTERN, train_ranks
 
 WORDS = "the cat sat on the mat and the dog, naïve as a log in the fog, ate the 12 oats; " * 20

@@ -34,7 +34,7 @@ from gptjax.planning.collectives import collectives
 from gptjax.planning.compiled import Memory, abstract_state, compile_step, device_bytes
 from gptjax.planning.describe import describe
 from gptjax.report.cost import flops_per_token
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.tiny import CONFIG, MODEL, init_state, make_batch, replace
 
 ROOT = Path(__file__).parents[1]

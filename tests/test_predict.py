@@ -21,7 +21,7 @@ from gptjax.errors import UserError
 from gptjax.tasks.trainable import init_all
 from gptjax.text.chats import Message, render_chat
 from gptjax.text.labelled import Text, Words
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.tiny import MODEL, replace
 
 CONFIG = Config(model=MODEL, tokenizer=TokenizerConfig(kind="bytes"), data=DataConfig(path=("unused",)))

@@ -14,7 +14,7 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import sample_texts
 from gptjax.text.formats import Row
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from gptjax.verbs import sample_rows as module
 from gptjax.verbs.sample_rows import fill, sample_rows
 from tests.test_decode import make_params

@@ -28,7 +28,7 @@ from gptjax.model.gpt import Compute
 from gptjax.model.loss import batch_loss, batch_states, loss_options
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
-from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
 from gptjax.training import trainer
 from gptjax.verbs.evaluate import evaluate_run
 from tests.tiny import replace, rows, run_config

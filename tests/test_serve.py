@@ -28,7 +28,7 @@ from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import samples
 from gptjax.tasks.trainable import init_all
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.server import served, wait_for
 from tests.test_chat import make_run
 from tests.test_chat import options as chat_options

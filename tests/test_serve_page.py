@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.checkpoints.run_dir import LoadedRun
 from gptjax.config.run import Config
-from gptjax.text.tokenizer import CharTokenizer
+from gptjax.text.tokenizers.plain import CharTokenizer
 from tests.server import wait_for
 from tests.test_chat import INSTRUCT, MODEL
 from tests.test_decode import make_params

@@ -9,14 +9,9 @@ import pytest
 from gptjax.config.tokenizer import TIKTOKEN_NAMES, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text.pieces import split_text
-from gptjax.text.tokenizer import (
-    bpe_tokenizer_from_ranks,
-    load_tokenizer,
-    make_tokenizer,
-    save_tokenizer,
-    tokenizer_from_json,
-    tokenizer_to_json,
-)
+from gptjax.text.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer, tokenizer_from_json
+from gptjax.text.tokenizers.base import tokenizer_to_json
+from gptjax.text.tokenizers.byte_pair import bpe_tokenizer_from_ranks
 from gptjax.text.train_bpe import PATTERN, byte_of_character, make_byte_level
 from gptjax.text.train_wordpiece import CONTINUES
 

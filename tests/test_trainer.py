@@ -17,7 +17,7 @@ from gptjax.config.reader import load_config
 from gptjax.errors import UserError
 from gptjax.report.metrics import MetricsFile, read_metrics
 from gptjax.tasks import pretrain
-from gptjax.text.tokenizer import CharTokenizer
+from gptjax.text.tokenizers.plain import CharTokenizer
 from gptjax.training import in_flight, precision, setup, trainer
 from gptjax.training.guard import locked
 from tests.faults.runs import SHARED_CACHE, process_config, wait_for_rows, write_config

@@ -15,7 +15,7 @@ from gptjax.batches.rows import ALL, Rows, take_rows
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.text.labelled import Text
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 POOL = 8  # batches that are sorted by length together
 LENGTHS = (4, 2, 1)  # a batch has a quarter, half or all of max_tokens: few shapes, so that few programs compile

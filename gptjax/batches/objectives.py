@@ -20,7 +20,7 @@ from gptjax.batches.rows import ALL, Rows
 from gptjax.config.objective import FILL, MASK, MODES, SPANS, ObjectiveConfig
 from gptjax.errors import UserError
 from gptjax.text.shards import TokenSplit
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 TRAINING, VALIDATION = 2, 3
 """Streams of random numbers: of one seed they differ from each other and from those of other batches."""

@@ -16,7 +16,7 @@ from gptjax.batches.rows import ALL, Rows
 from gptjax.errors import UserError
 from gptjax.text.chats import Chat
 from gptjax.text.labelled import Words
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

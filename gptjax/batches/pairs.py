@@ -13,7 +13,7 @@ from gptjax.batches.labelled import widths
 from gptjax.batches.permutation import draw_keys, permute
 from gptjax.batches.rows import ALL, Rows, take_rows
 from gptjax.errors import UserError
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 class PairBatch(NamedTuple):

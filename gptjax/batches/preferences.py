@@ -13,7 +13,7 @@ from gptjax.batches.labelled import widths
 from gptjax.batches.packed import TargetSequence, encode_chats
 from gptjax.errors import UserError
 from gptjax.text.labelled import Preference
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 class PreferenceBatch(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from gptjax.batches.labelled import Marks, widths
 from gptjax.errors import UserError
 from gptjax.text.answers import Question
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 class SpanBatch(NamedTuple):

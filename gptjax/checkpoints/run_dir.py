@@ -25,7 +25,8 @@ from gptjax.config.start import CONFIG_FILE
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
 from gptjax.tasks.trainable import init_split, join, without_heads
-from gptjax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from gptjax.text.tokenizer import load_tokenizer, save_tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 TOKENIZER_FILE, BASE_FILE, CHAT_TEMPLATE_FILE = "tokenizer.json", "base.json", "chat_template.jinja"
 

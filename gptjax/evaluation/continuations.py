@@ -9,7 +9,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.decode import stream
 from gptjax.generation.sample import TextCollector
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 PIECE = 16
 """Tokens between two searches for stop strings."""

@@ -18,7 +18,7 @@ from gptjax.errors import UserError
 from gptjax.model.gpt import Compute, apply_blocks, embed_tokens
 from gptjax.model.heads import pool
 from gptjax.model.loss import batch_states, inputs_of
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 Pooling = Literal["mean", "last"]
 BATCH = 16

@@ -17,7 +17,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model.gpt import Compute, hidden_states, logits
 from gptjax.parallel.place import put
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 SHORTEST = 16
 """Inputs of the shortest spans are padded to this length, those of longer ones to its multiples by powers of two."""

@@ -11,7 +11,7 @@ from gptjax.evaluation.benchmarks import Item
 from gptjax.evaluation.few_shot import prompts
 from gptjax.evaluation.likelihood import Span, SpanScore, encode_pair, pair_span
 from gptjax.evaluation.statistics import mean
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 class ChoiceResults(NamedTuple):

@@ -20,7 +20,7 @@ from gptjax.exchange.gguf_file import GgufFile, import_gguf, open_gguf
 from gptjax.exchange.gguf_tokenizer import gguf_tokenizer_files, write_tokenizer
 from gptjax.exchange.hf_model import Imported, read_model_config, read_params, tensor_shapes, tensors_of
 from gptjax.exchange.hf_tokenizer import import_tokenizer
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from gptjax.errors import UserError
 from gptjax.exchange.gguf_file import GgufFile
 from gptjax.exchange.hf_tokenizer import library_content
 from gptjax.exchange.tokenizer_files import TokenizerFiles, content_text
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens, as llama.cpp numbers them
 HF_JSON = "tokenizer.huggingface.json"

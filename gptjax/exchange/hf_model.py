@@ -38,7 +38,7 @@ from gptjax.exchange.label_models import (
 )
 from gptjax.exchange.tokenizer_files import CHAT_TEMPLATE, read_tokenizer_files
 from gptjax.model.gpt import init_params
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

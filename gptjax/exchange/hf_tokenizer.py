@@ -16,14 +16,10 @@ from gptjax.errors import UserError
 from gptjax.exchange.hf_files import write_json
 from gptjax.exchange.mixed_texts import mixed_texts
 from gptjax.exchange.tokenizer_files import TokenizerFiles, content_text, token_text
-from gptjax.text.tokenizer import (
-    END_OF_TEXT,
-    BytePairTokenizer,
-    ByteTokenizer,
-    LibraryTokenizer,
-    Tokenizer,
-    bpe_tokenizer_from_ranks,
-)
+from gptjax.text.tokenizers.base import END_OF_TEXT, Tokenizer
+from gptjax.text.tokenizers.byte_pair import BytePairTokenizer, bpe_tokenizer_from_ranks
+from gptjax.text.tokenizers.library import LibraryTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from gptjax.text.train_bpe import byte_of_character
 
 # The pattern of the tokenizers library's ByteLevel, in tiktoken's syntax.

@@ -16,7 +16,8 @@ from gptjax.exchange.label_models import CLASSES, label_head
 from gptjax.exchange.peft import export_lora, import_lora, is_peft
 from gptjax.files import write_atomic
 from gptjax.model.adapters import merge_lora
-from gptjax.text.tokenizer import Tokenizer, make_tokenizer
+from gptjax.text.tokenizer import make_tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 def import_run(

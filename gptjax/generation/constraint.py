@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 NO_PACKAGE = "regex and response_format need llguidance; install it with pip install 'gptjax[constrain]'"
 

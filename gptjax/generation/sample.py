@@ -12,7 +12,7 @@ from gptjax.errors import UserError
 from gptjax.generation.beam import beam_search
 from gptjax.generation.decode import BUFFER, Logprobs, Piece, stream
 from gptjax.generation.stream import StopFilter, make_text_stream
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 STREAM_LENGTH = 8  # tokens between two pieces of text
 

@@ -18,7 +18,7 @@ from gptjax.model.cache import init_cache
 from gptjax.model.gpt import encode, extend, finish_logits, layer_memories
 from gptjax.model.inputs import Memory
 from gptjax.ops.projection import project
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 IMPOSSIBLE = -1e30
 WIDTH = 32

@@ -13,7 +13,7 @@ from gptjax.serving import protocol
 from gptjax.serving.chat_format import AnswerFilter, ChatFormat
 from gptjax.serving.engine import Token, Update, pairs
 from gptjax.serving.protocol import Asked
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 CHUNK = "chat.completion.chunk"
 

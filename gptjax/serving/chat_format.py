@@ -9,7 +9,7 @@ from gptjax.checkpoints.run_dir import LoadedRun
 from gptjax.errors import UserError
 from gptjax.tasks.instruct import chat_template
 from gptjax.text.chats import ASSISTANT, USER, Message, render_prompt
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 SYSTEM = "system"
 LARGEST_TEMPLATE = 2**18

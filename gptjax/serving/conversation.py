@@ -17,7 +17,7 @@ from gptjax.generation.sample import TextCollector
 from gptjax.generation.slots import Row, SlotDecoder
 from gptjax.serving.chat_format import SYSTEM, AnswerFilter, ChatFormat, chat_format
 from gptjax.text.chats import ASSISTANT, USER, Message
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 class Conversation:

@@ -16,7 +16,7 @@ from gptjax.generation.sample import TextCollector
 from gptjax.generation.slots import CHUNKS, Event, Row, SlotDecoder
 from gptjax.generation.stream import make_text_stream
 from gptjax.serving.metrics import Metrics
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 Finish = Literal["stop", "length"]
 

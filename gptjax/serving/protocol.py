@@ -21,7 +21,7 @@ from gptjax.generation.constraint import Form
 from gptjax.generation.slots import MOST_LOGPROBS
 from gptjax.serving.engine import Token
 from gptjax.text.chats import Message
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 from gptjax.text.unicode import has_surrogate
 
 MOST_SEQUENCES = 128

@@ -30,7 +30,7 @@ from gptjax.tasks.heads import NO_CANDIDATE, flat, with_language_model, with_lea
 from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_encoded, longest
 from gptjax.tasks.texts import marks_of
 from gptjax.text.answers import Question, parse_question
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 LONGEST_ANSWER = 30
 """Most tokens of a predicted answer, as in BERT's script for SQuAD."""

@@ -23,7 +23,7 @@ from gptjax.tasks.texts import encode_choices, encoded_task
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Choice, string_list
 from gptjax.text.rows import text_field
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:

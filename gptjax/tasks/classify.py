@@ -21,7 +21,7 @@ from gptjax.tasks.task import Compile, Kind, Source, Task
 from gptjax.tasks.texts import encode_examples, encoded_task, make_rewrite
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Text, is_missing, label_name, text_and_second
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:

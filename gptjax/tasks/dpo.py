@@ -29,7 +29,7 @@ from gptjax.tasks.log_probs import token_log_probs
 from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_arrays, longest
 from gptjax.text.labelled import Preference
 from gptjax.text.preferences import parse_preference, plain_text
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:

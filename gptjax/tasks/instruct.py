@@ -17,7 +17,7 @@ from gptjax.tasks.pretrain import next_token_loss
 from gptjax.tasks.task import Compile, Kind, Source, Task, hash_sequences, hash_texts, longest
 from gptjax.text.chats import Chat, parse_chat
 from gptjax.text.formats import Row
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:

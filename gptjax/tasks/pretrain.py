@@ -16,7 +16,7 @@ from gptjax.model.gpt import Compute
 from gptjax.model.loss import loss_options, token_loss
 from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_texts
 from gptjax.text.shards import TokenSplit
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 def build(config: Config, _name: str, source: Source, compute: Compute, compiled: Compile) -> Task:

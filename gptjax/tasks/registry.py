@@ -29,7 +29,9 @@ from gptjax.text.formats import Row
 from gptjax.text.labelled import Examples, ParseRow
 from gptjax.text.mixture import prepare_sources
 from gptjax.text.prepare import Prepared, prepare
-from gptjax.text.tokenizer import Tokenizer, make_tokenizer, with_special_tokens
+from gptjax.text.tokenizer import make_tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
+from gptjax.text.tokenizers.extended import with_special_tokens
 
 TASKS: dict[str, Kind] = {
     "pretrain": pretrain.KIND,

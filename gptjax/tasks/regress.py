@@ -25,7 +25,7 @@ from gptjax.tasks.task import Compile, Kind, Source, Task
 from gptjax.tasks.texts import encode_examples, encoded_task, make_rewrite
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Examples, Numbers, text_and_second
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 NOT_GIVEN = ("", "nan", "<na>", "null", "none")  # as CSV files and pandas write a number that is not known
 

@@ -39,7 +39,7 @@ from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_text
 from gptjax.text.chats import USER, Message, render_prompt
 from gptjax.text.formats import Row
 from gptjax.text.rows import text_field
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 class Prompt(NamedTuple):

@@ -20,7 +20,7 @@ from gptjax.tasks.task import Compile, Kind, Source, Task, longest
 from gptjax.tasks.texts import encoded_task
 from gptjax.text.labelled import Preference
 from gptjax.text.preferences import parse_preference, plain_text
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:

@@ -17,7 +17,7 @@ from gptjax.tasks.pretrain import next_token_loss
 from gptjax.tasks.task import Compile, Kind, Source, Task, hash_arrays, longest
 from gptjax.text.formats import Row, text_value
 from gptjax.text.rows import field_value
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 class Pair(NamedTuple):

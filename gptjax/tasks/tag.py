@@ -21,7 +21,7 @@ from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
 from gptjax.tasks.task import Compile, Kind, Source, Task, hash_sequences, longest
 from gptjax.text.formats import Row
 from gptjax.text.labelled import Words, is_missing, label_name, string_list
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:

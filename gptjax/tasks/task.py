@@ -25,7 +25,7 @@ from gptjax.model.gpt import Compute
 from gptjax.ops.cross_entropy import Loss
 from gptjax.text.labelled import Examples, ParseRow
 from gptjax.text.shards import Dataset
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 Scores = (
     Evaluation

@@ -12,7 +12,7 @@ from gptjax.tasks.heads import learned_marks
 from gptjax.tasks.task import Task, hash_encoded, longest
 from gptjax.text.labelled import Choice, Examples, Numbers, Text
 from gptjax.text.replace import read_synonyms, replace_words
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 def marks_of(config: Config, tokenizer: Tokenizer) -> Marks:

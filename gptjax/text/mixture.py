@@ -11,7 +11,8 @@ from gptjax.config.data import DataConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text.prepare import Prepared, Report, find_folder, learned_texts, prepare
-from gptjax.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
+from gptjax.text.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 
 def prepare_sources(

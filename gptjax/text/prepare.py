@@ -30,7 +30,8 @@ from gptjax.text.documents import OriginWriter
 from gptjax.text.shard_writer import SHARD_TOKENS, CorpusChanged, ShardWriter, write_manifest
 from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, Verify, open_dataset
 from gptjax.text.sources import Document, read_documents, source_fingerprint
-from gptjax.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
+from gptjax.text.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 # Options that do not change which tokens are stored where.

@@ -13,7 +13,7 @@ from gptjax.text.clean import clean
 from gptjax.text.formats import Document, batch_documents
 from gptjax.text.shards import TokenSplit, token_dtype
 from gptjax.text.sources import given_files, read_documents
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 
 BATCH = 2**22
 """Characters that are encoded at once."""

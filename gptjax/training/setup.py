@@ -45,7 +45,7 @@ from gptjax.tasks.multi import parts_of
 from gptjax.tasks.registry import make_task, read_source, with_labels
 from gptjax.tasks.task import Source, Task
 from gptjax.tasks.trainable import without_heads
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 from gptjax.training.in_flight import BatchHook
 from gptjax.training.optim import make_schedule
 from gptjax.training.precision import compute_dtype

@@ -22,7 +22,7 @@ from gptjax.evaluation.statistics import joined
 from gptjax.evaluation.text_scores import require_text_scores, text_scores
 from gptjax.text.counts import counted
 from gptjax.text.rows import limited, normalised, read_dataset_rows, read_rows
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 from gptjax.training.step import compute_options
 
 Notify = Callable[[str], None]

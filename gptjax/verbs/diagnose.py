@@ -26,7 +26,7 @@ from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.text.prepare import prepare
 from gptjax.text.shards import TokenSplit
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 from gptjax.training.step import compute_options
 
 COUNTED_TOKENS = 50_000_000

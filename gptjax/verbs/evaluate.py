@@ -49,7 +49,8 @@ from gptjax.text.mixture import prepare_sources
 from gptjax.text.prepare import prepare
 from gptjax.text.rows import limited
 from gptjax.text.shards import TokenSplit
-from gptjax.text.tokenizer import Tokenizer, with_special_tokens
+from gptjax.text.tokenizers.base import Tokenizer
+from gptjax.text.tokenizers.extended import with_special_tokens
 from gptjax.text.whole import WholeText, document_hashes, read_whole
 from gptjax.training.step import compute_options
 from gptjax.verbs.benchmark import measure_benchmark

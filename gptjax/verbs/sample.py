@@ -20,7 +20,7 @@ from gptjax.report.tokens import TokenRow, print_tokens
 from gptjax.tasks.instruct import chat_template
 from gptjax.tasks.multi import parts_of
 from gptjax.text.chats import USER, Message, render_prompt
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizers.base import Tokenizer
 from gptjax.text.unicode import has_surrogate
 
 TARGET_OPTIONS = (

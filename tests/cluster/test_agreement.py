@@ -23,7 +23,7 @@ from gptjax.parallel import cluster, relay
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.place import rows_of_process
 from gptjax.text.labelled import Text
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.tiny import assert_trees_equal
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}

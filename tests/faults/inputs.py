@@ -13,7 +13,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.reader import to_yaml
 from gptjax.config.run import Config
 from gptjax.config.tokenizer import TokenizerConfig
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.tiny import init_params, run_config
 
 BYTES = TokenizerConfig(kind="bytes")

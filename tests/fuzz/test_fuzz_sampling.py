@@ -9,7 +9,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.reader import from_dict, read_flags
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.sample import sample_texts
-from gptjax.text.tokenizer import ByteTokenizer
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.fuzz.fuzz import ODD_NUMBER, ODD_TEXT, fuzz, refusals
 from tests.tiny import init_params
 

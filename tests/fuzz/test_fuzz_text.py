@@ -17,7 +17,8 @@ from gptjax.errors import UserError
 from gptjax.text.hub import parse_spec
 from gptjax.text.rows import read_rows
 from gptjax.text.sources import read_documents
-from gptjax.text.tokenizer import make_tokenizer, tokenizer_from_json, tokenizer_to_json
+from gptjax.text.tokenizer import make_tokenizer, tokenizer_from_json
+from gptjax.text.tokenizers.base import tokenizer_to_json
 from tests.fuzz.fuzz import EDITS, ODD_TEXT, ODD_VALUE, ends_well, fuzz, mutate, refusals
 
 TEXT = st.one_of(st.text(max_size=20), ODD_TEXT, st.sampled_from(["a,b", '"', 'say "x"', "a\nb", "\r\n", "\ufeff"]))

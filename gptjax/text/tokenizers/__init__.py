@@ -1,0 +1,1 @@
+"""Tokenizers, one file a kind; `text/tokenizer.py` lists them."""
