@@ -12,9 +12,9 @@ from gptjax.batches.objectives import OBJECTIVES, ArrangedWindows, vocabulary_of
 from gptjax.batches.pretraining import PrefixBatch
 from gptjax.config.objective import FILL, MASK, MODES, SPANS, SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.errors import UserError
-from gptjax.model.ahead import predict_ahead, targets_ahead
 from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, final_norm, init_params
 from gptjax.model.loss import inputs_of, loss_options, token_loss
+from gptjax.model.multi_token import multi_token_loss, targets_ahead
 from gptjax.tasks.trainable import init_all
 from gptjax.text.tokenizer import tokenizer_from_json
 from gptjax.text.tokenizers.base import tokenizer_to_json
@@ -116,7 +116,7 @@ def test_tokens_ahead_are_predicted_without_them():
     config = replace(CONFIG, model={"block_size": 24}, task={"objective": ObjectiveConfig(kind="multi_token", ahead=3)})
     model, params = config.model, init_all(config, jax.random.key(0))
     batch = jax.tree.map(lambda x: x[0, :1], make_batch(model=model, batch_size=2))
-    of_heads = predict_ahead(model, loss_options(model))
+    of_heads = multi_token_loss(model, loss_options(model))
 
     def losses(params, y_1TD, here_1T):
         """The loss of all heads whose next-token target is here: that of the token two ahead is at the next place."""
@@ -142,7 +142,7 @@ def test_each_head_has_the_target_so_many_tokens_ahead():
     params, x_BTD = init_all(config, jax.random.key(0)), jax.random.normal(jax.random.key(1), (4, T, MODEL.n_embd))
     options = loss_options(MODEL)
     with_heads, alone = (
-        predict_ahead(MODEL, options)(params, x_BTD, batch),
+        multi_token_loss(MODEL, options)(params, x_BTD, batch),
         token_loss(MODEL, options, params, x_BTD, batch),
     )
     assert float(with_heads.nll) == float(alone.nll) and float(with_heads.count) == float(alone.count)

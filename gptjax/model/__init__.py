@@ -1,1 +1,1 @@
-"""The decoder: the only Flax in the package. Everyone else sees `params`, a nested dict of arrays."""
+"""The decoder. Only this package uses Flax; all others see `params`, a nested dict of arrays."""

@@ -1,4 +1,4 @@
-"""Small trainable parts beside a block's own, and the folding of LoRA into the weights.
+"""Adapters for parameter-efficient fine-tuning, and merging LoRA into the weights.
 
 Shape suffixes: L layer, B batch, T position, S key position, D n_embd, G key and value heads, C head_dim, R rank,
 P learned vectors.
@@ -35,7 +35,7 @@ class LowRank(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """Adds two small layers' view of a sublayer's output to it; zero at first (arXiv:1902.00751, section 2.1)."""
+    """Adds a two-layer MLP of a sublayer's output to that output; initially zero (arXiv:1902.00751, section 2.1)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, rank = config.n_embd, config.adapter.rank
@@ -46,14 +46,14 @@ class Bottleneck(nnx.Module):
         self.dropout = config.adapter.dropout
 
     def __call__(self, y_BTD: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array | None) -> jax.Array:
-        """Takes and returns the float32 output of a sublayer, before it joins the residual stream."""
+        """Takes and returns the float32 output of a sublayer, before it is added to the residual stream."""
         x_BTD = dropout(y_BTD, self.dropout, key).astype(dtype)
         h_BTR = gelu(add_bias(matmul(x_BTD, self.w_down[...], dtype), self.b_down[...]))
         return y_BTD + add_bias(matmul(h_BTR, self.w_up[...], jnp.float32), self.b_up[...])
 
 
 class BlockAdapter(nnx.Module):
-    """What the adapters of `model.adapter` add to one block; empty for prompt, which adds to the input alone."""
+    """Adapter parameters of one block; none for a prompt adapter, which only extends the input."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         kind, targets = config.adapter.kind, config.adapter.targets if config.adapter.kind == "lora" else ()
@@ -75,25 +75,25 @@ class BlockAdapter(nnx.Module):
 
     @property
     def in_mlp(self) -> bool:
-        """Whether something is added inside of the MLP."""
+        """Whether a matmul of the MLP has LoRA."""
         return self.mlp_w_in is not None or self.mlp_w_out is not None
 
     def prefix(self, dtype: jax.typing.DTypeLike) -> "Prefix | None":
-        """Learned keys and values, where there are any."""
+        """Learned keys and values of a prefix adapter; None for other adapters."""
         return (
             None if self.k is None or self.v is None else Prefix(self.k[...].astype(dtype), self.v[...].astype(dtype))
         )
 
 
 class Prompt(nnx.Module):
-    """Learned vectors that stand before every text (prompt tuning, arXiv:2104.08691)."""
+    """Learned vectors before the token embeddings of every text (prompt tuning, arXiv:2104.08691)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.w = nnx.Param(normal(INIT_STD)(rngs.params(), (config.adapter.tokens, config.n_embd)))
 
 
 class Prefix(NamedTuple):
-    """Keys and values that stand before those of every row, `[P, G, C]` each; with a layer axis, of all blocks."""
+    """Keys and values before those of every sequence, `[P, G, C]` each, or of all blocks with a leading layer axis."""
 
     k: jax.Array
     v: jax.Array
@@ -102,7 +102,7 @@ class Prefix(NamedTuple):
 def prefixed_attention(
     q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, mask: Mask, spec: AttentionSpec, prefix: Prefix
 ) -> jax.Array:
-    """Attention whose queries attend to `prefix` too, whatever their segment and the window."""
+    """Attention in which every query also attends to `prefix`, whatever its segment and the window."""
     T = q_BTHC.shape[1]
     visible_BTS = ~hidden_BTS(spec, mask, T, T)
     k_BGSC, v_BGSC = (x.transpose(0, 2, 1, 3) for x in (k_BSGC, v_BSGC))
@@ -112,16 +112,16 @@ def prefixed_attention(
 def with_prefix(
     prefix: Prefix, k_BGSC: jax.Array, v_BGSC: jax.Array, visible_BTS: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys, values and what is visible, with `prefix` before them."""
+    """Puts `prefix` before keys and values, and marks it visible to all queries."""
 
-    def longer(first_PGC, x_BGSC):
+    def prepend(first_PGC, x_BGSC):
         P, G, C = first_PGC.shape
         first_BGPC = jnp.broadcast_to(first_PGC.transpose(1, 0, 2)[None], (x_BGSC.shape[0], G, P, C))
         return jnp.concatenate([first_BGPC.astype(x_BGSC.dtype), x_BGSC], axis=2)
 
     P = prefix.k.shape[0]
     visible = jnp.pad(visible_BTS, ((0, 0), (0, 0), (P, 0)), constant_values=True)
-    return longer(prefix.k, k_BGSC), longer(prefix.v, v_BGSC), visible
+    return prepend(prefix.k, k_BGSC), prepend(prefix.v, v_BGSC), visible
 
 
 def merge_lora(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:

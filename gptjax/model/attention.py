@@ -22,7 +22,7 @@ from gptjax.ops.attention_spec import AttentionSpec, Bias, Request
 
 
 def attention_spec(config: ModelConfig, kind: str) -> AttentionSpec:
-    """What attention computes in layers of a kind, see `ModelConfig.layer_kind`."""
+    """The `AttentionSpec` of layers of one kind, see `ModelConfig.layer_kind`."""
     return AttentionSpec(
         causal=not config.bidirectional,
         window=config.attention_window if kind == "local" else 0,
@@ -35,15 +35,15 @@ def attention_spec(config: ModelConfig, kind: str) -> AttentionSpec:
 def explain_attention(
     config: ModelConfig, batch: int, dtype: jax.typing.DTypeLike, segments: bool, rate: bool, ahead: bool = False
 ) -> str:
-    """Names the implementation that trains each kind of layer, and why faster ones are passed over.
+    """Names the attention implementation for each kind of layer, and why faster ones cannot be used.
 
     Args:
         config: Shape of the model.
         batch: Sequences in a micro-batch.
         dtype: Of matmul operands.
-        segments: Whether documents share a window.
+        segments: Whether a window can contain several documents.
         rate: Whether dropout is on.
-        ahead: Whether some tokens are visible to those before them.
+        ahead: Whether earlier tokens can attend to some later ones (prefix LM).
     """
     B, T, C = batch, config.block_size, config.head_width
     bias = POSITIONS[config.positions].bias
@@ -75,7 +75,7 @@ def explain_attention(
 
 
 class Attention(nnx.Module):
-    """Causal multi-head self-attention; heads of one key head lie together, so that they shard together."""
+    """Multi-head self-attention. Weights of one key head and its query heads are adjacent, so they shard together."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, H, G, C = config.n_embd, config.n_head, config.kv_heads, config.head_width
@@ -103,16 +103,16 @@ class Attention(nnx.Module):
         prefix: Prefix | None = None,
         residual: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Returns what the layer adds to the residual stream, float32, or its sum with `residual`; and the new cache.
+        """Returns the float32 output of the layer, plus `residual` if it is given; and the new cache.
 
-        With a cache the tokens follow those in it; without one they are whole sequences.
+        With a cache, the tokens follow those in it; without one, `x_BTD` holds whole sequences.
         """
         spec = attention_spec(self.config, kind)
         keys = (None, None) if adapter is None or key is None else jax.random.split(jax.random.fold_in(key, 1))
         qkv_BTGEC = self.qkv(x_BTD, inputs.positions_BT, kind, adapter and adapter.attn_w_qkv, keys[0])
         if cache is not None:
             q_BTHC, k_BTGC, v_BTGC = split_heads(qkv_BTGEC)
-            assert inputs.used is not None  # it is set wherever there is a cache
+            assert inputs.used is not None  # `Decoder` sets it with every cache
             cache = kv.write(cache, inputs.used, k_BTGC, v_BTGC)
             k_BGSC, v_BGSC, visible_BTS = *cache, inputs.visible(kind)
             S = k_BGSC.shape[2]
@@ -134,7 +134,7 @@ class Attention(nnx.Module):
         low_rank: LowRank | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Queries, keys and values `[B, T, G, E, C]`, normed and rotated where the config says so."""
+        """Queries, keys and values `[B, T, G, E, C]`, after QK norm and rotary embedding if the config has them."""
         qkv_BTGEC = linear(x_BTD, self.w_qkv, self.b_qkv, x_BTD.dtype).reshape(*x_BTD.shape[:-1], *self.shape_GEC)
         if low_rank is not None:
             qkv_BTGEC = qkv_BTGEC + low_rank(x_BTD, key, x_BTD.dtype)

@@ -1,4 +1,4 @@
-"""A transformer block, written once: it trains, prefills and decodes.
+"""A transformer block. The same code trains, prefills and decodes.
 
 Shape suffixes: B batch, T position, D n_embd, F MLP width.
 """
@@ -18,7 +18,7 @@ from gptjax.model.cross import CrossAttention
 from gptjax.model.experts import Experts, Extras
 from gptjax.model.inputs import BlockInputs, Memory
 from gptjax.model.norms import NORMS
-from gptjax.model.parameters import laid_out, linear, output_init, value, weight_init, zeros
+from gptjax.model.parameters import has_decoding_layout, linear, output_init, value, weight_init, zeros
 from gptjax.ops.activations import ACTIVATIONS
 from gptjax.ops.attention import split_heads
 from gptjax.ops.elementwise import dropout
@@ -26,9 +26,9 @@ from gptjax.ops.linear import mlp
 
 
 class MLP(nnx.Module):
-    """Two linear layers with an activation between them, or three where it is gated; weights are `[D, F]`.
+    """Two linear layers with an activation between them, or three if it is gated.
 
-    Stored so, their narrow side is first, see `ops.matmul`.
+    All weights are `[D, F]`, with the smaller dimension first: see `ops.matmul`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, width: int = 0):
@@ -48,9 +48,9 @@ class MLP(nnx.Module):
         key: jax.Array | None = None,
         residual: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns what the layer adds to the residual stream, float32, or the sum of it and `residual`."""
+        """Returns the float32 output of the layer, plus `residual` if it is given."""
         adapted = adapter is not None and adapter.in_mlp
-        if self.activation == "gelu" and self.w_gate is None and not laid_out(self.w_in) and not adapted:
+        if self.activation == "gelu" and self.w_gate is None and not has_decoding_layout(self.w_in) and not adapted:
             return mlp(x_BTD, self.w_in[...], value(self.b_in), self.w_out[...], value(self.b_out), residual)
         keys = (None, None) if key is None else jax.random.split(key)
         h_BTF = linear(x_BTD, self.w_in, self.b_in, x_BTD.dtype)
@@ -68,7 +68,7 @@ class MLP(nnx.Module):
 
 
 class BlockKeys(NamedTuple):
-    """Randomness of one block; None: no dropout."""
+    """Dropout keys of one block; None: no dropout."""
 
     attention: jax.Array | None = None
     after_attention: jax.Array | None = None
@@ -79,7 +79,7 @@ class BlockKeys(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Attention and an MLP, each with its norms, added to the residual stream as `model.norm_position` says."""
+    """Attention and an MLP with their norms, which `model.norm_position` places before or after each of them."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         norm, place = NORMS[config.norm], config.norm_position
@@ -108,18 +108,18 @@ class Block(nnx.Module):
         prefix: Prefix | None = None,
         embedded_BTD: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None, Extras]:
-        """Applies the block to the float32 residual stream; returns it, the longer cache where there is one, and what
-        its layers add to the loss.
+        """Applies the block to the float32 residual stream. Returns the new stream, the extended cache if one is given,
+        and named scalars for the loss.
 
         Args:
             x_BTD: The residual stream.
             dtype: Of matmul operands.
             inputs: Positions and masks.
-            kind: Of the layer's attention, see `ModelConfig.layer_kind`.
-            key: Randomness of this block; None: no dropout.
-            cache: Keys and values of the tokens before; None: `x_BTD` holds whole sequences.
-            adapter: What was added to this block.
-            prefix: Keys and values that stand before every row; attention weights are then not dropped.
+            kind: Kind of attention, see `ModelConfig.layer_kind`.
+            key: Dropout key of this block; None: no dropout.
+            cache: Keys and values of earlier tokens; None: `x_BTD` holds whole sequences.
+            adapter: Adapter parameters of this block.
+            prefix: Keys and values before every sequence. With them, attention weights have no dropout.
             embedded_BTD: The embeddings, for `model.residual_mix`.
         """
         keys = _keys(key, adapter)
@@ -140,57 +140,61 @@ class Block(nnx.Module):
                 residual = y_BTD if residual is None else residual + y_BTD
                 if self.mlp is None:
                     return residual
-            assert self.mlp is not None  # a block has one, or experts
+            assert self.mlp is not None  # a block without experts has an MLP
             return self.mlp(h_BTD, adapter, keys.mlp_low_rank, residual)
 
-        after_1 = self._after(self.norm_out_1, adapter and adapter.attn, keys[1], keys.attention_bottleneck, dtype)
-        after_2 = self._after(self.norm_out_2, adapter and adapter.mlp, keys[2], keys.mlp_bottleneck, dtype)
+        transform_1 = self._output_transform(
+            self.norm_out_1, adapter and adapter.attn, keys[1], keys.attention_bottleneck, dtype
+        )
+        transform_2 = self._output_transform(
+            self.norm_out_2, adapter and adapter.mlp, keys[2], keys.mlp_bottleneck, dtype
+        )
         if self.config.parallel != "none":
             x_BTD, h_BTD = self._read(x_BTD, self.norm_1, dtype)
             stream_BTD = x_BTD
-            x_BTD = self._add(x_BTD, h_BTD, attention, after_1)
+            x_BTD = self._add(x_BTD, h_BTD, attention, transform_1)
             if self.norm_2 is not None:
                 stream_BTD, h_BTD = self._read(stream_BTD, self.norm_2, dtype)
-            return self._add(x_BTD, h_BTD, mlp_layer, after_2), new_cache, extras
-        sublayers = [(attention, self.norm_1, after_1), (mlp_layer, self.norm_2, after_2)]
+            return self._add(x_BTD, h_BTD, mlp_layer, transform_2), new_cache, extras
+        sublayers = [(attention, self.norm_1, transform_1), (mlp_layer, self.norm_2, transform_2)]
         if self.cross is not None and inputs.memory is not None:
             sublayers.insert(1, self._cross_sublayer(self.cross, inputs.memory, key, dtype))
-        for sublayer, norm, after in sublayers:
+        for sublayer, norm, transform in sublayers:
             if self.config.norm_position == "post":
                 assert norm is not None
-                x_BTD = norm(self._add(x_BTD, x_BTD.astype(dtype), sublayer, after), jnp.float32)
+                x_BTD = norm(self._add(x_BTD, x_BTD.astype(dtype), sublayer, transform), jnp.float32)
             else:
                 x_BTD, h_BTD = self._read(x_BTD, norm, dtype)
-                x_BTD = self._add(x_BTD, h_BTD, sublayer, after)
+                x_BTD = self._add(x_BTD, h_BTD, sublayer, transform)
         return x_BTD, new_cache, extras
 
     def _cross_sublayer(self, cross: CrossAttention, memory: Memory, key: jax.Array | None, dtype):
-        """Cross-attention, its norm, and what happens to its output."""
+        """Cross-attention, its norm, and the transform of its output."""
         weights_key, output_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, 4))
 
         def attention(h_BTD: jax.Array, residual: jax.Array | None) -> jax.Array:
             return cross(h_BTD, memory, weights_key, residual)
 
-        return attention, self.norm_cross, self._after(None, None, output_key, None, dtype)
+        return attention, self.norm_cross, self._output_transform(None, None, output_key, None, dtype)
 
     def _read(self, x_BTD, norm, dtype):
-        """The residual stream, and what a sublayer reads of it."""
+        """The residual stream, and the input of a sublayer: its norm in `dtype`."""
         return (x_BTD, x_BTD.astype(dtype)) if norm is None else norm.with_residual(x_BTD, dtype)
 
-    def _add(self, x_BTD, h_BTD, sublayer, after):
-        """Adds a sublayer's output to the residual stream: in its last matmul, unless something comes between."""
-        return sublayer(h_BTD, x_BTD) if after is None else x_BTD + after(sublayer(h_BTD, None))
+    def _add(self, x_BTD, h_BTD, sublayer, transform):
+        """Adds a sublayer's output to the residual stream. Without a transform, its last matmul does the addition."""
+        return sublayer(h_BTD, x_BTD) if transform is None else x_BTD + transform(sublayer(h_BTD, None))
 
-    def _after(
+    def _output_transform(
         self, norm, bottleneck: Bottleneck | None, key, bottleneck_key, dtype
     ) -> Callable[[jax.Array], jax.Array] | None:
-        """What happens to a sublayer's output before it is added; None: nothing."""
+        """A function applied to a sublayer's output before the residual addition; None: the identity."""
         rate, scale = self.config.dropout, self.config.residual_scale
         drops = rate and key is not None
         if not drops and bottleneck is None and norm is None and scale == 1.0:
             return None
 
-        def after(y_BTD):
+        def transform(y_BTD):
             if bottleneck is not None:
                 y_BTD = bottleneck(y_BTD, dtype, bottleneck_key)
             if norm is not None:
@@ -198,10 +202,10 @@ class Block(nnx.Module):
             y_BTD = dropout(y_BTD, rate, key)
             return y_BTD if scale == 1.0 else scale * y_BTD
 
-        return after
+        return transform
 
     def prefix_of(self, prompt_1PD: jax.Array, dtype: jax.typing.DTypeLike, inputs: BlockInputs, kind: str) -> Prefix:
-        """The keys and values of a prompt, which what follows it attends to."""
+        """The keys and values of a prompt, to which the tokens after it attend."""
         _, h_1PD = self._read(prompt_1PD, self.norm_1 if self.config.norm_position != "post" else None, dtype)
         _, k_1PGC, v_1PGC = split_heads(self.attn.qkv(h_1PD, inputs.positions_BT, kind))
         return Prefix(k_1PGC[0], v_1PGC[0])

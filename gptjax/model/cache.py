@@ -1,6 +1,6 @@
-"""Keys and values of the tokens so far, so that decoding computes only what is new.
+"""The KV cache: keys and values of earlier tokens, so that decoding computes only the new ones.
 
-Each layer has arrays of its own: out of a stack of all layers, XLA would copy a layer's for every token.
+Each layer has its own arrays. If they were stacked, XLA would copy a layer's slice for every token.
 
 Shape suffixes: B batch, G key and value heads, S slot, C head_dim, T new positions.
 """
@@ -23,22 +23,22 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Slots fill from the left; token t of a row, its padding counted, is in slot t modulo the slots of a layer.
+    """Each layer is a ring buffer: token t of a sequence (counting padding) is in slot t modulo the number of slots.
 
-    A token takes the slot of one that no later token may attend to. So layers with a window need few slots, and where
-    positions allow it, a full context slides by a token.
+    A new token overwrites one to which no later token may attend. So layers with a window need few slots, and for
+    position methods that allow it, a full context slides by one token.
 
-    Either all rows write the same slots, which is faster: then shorter prompts are padded on their left. Or each row
-    has its own number of filled slots, so that rows can begin and end at different times.
+    Either all sequences write the same slots: that is faster, and shorter prompts are padded on the left. Or each
+    sequence has its own number of filled slots, so that sequences can begin and end at different times.
     """
 
     layers: tuple[LayerCache, ...]
     used: jax.Array
-    """Tokens that were written, int32: a scalar, or `[B]` where each row has its own number."""
+    """Number of written tokens, int32: a scalar, or `[B]` if each sequence has its own number."""
     padding_B: jax.Array
-    """Slots at the left of each row that hold no token."""
+    """Number of padding slots at the left of each sequence."""
     memory: tuple[Memory, ...] | None = None
-    """Of an encoder-decoder: keys and values of the source in each layer."""
+    """Keys and values of the source in each layer of an encoder-decoder."""
 
 
 def init_cache(
@@ -49,16 +49,16 @@ def init_cache(
     own_lengths: bool = False,
     chunk: int = 0,
 ) -> Cache:
-    """Returns an empty cache of `slots` positions for `len(padding_B)` rows.
+    """Returns an empty cache of `slots` positions for `len(padding_B)` sequences.
 
     Args:
         config: Shape of the model.
-        padding_B: Slots at the left of each row that hold no token.
+        padding_B: Number of padding slots at the left of each sequence.
         slots: Number of slots of a layer.
         dtype: Of keys and values.
-        own_lengths: Whether each row fills its slots by itself.
-        chunk: Largest number of tokens that are written at once, where those before the last ones are written in chunks
-            of this length; layers with a window then have only the slots that it needs. 0: all layers have all slots.
+        own_lengths: Whether each sequence has its own number of filled slots.
+        chunk: Prompts are written in chunks of this many tokens, and no write is longer; layers with a window then
+            have only the slots that the window needs. 0: all layers have all slots.
     """
     B, G, C = padding_B.shape[0], config.kv_heads, config.head_width
     shapes = [(B, G, layer_slots(config, n, slots, chunk), C) for n in range(config.n_layer)]
@@ -67,43 +67,43 @@ def init_cache(
 
 
 def layer_slots(config: ModelConfig, layer: int, slots: int, chunk: int) -> int:
-    """Slots of a layer out of `slots`, see `init_cache`: a multiple of the chunk, so that no chunk passes the end."""
+    """Number of slots of a layer, see `init_cache`: a multiple of the chunk, so that no chunk wraps around."""
     if not chunk or config.layer_kind(layer) != "local":
         return slots
     return min(slots, -(-(config.attention_window + chunk - 1) // chunk) * chunk)
 
 
 def grow_cache(config: ModelConfig, cache: Cache, slots: int, chunk: int = 0) -> Cache:
-    """Returns a cache of as many slots, with what this one holds; `chunk` is that of `init_cache`."""
+    """Returns a copy of the cache with more slots; `chunk` is that of `init_cache`."""
 
-    def put(old_BGSC, more):
+    def pad(old_BGSC, more):
         return jnp.pad(old_BGSC, ((0, 0), (0, 0), (0, more - old_BGSC.shape[2]), (0, 0)))
 
     layers = (
-        LayerCache(*(put(x, layer_slots(config, n, slots, chunk)) for x in layer))
+        LayerCache(*(pad(x, layer_slots(config, n, slots, chunk)) for x in layer))
         for n, layer in enumerate(cache.layers)
     )
     return cache._replace(layers=tuple(layers))
 
 
 def select_rows(cache: Cache, rows: jax.Array | np.ndarray) -> Cache:
-    """Returns a cache of these rows of another one, in this order; a row may be taken several times."""
+    """Returns a cache of the sequences `rows` of another one, in this order; a sequence may occur several times."""
     layers = jax.tree.map(lambda leaf: leaf[rows], cache.layers)
     used = cache.used[rows] if cache.used.ndim else cache.used
     return Cache(layers, used, cache.padding_B[rows], jax.tree.map(lambda leaf: leaf[rows], cache.memory))
 
 
 def replace_rows(cache: Cache, rows: jax.Array, others: Cache) -> Cache:
-    """Returns a cache whose rows, by number, are those of another one; rows whose number is too large are left out."""
+    """Returns a cache in which the sequences `rows` are those of `others`; numbers out of range are ignored."""
     layers = jax.tree.map(lambda leaf, new: leaf.at[rows].set(new, mode="drop"), cache.layers, others.layers)
     return cache._replace(layers=layers, used=cache.used.at[rows].set(others.used, mode="drop"))
 
 
 def visible_slots(config: ModelConfig, cache: Cache, new: int, kind: str, prefix: bool = False) -> jax.Array:
-    """Which slots each of `new` positions after the used ones may see in layers of a kind: `[B, T, S]`, True where.
+    """The mask `[B, T, S]` of slots to which each of `new` new positions may attend in layers of a kind.
 
-    A position sees as many tokens as the window has, or else as the context, itself included. The new positions of a
-    prefix see each other.
+    A position attends to as many tokens as the window or the context has, including itself. With `prefix`, the new
+    positions also attend to later ones.
     """
     here = [n for n in range(config.n_layer) if (config.layer_kind(n) == "local") == (kind == "local")]
     slots = cache.layers[here[0] if here else 0].k_BGSC.shape[2]
@@ -117,13 +117,13 @@ def visible_slots(config: ModelConfig, cache: Cache, new: int, kind: str, prefix
 
 
 def slot_tokens(used: jax.Array, new: int, slots: int) -> jax.Array:
-    """The number of the token in each slot once `new` more are written, `[1 or B, S]`; negative: there is none."""
+    """The number of the token in each slot after `new` more are written, `[1 or B, S]`; negative if it is empty."""
     last_N1 = jnp.atleast_1d(used)[:, None] + new - 1
     return last_N1 - jnp.mod(last_N1 - jnp.arange(slots)[None], slots)
 
 
 def positions(cache: Cache, new: int) -> jax.Array:
-    """Positions `[B, T]` of the next `new` tokens, counted from each row's first token; padding gets 0."""
+    """Positions `[B, T]` of the next `new` tokens, counted from each sequence's first token; padding gets 0."""
     return jnp.maximum(_next_slots(cache, new) - cache.padding_B[:, None], 0)
 
 
@@ -133,13 +133,13 @@ def _next_slots(cache: Cache, new: int) -> jax.Array:
 
 
 def write(layer: LayerCache, used: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array) -> LayerCache:
-    """Stores new keys and values of one layer behind the used slots, in place of the oldest once these are all used."""
+    """Stores new keys and values of one layer after the used slots; a full layer overwrites its oldest slots."""
 
     def put(old_BGSC, new_BTGC):
         new_BGTC = new_BTGC.transpose(0, 2, 1, 3).astype(old_BGSC.dtype)
         if old_BGSC.dtype != jnp.bfloat16:
             return update(old_BGSC, new_BGTC)
-        # As bits: XLA:CPU would convert all slots to float32 and back, for every token.
+        # XLA:CPU would convert all bfloat16 slots to float32 and back for every token, so the update handles bits.
         old_BGSC, new_BGTC = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old_BGSC, new_BGTC))
         return jax.lax.bitcast_convert_type(update(old_BGSC, new_BGTC), jnp.bfloat16)
 

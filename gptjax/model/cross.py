@@ -1,4 +1,4 @@
-"""Attention of a decoder to what an encoder made of the source (arXiv:1706.03762, section 3.2.3).
+"""Cross-attention of a decoder to the encoder's hidden states of the source (arXiv:1706.03762, section 3.2.3).
 
 Shape suffixes: B batch, T position of the target, S position of the source, D n_embd, H query heads, G key and value
 heads, C head width.
@@ -16,7 +16,7 @@ from gptjax.ops.attention_spec import AttentionSpec, Mask
 
 
 class CrossAttention(nnx.Module):
-    """Queries of the target, keys and values of the source; no positions."""
+    """Queries come from the target, keys and values from the source. Positions are not used."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, H, G, C = config.n_embd, config.n_head, config.kv_heads, config.head_width
@@ -31,7 +31,7 @@ class CrossAttention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, memory: Memory, key: jax.Array | None = None, residual: jax.Array | None = None
     ) -> jax.Array:
-        """Returns what the layer adds to the residual stream, float32, or its sum with `residual`."""
+        """Returns the float32 output of the layer, plus `residual` if it is given."""
         q_BTHC = linear(x_BTD, self.w_q, self.b_q, x_BTD.dtype)
         heads = memory.heads or self.heads(memory.states_BSD)
         k_BSGC, v_BSGC = (x.astype(x_BTD.dtype) for x in heads)
@@ -39,7 +39,7 @@ class CrossAttention(nnx.Module):
         return linear(y_BTHC.reshape(*x_BTD.shape[:2], -1), self.w_out, self.b_out, jnp.float32, residual=residual)
 
     def heads(self, states_BSD: jax.Array | None) -> MemoryHeads:
-        """Keys and values of the source, which decoding computes once."""
-        assert states_BSD is not None  # there are no heads without them
+        """Keys and values of the source. Decoding computes them once."""
+        assert states_BSD is not None  # a memory without heads has states
         kv_BSG2C = linear(states_BSD, self.w_kv, self.b_kv, states_BSD.dtype)
         return MemoryHeads(kv_BSG2C[:, :, :, 0], kv_BSG2C[:, :, :, 1])

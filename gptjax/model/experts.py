@@ -1,7 +1,7 @@
-"""A mixture of experts in place of a block's MLP.
+"""A mixture of experts (MoE), which replaces a block's MLP.
 
 Shape suffixes: B batch, T position, N tokens (B times T), D n_embd, F width of an expert, E experts, K experts of a
-token, M = N K assignments, C room of an expert.
+token, M = N K assignments, C capacity of an expert.
 """
 
 import math
@@ -19,10 +19,10 @@ Extras = dict[str, jax.Array]
 
 
 class Experts(nnx.Module):
-    """A router sends each token to its top experts, and adds their outputs, weighted by the router's probabilities.
+    """A router sends each token to its top-K experts and sums their outputs, weighted by the router's probabilities.
 
-    Without `model.expert_capacity` no token is dropped; with it an expert takes a fixed number of tokens, in their
-    order, and those beyond only keep their residual stream (arXiv:2101.03961, section 2.2).
+    Without `model.expert_capacity`, no token is dropped. With it, an expert takes only the first C tokens that are
+    assigned to it; the others pass through the residual connection alone (arXiv:2101.03961, section 2.2).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -34,7 +34,7 @@ class Experts(nnx.Module):
         self.config = config
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Extras]:
-        """Returns what the layer adds to the residual stream, float32, and the router's losses."""
+        """Returns the float32 output of the layer and the router's losses."""
         config = self.config
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         logits_NE = jnp.dot(x_ND.astype(jnp.float32), self.w_router[...].astype(jnp.float32), precision="highest")
@@ -54,7 +54,7 @@ class Experts(nnx.Module):
         return y_ND.reshape(x_BTD.shape), extras
 
     def _dropless(self, x_ND, weights_NK, experts_NK):
-        """Sorts assignments by their expert, so that each expert multiplies one run of rows."""
+        """Sorts assignments by expert, so that each expert multiplies one contiguous block (a grouped matmul)."""
         K = experts_NK.shape[1]
         experts_M = experts_NK.reshape(-1)
         order_M = jnp.argsort(experts_M, stable=True)
@@ -73,7 +73,7 @@ class Experts(nnx.Module):
         """Gathers up to C tokens of each expert by matmuls with one-hot matrices (GShard, arXiv:2006.16668)."""
         N, K, E = chosen_NKE.shape
         C = math.ceil(self.config.expert_capacity * N * K / E)
-        # First choices of all tokens come before second ones.
+        # The first choices of all tokens have priority over the second ones.
         in_order_ME = chosen_NKE.swapaxes(0, 1).reshape(K * N, E)
         place_ME = jnp.cumsum(in_order_ME, axis=0) * in_order_ME - 1.0
         place_KN = jnp.max(place_ME, axis=-1).reshape(K, N)

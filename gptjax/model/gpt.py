@@ -1,12 +1,16 @@
-"""The decoder as functions of `params`, a nested dict of arrays; Flax stays inside.
+"""The decoder as functions of `params`, a nested dict of arrays. Flax is used only inside.
 
-`params` holds `embed/tokens [V, D]`, `embed/positions [block_size, D]`, `blocks/...` with a leading layer axis on every
-leaf, `norm_f/...`, and `head/w [V, D]` where the embeddings are not tied. With `model.adapter` also `adapters/...`,
-with a leading layer axis, or `prompt/w [P, D]`. With `model.encoder_layers`, `encoder/blocks/...` and
-`encoder/norm_f/...`, which `encode` reads. Other entries, as `heads`, are passed over. `blocks` may be several
-stacks in order: then those that are constants cost no gradient.
+`params` has these entries:
 
-Decoding takes the same with `blocks/0/...`, `blocks/1/...` instead of stacks, see `generation/weights.py`.
+- `embed/tokens [V, D]`, `embed/positions [block_size, D]`
+- `blocks/...`, every leaf with a leading layer axis. `blocks` may also be a tuple of several stacks, in order: no
+  gradient is computed for stacks that are constants.
+- `norm_f/...`, and `head/w [V, D]` if the embeddings are not tied
+- with `model.adapter`: `adapters/...` with a leading layer axis, or `prompt/w [P, D]`
+- with `model.encoder_layers`: `encoder/blocks/...` and `encoder/norm_f/...`, which `encode` reads
+
+Other entries, such as `heads`, are ignored. For decoding, `blocks/0/...`, `blocks/1/...` replace the stacks, see
+`generation/weights.py`.
 
 Shape suffixes: B batch, T position, D n_embd, V vocabulary (padded), P learned vectors.
 """
@@ -39,7 +43,7 @@ from gptjax.ops.embedding import embedding
 from gptjax.ops.linear import MATMUL_OUTPUT
 from gptjax.ops.matmul import dot
 
-# Matmuls have a custom backward rule, so JAX's policies for dots do not match them; they are selected by name.
+# Matmuls have a custom backward rule, so JAX's checkpoint policies for dots do not match them. The name does.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(MATMUL_OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -48,7 +52,7 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How the same function is computed: precision, what is kept for the backward pass, how the loop is laid out."""
+    """How the forward pass is computed: precision, rematerialisation, unrolling of the loop over layers."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
@@ -57,7 +61,7 @@ class Compute:
 
 
 class Embed(nnx.Module):
-    """Token embeddings, and what the position method adds to them."""
+    """Token embeddings plus position embeddings, if the position method has them."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         table = config.padded_vocab_size, config.n_embd
@@ -82,7 +86,7 @@ class Embed(nnx.Module):
 
 
 class Unembed(nnx.Module):
-    """Output projection where it is not the token embedding, and its bias where it has one."""
+    """Output projection: its weight if it is not tied to the token embedding, and its bias if it has one."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape = config.padded_vocab_size, config.n_embd
@@ -92,8 +96,8 @@ class Unembed(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """A decoder without its logits: embeddings, `n_layer` stacked blocks, final norm; an output projection of its own
-    where it is not tied.
+    """The decoder up to its hidden states: embeddings, `n_layer` stacked blocks, final norm. It also holds the output
+    projection if that is not tied.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -108,7 +112,7 @@ class GPT(nnx.Module):
         self.config = config
 
     def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Returns what the first block reads, float32 `[B, T, D]`."""
+        """Returns the input of the first block, float32 `[B, T, D]`."""
         key = None if key is None else jax.random.fold_in(key, self.config.n_layer)
         x_BTD = self.embed(constrain_batch(tokens_BT), constrain_batch(positions_BT))
         return constrain_batch(dropout(x_BTD, self.config.dropout, key))
@@ -122,10 +126,10 @@ class GPT(nnx.Module):
         first: jax.Array | int = 0,
         lower: tuple[Block, ...] = (),
     ) -> tuple[jax.Array, Extras]:
-        """Returns the residual stream after the blocks, the lowest of which has number `first` among those of the whole
-        model, and what layers add to the loss, averaged over them.
+        """Returns the residual stream after the blocks, and the layers' named scalars for the loss, averaged.
 
-        `lower` are stacks of blocks that come before `self.blocks`, in a model without adapters.
+        `first` is the layer number of the first block in the whole model. `lower` are stacks of blocks that come before
+        `self.blocks`, in a model without adapters.
         """
         dtype, embedded_BTD = jnp.dtype(compute.dtype), x_BTD if self.config.residual_mix else None
 
@@ -147,8 +151,8 @@ class GPT(nnx.Module):
         return x_BTD, jax.tree.map(lambda *parts: sum(parts) / self.config.n_layer, *totals)
 
     def prefix(self, dtype: jax.typing.DTypeLike) -> Prefix | None:
-        """Keys and values before every text, with a leading layer axis: learned, or those that the blocks make of a
-        prompt. A prompt has no position: methods that rotate see it at position 0.
+        """Keys and values before every text, with a leading layer axis: those of a prefix adapter, or those that the
+        blocks compute from a prompt. A prompt has no positions; rotary embeddings use position 0 for it.
         """
         if self.prompt is None:
             return None if self.adapters is None else self.adapters.prefix(dtype)
@@ -161,13 +165,13 @@ class GPT(nnx.Module):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *prefixes)
 
     def _kinds(self, first: jax.Array | int, count: int) -> tuple[str, ...]:
-        """The kinds of so many layers; a stage begins where the pattern begins (`parallel.fits`)."""
+        """The kinds of `count` layers. `parallel.fits` makes each stage begin at the start of the pattern."""
         start = first if isinstance(first, int) else 0
         return tuple(self.config.layer_kind(start + layer) for layer in range(count))
 
 
 class Decoder(nnx.Module):
-    """The same with a list of blocks, for decoding."""
+    """The decoder with a list of blocks and a KV cache, for decoding."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs=rngs)
@@ -180,7 +184,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens_BT: jax.Array, cache: Cache, dtype: jax.typing.DTypeLike, prefix: bool = False
     ) -> tuple[jax.Array, Cache]:
-        """Returns the normed hidden states `[B, T, D]` of tokens that follow those in `cache`, and the longer cache."""
+        """Returns final hidden states `[B, T, D]` of tokens that follow those in `cache`, and the extended cache."""
         T, config = tokens_BT.shape[1], self.config
         positions_BT = kv.positions(cache, T)
         inputs = BlockInputs(
@@ -203,17 +207,17 @@ class Decoder(nnx.Module):
 
 
 def final_norm_module(config: ModelConfig) -> Norm | None:
-    """The norm after the last block; with norms behind the residual sums the last one is in the block."""
+    """The norm after the last block; None for post-norm models, whose blocks end with a norm."""
     return None if config.norm_position == "post" else NORMS[config.norm](config)
 
 
 def has_head(config: ModelConfig) -> bool:
-    """Whether the output projection has parameters of its own."""
+    """Whether the output projection has its own parameters."""
     return not config.tied_embeddings or config.output_bias
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
-    """Draws float32 parameters as GPT-2 does: normal with deviation 0.02, biases zero, norms one."""
+    """Initializes float32 parameters as `config.init` says; biases are 0 and norm scales 1."""
     params = nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
     if config.encoder_layers:
         encoder = init_params(encoder_model(config), jax.random.fold_in(key, 1))
@@ -222,7 +226,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
 
 
 def encoder_model(config: ModelConfig) -> ModelConfig:
-    """The shape of the encoder: the same blocks, without cross-attention, that attend in both directions."""
+    """The config of the encoder: the same blocks, bidirectional and without cross-attention."""
     return dataclasses.replace(config, n_layer=config.encoder_layers, encoder_layers=0, bidirectional=True)
 
 
@@ -235,7 +239,7 @@ def encode(
     compute: Compute = Compute(),
     key: jax.Array | None = None,
 ) -> Memory:
-    """What the encoder makes of sources, padded at their end; embeddings are shared with the decoder."""
+    """Encodes sources that are padded at their end. The embeddings are the decoder's."""
     positions_BS = jax.lax.broadcasted_iota("int32", source_BS.shape, 1)
     keys_BS = positions_BS < lengths_B[:, None]
     inputs, own = BlockInputs(positions_BS, Mask(keys_BS=keys_BS)), {"embed": params["embed"], **params["encoder"]}
@@ -245,8 +249,8 @@ def encode(
 
 
 def layer_memories(config: ModelConfig, params: dict, memory: Memory) -> tuple[Memory, ...]:
-    """Keys and values of the source in each layer of a decoder, computed once for all of its tokens; `params` are as
-    `init_params` returns them.
+    """Keys and values of the source in each layer of a decoder, computed once for all target tokens. `params` are those
+    of `init_params`.
     """
     blocks = _merge(config, params).blocks
     layers = (jax.tree.map(lambda leaf, n=n: leaf[n], blocks) for n in range(config.n_layer))
@@ -271,10 +275,10 @@ def hidden_states(
         params: As `init_params` returns them.
         tokens_BT: Ids below `config.vocab_size`.
         positions_BT: Below `config.block_size`.
-        segments_BT: Tokens attend within their segment; None: everywhere before them.
-        ahead_BT: True where a token is visible to those before it too; None: nowhere.
-        compute: Precision and layout of the computation.
-        key: Randomness for dropout; None: no dropout.
+        segments_BT: Tokens attend only within their segment; None: one segment.
+        ahead_BT: True for tokens to which earlier ones may also attend; None: no such tokens.
+        compute: How the forward pass is computed.
+        key: Dropout key; None: no dropout.
     """
     inputs = BlockInputs(positions_BT, Mask(segments_BT, ahead_BT))
     return states_and_extras(config, params, tokens_BT, inputs, compute=compute, key=key)[0]
@@ -289,7 +293,7 @@ def states_and_extras(
     compute: Compute = Compute(),
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Extras]:
-    """The same, and the named scalars of its layers: the means over layers of what each one adds to the loss."""
+    """Like `hidden_states`, but also returns the layers' named scalars for the loss, averaged over layers."""
     x_BTD, extras = embed_tokens(config, params, tokens_BT, inputs.positions_BT, key=key), {}
     if axis_size(STAGES) > 1:
         x_BTD = _through_stages(config, params, x_BTD, inputs, compute, key)
@@ -301,7 +305,7 @@ def states_and_extras(
 def embed_tokens(
     config: ModelConfig, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, *, key: jax.Array | None = None
 ) -> jax.Array:
-    """The first piece of `hidden_states`: what the first block reads, float32 `[B, T, D]`."""
+    """The first part of `hidden_states`: the input of the first block, float32 `[B, T, D]`."""
     return _merge(config, _top_stack(params)).embedded(tokens_BT, positions_BT, key)
 
 
@@ -315,8 +319,8 @@ def apply_blocks(
     key: jax.Array | None = None,
     first: jax.Array | int = 0,
 ) -> tuple[jax.Array, Extras]:
-    """The second piece: the residual stream after the blocks in `params`, the lowest of which has number `first`, and
-    the named scalars of its layers.
+    """The second part: the residual stream after the blocks in `params`, and the layers' named scalars. `first` is the
+    layer number of the first of these blocks.
     """
     *stacks, _ = params["blocks"] if isinstance(params["blocks"], tuple) else (None,)
     lower = tuple(_merge(config, params | {"blocks": stack}).blocks for stack in stacks)
@@ -324,19 +328,21 @@ def apply_blocks(
 
 
 def final_norm(config: ModelConfig, params: dict, x_BTD: jax.Array, *, compute: Compute = Compute()) -> jax.Array:
-    """The third piece: final hidden states in the compute dtype."""
+    """The third part: final hidden states in the compute dtype."""
     norm = _merge(config, _top_stack(params)).norm_f
     dtype = jnp.dtype(compute.dtype)
     return x_BTD.astype(dtype) if norm is None else norm.with_residual(x_BTD, dtype)[1]
 
 
 def for_decoding(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
-    """The same model without what decoding does not know: lora becomes part of the weights, a prompt a prefix."""
+    """The same function with the adapters that decoding supports: merges LoRA into the weights, and replaces a prompt
+    by the prefix of its keys and values.
+    """
     if config.adapter.kind == "lora":
         return merge_lora(config, params)
     if config.adapter.kind == "prompt":
         prefix = _merge(config, params).prefix(jnp.float32)
-        assert prefix is not None  # a prompt makes one
+        assert prefix is not None  # a prompt adapter always gives one
         adapter = AdapterConfig(kind="prefix", tokens=config.adapter.tokens)
         kept = {name: part for name, part in params.items() if name != "prompt"}
         return dataclasses.replace(config, adapter=adapter), kept | {"adapters": prefix._asdict()}
@@ -351,39 +357,40 @@ def extend(
     dtype: jax.typing.DTypeLike,
     prefix: bool = False,
 ) -> tuple[jax.Array, Cache]:
-    """Runs tokens that follow those in `cache`; returns their hidden states `[B, T, D]` and the longer cache. Those of
-    a prefix attend to each other.
+    """Runs tokens that follow those in `cache`; returns their final hidden states `[B, T, D]` and the extended cache.
+    With `prefix`, the tokens also attend to later ones.
 
-    `config` and `params` are as `for_decoding` returns them, with blocks and adapters one by one; their matrices may be
-    `Projection`s.
+    `config` and `params` are those of `for_decoding`, with lists of blocks and adapters instead of stacks; their
+    matrices may be `Projection`s.
     """
     trunk = {name: part for name, part in params.items() if name not in ("head", "heads", "encoder")}
     return nnx.merge(_decoder_graphdef(config), trunk)(tokens_BT, cache, dtype, prefix)
 
 
 def unembedding(params: dict) -> jax.Array:
-    """The matrix `[V, D]` that reads out logits."""
+    """The matrix `[V, D]` of the output projection."""
     return params["head"]["w"] if "w" in params.get("head", {}) else params["embed"]["tokens"]
 
 
 def shared_rows(w_VD: jax.Array) -> jax.Array:
-    """A table of the vocabulary as it is used: whole rows, shared among the devices of `mesh.tensor`.
+    """Shards the rows of a vocabulary table over `mesh.tensor`, where the table is used.
 
-    Where these do not divide the rows, some are added that no token names and that the loss gives no probability.
+    If the number of devices does not divide the rows, rows are added. No token has their ids, and the loss gives them
+    no probability.
     """
     short = -w_VD.shape[0] % axis_size(HEADS)
     return constrain_sharding(jnp.pad(w_VD, ((0, short), (0, 0))) if short else w_VD, HEADS)
 
 
 def logits(config: ModelConfig, params: dict, x_BTD: jax.Array) -> jax.Array:
-    """Returns float32 logits `[B, T, vocab_size]` of hidden states; rows that only pad the embedding are cut off."""
+    """Returns float32 logits `[B, T, vocab_size]` of hidden states, without those of padded vocabulary rows."""
     w_VD = unembedding(params)[: config.vocab_size].astype(x_BTD.dtype)
     logits_BTV = dot("btd,vd->btv", x_BTD, w_VD, jnp.float32)
     return finish_logits(config, params, logits_BTV)
 
 
 def finish_logits(config: ModelConfig, params: dict, logits: jax.Array) -> jax.Array:
-    """Adds the bias, the scale and the soft cap of the config to float32 logits `[..., vocab_size]`."""
+    """Applies the output bias, scale and soft cap of the config to float32 logits `[..., vocab_size]`."""
     if config.output_bias:
         bias_V = params["head"]["bias"][: config.vocab_size].astype(jnp.float32)
         logits = logits + bias_V.reshape((1,) * (logits.ndim - 1) + (-1,))
@@ -393,8 +400,8 @@ def finish_logits(config: ModelConfig, params: dict, logits: jax.Array) -> jax.A
 
 
 def _through_stages(config, params, x_BTD, inputs, compute, key):
-    """The second piece where layers are sharded over stages; `parallel/pipeline.py` has a better schedule to train."""
-    assert key is None  # rows are streamed in parts, so dropout would not be that of one device
+    """The second part if layers are sharded over stages. Training has a faster one: `parallel/pipeline.py`."""
+    assert key is None  # sequences are streamed in micro-batches, so dropout would differ from that on one device
     stacks, rest = split_stacks(params)
 
     def stage(stacks, number, x_BTD, inputs):
@@ -409,8 +416,8 @@ def _top_stack(params: dict) -> dict:
 
 
 def _merge(config: ModelConfig, params: dict) -> GPT:
-    apart = "heads", "encoder"
-    return nnx.merge(_graphdef(config), {name: part for name, part in params.items() if name not in apart})
+    others = "heads", "encoder"
+    return nnx.merge(_graphdef(config), {name: part for name, part in params.items() if name not in others})
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Heads that name labels: from hidden states to logits and their loss, as functions of `params`.
+"""Classification heads: from hidden states to label logits and their loss, as functions of `params`.
 
 A head is `heads/NAME/w [N, D]` and `heads/NAME/bias [N]`.
 
@@ -16,14 +16,14 @@ from gptjax.ops.matmul import dot
 
 
 def init_head(width: int, labels: int, key: jax.Array) -> dict:
-    """Draws a head's float32 parameters."""
+    """Initializes a head's float32 parameters."""
     return {"w": normal(INIT_STD)(key, (labels, width)), "bias": jnp.zeros(labels)}
 
 
 def pool(x_BTD: jax.Array, lengths_B: jax.Array, pooling: Literal["last", "mean"]) -> jax.Array:
-    """One float32 vector `[B, D]` of the first `lengths_B` positions of each row; what lies behind them has no part.
+    """Pools the first `lengths_B` positions of each sequence into one float32 vector `[B, D]`; ignores the padding.
 
-    Rows of length 0 give finite numbers that mean nothing.
+    A sequence of length 0 gives a finite vector without meaning.
     """
     x_BTD = x_BTD.astype(jnp.float32)
     if pooling == "last":
@@ -42,13 +42,13 @@ def head_logits(head: dict, x: jax.Array) -> jax.Array:
 
 
 def label_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array, smoothing: float = 0.0) -> Loss:
-    """Sums the loss of one label for each place; `count` is the sum of the weights.
+    """Sums the cross-entropy of one label per place; `count` is the sum of the weights.
 
     Args:
         logits: `[..., N]`, float32.
-        targets: `[...]`, numbers of labels; -1 where there is none.
-        weights: `[...]`, of each place.
-        smoothing: Share of the target spread evenly over the labels.
+        targets: `[...]`, label numbers; -1: no label.
+        weights: `[...]`, one per place.
+        smoothing: Label smoothing: the share of the target that is spread evenly over the labels.
     """
     weights = jnp.where(targets >= 0, weights, 0.0)
     log_p = jax.nn.log_softmax(logits)
@@ -58,12 +58,12 @@ def label_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array, smooth
 
 
 def multi_label_loss(logits_BN: jax.Array, targets_BN: jax.Array, weights_B: jax.Array) -> Loss:
-    """Sums the loss of any number of labels for each row: the mean over labels of yes-or-no losses.
+    """Sums the multi-label loss of each example: the mean over labels of the binary cross-entropy.
 
     Args:
         logits_BN: Float32.
-        targets_BN: 1 where the row has the label, else 0.
-        weights_B: Of each row.
+        targets_BN: 1 if the example has the label, else 0.
+        weights_B: One per example.
     """
     signs_BN = 1.0 - 2.0 * targets_BN.astype(jnp.float32)
     nll = jnp.sum(jnp.mean(jax.nn.softplus(signs_BN * logits_BN), axis=-1) * weights_B)

@@ -1,4 +1,4 @@
-"""What every block reads beside the residual stream.
+"""Inputs of every block in addition to the residual stream: positions, masks, the encoded source.
 
 Shape suffixes: B batch, T position, S slot of the cache.
 """
@@ -11,26 +11,26 @@ from gptjax.ops.attention_spec import Mask
 
 
 class MemoryHeads(NamedTuple):
-    """Keys and values that one layer makes of the source."""
+    """Keys and values of the source in one layer."""
 
     k_BSGC: jax.Array
     v_BSGC: jax.Array
 
 
 class Memory(NamedTuple):
-    """What a decoder reads of the source; S is a position of the source here."""
+    """The encoded source that a decoder attends to. Here S is a position of the source."""
 
     keys_BS: jax.Array
-    """False where the source is padding."""
+    """False for padding."""
     states_BSD: jax.Array | None = None
     """Final hidden states of the encoder."""
     heads: MemoryHeads | None = None
-    """What the layer at hand made of them, while decoding with a cache."""
+    """Keys and values that the current layer computed from them, when decoding with a cache."""
 
 
 class BlockInputs(NamedTuple):
-    """Positions and masks, and the source of an encoder-decoder; `used` and what follows is set while decoding with a
-    cache.
+    """Positions, masks, and the source of an encoder-decoder. `used`, `full_BTS` and `local_BTS` are set only when
+    decoding with a cache.
     """
 
     positions_BT: jax.Array
@@ -38,16 +38,16 @@ class BlockInputs(NamedTuple):
     mask: Mask = Mask()
     """Which keys of whole sequences a query may attend to."""
     used: jax.Array | None = None
-    """Slots of the cache that are filled."""
+    """Number of filled slots of the cache."""
     full_BTS: jax.Array | None = None
-    """Slots that each new token may attend to in layers without window."""
+    """Slots to which each new token may attend in layers without a window."""
     local_BTS: jax.Array | None = None
     """The same in layers with a window."""
     memory: Memory | None = None
-    """The source; None: a decoder alone."""
+    """The encoded source; None for a decoder-only model."""
 
     def visible(self, kind: str) -> jax.Array:
-        """Slots that new tokens may attend to in layers of a kind."""
+        """Slots to which new tokens may attend in layers of a kind."""
         visible_BTS = self.local_BTS if kind == "local" else self.full_BTS
-        assert visible_BTS is not None  # it is set wherever there is a cache
+        assert visible_BTS is not None  # `Decoder` sets it with every cache
         return visible_BTS

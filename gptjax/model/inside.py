@@ -1,5 +1,5 @@
-"""What happens inside the decoder for a text: the residual stream before and after every block, and all attention
-weights. Slow and plain, for looking at a model.
+"""Activations of the decoder for a text: the residual stream before and after every block, and all attention weights.
+Slow; used to inspect a model.
 
 Shape suffixes: B batch, T query position, S key position, D n_embd, H query heads, N layer.
 """
@@ -24,20 +24,22 @@ class Inside(NamedTuple):
     """Float32 arrays of a forward pass."""
 
     streams_NBTD: jax.Array
-    """The residual stream that the first block reads, and after each block: `n_layer + 1` of them."""
+    """The residual stream before the first block and after each block: `n_layer + 1` arrays."""
     weights_NBHTS: jax.Array
-    """How much each position attends to each position, by layer and head; rows sum to 1."""
+    """Attention weights by layer and head; they sum to 1 over S."""
 
 
 def look_inside(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> Inside:
     """Runs whole sequences that begin at position 0, in float32 and without dropout.
 
     Raises:
-        UserError: The model has learned keys before the text, which are no tokens.
+        UserError: The model has learned keys before the text, which belong to no token.
     """
     config, params = for_decoding(config, params)
     if config.adapter.kind == "prefix":
-        raise UserError("a prompt or prefix adapter has keys that are no tokens of the text; inspect its base instead")
+        raise UserError(
+            "a model with a prompt or prefix adapter has keys that belong to no token; inspect its base model instead"
+        )
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
     model = nnx.merge(graph, {name: part for name, part in params.items() if name != "heads"})
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)

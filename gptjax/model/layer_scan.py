@@ -1,4 +1,4 @@
-"""A loop over stacked layers whose kinds may differ, in a program whose size does not grow with depth."""
+"""A loop over stacked layers of different kinds. The size of the compiled program does not grow with depth."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,11 @@ def scan_layers(
 ) -> tuple[jax.Array, Any]:
     """Applies layers one after another.
 
-    Layers of one kind are one `lax.scan`. Where kinds follow a pattern, one iteration of the scan applies the layers of
-    a whole period; layers beyond the last whole period follow it one by one.
+    Layers of one kind are one `lax.scan`. If kinds repeat with a period, one iteration of the scan applies the layers
+    of one period. Layers after the last whole period are applied one by one.
 
     Args:
-        apply: A function of a kind, the residual stream and one layer's leaves; returns the stream and a tree of
+        apply: A function of the kind, the residual stream and one layer's leaves. Returns the stream and a tree of
             scalars.
         x: The residual stream.
         stacks: Leaves with a leading layer axis.
@@ -56,5 +56,5 @@ def scan_layers(
 
 
 def _period(kinds: tuple[str, ...]) -> int:
-    """The shortest length after which kinds repeat."""
+    """The smallest period of the sequence of kinds."""
     return next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))

@@ -16,11 +16,11 @@ from gptjax.ops.axes import constrain_batch
 from gptjax.ops.cross_entropy import Loss, LossOptions, cross_entropy
 
 AnyBatch = TextBatch | Batch | PrefixBatch | PairBatch
-"""What a model reads; each has `inputs`, `[B, T]`."""
+"""A batch of any task; each has `inputs`, `[B, T]`."""
 
 
 def loss_options(model: ModelConfig, label_smoothing: float = 0.0, z_loss: float = 0.0) -> LossOptions:
-    """What is minimised for a model."""
+    """Options of the next-token loss of a model."""
     return LossOptions(model.vocab_size, label_smoothing, z_loss, model.logit_softcap)
 
 
@@ -36,21 +36,21 @@ def batch_loss(
 
     Args:
         model: Shape of the model.
-        options: What is minimised.
-        compute: Precision and layout of the computation.
+        options: Options of the loss.
+        compute: How the forward pass is computed.
         params: As `init_params` returns them.
-        batch: Its `segments` may be None: one document a row.
-        key: Randomness for dropout; None: no dropout.
+        batch: Its `segments` may be None: each sequence is one document.
+        key: Dropout key; None: no dropout.
     """
     return token_loss(model, options, params, batch_states(model, compute, params, batch, key), batch)
 
 
 def token_loss(model: ModelConfig, options: LossOptions, params: dict, x_BTD: jax.Array, batch: AnyBatch) -> Loss:
-    """Sums the next-token loss of final hidden states."""
+    """Sums the next-token loss, given final hidden states."""
     w_VD = shared_rows(unembedding(params))
     if model.logit_scale != 1.0:
         x_BTD = x_BTD * jnp.asarray(model.logit_scale, x_BTD.dtype)
-    if model.output_bias:  # one more channel, which is 1 in all states
+    if model.output_bias:  # as a weight of one more channel, which is 1 in all hidden states
         bias_V1 = shared_rows(params["head"]["bias"][:, None]) * model.logit_scale
         w_VD = jnp.concatenate([w_VD, bias_V1.astype(w_VD.dtype)], axis=1)
         x_BTD = jnp.concatenate([x_BTD, jnp.ones((*x_BTD.shape[:-1], 1), x_BTD.dtype)], axis=-1)
@@ -72,7 +72,7 @@ def batch_states(
 def all_inputs(
     model: ModelConfig, compute: Compute, params: dict, batch: AnyBatch, key: jax.Array | None
 ) -> BlockInputs:
-    """What blocks read beside the residual stream, with the encoded source of pairs."""
+    """`BlockInputs` of a batch, with the encoded source if the batch has source and target pairs."""
     if not isinstance(batch, PairBatch):
         return inputs_of(model, batch)
     memory = encode(model, params, batch.source, batch.lengths, compute=compute, key=key)
@@ -80,24 +80,24 @@ def all_inputs(
 
 
 def inputs_of(model: ModelConfig, batch: TextBatch | Batch | PrefixBatch) -> BlockInputs:
-    """What blocks read of a batch beside the residual stream."""
+    """`BlockInputs` of a batch for a decoder-only model."""
     positions_BT = positions_of(batch)
     if isinstance(batch, PrefixBatch):
         return BlockInputs(positions_BT, Mask(batch.segments, batch.ahead))
     if isinstance(batch, Batch):
         return BlockInputs(positions_BT, Mask(batch.segments))
-    padded = model.bidirectional  # causal attention never looks at padding, which follows the text
+    padded = model.bidirectional  # padding follows the text, so causal attention never attends to it
     return BlockInputs(positions_BT, Mask(keys_BS=positions_BT < batch.lengths[..., None] if padded else None))
 
 
 def extra_weights(model: ModelConfig) -> dict[str, float]:
-    """Weights of the named scalars of a model's layers in the objective."""
+    """Weights in the objective of the layers' named scalars."""
     return {"balance_loss": model.balance_loss, "router_z_loss": model.router_z_loss}
 
 
 def positions_of(batch: AnyBatch) -> jax.Array:
     """Position of each token in its text."""
-    # Rows of texts are filled up at their end, which causal attention never looks at.
+    # Texts are padded at the end, so their positions need no mask.
     return (
         batch.positions
         if isinstance(batch, Batch | PrefixBatch)
@@ -108,12 +108,12 @@ def positions_of(batch: AnyBatch) -> jax.Array:
 def label_logits(
     model: ModelConfig, task: TaskConfig, compute: Compute, params: dict, name: str, batch: TextBatch | Batch
 ) -> jax.Array:
-    """Returns float32 logits of the labels of head `name`: `[B, N]` of texts, `[B, T, N]` of word tags."""
+    """Returns float32 label logits of head `name`: `[B, N]` for texts, `[B, T, N]` for tags of words."""
     return state_logits(task, params, name, batch_states(model, compute, params, batch), batch)
 
 
 def state_logits(task: TaskConfig, params: dict, name: str, x_BTD: jax.Array, batch: TextBatch | Batch) -> jax.Array:
-    """The same of final hidden states."""
+    """Like `label_logits`, given final hidden states."""
     head = params["heads"][name]
     if isinstance(batch, TextBatch):
         return head_logits(head, pool(x_BTD, batch.lengths, task.pooling))
@@ -121,7 +121,7 @@ def state_logits(task: TaskConfig, params: dict, name: str, x_BTD: jax.Array, ba
 
 
 def label_batch_loss(task: TaskConfig, logits: jax.Array, batch: TextBatch | Batch, smoothing: float = 0.0) -> Loss:
-    """Sums the loss of `state_logits` over the labels of a batch."""
+    """Sums the loss of label logits over a batch."""
     if isinstance(batch, Batch):
         return label_loss(logits, batch.targets, (batch.targets >= 0).astype("float32"), smoothing)
     if task.multi_label:

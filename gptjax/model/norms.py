@@ -1,6 +1,6 @@
 """Norms, by name.
 
-Shape suffixes: D width of what is normalised.
+Shape suffixes: D width of the normalised axis.
 """
 
 import jax
@@ -12,7 +12,7 @@ from gptjax.ops.elementwise import layer_norm, layer_norm_with_residual, rms_nor
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm (arXiv:1607.06450) with a learned scale and, where the config has biases, a bias."""
+    """Layer norm (arXiv:1607.06450) with a learned scale, and a bias if the config has biases."""
 
     def __init__(self, config: ModelConfig, width: int = 0):
         D = width or config.n_embd
@@ -24,7 +24,7 @@ class LayerNorm(nnx.Module):
         return layer_norm(x, *self._parameters(), dtype, self.epsilon)
 
     def with_residual(self, x_BTD: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-        """Returns the residual stream too, see `layer_norm_with_residual`."""
+        """Also returns the residual stream, see `layer_norm_with_residual`."""
         return layer_norm_with_residual(x_BTD, *self._parameters(), dtype, self.epsilon)
 
     def _parameters(self) -> tuple[jax.Array, jax.Array | None]:
@@ -43,10 +43,10 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, None if self.scale is None else self.scale[...], dtype, self.epsilon)
 
     def with_residual(self, x_BTD: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-        """Returns the residual stream too."""
+        """Also returns the residual stream."""
         return x_BTD, self(x_BTD, dtype)
 
 
 Norm = LayerNorm | RMSNorm
 NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}
-"""By `model.norm`."""
+"""The class for each value of `model.norm`."""

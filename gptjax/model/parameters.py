@@ -1,4 +1,4 @@
-"""What all layers share: how parameters are drawn, and a linear layer whose weight may be laid out for decoding."""
+"""Shared by all layers: initializers, and a linear layer whose weight may have a layout for decoding."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 def weight_init(config: ModelConfig) -> Initializer:
-    """How matrices that read the residual stream are drawn."""
+    """Initializer of matrices that read the residual stream."""
     if config.init == "gpt2":
         return normal(INIT_STD)
     bound = (3 / config.n_embd) ** 0.5
@@ -25,22 +25,24 @@ def weight_init(config: ModelConfig) -> Initializer:
 
 
 def output_init(config: ModelConfig) -> Initializer:
-    """How matrices that add to the residual stream are drawn: in GPT-2 smaller with depth, two additions a block."""
+    """Initializer of matrices whose output is added to the residual stream. GPT-2 scales it by the square root of the
+    number of these additions, two per block.
+    """
     return normal(INIT_STD / (2 * config.n_layer) ** 0.5) if config.init == "gpt2" else jax.nn.initializers.zeros
 
 
 def zeros(*shape: int) -> nnx.Param:
-    """A parameter that starts at zero."""
+    """A parameter initialized with zeros."""
     return nnx.Param(jnp.zeros(shape))
 
 
 def value(param: nnx.Param | None) -> jax.Array | None:
-    """A parameter's array, None where there is none."""
+    """A parameter's array, or None."""
     return None if param is None else param[...]
 
 
-def laid_out(weight: nnx.Param) -> bool:
-    """Whether a weight is laid out for decoding, see `ops.projection`."""
+def has_decoding_layout(weight: nnx.Param) -> bool:
+    """Whether a weight has a layout for decoding, see `ops.projection`."""
     return isinstance(weight.get_value(), Projection)
 
 
@@ -52,7 +54,7 @@ def linear(
     outputs_first: bool = False,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """Multiplies by a weight as it is trained, or as it is laid out for decoding; adds `bias` and `residual`."""
+    """Multiplies by a weight in its layout for training or for decoding; adds `bias` and `residual` if given."""
     w = weight.get_value()
     if not isinstance(w, Projection):
         return ops.linear(x, w, value(bias), out_dtype, outputs_first, residual)

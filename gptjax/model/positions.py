@@ -1,6 +1,6 @@
-"""Position methods, by name: what tells a model the order of its tokens.
+"""Position methods, by name.
 
-A method adds to the embeddings, rotates queries and keys, or adds a bias to the attention logits.
+A method adds vectors to the embeddings, rotates queries and keys, or adds a bias to the attention logits.
 
 Shape suffixes: B batch, T position, D n_embd, C head_dim, H query heads, N distance, F frequency of a pair of channels.
 """
@@ -17,28 +17,28 @@ from gptjax.config.model import ModelConfig
 from gptjax.ops.attention_spec import Bias
 
 T5_BUCKETS, T5_DISTANCE = 32, 128
-"""Buckets of the relative bias, and the distance from which on all share the last one (arXiv:1910.10683)."""
+"""Number of buckets of the relative bias; all larger distances share the last bucket (arXiv:1910.10683)."""
 
 
 class PositionMethod(NamedTuple):
-    """What a method does; the parts that it has not are None."""
+    """The parts of a position method; None for a part that the method does not have."""
 
     add: Callable[[ModelConfig, jax.Array], jax.Array] | None = None
-    """From positions `[B, T]` to what is added to the embeddings, float32 `[B, T, D]`."""
+    """Maps positions `[B, T]` to vectors that are added to the embeddings, float32 `[B, T, D]`."""
     rotate: Callable[[ModelConfig, jax.Array, jax.Array, str], jax.Array] | None = None
     """Rotates heads `[B, T, ..., C]` at positions `[B, T]` in layers of a kind, see `ModelConfig.layer_kind`."""
     bias: Callable[[ModelConfig, jax.Array | None, int], Bias] | None = None
-    """From a layer's table, where it has one, and the number of key positions."""
+    """Maps a layer's table (if it has one) and the number of key positions to the attention bias."""
     embedding_table: bool = False
-    """Whether the embedding holds a learned table `[block_size, D]`."""
+    """Whether the model has a learned table `[block_size, D]`."""
     layer_table: Callable[[ModelConfig], tuple[int, ...]] | None = None
-    """Shape of a table that each layer learns."""
+    """Shape of the table that each layer learns."""
     slides: bool = True
-    """Whether only distances matter, so that a full context may slide by one token."""
+    """Whether the method depends only on distances, so that a full context can slide by one token."""
 
 
 def sinusoidal(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
-    """Fixed waves of geometrically spaced lengths (arXiv:1706.03762, section 3.5): sines first, then cosines."""
+    """Fixed sinusoidal embeddings (arXiv:1706.03762, section 3.5): sines first, then cosines."""
     half = config.n_embd // 2
     frequencies_F = jnp.exp(-math.log(10_000.0) / half * jnp.arange(half, dtype=jnp.float32))
     angles_BTF = positions_BT[..., None].astype(jnp.float32) * frequencies_F[None, None]
@@ -49,13 +49,13 @@ def sinusoidal(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
 def rotate(config: ModelConfig, x: jax.Array, positions_BT: jax.Array, kind: str) -> jax.Array:
     """Rotates pairs of channels by angles that grow with the position (RoPE, arXiv:2104.09864, section 3.2).
 
-    Channel i pairs with channel i + half, as in Llama; of partial rotation the first channels rotate.
+    Channel i pairs with channel i + half, as in Llama. Partial rotation rotates the first channels.
 
     Args:
-        config: Bases, share of channels, and how frequencies are scaled.
+        config: Base frequencies, share of rotated channels, and scaling for longer contexts.
         x: `[B, T, ..., C]`.
         positions_BT: Position of each token.
-        kind: Of the layer; local layers with a base of their own are not scaled (arXiv:2503.19786, section 2).
+        kind: Of the layer. Local layers with their own base are not scaled (arXiv:2503.19786, section 2).
     """
     local = config.rope_local_base if kind == "local" else 0.0
     frequencies_F, magnitude = rope_frequencies(config, local or config.rope_base, scaled=not local)
@@ -90,7 +90,7 @@ def rope_frequencies(config: ModelConfig, base: float, scaled: bool = True) -> t
     elif scaling == "yarn":
         magnitude = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-        def dim_of(turns: float) -> float:  # the channel pair that turns so often over the original length
+        def dim_of(turns: float) -> float:  # the channel pair that makes this many turns over the original length
             return C * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
         low, high = max(math.floor(dim_of(32.0)), 0), min(math.ceil(dim_of(1.0)), C - 1)
@@ -100,8 +100,8 @@ def rope_frequencies(config: ModelConfig, base: float, scaled: bool = True) -> t
 
 
 def alibi_slopes(n_head: int) -> np.ndarray:
-    """A slope for each head: a geometric sequence (arXiv:2108.12409, section 3), filled up as in the authors' code
-    where heads are no power of two.
+    """A slope for each head: a geometric sequence (arXiv:2108.12409, section 3). If the number of heads is not a power
+    of two, every second slope of the next power of two is appended, as in the authors' code.
     """
 
     def of_power(count: int) -> list[float]:
@@ -120,8 +120,9 @@ def _alibi(config: ModelConfig, _table: jax.Array | None, _keys: int) -> Bias:
 
 
 def t5_bucket(distance_N: np.ndarray, bidirectional: bool = False) -> np.ndarray:
-    """The bucket of each distance of a query from a key before it (arXiv:1910.10683, section 2.1): exact for small
-    ones, then logarithmic. Causal: keys after the query share bucket 0. Bidirectional: they have the second half.
+    """The bucket of each distance from a query back to a key (arXiv:1910.10683, section 2.1): one per small distance,
+    then logarithmic. Causal: keys after the query share bucket 0. Bidirectional: they use the second half of the
+    buckets.
     """
     count = T5_BUCKETS // 2 if bidirectional else T5_BUCKETS
     distance = np.abs(distance_N) if bidirectional else np.maximum(distance_N, 0)
@@ -145,4 +146,4 @@ POSITIONS: dict[str, PositionMethod] = {
     "alibi": PositionMethod(bias=_alibi),
     "t5": PositionMethod(bias=_t5, layer_table=lambda config: (T5_BUCKETS, config.n_head)),
 }
-"""By `model.positions`."""
+"""The method for each value of `model.positions`."""

@@ -21,7 +21,7 @@ STACKS = ("blocks", "adapters")
 
 
 def split_stacks(params: dict) -> tuple[dict, dict]:
-    """Parameters with a leading layer axis, and the others."""
+    """Splits parameters into those with a leading layer axis and the others."""
     stacks = {name: part for name, part in params.items() if name in STACKS}
     return stacks, {name: part for name, part in params.items() if name not in STACKS}
 

@@ -11,9 +11,9 @@ from gptjax.batches.pretraining import Batch, PackedWindows, PrefixBatch, evalua
 from gptjax.config.objective import SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.config.run import Config
 from gptjax.evaluation.loss import MixtureEvaluation, make_eval_step, mean_evaluation, measure
-from gptjax.model.ahead import predict_ahead
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import loss_options, token_loss
+from gptjax.model.multi_token import multi_token_loss
 from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_texts
 from gptjax.text.shards import TokenSplit
 from gptjax.text.tokenizers.base import Tokenizer
@@ -143,7 +143,7 @@ def next_token_loss(config: Config, _name: str = "") -> StatesLoss:
     model = config.model
     options = loss_options(model, config.train.label_smoothing, config.train.z_loss)
     if config.task.objective.kind == "multi_token":
-        return predict_ahead(model, options)
+        return multi_token_loss(model, options)
     return lambda params, x_BTD, batch: token_loss(model, options, params, x_BTD, batch)
 
 

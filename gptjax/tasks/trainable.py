@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from gptjax.config.run import Config
 from gptjax.errors import UserError
-from gptjax.model.ahead import init_ahead
 from gptjax.model.gpt import init_params
+from gptjax.model.multi_token import init_multi_token_heads
 from gptjax.tasks.heads import init_task_head
 
 NEW = ("adapters/", "prompt/", "heads/")  # what a base does not have
@@ -30,7 +30,9 @@ def init_all(config: Config, key: jax.Array, base: dict | None = None) -> dict:
     }
     objective = config.task.objective
     if objective.kind == "multi_token":
-        heads["ahead"] = init_ahead(config.model, objective.ahead - 1, jax.random.fold_in(key, len(heads) + 1))
+        heads["ahead"] = init_multi_token_heads(
+            config.model, objective.ahead - 1, jax.random.fold_in(key, len(heads) + 1)
+        )
     return params | {"heads": heads | given.get("heads", {})} if heads else params
 
 

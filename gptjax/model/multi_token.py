@@ -1,7 +1,7 @@
-"""Heads that predict tokens further ahead than the next one (multi-token prediction, arXiv:2404.19737, section 2).
+"""Heads that predict tokens after the next one (multi-token prediction, arXiv:2404.19737, section 2).
 
-Each head is a block over the final hidden states of the decoder, and shares its final norm and output projection. The
-next token is predicted by the decoder alone, so without the heads it is an ordinary one.
+Each head is a block that reads the decoder's final hidden states; its final norm and output projection are the
+decoder's. The heads do not change the prediction of the next token, so they can be removed after training.
 
 Shape suffixes: K heads, B batch, T position, D n_embd.
 """
@@ -21,14 +21,14 @@ from gptjax.model.loss import inputs_of, token_loss
 from gptjax.ops.cross_entropy import Loss, LossOptions
 
 
-def init_ahead(model: ModelConfig, heads: int, key: jax.Array) -> dict:
-    """Draws the blocks of `heads` heads, with a leading axis, float32."""
+def init_multi_token_heads(model: ModelConfig, heads: int, key: jax.Array) -> dict:
+    """Initializes the blocks of all heads, stacked on a leading axis, float32."""
     return {"blocks": init_params(dataclasses.replace(_head_model(model), n_layer=heads, vocab_size=1), key)["blocks"]}
 
 
-def predict_ahead(model: ModelConfig, options: LossOptions) -> Callable[[dict, jax.Array, Batch], Loss]:
-    """Returns the loss of the next token plus that of each token further ahead, as a function of parameters, final
-    hidden states and the batch. `nll` and `count` are those of the next token.
+def multi_token_loss(model: ModelConfig, options: LossOptions) -> Callable[[dict, jax.Array, Batch], Loss]:
+    """Returns a function of parameters, final hidden states and the batch: the loss of the next token plus that of each
+    head. `nll` and `count` are those of the next token.
     """
     head_model = _head_model(model)
 
@@ -45,7 +45,7 @@ def predict_ahead(model: ModelConfig, options: LossOptions) -> Callable[[dict, j
             y_BTD = final_norm(head_model, own, y_BTD, compute=compute)
             return token_loss(model, options, own, y_BTD, batch._replace(targets=targets_BT))
 
-        # One head after the other, each recomputed in its backward pass: their logits are not in memory together.
+        # Heads run one after another and are recomputed in the backward pass, so memory holds one head's logits.
         one = jax.checkpoint(one)
         targets_KBT = jnp.stack([targets_ahead(batch, distance) for distance in range(1, heads + 1)])
         _, losses = jax.lax.scan(lambda _, head: (None, one(*head)), None, (stack, targets_KBT))
@@ -59,7 +59,7 @@ def predict_ahead(model: ModelConfig, options: LossOptions) -> Callable[[dict, j
 
 
 def targets_ahead(batch: Batch, distance: int) -> jax.Array:
-    """The target of the position `distance` later, `[B, T]`; -1 where that lies in another document or window."""
+    """The target `distance` positions later, `[B, T]`; -1 if that position is in another document or window."""
     targets_BT = _shifted(batch.targets, distance)
     if batch.segments is None:
         return targets_BT
@@ -71,7 +71,7 @@ def _shifted(x_BT: jax.Array, distance: int) -> jax.Array:
 
 
 def _head_model(model: ModelConfig) -> ModelConfig:
-    """The shape of a head's block: the decoder's, with full attention and one MLP."""
+    """The config of a head's block: the decoder's, with full attention and a dense MLP."""
     default = ModelConfig()
     dense = ("n_expert", "experts_per_token", "expert_width", "n_shared_expert", "expert_capacity", "balance_loss")
     reset = {name: getattr(default, name) for name in (*dense, "router_z_loss", "attention_pattern", "residual_mix")}
