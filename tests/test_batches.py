@@ -127,7 +127,7 @@ def test_short_corpora_stay_inside_the_stream(n_tokens):
 
 
 def test_corpus_shorter_than_a_window_names_the_largest_that_would_do():
-    with pytest.raises(UserError, match=r"8 tokens .* model\.block_size=8 .* would do: 7"):
+    with pytest.raises(UserError, match=r"8 tokens .* model\.block_size=8 .* block_size is 7"):
         windows(make_split([8], end_of_text=None))
     windows(make_split([8], end_of_text=None), block_size=7)
 

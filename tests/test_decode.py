@@ -304,8 +304,8 @@ def test_params_that_lie_on_several_devices_decode_the_same():
     ("prompts", "options", "message"),
     [
         ([np.array([], int)], {}, "prompt 1 is empty"),
-        ([np.array([1]), np.array([1, 37])], {}, "prompt 2 holds token 37, outside model.vocab_size=37"),
-        ([np.array([-1])], {}, "prompt 1 holds token -1"),
+        ([np.array([1]), np.array([1, 37])], {}, "prompt 2 contains token 37, which is outside model.vocab_size=37"),
+        ([np.array([-1])], {}, "prompt 1 contains token -1"),
         ([np.array([1])], {"top_k": 38}, "top_k=38 must be at most model.vocab_size=37"),
         ([np.array([1])], {"logprobs": 38}, "logprobs=38 must be at most model.vocab_size=37"),
         ([np.array([1])], {"logit_bias": ("37=1",)}, "logit_bias: token 37 is outside model.vocab_size=37"),

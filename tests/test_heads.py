@@ -82,7 +82,7 @@ def test_a_row_of_two_texts_has_marks_around_them_and_loses_the_end_of_the_longe
     expected = [[300, *b"ab", 301, *b"cde", 302], [300, *b"abcd", 301, *b"xy", 302], [300, *b"abc", 301, *b"ABC", 302]]
     assert [ids.tolist() for ids in tokens] == expected and cut.tolist() == [False, True, True]
     chars = make_tokenizer(TokenizerConfig(kind="chars"), lambda: ["abcde"])
-    with pytest.raises(UserError, match=r"no end-of-text token to stand between.*task.delimiters=learned"):
+    with pytest.raises(UserError, match=r"no end-of-text token to put between.*task.delimiters=learned"):
         encode_rows([("a", "b")], chars, Marks((), (), ()), 9)
 
 

@@ -128,7 +128,7 @@ def test_responses_must_differ_within_the_window():
     task = TaskConfig(kind="dpo", template=TEMPLATE)
     assert examples(task, [{"prompt": "a", "chosen": "b", "rejected": "b"}]) == []
     late = examples(task, [{"prompt": "a" * 30, "chosen": "b", "rejected": "c"}])
-    with pytest.raises(UserError, match=r"r:1: the response begins behind task.max_tokens=32"):
+    with pytest.raises(UserError, match=r"r:1: the response begins after task.max_tokens=32"):
         encode_preferences(late, BYTES, 32)
     alike = examples(task, [{"prompt": "a", "chosen": "b" * 30 + "c", "rejected": "b" * 30 + "d"}])
     with pytest.raises(UserError, match=r"r:1: both responses are the same within task.max_tokens=32"):

@@ -220,8 +220,8 @@ def test_a_prompt_may_be_scored_alone():
     [
         ([1] * 60, {"max_new_tokens": 6}, "the prompt has 60 tokens, and 6 new ones do not fit"),
         ([], {}, "prompt 1 is empty"),
-        ([99], {}, "holds token 99"),
-        ([1], {"no_repeat_ngram": 2}, "no_repeat_ngram=2 works in gptjax sample only"),
+        ([99], {}, "contains token 99"),
+        ([1], {"no_repeat_ngram": 2}, "no_repeat_ngram=2 is supported by gptjax sample only"),
         ([1], {"logprobs": 21}, "logprobs=21 must be at most 20"),
     ],
 )

@@ -17,7 +17,7 @@ from gptjax.errors import UserError
 from gptjax.text.labelled import Text
 from gptjax.text.tokenizers.base import Tokenizer
 
-POOL = 8  # batches that are sorted by length together
+POOL = 8  # texts are sorted by length within this many batches
 LENGTHS = (4, 2, 1)  # a batch has a quarter, half or all of max_tokens: few shapes, so that few programs compile
 
 
@@ -37,14 +37,14 @@ class TextBatch(NamedTuple):
 
 
 class CandidateBatch(NamedTuple):
-    """Several token sequences for each row, padded at the end."""
+    """Several candidate sequences for each example, padded at the end."""
 
     inputs: Any
     """int32 `[B, K, T]`."""
     lengths: Any
-    """int32 `[B, K]`: tokens of each sequence; 0: the row has no such candidate."""
+    """int32 `[B, K]`: tokens of each sequence; 0: no such candidate."""
     targets: Any
-    """As of `TextBatch`, or the number of the right candidate."""
+    """Targets of `TextBatch`, or the number of the correct candidate."""
     weights: Any
     """float32 `[B]`: weight of the row in the loss; 0 for padding rows."""
 
@@ -54,17 +54,17 @@ class Encoded(Protocol):
 
     @property
     def tokens(self) -> Sequence[Any]:
-        """Of each row a sequence of ids, or several."""
+        """The token ids of each row: one sequence or several."""
         ...
 
     @property
     def targets(self) -> np.ndarray:
-        """Of each row, as in the batch."""
+        """The target of each row, as in the batch."""
         ...
 
     @property
     def cut(self) -> np.ndarray:
-        """bool: rows that lost a part of their text."""
+        """bool: rows whose text was cut."""
         ...
 
     @property
@@ -90,7 +90,7 @@ class TextSet:
     targets: np.ndarray
     """As in `TextBatch`, for all texts."""
     cut: np.ndarray
-    """bool: texts that were longer than `max_tokens` and lost their end."""
+    """bool: texts that were cut at `max_tokens`."""
     max_tokens: int
 
     @property
@@ -117,10 +117,10 @@ class CandidateSet:
     targets: np.ndarray
     """As in `CandidateBatch`, for all rows."""
     cut: np.ndarray
-    """bool: rows with a sequence that lost a part of its text."""
+    """bool: rows with a sequence that was cut."""
     max_tokens: int
     candidates: int
-    """Most sequences of a row."""
+    """Largest number of sequences in a row."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -144,7 +144,7 @@ class CandidateSet:
 
 
 def _padded(tokens: Sequence[np.ndarray], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences as an array of one of the `widths`, and their lengths."""
+    """Pads sequences to one of the `widths`; returns them and their lengths."""
     lengths = np.array([len(ids) for ids in tokens], np.int32)
     T = next(width for width in widths(max_tokens) if width >= lengths.max(initial=1))
     inputs = np.zeros((len(tokens), T), np.int32)
@@ -154,7 +154,7 @@ def _padded(tokens: Sequence[np.ndarray], max_tokens: int) -> tuple[np.ndarray, 
 
 
 def _taken(targets: np.ndarray, numbers: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Targets and weights of the rows `numbers`; of number -1 a target that is none, and weight 0."""
+    """Targets and weights of the rows `numbers`; number -1 gives an empty target and weight 0."""
     here = numbers >= 0
     nothing = -1 if targets.ndim == 1 else 0
     taken = np.where(here.reshape((-1,) + (1,) * (targets.ndim - 1)), targets[np.maximum(numbers, 0)], nothing)
@@ -175,18 +175,18 @@ def encode_texts(
         examples: Texts; their labels may be missing.
         tokenizer: The model's.
         labels: Names, in the order of the head's outputs.
-        multi_label: Whether a text has any number of labels.
-        max_tokens: Longer texts keep their beginning.
+        multi_label: Whether a text can have any number of labels.
+        max_tokens: Longer texts are cut at the end.
 
     Raises:
-        UserError: There is no room for a token of a text.
+        UserError: `max_tokens` leaves no room for a token of a text.
     """
     tokens, cut = encode_rows([(example.text,) for example in examples], tokenizer, end_marks(tokenizer), max_tokens)
     return TextSet(tokens, label_targets(examples, labels, multi_label), cut, max_tokens)
 
 
 def label_targets(examples: Sequence[Text], labels: Sequence[str], multi_label: bool) -> np.ndarray:
-    """The targets of `TextSet` of labels; of texts without a label -1, or zeros."""
+    """The targets of a `TextSet`; -1, or zeros with `multi_label`, for texts without a label."""
     number = {label: n for n, label in enumerate(labels)}
     if multi_label:
         targets = np.zeros((len(examples), len(labels)), np.int32)
@@ -197,7 +197,7 @@ def label_targets(examples: Sequence[Text], labels: Sequence[str], multi_label: 
 
 
 class Marks(NamedTuple):
-    """Token ids that stand before, between and behind the texts of a row; each is one id or none."""
+    """Token ids before, between and after the texts of a row; each is one id or none."""
 
     start: tuple[int, ...]
     delimiter: tuple[int, ...]
@@ -205,7 +205,7 @@ class Marks(NamedTuple):
 
 
 def end_marks(tokenizer: Tokenizer) -> Marks:
-    """End-of-text in all three places, as documents of pretraining have it; nothing, where the tokenizer has none."""
+    """End-of-text in all three places, as between documents in pretraining; none if the tokenizer has no such token."""
     end = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
     return Marks(end, end, end)
 
@@ -215,22 +215,22 @@ def encode_rows(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Encodes rows of one or two texts with marks around them.
 
-    A row that is too long loses the end of its longer text, or of both, down to half of the room.
+    If a row is too long, its longer text is cut at the end, or both are, to half of the room each.
 
     Returns:
-        Token ids of each row, int32, and whether it lost a part.
+        Token ids of each row, int32, and whether it was cut.
 
     Raises:
-        UserError: There is no room for a token of each text, or nothing would part two texts.
+        UserError: There is no room for a token of each text, or there is no token to separate two texts.
     """
     parts = max(map(len, rows), default=1)
     around = len(marks.start) + len(marks.extract) + (parts - 1) * len(marks.delimiter)
     if max_tokens - around < parts:
-        what = "a text's tokens stand between two end-of-text tokens" if parts == 1 else "so many hold a pair"
+        what = "a text has an end-of-text token on each side" if parts == 1 else "so many hold a pair"
         raise UserError(f"task.max_tokens={max_tokens} must be at least {around + parts}: {what}")
     if parts > 1 and not marks.delimiter:
         raise UserError(
-            "task.delimiters=end_of_text: the tokenizer has no end-of-text token to stand between two texts; set"
+            "task.delimiters=end_of_text: the tokenizer has no end-of-text token to put between two texts; set"
             " task.delimiters=learned"
         )
     encoded = iter(tokenizer.encode_batch([text for row in rows for text in row]))
@@ -247,7 +247,7 @@ def encode_rows(
 
 
 def _fitted(sizes: Sequence[int], room: int) -> list[int]:
-    """How many tokens of one or two texts are kept."""
+    """Number of tokens that are kept of one or two texts."""
     if len(sizes) == 1:
         return [min(sizes[0], room)]
     first, second = sizes
@@ -259,17 +259,17 @@ def _fitted(sizes: Sequence[int], room: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class TextBatches:
-    """Endless batches of training rows; each epoch takes every one once, in a new order.
+    """Endless batches of training rows; each epoch uses every row once, in a new order.
 
-    Within `POOL` batches, texts are sorted by length to save padding, and the batches are shuffled. All of it follows
-    from `(seed, step)`, so a resumed run gets the batches of an uninterrupted one.
+    Within `POOL` batches, texts are sorted by length to save padding, and the batches are shuffled. Everything depends
+    only on `(seed, step)`, so a resumed run gets the same batches as an uninterrupted one.
     """
 
     texts: Encoded
     task: TaskConfig
     seed: int
     rewrite: Callable[[int, np.random.Generator], np.ndarray] | None = None
-    """Makes other ids of the text of a number; None: texts stay as they are."""
+    """Returns augmented token ids of a text, given its number; None: no augmentation."""
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -282,17 +282,17 @@ class TextBatches:
         return self.tokens_per_epoch / len(self.texts.tokens)
 
     def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Any:
-        """Returns rows of the batch of `step`, from 0. All rows are made, since the longest one sets the width."""
+        """Returns `rows` of the batch of `step`, from 0. All rows are built, because the longest one sets the width."""
         draws, numbers = self._rows(step, batch_size)
         tokens = [self._augmented(self._ids(n, d), d) for d, n in zip(draws.tolist(), numbers.tolist(), strict=True)]
         return take_rows(self.texts.batch(numbers, tokens, self._weights[numbers]), rows)
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """Returns the text of each row of the batch of `step`, twice: as the first and as the last."""
+        """Returns the first and the last text of each row of the batch of `step`: the same text twice."""
         return [(n, n) for n in self._rows(step, batch_size)[1].tolist()]
 
     def _rows(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The draw of each row, counted over all epochs, and its text."""
+        """The draw number of each row, counted over all epochs, and its text."""
         pool, place = divmod(step, POOL)
         draws = np.arange(pool * POOL * batch_size, (pool + 1) * POOL * batch_size)
         numbers = self._texts_of(draws)
@@ -327,7 +327,7 @@ class TextBatches:
         return self.rewrite(number, np.random.default_rng((self.seed, 3, draw)))
 
     def _augmented(self, ids: np.ndarray, draw: int) -> np.ndarray:
-        """Deletes and swaps tokens between the first and the last one; follows from the seed and the draw."""
+        """Randomly deletes and swaps tokens, except the first and the last one; depends on the seed and the draw."""
         if not (self.task.augment_delete or self.task.augment_swap):
             return ids
         random = np.random.default_rng((self.seed, 1, draw))
@@ -342,7 +342,7 @@ def ordered_batches(texts: Encoded, batch_size: int) -> Iterator[tuple[np.ndarra
     """Yields every row once, shortest first, as `(numbers [B], batch)`; number -1 marks rows without a text."""
     order = np.argsort(texts.lengths, kind="stable")
     order = np.concatenate([order, np.full(-len(order) % batch_size, -1)])
-    nothing = np.empty(0, np.int32)  # no ids, or no sequences of ids
+    nothing = np.empty(0, np.int32)
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
         tokens = [texts.tokens[n] if n >= 0 else nothing for n in numbers]

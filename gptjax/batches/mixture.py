@@ -3,11 +3,11 @@
 B is the batch size, T the window's length in tokens, K the number of sources, M the length of a cycle.
 
 Sequences are numbered over the whole run: sequence r of step s has the number s * B + r. The order of sources is a
-cycle of M numbers in which every prefix of n numbers holds each source n * share times, to less than one. So any run of
-steps has the proportions that are asked for, to less than two sequences, for any number of devices and after any
-resume.
+cycle of M numbers. In its first n numbers, for every n, each source occurs n * share times, with an error below one.
+So any range of steps has the requested proportions, with an error below two sequences, for any number of devices and
+after any resume.
 
-Source of the cycle: earliest deadlines first, in the windows of Baruah, Cohen, Plaxton and Varvel, Proportionate
+Source of the cycle: earliest deadline first, with the windows of Baruah, Cohen, Plaxton and Varvel, Proportionate
 Progress, Algorithmica 15, 1996.
 """
 
@@ -23,25 +23,25 @@ from gptjax.batches.pretraining import Batch, PackedWindows
 from gptjax.batches.rows import ALL, Rows
 
 LONGEST_CYCLE = 10_000
-"""Shares are exact if they have a common denominator up to this; others are rounded to it."""
+"""Shares are exact if they have a common denominator of at most this number; others are rounded to it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Weights that hold from a step on."""
+    """Weights of the sources from a step on."""
 
     first_step: int
     weights: tuple[float, ...]
-    """Of each source; they need not add up to one."""
+    """One weight for each source; they need not sum to one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MixtureWindows:
-    """Windows of several sources. Each source goes through its own windows, epoch after epoch, as if it were alone."""
+    """Windows of several sources. Each source repeats its own windows, epoch after epoch, as if it were alone."""
 
     sources: Mapping[str, PackedWindows]
     stages: tuple[Stage, ...]
-    """Ascending, the first from step 0."""
+    """In ascending order of steps; the first one begins at step 0."""
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -49,7 +49,7 @@ class MixtureWindows:
         return sum(windows.tokens_per_epoch for windows in self.sources.values())
 
     def choose(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns, for each sequence of the batch of `step`, its source [B] and the number of its window there [B]."""
+        """Returns the source [B] of each sequence of the batch of `step`, and the number of its window in it [B]."""
         before = np.zeros(len(self.sources), np.int64)
         for stage, following in zip(self.stages, [*self.stages[1:], None], strict=True):
             cycle = make_cycle(stage.weights)
@@ -68,7 +68,7 @@ class MixtureWindows:
         taken = {k: np.flatnonzero(source_B == k) for k in np.unique(source_B)}
         windows = list(self.sources.values())
         parts = {k: windows[k].windows(window_B[places]) for k, places in taken.items()}
-        if self._apart:  # a source of one document has no segments by itself
+        if self._needs_segments:  # a source with a single document has no segments
             parts = {
                 k: part if part.segments is not None else part._replace(segments=np.zeros_like(part.inputs))
                 for k, part in parts.items()
@@ -86,34 +86,34 @@ class MixtureWindows:
         return [(int(starts[k]) + a, int(starts[k]) + b) for k, (a, b) in zip(source_B, pairs, strict=True)]
 
     @property
-    def _apart(self) -> bool:
+    def _needs_segments(self) -> bool:
         return any(one.split.n_documents > 1 and not one.attend_across_documents for one in self.sources.values())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cycle:
-    """An order of sources that is repeated."""
+    """An order of sources, which is repeated."""
 
     source_M: np.ndarray
     rank_M: np.ndarray
-    """How often the place's source came before in the cycle."""
+    """For each place, how often its source occurs earlier in the cycle."""
     count_K: np.ndarray
-    """How often each source is in the cycle."""
+    """How often each source occurs in the cycle."""
 
     def taken(self, n: int) -> np.ndarray:
-        """How often each source is among the first n numbers, [K]."""
+        """How often each source occurs in the first n numbers, [K]."""
         rounds, rest = divmod(n, len(self.source_M))
         return rounds * self.count_K + np.bincount(self.source_M[:rest], minlength=len(self.count_K))
 
 
 @functools.lru_cache(maxsize=64)
 def make_cycle(weights: tuple[float, ...]) -> Cycle:
-    """Orders sources so that every prefix has their shares, to less than one."""
+    """Orders sources so that every prefix has their shares, with an error below one."""
     counts = whole_shares(weights)
     M = sum(counts)
     source_M, rank_M, taken = np.zeros(M, np.int64), np.zeros(M, np.int64), [0] * len(counts)
     for n in range(M):
-        # Of the sources that may come now without running ahead, the one that must come first.
+        # Among the sources that may occur now without exceeding their share, take the one with the earliest deadline.
         ready = [k for k, count in enumerate(counts) if count and taken[k] * M // count <= n]
         k = min(ready, key=lambda k: -(-(taken[k] + 1) * M // counts[k]))
         source_M[n], rank_M[n] = k, taken[k]
@@ -122,7 +122,7 @@ def make_cycle(weights: tuple[float, ...]) -> Cycle:
 
 
 def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole numbers in the proportion of the weights; a weight above 0 gets at least 1."""
+    """Integers in the proportion of the weights; a weight above 0 gets at least 1."""
     exact = [Fraction(str(weight)) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
     M = math.lcm(*(share.denominator for share in shares))

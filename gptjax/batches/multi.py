@@ -1,4 +1,4 @@
-"""Batches of several tasks at once, for a model that they share."""
+"""Batches of several tasks that share one model."""
 
 import dataclasses
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +18,7 @@ class Windows(Protocol):
         ...
 
     def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Any:
-        """Returns rows of the batch of `step`, a tuple of arrays whose first axis is the row."""
+        """Returns `rows` of the batch of `step`, a tuple of arrays whose first axis is the row."""
         ...
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
@@ -31,14 +31,14 @@ class MultiBatch(NamedTuple):
 
     parts: dict[str, Any]
     shares: dict[str, Any]
-    """float32 `[B]`, all the same: what one target of a task counts, so that its mean loss gets its weight."""
+    """float32 `[B]`, all equal: the factor of one target's loss, such that the task's mean loss gets its weight."""
     counts: Any
-    """float32 `[B]`: 1 / B, so that a step's add up to 1."""
+    """float32 `[B]`: 1 / B, so that they sum to 1 over a step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiBatches:
-    """Each step takes a batch of every task; tasks with fewer examples come round more often."""
+    """Each step uses a batch of every task; tasks with fewer examples repeat them more often."""
 
     windows: dict[str, Windows]
     weights: dict[str, float]
@@ -49,17 +49,19 @@ class MultiBatches:
         return sum(windows.tokens_per_epoch for windows in self.windows.values())
 
     def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> MultiBatch:
-        """Returns rows of the batch of `step`, `batch_size` of each task in all; every one is made, for the shares."""
+        """Returns `rows` of the batch of `step`, which has `batch_size` rows of each task. All rows are built, because
+        the shares depend on all of them.
+        """
         parts = {name: windows.batch(step, batch_size) for name, windows in self.windows.items()}
         shares = {name: np.full(batch_size, self.weights[name] / _targets(p), np.float32) for name, p in parts.items()}
         return take_rows(MultiBatch(parts, shares, np.full(batch_size, 1.0 / batch_size, np.float32)), rows)
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """Returns the first and the last example of each row, those of every task in turn."""
+        """Returns the first and the last example of each row, task after task."""
         return [pair for windows in self.windows.values() for pair in windows.documents(step, batch_size)]
 
 
 def _targets(batch: Any) -> float:
-    """What a batch's losses are summed over."""
+    """Number of targets over which a batch's losses are summed."""
     whole = isinstance(batch, (TextBatch, CandidateBatch))
     return float(batch.weights.sum() if whole else max(1, (batch.targets >= 0).sum()))

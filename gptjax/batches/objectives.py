@@ -1,7 +1,7 @@
-"""Windows of text, rearranged for objectives other than the next token; each a pure function of its number.
+"""Windows of text for objectives other than the next token; each a pure function of its number.
 
-An objective turns one document, or the part of it that lies in a window, into inputs and targets. Documents are
-rearranged one by one, so no target depends on another document.
+An objective turns one document, or the part of it in a window, into inputs and targets. Documents are processed one by
+one, so no target depends on another document.
 
 T is a position of a window.
 """
@@ -23,33 +23,33 @@ from gptjax.text.shards import TokenSplit
 from gptjax.text.tokenizers.base import Tokenizer
 
 TRAINING, VALIDATION = 2, 3
-"""Streams of random numbers: of one seed they differ from each other and from those of other batches."""
+"""Constants that separate random streams of one seed from each other and from those of other batches."""
 NOTED_WINDOWS = 64
-"""Windows in which tokens without room are counted."""
+"""Number of windows in which lost tokens are counted."""
 
 
 class Arranged(NamedTuple):
-    """One document as a model reads it; arrays `[n]`."""
+    """One document as inputs and targets; arrays `[n]`."""
 
     inputs: np.ndarray
     targets: np.ndarray
-    """What is predicted at each position; -1: nothing."""
+    """Target at each position; -1: none."""
     positions: np.ndarray
     prefix: int = 0
-    """So many inputs at the start are visible to all others."""
+    """Number of inputs at the start to which all others may attend."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What an objective knows of the tokenizer."""
+    """The properties of the tokenizer that objectives use."""
 
     text_tokens: int
-    """Ids below this one stand for text."""
+    """Ids below this one are ordinary text tokens."""
     end_of_text: int | None
     special: dict[str, int]
-    """Ids of the objective's own tokens, by name."""
+    """Ids of the objective's special tokens, by name."""
     joins: tuple[np.ndarray, np.ndarray]
-    """bool `[text_tokens]` each: whether an id begins, and whether it ends, with a character of a word."""
+    """bool `[text_tokens]` each: whether a token begins, and whether it ends, with a word character."""
 
 
 Arrange = Callable[[ObjectiveConfig, Vocabulary, np.ndarray, np.random.Generator], Arranged]
@@ -81,28 +81,30 @@ def _is_text(tokenizer: Tokenizer, size: int) -> np.ndarray:
 
 
 def _next_token(tokens: np.ndarray, first_target: int = 1, prefix: int = 0) -> Arranged:
-    """Predicts each token from those before it, from token number `first_target` on."""
+    """Predicts each token from earlier ones, starting at token number `first_target`."""
     targets = tokens[1:].copy()
     targets[: first_target - 1] = -1
     return Arranged(tokens[:-1], targets, np.arange(len(tokens) - 1), prefix)
 
 
 def backward(_config: ObjectiveConfig, _vocabulary: Vocabulary, tokens: np.ndarray, _random) -> Arranged:
-    """Predicts each token from those after it: the document in reverse order."""
+    """Predicts each token from later ones: reverses the document."""
     return _next_token(tokens[::-1])
 
 
 def prefix(_config: ObjectiveConfig, _vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
-    """Predicts what follows a prefix of random length, at least one token; the prefix attends to all of itself."""
+    """Prefix LM: predicts the text after a prefix of random length (at least one token). The prefix is
+    bidirectional.
+    """
     length = int(random.integers(1, len(tokens)))
     return _next_token(tokens, length, length)
 
 
 def fill_in_the_middle(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
-    """Moves the middle of a document to its end, behind prefix and suffix (arXiv:2207.14255, section 3).
+    """Moves the middle of a document after its prefix and suffix (arXiv:2207.14255, section 3).
 
-    PSM: `PRE prefix SUF suffix MID middle`; SPM: `PRE SUF suffix MID prefix middle`, their variant 2. End-of-text
-    follows the middle, as the sign that it is complete. Cuts are between tokens.
+    PSM: `PRE prefix SUF suffix MID middle`. SPM (the paper's variant 2): `PRE SUF suffix MID prefix middle`.
+    End-of-text marks the end of the middle. Documents are split between tokens.
     """
     if random.random() >= config.fill_rate:
         return _next_token(tokens)
@@ -121,16 +123,16 @@ def fill_in_the_middle(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: 
 
 
 def masked(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
-    """Predicts `rate` of the tokens, at least one, from all others: of those chosen, 80 % are replaced by the mask
-    token, 10 % by a random token, and 10 % stay (arXiv:1810.04805, section 3.1). The first token, which starts the
-    document, is not chosen.
+    """Predicts a share `rate` of the tokens, at least one, from all others. 80 % of them are replaced by the mask
+    token, 10 % by a random token, and 10 % are unchanged (arXiv:1810.04805, section 3.1). The first token, which starts
+    the document, is never predicted.
     """
     n = len(tokens)
     wanted = max(1, round(config.rate * n))
     if config.whole_words:
         begins, ends = vocabulary.joins
         joined = np.concatenate([[False, False], begins[tokens[2:]] & ends[tokens[1:-1]]])
-        words = np.cumsum(~joined)[1:]  # a number for the word of each token after the first
+        words = np.cumsum(~joined)[1:]  # word number of each token after the first
         order = random.permutation(np.unique(words))
         sizes = np.cumsum(np.bincount(words)[order])
         chosen = 1 + np.flatnonzero(np.isin(words, order[: 1 + np.searchsorted(sizes, wanted)]))
@@ -145,17 +147,17 @@ def masked(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, 
 
 
 def permutation(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
-    """Predicts the last `rate` of the tokens in a random order, each from those that come before it in this order.
+    """Permutation LM: puts tokens in a random order and predicts the last `rate` of them, each from earlier ones.
 
-    XLNet's two streams are two places of one causal sequence: before a token that is predicted stands a mask token at
-    the same position, whose output predicts it. The place of the mask token comes first, so it cannot attend to its
-    target; what it adds to later places is a function of earlier tokens. Only positions tell the order of the text.
+    XLNet's two streams become one causal sequence: each predicted token follows a mask token of the same position, and
+    the output of the mask token predicts it. The mask token comes first, so it cannot attend to its target. Only
+    position ids carry the order of the text.
     """
     n = len(tokens)
     count = max(1, round(config.rate * (n - 1)))
     order = np.concatenate([[0], 1 + random.permutation(n - 1)])
     known, predicted = order[: n - count], order[n - count :]
-    twice = np.repeat(predicted, 2)[:-1]  # nothing is predicted from the last token
+    twice = np.repeat(predicted, 2)[:-1]  # the last token predicts nothing
     positions = np.concatenate([known, twice])
     inputs, targets = tokens[positions], np.full(len(positions), -1, np.int32)
     places = len(known) + 2 * np.arange(count)
@@ -164,13 +166,15 @@ def permutation(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndar
 
 
 def span_corruption(config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
-    """Replaces spans of the text by sentinels and predicts the spans after it (arXiv:1910.10683, section 3.1.4)."""
+    """Replaces spans of the text by sentinels; the spans follow the text as targets (arXiv:1910.10683, section
+    3.1.4).
+    """
     return _spans(vocabulary, tokens, config.rate, config.span_length, random, [])
 
 
 def ul2(_config: ObjectiveConfig, vocabulary: Vocabulary, tokens: np.ndarray, random) -> Arranged:
-    """One of UL2's seven denoisers (arXiv:2205.05131, table 1), each as likely: R removes few short spans, X long
-    spans or many, S predicts the last quarter. A mode token at the start says which.
+    """One of UL2's seven denoisers with equal probability (arXiv:2205.05131, table 1): R removes few short spans, X
+    long or many spans, S predicts the last quarter. A mode token at the start names the denoiser.
     """
     rate, length = ((0.15, 3), (0.15, 8), (0.5, 3), (0.5, 8), (0.15, 64), (0.5, 64), (0.25, 0))[random.integers(7)]
     r, x, s = ([vocabulary.special[name]] for name in MODES)
@@ -198,7 +202,7 @@ def _spans(vocabulary, tokens, rate, mean, random, mode) -> Arranged:
 
 
 def _parts(total: int, count: int, random: np.random.Generator) -> np.ndarray:
-    """Cuts a number into `count` random parts, none of them 0 where that is possible."""
+    """Splits a number into `count` random parts; no part is 0 if possible."""
     if total < count:
         return np.full(count, total)
     cuts = np.sort(random.permutation(total - 1)[: count - 1]) + 1
@@ -222,10 +226,10 @@ OBJECTIVES: dict[str, Arrange] = {
 
 @dataclasses.dataclass(frozen=True)
 class ArrangedWindows:
-    """Endless batches of windows of an objective, as `PackedWindows`.
+    """Endless batches of windows for an objective, like `PackedWindows`.
 
-    A window holds as much text as always fits, rearranged, if it is one document. Of a window of many documents the end
-    may have no room; `note` counts it.
+    The length of a window is chosen so that one document always fits. If a window has many documents, its end may not
+    fit; `note` counts the lost tokens.
     """
 
     split: TokenSplit
@@ -235,11 +239,11 @@ class ArrangedWindows:
     objective: ObjectiveConfig
     vocabulary: Vocabulary
     skipped: frozenset[int] = frozenset()
-    """Documents that are left out, by number."""
+    """Numbers of documents that are skipped."""
 
     @functools.cached_property
     def windows(self) -> PackedWindows:
-        """The windows of text that are rearranged."""
+        """The windows of text before the objective is applied."""
         return PackedWindows(self.split, self.length, self.seed, self.attend_across_documents)
 
     @functools.cached_property
@@ -263,17 +267,19 @@ class ArrangedWindows:
         return self.windows.documents(step, batch_size)
 
     def evaluation(self, n_windows: int, batch_size: int) -> Iterator[Batch | PrefixBatch]:
-        """Returns batches of fixed windows, evenly spaced over the stream, rearranged the same each time.
+        """Returns batches of fixed windows, evenly spaced over the stream; every call returns the same ones.
 
         Args:
-            n_windows: How many windows; 0, or more than there are: all.
-            batch_size: Rows that are left over have no targets.
+            n_windows: Number of windows; 0, or more than there are: all.
+            batch_size: The last batch is filled with rows without targets.
 
         Raises:
             UserError: The stream has fewer than two tokens.
         """
         if self.split.n_tokens < 2:
-            raise UserError(f"the validation split has {self.split.n_tokens} tokens, must have 2; give it more text")
+            raise UserError(
+                f"the validation split has {self.split.n_tokens} tokens, must have at least 2; give it more text"
+            )
         length = self.length
         total = -(-(self.split.n_tokens - 1) // length)
         chosen = min(n_windows or total, total)
@@ -284,15 +290,19 @@ class ArrangedWindows:
             yield self._pack(found + [[]] * (batch_size - len(found)))
 
     def note(self) -> str:
-        """Says how much text of the first windows has no room; empty: all of it has."""
+        """A log line about lost tokens in the first windows; empty if there are none."""
         numbers = np.arange(min(NOTED_WINDOWS, self.windows.windows_per_epoch))
         starts = self.windows.starts(numbers)
         lost = sum(self._window(TRAINING, int(n), s)[1] for n, s in zip(numbers, starts, strict=True))
         total = len(numbers) * (self.windows.block_size + 1)
-        return f"{100 * lost / total:.1f} % of the tokens of {len(numbers)} windows have no room" if lost else ""
+        return (
+            f"{100 * lost / total:.1f} % of the tokens of {len(numbers)} windows do not fit and are left out"
+            if lost
+            else ""
+        )
 
     def _window(self, purpose: int, number: int, start: int) -> tuple[list[Arranged], int]:
-        """The documents of window `number`, rearranged, and how many of its tokens are left out for want of room."""
+        """The inputs and targets of each document of window `number`, and the number of tokens that do not fit."""
         random = np.random.default_rng((self.seed if purpose == TRAINING else 0, purpose, number))
         arrange, room = OBJECTIVES[self.objective.kind], self.block_size
         found, lost = [], 0
@@ -320,7 +330,7 @@ class ArrangedWindows:
         apart = split.n_documents > 1 and (not self.attend_across_documents or bool(self.skipped))
         begins = split.document_starts(start, stop) - start if apart else np.empty(0, np.int64)
         cuts = np.unique(np.concatenate([[0], begins, [len(tokens)]])).tolist()
-        # The last input of a masked document has no next token to predict, so the token that ends it is not needed.
+        # With masking, no position predicts the next token, so the token after the window is not needed.
         closed = split.end_of_text is not None and self.objective.kind != "masked"
         number = split.document_at(start)
         for document, (first, end) in enumerate(itertools.pairwise(cuts), number):
@@ -329,7 +339,7 @@ class ArrangedWindows:
                 yield piece
 
     def _pack(self, windows: list[list[Arranged]]) -> Batch | PrefixBatch:
-        """Puts the documents of each window side by side; padding is a segment of its own without targets."""
+        """Concatenates the documents of each window; padding is its own segment without targets."""
         shape = len(windows), self.block_size
         inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -348,7 +358,7 @@ class ArrangedWindows:
 
 
 def text_length(objective: ObjectiveConfig, vocabulary: Vocabulary, block_size: int) -> int:
-    """The longest window of text, in tokens without the last target, that always fits in `block_size` inputs.
+    """Length of the longest window of text (tokens, without the last target) that always fits in `block_size` inputs.
 
     Raises:
         UserError: No window is long enough.

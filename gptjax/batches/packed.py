@@ -1,4 +1,4 @@
-"""Short sequences with targets at some positions, packed into windows: word tags and chats.
+"""Packs short sequences with targets at some positions into windows: tagged words and chats.
 
 Shape suffixes: B windows, T position.
 """
@@ -32,11 +32,11 @@ class EncodedWords(NamedTuple):
 
     sequences: list[TargetSequence]
     positions: list[np.ndarray]
-    """Of each sequence, the positions that predict its words' labels."""
+    """For each sequence, the positions that predict the labels of its words."""
     lengths: tuple[int, ...]
-    """Words of each sentence."""
+    """Number of words of each sentence."""
     cut: tuple[bool, ...]
-    """Whether a sentence has a word of which only the beginning is read."""
+    """Whether a word of the sentence was cut."""
     max_tokens: int
 
 
@@ -45,16 +45,16 @@ class EncodedChats(NamedTuple):
 
     sequences: list[TargetSequence]
     cut: int
-    """Chats that lost their end because they are longer than `max_tokens`."""
+    """Number of chats that were cut at `max_tokens`."""
     left_out: int
-    """Chats that were left out because the part that fits has no target."""
+    """Number of chats that were left out because the first `max_tokens` tokens have no target."""
     target_bytes: int
-    """UTF-8 bytes of the text that is a target."""
+    """UTF-8 bytes of the target text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedSequences:
-    """Sequences packed once into windows of `max_tokens`, each a segment; epochs differ in the windows' order."""
+    """Sequences packed into windows of `max_tokens`, each a segment. Epochs differ only in the order of windows."""
 
     sequences: Sequence[TargetSequence]
     max_tokens: int
@@ -62,7 +62,7 @@ class PackedSequences:
 
     @functools.cached_property
     def windows(self) -> list[list[int]]:
-        """The sequences in each window, in a random order that follows from the seed."""
+        """The sequences in each window, in a random order that depends only on the seed."""
         n = len(self.sequences)
         order = permute(np.arange(n), n, draw_keys(self.seed, 0)[1:])
         windows, room = [], 0
@@ -82,7 +82,7 @@ class PackedSequences:
 
     @property
     def mean_tokens(self) -> float:
-        """Positions of a window that hold a token."""
+        """Mean number of tokens in a window."""
         return self.tokens_per_epoch / len(self.windows)
 
     def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Batch:
@@ -110,7 +110,7 @@ class PackedSequences:
             yield chosen, self.pack(chosen)
 
     def pack(self, windows: Sequence[Sequence[int]]) -> Batch:
-        """Puts sequences, by number, into windows; padding is a segment of its own without targets."""
+        """Puts sequences, by number, into windows; padding is its own segment without targets."""
         B, T = len(windows), self.max_tokens
         inputs, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
         targets, segments = np.full((B, T), -1, np.int32), np.zeros((B, T), np.int32)
@@ -129,19 +129,19 @@ class PackedSequences:
 def encode_words(
     examples: Sequence[Words], tokenizer: Tokenizer, labels: Sequence[str], max_tokens: int, lookahead: int
 ) -> EncodedWords:
-    """Encodes sentences for tagging: a word's label is predicted `lookahead` tokens after the last one of the word.
+    """Encodes sentences for tagging: a word's label is predicted `lookahead` tokens after the word's last token.
 
-    Each sentence begins with end-of-text, and ends with `lookahead` more of them, for the last words. A sentence that
-    does not fit in `max_tokens` becomes several sequences; of a word that does not fit, the beginning is read.
+    Each sentence begins with end-of-text, and ends with `lookahead` more of them for the labels of the last words. A
+    sentence that does not fit in `max_tokens` becomes several sequences. A word that does not fit is cut.
 
     Raises:
-        UserError: There is no room for a token of a word.
+        UserError: `max_tokens` leaves no room for a token of a word.
     """
     room = max_tokens - lookahead - 1
     if room < 1:
         raise UserError(
             f"task.lookahead={lookahead} must be at most task.max_tokens - 2 = {max_tokens - 2}: a window holds"
-            " end-of-text, a word's tokens, and those that are read past it"
+            " end-of-text, the tokens of a word, and the lookahead tokens after it"
         )
     number = {label: n for n, label in enumerate(labels)}
     filler = 0 if tokenizer.end_of_text is None else tokenizer.end_of_text
@@ -168,11 +168,10 @@ def encode_words(
 
 
 def encode_chats(examples: Sequence[Chat], tokenizer: Tokenizer, max_tokens: int) -> EncodedChats:
-    """Encodes each chat as one text between two end-of-text tokens, where the tokenizer has one.
+    """Encodes each chat as one text between two end-of-text tokens, if the tokenizer has one.
 
-    Targets are the tokens with a character of the assistant's messages, and the end-of-text after the last message if
-    that is the assistant's. So a token that holds characters of a response and of what stands before or after
-    it is a target too.
+    Targets are all tokens with a character of the assistant's messages, even if they also have characters before or
+    after the message. If the last message is the assistant's, the end-of-text after it is a target too.
     """
     ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     sequences, cut, left_out, target_bytes = [], 0, 0, 0

@@ -22,7 +22,7 @@ class PairBatch(NamedTuple):
     inputs: Any
     """int32 `[B, T]`: end-of-text, then the target."""
     targets: Any
-    """int32 `[B, T]`: the target, then end-of-text; -1 where no loss is taken."""
+    """int32 `[B, T]`: the target, then end-of-text; -1: no loss."""
     source: Any
     """int32 `[B, S]`: the source, then end-of-text."""
     lengths: Any
@@ -30,7 +30,7 @@ class PairBatch(NamedTuple):
 
 
 class EncodedPair(NamedTuple):
-    """Token ids of one pair, both with end-of-text at their end."""
+    """Token ids of one pair; both sequences end with end-of-text."""
 
     source: np.ndarray
     target: np.ndarray
@@ -39,10 +39,10 @@ class EncodedPair(NamedTuple):
 def encode_pairs(
     pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[list[EncodedPair], int]:
-    """Encodes pairs; texts longer than `max_tokens` with their end-of-text keep their beginning.
+    """Encodes pairs; texts longer than `max_tokens` (including end-of-text) are cut at the end.
 
     Returns:
-        The pairs in their order, and how many lost an end.
+        The pairs in their order, and how many of them were cut.
 
     Raises:
         UserError: The tokenizer has no end-of-text, which starts and ends a target.
@@ -61,7 +61,7 @@ def encode_pairs(
 
 @dataclasses.dataclass(frozen=True)
 class PairBatches:
-    """Endless batches of pairs; each epoch takes every pair once, in a new order."""
+    """Endless batches of pairs; each epoch uses every pair once, in a new order."""
 
     pairs: Sequence[EncodedPair]
     end_of_text: int
@@ -79,11 +79,11 @@ class PairBatches:
         return self.tokens_per_epoch / len(self.pairs)
 
     def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> PairBatch:
-        """Returns rows of the batch of `step`, from 0. All rows are made, since the longest one sets the width."""
+        """Returns `rows` of the batch of `step`, from 0. All rows are built, because the longest one sets the width."""
         return take_rows(self.pack(self._numbers(step, batch_size)), rows)
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """Returns the pair of each row of the batch of `step`, twice: as the first and as the last."""
+        """Returns the first and the last pair of each row of the batch of `step`: the same pair twice."""
         return [(n, n) for n in self._numbers(step, batch_size)]
 
     def ordered(self, batch_size: int) -> Iterator[PairBatch]:

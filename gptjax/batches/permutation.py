@@ -1,4 +1,4 @@
-"""A random order of the numbers below n that needs no memory: each place is computed by itself."""
+"""A random permutation of the numbers below n without a table: each element is computed on its own."""
 
 import functools
 
@@ -18,10 +18,10 @@ def draw_keys(seed: int, epoch: int) -> np.ndarray:
 
 
 def permute(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Maps numbers in `[0, n)` to numbers in `[0, n)`, different ones to different ones.
+    """Maps numbers in `[0, n)` to numbers in `[0, n)`, one to one.
 
-    A Feistel network permutes the smallest power of 4 that is at least n; a result that is not below n goes
-    through it again, until it is (cycle walking, fewer than 4 times on average).
+    A Feistel network permutes the numbers below the smallest power of 4 that is at least n. It is applied again until
+    the result is below n (cycle walking, fewer than 4 times on average).
 
     Args:
         numbers: int64.

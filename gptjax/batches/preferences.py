@@ -1,4 +1,4 @@
-"""Pairs of responses → batches with the targets of both, for comparing log-probabilities.
+"""Pairs of responses → batches with the targets of both, to compare their log-probabilities.
 
 Shape suffixes: B pairs, T position.
 """
@@ -24,7 +24,7 @@ class PreferenceBatch(NamedTuple):
     targets: Any
     """int32 `[B, 2, T]`: the next token within the response, -1 elsewhere."""
     reference: Any
-    """float32 `[B, 2]`: log-probability of each response under the model that training started from."""
+    """float32 `[B, 2]`: log-probability of each response under the reference model (the one before training)."""
     weights: Any
     """float32 `[B]`: 0 for padding rows."""
 
@@ -40,7 +40,7 @@ class PreferenceSet:
     targets: np.ndarray
     """float32 `[pairs, 2]`, as `PreferenceBatch.reference`."""
     cut: np.ndarray
-    """bool: pairs of which a sequence lost its end."""
+    """bool: pairs with a sequence that was cut."""
     max_tokens: int
 
     @property
@@ -68,10 +68,10 @@ class PreferenceSet:
 
 
 def encode_preferences(examples: Sequence[Preference], tokenizer: Tokenizer, max_tokens: int) -> PreferenceSet:
-    """Encodes pairs as chats; their log-probabilities are 0 yet.
+    """Encodes pairs as chats; their log-probabilities are 0 until the reference model computes them.
 
     Raises:
-        UserError: The response of a pair begins behind `max_tokens`, or its two sequences are equal up to there.
+        UserError: The response of a pair begins after `max_tokens`, or both sequences are equal up to there.
     """
     pairs, cut = [], []
     for example in examples:
@@ -79,14 +79,13 @@ def encode_preferences(examples: Sequence[Preference], tokenizer: Tokenizer, max
         found = encode_chats([example.chosen, example.rejected], tokenizer, max_tokens)
         if found.left_out:
             raise UserError(
-                f"{example.where}: the response begins behind task.max_tokens={max_tokens}; raise it, or take the row"
-                " out"
+                f"{example.where}: the response begins after task.max_tokens={max_tokens}; raise it, or remove the row"
             )
         first, second = found.sequences
         if np.array_equal(first.inputs, second.inputs) and np.array_equal(first.targets, second.targets):
             raise UserError(
-                f"{example.where}: both responses are the same within task.max_tokens={max_tokens}; raise it, or take"
-                " the row out"
+                f"{example.where}: both responses are the same within task.max_tokens={max_tokens}; raise it, or"
+                " remove the row"
             )
         pairs.append((first, second))
         cut.append(found.cut > 0)

@@ -1,4 +1,4 @@
-"""Makes batches on a thread while the device is busy with those before."""
+"""Makes batches on a background thread while the device computes on earlier ones."""
 
 import queue
 import threading
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
-    """Yields `make(start)` to `make(stop - 1)`, made in this order by one thread, at most `depth` ahead.
+    """Yields `make(start)` to `make(stop - 1)`. One thread makes them in this order, at most `depth` in advance.
 
-    What `make` raises is raised here, in its place in the order. Closing the iterator ends the thread.
+    An exception of `make` is raised here, at its place in the order. Closing the iterator ends the thread.
     """
     made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
     room = threading.Semaphore(depth)
@@ -24,7 +24,7 @@ def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) ->
                 return
             try:
                 made.put((make(i), None))
-            except BaseException as error:  # the consumer decides what becomes of it
+            except BaseException as error:  # raised in the consumer
                 made.put((None, error))
                 return
 

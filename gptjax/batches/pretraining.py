@@ -1,4 +1,4 @@
-"""A stream of tokens → windows → batches, each a pure function of its number.
+"""Token stream → windows → batches, each a pure function of its number.
 
 B is the batch size, T the window's length in tokens.
 """
@@ -16,34 +16,36 @@ from gptjax.text.shards import TokenSplit
 
 
 class Batch(NamedTuple):
-    """What one forward pass reads: int32 arrays [B, T] (a single row: [T]), NumPy's at first, a device's later."""
+    """Input of one forward pass: int32 arrays [B, T] (or [T] for one sequence), of NumPy or JAX."""
 
     inputs: Any
     targets: Any
-    """`targets[t]` follows `inputs[t]`; -1 where no loss is taken."""
+    """`targets[t]` follows `inputs[t]`; -1: no loss."""
     segments: Any
-    """Number of the document within the window, from 0: attention stays inside a segment; None: one document."""
+    """Number of the document within the window, from 0. Attention stays inside a segment. None: one document."""
     positions: Any
     """Position within the segment, from 0."""
 
 
 class PrefixBatch(NamedTuple):
-    """A batch in which some tokens are visible to those before them; the first four arrays are those of `Batch`."""
+    """A batch for a prefix LM: earlier tokens may attend to some later ones. The first four arrays are as in
+    `Batch`.
+    """
 
     inputs: Any
     targets: Any
     segments: Any
     positions: Any
     ahead: Any
-    """bool `[B, T]`: True where a token is visible to those before it in its segment, too."""
+    """bool `[B, T]`: True for tokens to which earlier ones of their segment may also attend."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedWindows:
-    """Windows of `block_size` tokens over a stream, in another order and cut at other places in each epoch.
+    """Windows of `block_size` tokens over a stream. Each epoch has different boundaries and a different order.
 
-    Each epoch begins at a random offset and goes through all its windows in a random order, both drawn from
-    `(seed, epoch)` alone. So batch(step) is the same after any resume and for any number of devices.
+    Each epoch begins at a random offset and uses all its windows in a random order; both depend only on
+    `(seed, epoch)`. So batch(step) is the same after any resume and for any number of devices.
 
     Raises:
         UserError: The stream is shorter than one window.
@@ -54,24 +56,24 @@ class PackedWindows:
     seed: int
     attend_across_documents: bool
     skipped: frozenset[int] = frozenset()
-    """Documents, as numbered in the stream from 0, in which no loss is taken."""
+    """Numbers (in the stream, from 0) of documents without loss."""
 
     def __post_init__(self):
         if self.split.n_tokens < self.block_size + 1:
             raise UserError(
                 f"the corpus has {self.split.n_tokens} tokens to train on, fewer than one window of"
-                f" model.block_size={self.block_size} and its last target; the largest block_size that would do:"
+                f" model.block_size={self.block_size} and its last target; the largest possible block_size is"
                 f" {max(0, self.split.n_tokens - 1)}"
             )
 
     @property
     def windows_per_epoch(self) -> int:
-        """Windows in one pass; what is left of the stream at both ends comes in another epoch."""
+        """Windows in one epoch. Other epochs use the tokens that are left over at both ends of the stream."""
         return max(1, (self.split.n_tokens - self.block_size) // self.block_size)
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Targets in one pass."""
+        """Targets in one epoch."""
         return self.windows_per_epoch * self.block_size
 
     def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Batch:
@@ -80,7 +82,7 @@ class PackedWindows:
         Args:
             step: From 0.
             batch_size: Rows of the global batch.
-            rows: Which of them to make; a process takes its own.
+            rows: Rows to make; a process makes only its own.
         """
         return self.windows(np.arange(step * batch_size, (step + 1) * batch_size)[rows])
 
@@ -91,7 +93,7 @@ class PackedWindows:
         return self._without_skipped(batch, starts) if self.skipped else batch
 
     def _without_skipped(self, batch: Batch, starts: np.ndarray) -> Batch:
-        """Takes the targets out whose inputs lie in a skipped document; nothing else changes."""
+        """Removes targets whose inputs are in a skipped document; nothing else changes."""
         targets_BT, skipped = batch.targets.copy(), np.array(sorted(self.skipped))
         for b, start in enumerate(map(int, starts)):
             begins = self.split.document_starts(start, start + self.block_size) - start
@@ -120,7 +122,7 @@ class PackedWindows:
     def starts(self, numbers: np.ndarray) -> np.ndarray:
         """Positions in the stream at which windows begin."""
         epochs, numbers = np.divmod(numbers, self.windows_per_epoch)
-        # Every offset leaves room for all windows and the last one's last target.
+        # Every offset leaves room for all windows and the last target of the last one.
         offsets = min(self.block_size, self.split.n_tokens - self.tokens_per_epoch)
         starts = np.empty_like(numbers)
         for epoch in np.unique(epochs):
@@ -133,8 +135,8 @@ class PackedWindows:
 def read_windows(split: TokenSplit, starts: Iterable[int], block_size: int, attend_across_documents: bool) -> Batch:
     """Returns the windows that begin at `starts`, positions in the stream, as arrays [B, T].
 
-    Past the end of the stream, inputs are 0 and targets -1. Where tokens may attend across documents, or the stream is
-    a single one, there are no segments: the model need not look.
+    Past the end of the stream, inputs are 0 and targets -1. There are no segments if tokens may attend across documents
+    or the stream is a single document.
     """
     apart = split.n_documents > 1 and not attend_across_documents
     starts = [int(start) for start in starts]
@@ -148,7 +150,7 @@ def read_windows(split: TokenSplit, starts: Iterable[int], block_size: int, atte
             begins_BU[b, split.document_starts(start, stop) - start] = True
     targets_BT = tokens_BU[:, 1:].copy()
     if split.end_of_text is None:
-        # Without end-of-text the next document's first token would be asked of one that knows nothing of it.
+        # Without end-of-text, the last token of a document would have to predict the first token of the next one.
         targets_BT[begins_BU[:, 1:]] = -1
     begins_BT = begins_BU[:, :-1]
     begins_BT[:, :1] = True
@@ -166,13 +168,13 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Returns batches of fixed windows, evenly spaced over the stream; no token is a target twice.
 
-    Every batch has `batch_size` rows: those that are left over, and positions past the end of the stream, have
-    targets -1.
+    Every batch has `batch_size` rows. Rows that only fill the last batch, and positions past the end of the stream,
+    have targets -1.
 
     Args:
         split: The stream.
         block_size: T.
-        n_windows: How many windows; 0, or more than there are: all, the last one partly filled.
+        n_windows: Number of windows; 0, or more than there are: all, of which the last one may be partly filled.
         batch_size: B.
         attend_across_documents: As in training.
 
@@ -180,7 +182,7 @@ def evaluation_batches(
         UserError: The stream has fewer than two tokens.
     """
     if split.n_tokens < 2:
-        raise UserError(f"the validation split has {split.n_tokens} tokens, must have 2; give it more text")
+        raise UserError(f"the validation split has {split.n_tokens} tokens, must have at least 2; give it more text")
     total = -(-(split.n_tokens - 1) // block_size)
     chosen = min(n_windows or total, total)
     starts = [i * total // chosen * block_size for i in range(chosen)]

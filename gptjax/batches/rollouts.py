@@ -1,4 +1,4 @@
-"""Responses that were sampled from the model → batches for reinforcement.
+"""Responses sampled from the model → batches for reinforcement learning.
 
 Shape suffixes: B responses, T position.
 """
@@ -17,7 +17,7 @@ class RolloutBatch(NamedTuple):
     targets: Any
     """int32 `[B, T]`: the next token within the response, -1 elsewhere."""
     advantages: Any
-    """float32 `[B]`: by how many deviations the reward is above the mean of its group."""
+    """float32 `[B]`: reward minus the mean of its group, in standard deviations of the group."""
     rewards: Any
     """float32 `[B]`."""
     reference: Any
@@ -27,7 +27,9 @@ class RolloutBatch(NamedTuple):
 def pack_rollouts(
     prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], rewards: np.ndarray, max_tokens: int
 ) -> RolloutBatch:
-    """Puts one response after each prompt; advantages and reference are 0 yet."""
+    """Puts one response after each prompt; advantages and reference log-probabilities are 0 until they are filled
+    in.
+    """
     B = len(prompts)
     inputs, targets = np.zeros((B, max_tokens), np.int32), np.full((B, max_tokens), -1, np.int32)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -39,8 +41,8 @@ def pack_rollouts(
 
 
 def group_advantages(rewards: np.ndarray, group_size: int) -> np.ndarray:
-    """Rewards minus the mean of their group, divided by its standard deviation (arXiv:2402.03300, section 4.1.2); 0 in
-    a group of equal rewards.
+    """Rewards minus the mean of their group, divided by its standard deviation (arXiv:2402.03300, section 4.1.2). 0 if
+    all rewards of a group are equal.
     """
     groups = rewards.astype(np.float64).reshape(-1, group_size)
     centered = groups - groups.mean(axis=1, keepdims=True)

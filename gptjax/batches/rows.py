@@ -1,4 +1,4 @@
-"""Rows of a batch: what a process makes of it."""
+"""Selects the rows of a batch that one process makes."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ ALL: Rows = slice(None)
 
 
 def take_rows(batch: Any, rows: Rows) -> Any:
-    """Returns these rows of a batch: named tuples and dicts of arrays `[rows, ...]`, and None where there is none."""
+    """Returns `rows` of a batch: a tree of named tuples, dicts, None and arrays `[rows, ...]`."""
     if batch is None:
         return batch
     if isinstance(batch, np.ndarray):

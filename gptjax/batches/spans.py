@@ -1,4 +1,4 @@
-"""Questions and windows of their texts → batches with the place of the answer.
+"""Questions and windows of their texts → batches with the position of the answer.
 
 Shape suffixes: B windows, T position.
 """
@@ -16,12 +16,12 @@ from gptjax.text.tokenizers.base import Tokenizer
 
 
 class SpanBatch(NamedTuple):
-    """A question and a part of its text in each row, padded at the end."""
+    """A question and a window of its text in each row, padded at the end."""
 
     inputs: Any
     """int32 `[B, T]`."""
     lengths: Any
-    """int32 `[B]`: tokens of each row; the last one is no part of the text."""
+    """int32 `[B]`: tokens of each row; the last one does not belong to the text."""
     firsts: Any
     """int32 `[B]`: position of the text's first token."""
     targets: Any
@@ -31,14 +31,14 @@ class SpanBatch(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A part of a question's text."""
+    """A window of a question's text."""
 
     question: int
     """Number of the question."""
     first: int
-    """Position of the part's first token in the row."""
+    """Position of the window's first text token in the row."""
     offsets: np.ndarray
-    """Byte of the whole text at which each token of the part begins, and that at which the last one ends."""
+    """Byte offset in the whole text at which each token of the window begins, and at which the last one ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SpanSet:
     targets: np.ndarray
     """As in `SpanBatch`, for all windows."""
     cut: np.ndarray
-    """bool: windows of a text that needs several."""
+    """bool: windows of a text that has several."""
     max_tokens: int
 
     @property
@@ -81,23 +81,24 @@ class SpanSet:
 def encode_questions(
     examples: Sequence[Question], tokenizer: Tokenizer, marks: Marks, max_tokens: int, stride: int
 ) -> SpanSet:
-    """Encodes each question with one window of its text after another; windows overlap by `stride` tokens.
+    """Encodes each question with each window of its text; neighbouring windows overlap by `stride` tokens.
 
-    A window without the whole answer has none, so its target is position 0.
+    A window that does not contain the whole answer has no answer: its target is position 0.
 
     Args:
         examples: Questions and their answers.
         tokenizer: The model's.
-        marks: What stands before the question, between it and the text, and at the end.
-        max_tokens: Of a window, the question included.
-        stride: Tokens that two windows share.
+        marks: Token ids before the question, between it and the text, and at the end.
+        max_tokens: Length of a window, including the question.
+        stride: Overlap of two windows in tokens.
 
     Raises:
-        UserError: A question leaves no room for more than `stride` tokens of its text, or nothing would part the two.
+        UserError: A question leaves no room for more than `stride` tokens of its text, or there is no token to separate
+            the two.
     """
     if not marks.delimiter:
         raise UserError(
-            "task.delimiters=end_of_text: the tokenizer has no end-of-text token to stand between question and text;"
+            "task.delimiters=end_of_text: the tokenizer has no end-of-text token to put between question and text;"
             " set task.delimiters=learned"
         )
     tokens, windows, targets, cut = [], [], [], []

@@ -1,1 +1,1 @@
-"""Text from a trained model: decoding with a cache, choosing tokens, streaming."""
+"""Text generation: decoding with a KV cache, sampling, streaming."""

@@ -1,6 +1,6 @@
-"""Beam search: the continuations of the highest total log-probability that a bounded search finds.
+"""Beam search: finds continuations of high total log-probability.
 
-Shape suffixes: P prompt, B row (one beam of one prompt), N candidates of a prompt, V vocabulary.
+Shape suffixes: P prompt, B beam (of all prompts), N candidates of a prompt, V vocabulary.
 """
 
 import functools
@@ -20,7 +20,7 @@ from gptjax.generation.weights import DecodingWeights
 from gptjax.model.cache import Cache, select_rows
 
 IMPOSSIBLE = np.float32(-1e9)
-"""Score of what must not be taken."""
+"""Score of a candidate that must not be chosen."""
 
 
 def beam_search(
@@ -37,8 +37,8 @@ def beam_search(
     """Returns the `options.num_samples` best continuations of each prompt, best first, without end-of-text.
 
     Each step keeps the `num_beams` continuations with the highest sums of log-probabilities. A continuation that ends
-    is kept aside with its sum divided by its length to the power `length_penalty`. The search ends at `max_new_tokens`,
-    or when no continuation of the present length would beat the worst of `num_beams` that have ended.
+    is stored with its score: the sum divided by its length to the power `length_penalty`. The search ends at
+    `max_new_tokens`, or when no continuation of the current length would beat the worst of `num_beams` stored ones.
 
     Arguments are those of `decode.stream`.
 
@@ -91,14 +91,14 @@ class _Search:
         self._most, self._penalty = options.max_new_tokens, options.length_penalty
         self._rows: list[list[int]] = [[] for _ in range(beams)]
         self.scores = np.full(beams, IMPOSSIBLE)
-        """Sums of log-probabilities; at first all beams are the prompt, of which one is continued."""
+        """Sums of log-probabilities. All beams start as the prompt, so only the first one may be continued."""
         self.scores[0] = 0
         self._ended: list[tuple[np.float32, list[int], bool]] = [(IMPOSSIBLE, [], False)] * beams
         self.improvable = True
-        """Whether a continuation may still beat those that have ended."""
+        """Whether a continuation can still beat the finished ones."""
 
     def advance(self, sums_N: np.ndarray, places_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Takes the best continuations of all beams by one token, best first; returns each new beam's parent and token.
+        """Adds one token: given the best candidates of all beams, best first, returns each new beam's parent and token.
 
         `places_N` are `beam * vocab_size + token`.
         """
@@ -121,7 +121,7 @@ class _Search:
         return parents_N[going_on], tokens_N[going_on].astype(np.int32)
 
     def best(self, count: int) -> list[np.ndarray]:
-        """The best continuations that have ended."""
+        """The best finished continuations."""
         rows = [row for _, row, _ in self._ended[:count]]
         return [np.array(row[:-1] if row and row[-1] == self._stop else row, np.int32) for row in rows]
 
@@ -142,9 +142,9 @@ def _best(
     numbers: Numbers,
     tables: Tables,
 ) -> tuple[Cache, jax.Array, jax.Array]:
-    """The best `2 * beams` continuations of each prompt by one token: sums, and `beam * V + token`, `[P, N]` both.
+    """The best `2 * beams` one-token continuations of each prompt: sums, and `beam * V + token`, both `[P, N]`.
 
-    Twice as many as beams: should all of the first ones end, there are as many to continue.
+    There are twice as many as beams, so that `beams` continuations remain even if that many end.
     """
     logits_BV, cache = next_logits(config, dtype, weights, last_B, cache)
     log_p_BV = control(jax.nn.log_softmax(logits_BV), rule, numbers, tables, history, number, stop_B)
@@ -154,6 +154,6 @@ def _best(
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def _follow(cache: Cache, history: History, parents_B: jax.Array, last_B: jax.Array) -> tuple[Cache, History]:
-    """Cache and history of the beams that continue: those of their parents, and one more token."""
+    """Cache and history of the new beams: copies of their parents', with one more token."""
     history = jax.tree.map(lambda leaf: leaf[parents_B], history)
     return select_rows(cache, parents_B), remember(history, last_B)

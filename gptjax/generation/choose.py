@@ -1,6 +1,6 @@
-"""How the next token is chosen from logits.
+"""Chooses the next token from logits: greedy decoding and sampling.
 
-Shape suffixes: B row, V vocabulary, K candidates, N one of the two.
+Shape suffixes: B sequence, V vocabulary, K candidates, N either V or K.
 """
 
 from typing import NamedTuple
@@ -16,22 +16,22 @@ LARGEST_BITS = np.iinfo(np.int32).max
 
 
 class Rule(NamedTuple):
-    """What is compiled into the choice; the numbers that belong to it are arguments (`Numbers`)."""
+    """The static part of sampling options: it decides what is compiled. The dynamic part is `Numbers`."""
 
     greedy: bool
-    """Take the most likely token; the fields up to `mixed` mean nothing then."""
+    """Take the most likely token; the fields up to `mixed` then have no effect."""
     top_k: int = 0
-    """Choose among this many most likely tokens; 0: all."""
+    """Sample from this many most likely tokens; 0: all."""
     nucleus: bool = False
-    """Choose among the fewest tokens whose probabilities sum to `Numbers.top_p`."""
+    """Sample from the smallest set of tokens whose probabilities sum to `Numbers.top_p`."""
     min_p: bool = False
-    """Leave out tokens whose probability is below `Numbers.min_p` times the largest one."""
+    """Exclude tokens whose probability is below `Numbers.min_p` times the largest one."""
     typical: bool = False
-    """Choose among the most typical tokens whose probabilities sum to `Numbers.typical_p`."""
+    """Sample from the most typical tokens whose probabilities sum to `Numbers.typical_p`."""
     mixed: bool = False
-    """A row of temperature 0 takes its most likely token; other rows draw."""
+    """Sequences of temperature 0 take the most likely token; the others sample."""
     row_top_k: bool = False
-    """Each row has its own `Numbers.top_k`."""
+    """Each sequence has its own `Numbers.top_k`."""
     bias: bool = False
     """Add `Tables.bias`."""
     penalties: bool = False
@@ -41,16 +41,16 @@ class Rule(NamedTuple):
     words: bool = False
     """Ban the sequences of `Tables`."""
     min_new: bool = False
-    """Ban end-of-text before a row has `Numbers.min_new` new tokens."""
+    """Ban end-of-text before a sequence has `Numbers.min_new` new tokens."""
     logprobs: int = 0
-    """Return log-probabilities of the chosen and of this many most likely tokens; 0: none."""
+    """Return log-probabilities of the chosen token and of this many most likely tokens; 0: none."""
 
 
 class Numbers(NamedTuple):
-    """Numbers of each row, `[B]`: float32, or int32 where they count."""
+    """Sampling parameters of each sequence, `[B]`: float32, or int32 for counts."""
 
     temperature: jax.Array
-    """Divides the logits; 0, only with `Rule.mixed` or `Rule.greedy`: the most likely token."""
+    """Divides the logits. 0 (allowed only with `Rule.mixed` or `Rule.greedy`): the most likely token."""
     top_k: jax.Array
     """0: all tokens."""
     top_p: jax.Array
@@ -63,7 +63,7 @@ class Numbers(NamedTuple):
 
 
 def choice_rule(options: SampleConfig, words: bool = False) -> Rule:
-    """Returns the rule that sampling options ask for; `words`: whether there are sequences to ban."""
+    """Returns the rule of sampling options; `words`: whether there are banned sequences."""
     heated = options.temperature > 0
     return Rule(
         greedy=not heated,
@@ -81,7 +81,7 @@ def choice_rule(options: SampleConfig, words: bool = False) -> Rule:
 
 
 def choice_numbers(options: SampleConfig, rows: int) -> Numbers:
-    """Returns the numbers of sampling options, the same for every row."""
+    """Returns the numbers of sampling options, the same for every sequence."""
     return Numbers(
         *(
             jnp.full(rows, number, jnp.int32 if isinstance(number, int) else jnp.float32)
@@ -101,17 +101,18 @@ def choice_numbers(options: SampleConfig, rows: int) -> Numbers:
 
 
 def choose(logits_BV: jax.Array, keys_B: jax.Array, rule: Rule, numbers: Numbers) -> jax.Array:
-    """Returns the next token of each row, `[B]`, int32; a row depends on nothing but its own logits, key and numbers.
+    """Returns the next token of each sequence, `[B]`, int32. It depends only on that sequence's logits, key and
+    numbers.
 
-    The logits are divided by the temperature. Then each filter of the rule removes tokens from those that the one
-    before it left, in this order: `top_k`, `top_p`, `min_p`, `typical_p`. At least one token always stays. Tokens as
-    likely as the last one that top-p keeps stay too; of equal logits, top-k keeps those with the lowest ids.
+    The logits are divided by the temperature. Then the filters of the rule remove tokens, in this order: `top_k`,
+    `top_p`, `min_p`, `typical_p`. At least one token always remains. Top-p also keeps all tokens that are as likely as
+    the last one it keeps; among equal logits, top-k keeps the lowest ids.
 
     Args:
         logits_BV: Float32.
-        keys_B: One random key per row; not used by a greedy rule.
-        rule: What is on; `rule.top_k` is at most V.
-        numbers: Of each row.
+        keys_B: One random key per sequence; a greedy rule does not use them.
+        rule: `rule.top_k` is at most V.
+        numbers: Parameters of each sequence.
 
     Raises:
         ValueError: `logits_BV` is not float32.
@@ -136,7 +137,7 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, rule: Rule, numbers: Numbers
 
 
 def _filtered(scores_BN: jax.Array, rule: Rule, numbers: Numbers) -> jax.Array:
-    """Scores with minus infinity for what may not be chosen."""
+    """Scores in which excluded tokens are minus infinity."""
     if rule.row_top_k:
         count_B1 = jnp.where(numbers.top_k > 0, numbers.top_k, scores_BN.shape[1])[:, None].astype(jnp.float32)
         scores_BN = _keep(scores_BN, _order(jax.nn.softmax(scores_BN, axis=-1)), jnp.ones_like(scores_BN), count_B1)
@@ -165,10 +166,11 @@ def log_probabilities(logits_BV: jax.Array, chosen_B: jax.Array, count: int) -> 
 def _most_likely(logits_BV: jax.Array) -> jax.Array:
     """The first index of the largest logit, `[B]`, int32.
 
-    First the group, then which of it: the largest of many is found several times as fast as its index.
+    First finds the group with the largest logit, then the index within that group: a maximum over many numbers is
+    several times as fast as an argmax.
     """
     group_B = jnp.argmax(jnp.max(_groups(logits_BV, -jnp.inf), axis=-1), axis=-1)
-    # What a last group lacks repeats its last index, which comes first.
+    # The last group is padded by repeating the last index; argmax returns the first of equal values.
     indices_BN = jnp.minimum(group_B[:, None] * GROUP + jnp.arange(GROUP)[None], logits_BV.shape[1] - 1)
     members = jnp.take_along_axis(logits_BV, indices_BN, axis=1)
     return (group_B * GROUP + jnp.argmax(members, axis=-1)).astype(jnp.int32)
@@ -177,8 +179,8 @@ def _most_likely(logits_BV: jax.Array) -> jax.Array:
 def _draw(scores_BN: jax.Array, keys_B: jax.Array) -> jax.Array:
     """Draws an index of each row with probabilities `softmax(scores_BN)`, `[B]`, int32.
 
-    First a group of indices is drawn, then one of the group: two random numbers for a token instead of one for each
-    word of the vocabulary, which took a fifth of the time of a token.
+    First draws a group of indices, then one index of that group. This needs two random numbers per token instead of
+    one per vocabulary entry, which would take a fifth of the time of a token.
     """
     weights_BN = jnp.exp(scores_BN - jnp.max(scores_BN, axis=-1, keepdims=True))
     weights = _groups(weights_BN, 0.0)
@@ -189,41 +191,46 @@ def _draw(scores_BN: jax.Array, keys_B: jax.Array) -> jax.Array:
 
 
 def _groups(x_BN: jax.Array, filler: float) -> jax.Array:
-    """`[B, groups, GROUP]`, filled up at the end."""
+    """Reshapes to `[B, groups, GROUP]`; the end is padded with `filler`."""
     B, N = x_BN.shape
     return jnp.pad(x_BN, ((0, 0), (0, -N % GROUP)), constant_values=filler).reshape(B, -1, GROUP)
 
 
 def _pick(weights: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """The index at which the running sum of a row passes that share of its total; never one of weight zero."""
+    """The first index at which the cumulative sum of the weights exceeds `uniform_B` times their total. Its weight is
+    never zero.
+    """
     sums = jnp.cumsum(weights, axis=-1)
     return jnp.sum(sums <= uniform_B[:, None] * sums[:, -1:], axis=-1).astype(jnp.int32)
 
 
 def _order(values: jax.Array) -> jax.Array:
-    """The bits of non-negative floats as int32, which order as the floats do."""
+    """The bits of non-negative floats as int32; they have the same order as the floats."""
     return jax.lax.bitcast_convert_type(values, jnp.int32)
 
 
 def _mass(share_B: jax.Array) -> jax.Array:
-    """The probability to keep, `[B, 1]`; more than there is where all is kept, whatever the sum rounds to."""
+    """The probability mass to keep, `[B, 1]`. A share of 1 becomes more than 1, so that rounding never drops a
+    token.
+    """
     return jnp.where(share_B < 1, share_B, 2.0)[:, None]
 
 
 def _keep(scores_BN: jax.Array, order_BN: jax.Array, weights_BN: jax.Array, target_B1: jax.Array) -> jax.Array:
-    """Sets scores to minus infinity except the first in order (largest `order_BN`, non-negative) that weigh the target.
+    """Keeps the tokens of largest `order_BN` (non-negative) whose weights sum to the target; sets other scores to minus
+    infinity.
 
-    The smallest order that stays is found by bisection: exact after 31 sums, an order of magnitude cheaper than sorting
-    a vocabulary of 50,000.
+    Bisection finds the smallest order that is kept: 31 sums give the exact result, ten times faster than sorting a
+    vocabulary of 50,000.
     """
 
     def halve(_, bounds):
-        low, high = bounds  # what stays from `low` up weighs the target, what stays from `high` up does not
+        low, high = bounds  # tokens of order >= low reach the target weight, those of order >= high do not
         middle = low + (high - low) // 2
         enough = jnp.sum(weights_BN, axis=-1, keepdims=True, where=order_BN >= middle) >= target_B1
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    # The top of the search is just above the first in order, so that one token always stays.
+    # The upper bound is just above the largest order, so at least one token is kept.
     high = jnp.minimum(jnp.max(order_BN, axis=-1, keepdims=True), LARGEST_BITS - 1) + 1
     low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(high), high))
     return jnp.where(order_BN >= low, scores_BN, -jnp.inf)

@@ -1,4 +1,4 @@
-"""Texts of a given form: which tokens a regular expression or a JSON schema allows next.
+"""Constrained decoding: the tokens that a regular expression or a JSON schema allows next.
 
 Shape suffixes: V vocabulary.
 """
@@ -17,15 +17,15 @@ NO_PACKAGE = "regex and response_format need llguidance; install it with pip ins
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What a text must be: one of the two is given."""
+    """The required form of a text; exactly one of the two fields is set."""
 
     regex: str = ""
     """Regular expression that matches the whole text."""
     schema: dict[str, Any] | None = None
-    """JSON schema of the text, which is compact JSON."""
+    """JSON schema. The text is JSON without whitespace."""
 
     def grammar(self, before: str) -> str:
-        """A grammar of llguidance for `before` and a text of this form."""
+        """The llguidance grammar of `before` followed by a text of this form."""
         start = f"start: {json.dumps(before)} body" if before else "start: body"
         if self.schema is not None:
             compact = {"x-guidance": {"whitespace_flexible": False}} | self.schema
@@ -35,20 +35,20 @@ class Form:
 
 
 class Constraint:
-    """The state of one text that is written under a grammar."""
+    """The state of one text that is generated under a grammar."""
 
     def __init__(self, matcher: Any, vocab_size: int):
         self._matcher, self._vocab_size = matcher, vocab_size
 
     def allowed(self) -> np.ndarray:
-        """Tokens that may follow, bool `[V]`; end-of-text where the text may end, none where it must and there is no
-        such token.
+        """Allowed next tokens, bool `[V]`. They include end-of-text if the text may end. If the text must end but the
+        tokenizer has no end-of-text token, no token is allowed.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
 
     def add(self, tokens: list[int]) -> None:
-        """Takes tokens that were chosen among those allowed; end-of-text is not added."""
+        """Adds chosen tokens, which must be allowed; end-of-text must not be added."""
         self._matcher.consume_tokens(tokens)
 
 
@@ -69,10 +69,10 @@ class Constrainer:
         self._llguidance, self._tokenizer = llguidance, _wrapped(llguidance, tokenizer)
 
     def check(self, form: Form, before: str = "") -> None:
-        """Refuses a form that is malformed or too large.
+        """Checks a form.
 
         Raises:
-            UserError: It is.
+            UserError: The form is malformed or too large.
         """
         problem = self._llguidance.LLMatcher.validate_grammar(form.grammar(before), self._tokenizer)
         if problem:
@@ -81,13 +81,15 @@ class Constrainer:
             raise UserError(f"{name}: {message[:300]}")
 
     def make(self, form: Form, before: str = "") -> Constraint:
-        """A constraint for a text that is written after `before`."""
+        """A constraint for a text that follows `before`."""
         matcher = self._llguidance.LLMatcher(self._tokenizer, form.grammar(before), log_level=0)
         return Constraint(matcher, self._vocab_size)
 
 
 def _wrapped(llguidance: Any, tokenizer: Tokenizer) -> Any:
-    """The tokenizer as llguidance reads it; without an end-of-text token, an id behind the vocabulary stands for it."""
+    """The tokenizer for llguidance. If it has no end-of-text token, the first id after the vocabulary is used for
+    it.
+    """
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     end = tokenizer.end_of_text
     special = [] if end is None else [end]

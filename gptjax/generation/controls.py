@@ -1,6 +1,7 @@
-"""Changes of logits before a token is chosen: biases, penalties of repetition, and tokens that are banned.
+"""Changes logits before a token is chosen: biases, repetition penalties, banned tokens.
 
-Shape suffixes: B row, V vocabulary, L token of a row's history, W banned sequence, N token of it but the last.
+Shape suffixes: B sequence, V vocabulary, L token of a sequence's history, W banned sequence, N token of a banned
+sequence except its last.
 """
 
 from collections.abc import Sequence
@@ -13,37 +14,37 @@ import numpy as np
 from gptjax.generation.choose import Numbers, Rule
 
 BANNED = -1e30
-"""Logit of a banned token: finite, so that a row in which every token is banned has probabilities."""
+"""Logit of a banned token. It is finite, so that a softmax over only banned tokens is not NaN."""
 NO_TOKEN, ANY_TOKEN = -1, -2
-ROUND = 256  # lengths of histories, so that few programs compile
+ROUND = 256  # histories have a multiple of this length, so that few programs compile
 
 
 class Tables(NamedTuple):
-    """Arrays that do not change while tokens are added; those that no rule reads are None."""
+    """Arrays that stay the same during decoding; None if the rule does not use them."""
 
     bias_BV: jax.Array | None = None
-    """Added to the logits; one row may stand for all."""
+    """Added to the logits, `[B, V]` or `[1, V]`."""
     before_WN: jax.Array | None = None
-    """Banned sequences without their last token, aligned on their right; `ANY_TOKEN` before a short one."""
+    """Banned sequences without their last token, right-aligned; shorter ones are padded with `ANY_TOKEN`."""
     last_W: jax.Array | None = None
     """Their last tokens."""
 
 
 class History(NamedTuple):
-    """What is known of a row's tokens so far; parts that no rule reads are None."""
+    """The tokens of each sequence so far; None for parts that the rule does not use."""
 
     in_prompt_BV: jax.Array | None = None
-    """Whether the prompt has a token."""
+    """Whether the token occurs in the prompt."""
     counts_BV: jax.Array | None = None
-    """How often a token was chosen, int32."""
+    """How often the token was generated, int32."""
     tokens_BL: jax.Array | None = None
-    """Prompt and new tokens, from the left."""
+    """Prompt and new tokens, left-aligned."""
     length_B: jax.Array | None = None
-    """How many of `tokens_BL` there are."""
+    """Number of valid tokens in `tokens_BL`."""
 
 
 def make_tables(rule: Rule, bias: dict[int, float], words: Sequence[Sequence[int]], vocab_size: int) -> Tables:
-    """Lays out a bias by token id, the same for every row, and banned sequences of token ids."""
+    """Makes tables from a bias by token id, the same for every sequence, and banned sequences of token ids."""
     bias_1V = np.zeros((1, vocab_size), np.float32)
     for token, value in bias.items():
         bias_1V[0, token] = value
@@ -58,7 +59,7 @@ def make_tables(rule: Rule, bias: dict[int, float], words: Sequence[Sequence[int
 
 
 def make_history(rule: Rule, prompts: Sequence[np.ndarray], new: int, vocab_size: int) -> History:
-    """The history of rows that have their prompts alone, with room for so many new tokens."""
+    """The history of sequences that consist of their prompts, with room for `new` new tokens."""
     rows, history = len(prompts), History()
     if rule.penalties:
         in_prompt_BV = np.zeros((rows, vocab_size), bool)
@@ -76,7 +77,7 @@ def make_history(rule: Rule, prompts: Sequence[np.ndarray], new: int, vocab_size
 
 
 def remember(history: History, next_B: jax.Array) -> History:
-    """The history with one more token of each row; a row without room, which is done, keeps what it has."""
+    """Adds one token to each sequence. A finished sequence has no room left and stays the same."""
     rows_B = jnp.arange(next_B.shape[0])
     if history.counts_BV is not None:
         history = history._replace(counts_BV=history.counts_BV.at[rows_B, next_B].add(1))
@@ -95,19 +96,20 @@ def control(
     count: jax.Array,
     end_B: jax.Array,
 ) -> jax.Array:
-    """Applies what the rule names, in this order: bias, repetition, presence and frequency, n-grams, words, end.
+    """Applies the controls of the rule, in this order: bias, repetition, presence and frequency, n-grams, words, end.
 
     Args:
-        logits_BV: The model's own, float32.
-        rule: What is on.
-        numbers: Penalties of each row. Repetition divides positive logits of tokens in the history, prompt included,
-            and multiplies negative ones. Presence and frequency are subtracted for new tokens: once, and for each time.
+        logits_BV: The model's logits, float32.
+        rule: Which controls to apply.
+        numbers: Penalties of each sequence. The repetition penalty divides positive logits of tokens in the history
+            (prompt included) and multiplies negative ones. The presence penalty is subtracted once for each token that
+            was generated, the frequency penalty once per occurrence.
         tables: Biases and banned sequences.
         history: Tokens so far.
         count: New tokens so far, a scalar or `[B]`.
-        end_B: Id of end-of-text; `NO_TOKEN`: there is none.
+        end_B: Id of end-of-text; `NO_TOKEN` if there is none.
 
-    Source: repetition is arXiv:1909.05858, section 4.1; presence and frequency as in OpenAI's API.
+    Source: repetition penalty: arXiv:1909.05858, section 4.1; presence and frequency penalties: OpenAI's API.
     """
     V = logits_BV.shape[1]
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
@@ -135,7 +137,7 @@ def control(
 
 
 def _repeats(tokens_BL: jax.Array, length_B: jax.Array, n: int) -> jax.Array:
-    """Whether a token ends an n-gram whose first n - 1 tokens are the newest of the row, `[B, L]`."""
+    """Whether a token ends an n-gram whose first n - 1 tokens are the newest n - 1 of the sequence, `[B, L]`."""
     place_1L = jnp.arange(tokens_BL.shape[1])[None]
     repeats_BL = (place_1L >= n - 1) & (place_1L < length_B[:, None])
     for back in range(1, n):
@@ -145,7 +147,7 @@ def _repeats(tokens_BL: jax.Array, length_B: jax.Array, n: int) -> jax.Array:
 
 
 def _matches(tokens_BL: jax.Array, length_B: jax.Array, before_WN: jax.Array) -> jax.Array:
-    """Whether the newest tokens of a row are those of a sequence, `[B, W]`."""
+    """Whether the newest tokens of a sequence match a banned one without its last token, `[B, W]`."""
     N = before_WN.shape[1]
     place_BN = length_B[:, None] - N + jnp.arange(N)[None]
     recent_BN = jnp.where(place_BN >= 0, jnp.take_along_axis(tokens_BL, jnp.maximum(place_BN, 0), axis=1), NO_TOKEN)

@@ -1,12 +1,14 @@
-"""Continues token sequences with a cache of keys and values.
+"""Continues token sequences with a KV cache.
 
-A context is what the model sees of a row: at first the prompt, or its last `block_size` tokens where it is longer.
-When a context would pass `block_size`, it slides. Where only distances between tokens matter (RoPE, ALiBi, relative
-biases, no positions), each new token takes the place of the oldest one in the cache: it attends to the newest
-`block_size` tokens, as a window of that width over the whole text would have it. Elsewhere the newest `block_size // 2`
-tokens (at least one) are kept and run again, so the cost of sliding is spread over as many new tokens.
+The context of a sequence is the part that the model reads: first the last `block_size` tokens of the prompt. When a
+context would become longer than `block_size`, it slides:
 
-Shape suffixes: B row (one sample of one prompt), T position, N new token, V vocabulary.
+- With position methods that depend only on distances (RoPE, ALiBi, relative biases, none), each new token replaces the
+  oldest one in the cache. So each token attends to the last `block_size` tokens, as in sliding-window attention.
+- With other methods, the newest `block_size // 2` tokens (at least one) are kept and prefilled again. This costs one
+  prefill for every `block_size // 2` new tokens.
+
+Shape suffixes: B sequence (one sample of one prompt), T position, N new token, V vocabulary.
 """
 
 import functools
@@ -31,39 +33,39 @@ from gptjax.model.positions import POSITIONS
 from gptjax.ops import kernels
 from gptjax.ops.projection import project
 
-BUFFER = 64  # new tokens that the compiled loop holds before it returns them
-PREFILL = 128  # longer prompts go through the model in pieces of this length
+BUFFER = 64  # most new tokens that one call of the compiled loop returns
+PREFILL = 128  # longer prompts are prefilled in chunks of this length
 SLOTS_MULTIPLE = 64
-LARGE = 2**25  # bytes of a cache that grows as it fills: to read less is worth more than the programs to compile
-NOTHING = -1  # stands in the buffer where a row has no token
+LARGE = 2**25  # a cache of more bytes grows as it fills: reading less memory then saves more than compiling costs
+NOTHING = -1  # in the buffer: no token
 
 
 class DecodingModel(NamedTuple):
-    """A model laid out for decoding."""
+    """A model with weights in their layout for decoding."""
 
     config: ModelConfig
     weights: DecodingWeights
     dtype: str
-    """Of activations."""
+    """Dtype of activations."""
     stored: str
-    """Of the cache."""
+    """Dtype of the cache."""
     prefix: bool = False
-    """Whether the tokens of a context attend to each other, as in a prefix LM."""
+    """Whether the tokens of a context also attend to later ones, as in a prefix LM."""
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities of new tokens, by the model's own logits, before any control and the temperature."""
+    """Log-probabilities of new tokens from the model's logits, before controls and temperature."""
 
     chosen_N: np.ndarray | jax.Array
-    """Of the tokens that were chosen."""
+    """Log-probabilities of the chosen tokens."""
     ids_NK: np.ndarray | jax.Array
-    """The most likely tokens at each place, the most likely first."""
+    """The most likely tokens at each position, the most likely first."""
     top_NK: np.ndarray | jax.Array
     """Their log-probabilities."""
 
 
 class Piece(NamedTuple):
-    """New tokens of one row."""
+    """New tokens of one sequence."""
 
     tokens_N: np.ndarray
     """Token ids, int32."""
@@ -116,21 +118,23 @@ def stream(
     piece_length: int = 8,
     prefix: bool = False,
 ) -> Iterator[list[Piece]]:
-    """Yields new tokens as they come: for every row (prompt by prompt, sample by sample) a piece.
+    """Yields new tokens as they are generated: a list with one `Piece` per sequence (prompt by prompt, sample by
+    sample).
 
-    A row's tokens depend on its prompt, the seed, its prompt's number and its sample's number, not on other rows.
+    The tokens of a sequence depend on its prompt, the seed, the prompt's number and the sample's number. They do not
+    depend on other sequences.
 
     Args:
         config: Shape of the model.
         params: As `init_params` returns them.
         prompts: Token ids, one array each, none empty.
-        options: How many samples, how long, how tokens are chosen, in which precision; texts in it are not read.
-        end_of_text: Id that ends a row; None: none does. `options.ignore_end_of_text` overrides it.
+        options: Number and length of samples, choice of tokens, precision. Fields that hold texts are not used.
+        end_of_text: Id that ends a sequence; None: no such id. `options.ignore_end_of_text` overrides it.
         bad_words: Sequences of token ids that are never completed.
-        numbers: Of the prompts; None: 0, 1, 2 ...
-        is_finished: Asked after each piece whether a row, by its number, ends here.
-        notify: Gets one line when a prompt is cut and, once, when contexts slide.
-        piece_length: New tokens per row in one piece, at most 64.
+        numbers: Numbers of the prompts; None: 0, 1, 2 ...
+        is_finished: Called with the number of each sequence after each piece; True ends the sequence.
+        notify: Receives one line when a prompt is cut and, once, when contexts slide.
+        piece_length: New tokens per sequence in one piece, at most 64.
         prefix: See `DecodingModel`.
 
     Raises:
@@ -145,7 +149,7 @@ def stream(
 
 
 def prepare(config: ModelConfig, params: dict, options: SampleConfig, rows: int, prefix: bool = False) -> DecodingModel:
-    """Lays out a model to decode so many rows at once, in the precision that the options name."""
+    """Converts a model to its layout for decoding `rows` sequences at once, in the precision of the options."""
     config, params = for_decoding(config, params)
     weight_dtype = options.compute_dtype if options.quantize == "none" else options.quantize
     dtype = "float32" if target_platform() == "cpu" else options.compute_dtype
@@ -175,7 +179,7 @@ def _stream(
             how = "by a token at a time" if slides else f"to its last {_kept(config)} tokens"
             notify(f"the context is full (model.block_size={config.block_size}): it slides {how}")
             told = True
-        # Slots were counted for the longest context. Once it has stopped the others may need more, and run again.
+        # Slots were counted for the longest context. After it ends, the others may need more, and are prefilled again.
         if cache is None or (not slides and (room < 1 or used == most)):
             contexts = [_window(config, c, done) for c, done in zip(contexts, done_B, strict=True)]
             used = _prefill_length(contexts)
@@ -190,7 +194,7 @@ def _stream(
         limit = min(piece_length, options.max_new_tokens - number)
         if slots < most or not slides:
             limit = min(limit, slots - used)
-        if room >= 1:  # a context that has just become full is told of
+        if room >= 1:  # stop when a context becomes full, to report it
             limit = min(limit, room)
         last_B = np.array([c[-1] for c in contexts], np.int32)
         places = np.full(rows, number, np.int32), np.int32(limit), np.full(rows, stop, np.int32)
@@ -209,10 +213,10 @@ def _stream(
 
 
 def split_rows(new_BN: np.ndarray, logprobs: Logprobs | None) -> list[Piece]:
-    """The new tokens of each row, as `decode` returns them on the host."""
+    """Splits the output of `decode`, on the host, into the new tokens of each sequence."""
     pieces = []
     for row, tokens_N in enumerate(new_BN):
-        count = int(np.sum(tokens_N != NOTHING))  # a row that has ended has nothing behind its end
+        count = int(np.sum(tokens_N != NOTHING))
         mine = None if logprobs is None else Logprobs(*(part[row, :count] for part in logprobs))
         pieces.append(Piece(tokens_N[:count], mine))
     return pieces
@@ -235,13 +239,13 @@ def decode(
     numbers: Numbers,
     tables: Tables,
 ) -> tuple[Cache, History, jax.Array, Logprobs | None]:
-    """Adds up to `limit` tokens to every row that is not done.
+    """Adds up to `limit` tokens to every unfinished sequence.
 
-    `last_B` are the newest tokens, not in the cache yet; `count_B` says how many new tokens came before, and `stop_B`
-    which token ends a row.
+    `last_B` are the newest tokens, which are not in the cache yet. `count_B` is the number of new tokens before them.
+    `stop_B` is the token that ends a sequence.
 
     Returns:
-        The longer cache and history; the new tokens, `[B, BUFFER]`; and their log-probabilities, as long.
+        The extended cache and history; the new tokens, `[B, BUFFER]`; and their log-probabilities, `[B, BUFFER]`.
     """
     B, K = last_B.shape[0], rule.logprobs
 
@@ -249,7 +253,7 @@ def decode(
         n, cache, history, last_B, done_B, new_BN, logprobs = carry
         used = cache.used
         logits_BV, cache = next_logits(config, dtype, weights, last_B, cache)
-        if used.ndim:  # a row that is done keeps what it has, so that it may begin again
+        if used.ndim:  # finished sequences keep their length, so that their slot can be continued later
             cache = cache._replace(used=jnp.where(done_B, used, cache.used))
         token_keys_B = keys_B if rule.greedy else jax.vmap(jax.random.fold_in)(keys_B, count_B + n)
         controlled_BV = control(logits_BV, rule, numbers, tables, history, count_B + n, stop_B)
@@ -279,13 +283,13 @@ def decode(
 def next_logits(
     config: ModelConfig, dtype: str, weights: DecodingWeights, last_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Logits `[B, V]` of the tokens that follow `last_B`, which are put into the cache."""
+    """Puts `last_B` into the cache; returns the logits `[B, V]` of the next tokens and the cache."""
     x_B1D, cache = extend(config, weights.params, last_B[:, None], cache, dtype)
     return finish_logits(config, weights.params, project(x_B1D, weights.readout)[:, 0]), cache
 
 
 def _put(all: jax.Array, new: jax.Array, n: jax.Array) -> jax.Array:
-    """Writes `new`, `[B, ...]`, as number `n` of the second axis."""
+    """Writes `new`, `[B, ...]`, at index `n` of the second axis."""
     return jax.lax.dynamic_update_slice(all, new[:, None], (0, n, *(0,) * (new.ndim - 1)))
 
 
@@ -300,9 +304,9 @@ _grown = jax.jit(grow_cache, static_argnums=(0, 2, 3))
 
 
 def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int) -> Cache:
-    """Returns a cache of every context but its last token, which the decoding loop reads.
+    """Returns a cache with every context except its last token, which the decoding loop runs.
 
-    Of a prefix all tokens run at once, the last one too: the others attend to it. The loop runs it again.
+    With `model.prefix`, the last token also runs here, because the others attend to it; the loop runs it again.
     """
     length = _prefill_length(contexts)
     padding_B = np.array([length - (len(c) - 1) for c in contexts], np.int32)
@@ -322,7 +326,7 @@ def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int) 
 
 
 def _prefill_length(contexts) -> int:
-    """Slots for the longest context but its last token: few different numbers, so that few programs compile."""
+    """Slots for the longest context without its last token, rounded up so that few programs compile."""
     longest = max(len(c) for c in contexts) - 1
     if longest > PREFILL:
         return _round_up(longest, PREFILL)
@@ -330,18 +334,18 @@ def _prefill_length(contexts) -> int:
 
 
 def window_slots(config: ModelConfig, contexts, new: int) -> int:
-    """Slots until the last token, or until the first context is full."""
+    """Slots that are needed up to the last new token, or until the first context is full."""
     longest = max(len(c) for c in contexts)
     return _round_up(_prefill_length(contexts) + min(new, config.block_size + 1 - longest), SLOTS_MULTIPLE)
 
 
 def sliding_slots(config: ModelConfig, used: int, new: int) -> int:
-    """Slots until the last token, or those of a full context, which then slides."""
+    """Slots that are needed up to the last new token, at most those of a full context, which then slides."""
     return _round_up(min(used + new, max(used, config.block_size)), SLOTS_MULTIPLE)
 
 
 def _first_slots(config: ModelConfig, dtype: str, rows: int, used: int, most: int) -> int:
-    """Slots to begin with, of which `used` are filled at once: `most` of them, or few where many take much memory."""
+    """Slots at the start, of which the prefill uses `used`: `most` for a small cache, few for a large one."""
     size = 2 * config.n_layer * config.kv_heads * config.head_width * jnp.dtype(dtype).itemsize
     return most if rows * most * size <= LARGE else _round_up(used + 1, SLOTS_MULTIPLE)
 
@@ -355,7 +359,7 @@ def _kept(config: ModelConfig) -> int:
 
 
 def _window(config: ModelConfig, context: np.ndarray, done: bool) -> np.ndarray:
-    """The context to go on with: whole while it fits, its newest half when it does not, little once it is done."""
+    """The context to prefill: all of it if it fits, else its newest half; the last token of a finished sequence."""
     if done:
         return context[-1:]
     return context if len(context) <= config.block_size else context[-_kept(config) :]
@@ -379,12 +383,12 @@ def _row_keys(seed: jax.Array, numbers_P: jax.Array, samples: int) -> jax.Array:
 
 @jax.jit
 def row_key(seed: jax.Array, prompt: jax.Array | int, sample: jax.Array | int) -> jax.Array:
-    """The random key of a row, from the numbers of its prompt and of its sample."""
+    """The random key of a sequence, from the seed, the prompt's number and the sample's number."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[np.ndarray], options: SampleConfig) -> None:
-    """Refuses prompts and options that name what the model has not.
+    """Checks prompts and options against the model's vocabulary.
 
     Raises:
         UserError: A prompt is empty or holds an id outside the vocabulary, or an option names such an id.
@@ -393,14 +397,16 @@ def check_prompts(config: ModelConfig, prompts: Sequence[np.ndarray], options: S
         if getattr(options, name) > config.vocab_size:
             raise UserError(
                 f"{name}={getattr(options, name)} must be at most model.vocab_size={config.vocab_size}"
-                + ("; 0 takes all" if name == "top_k" else "")
+                + ("; 0 keeps all tokens" if name == "top_k" else "")
             )
     for token in token_biases(options):
         if token >= config.vocab_size:
             raise UserError(f"logit_bias: token {token} is outside model.vocab_size={config.vocab_size}")
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) == 0:
-            raise UserError(f"prompt {number} is empty; the model continues at least one token")
+            raise UserError(f"prompt {number} is empty; give at least one token")
         if np.min(prompt) < 0 or np.max(prompt) >= config.vocab_size:
             outside = next(int(t) for t in prompt if not 0 <= t < config.vocab_size)
-            raise UserError(f"prompt {number} holds token {outside}, outside model.vocab_size={config.vocab_size}")
+            raise UserError(
+                f"prompt {number} contains token {outside}, which is outside model.vocab_size={config.vocab_size}"
+            )

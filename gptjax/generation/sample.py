@@ -1,4 +1,4 @@
-"""Continuations of prompts as text, for the command line and the trainer."""
+"""Generates text from text prompts, for the command line and the trainer."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,20 +14,20 @@ from gptjax.generation.decode import BUFFER, Logprobs, Piece, stream
 from gptjax.generation.stream import StopFilter, make_text_stream
 from gptjax.text.tokenizers.base import Tokenizer
 
-STREAM_LENGTH = 8  # tokens between two pieces of text
+STREAM_LENGTH = 8  # tokens in one streamed piece of text
 
 
 class Sample(NamedTuple):
     """One continuation of a prompt."""
 
     text: str
-    """Without the prompt, cut before a stop string."""
+    """The text without the prompt, cut before a stop string."""
     finish: Literal["stop", "length"]
-    """stop: by end-of-text or a stop string; length: by `max_new_tokens`."""
+    """Why it ended: stop (end-of-text or a stop string) or length (`max_new_tokens`)."""
     tokens: list[int]
-    """Those that begin in the text."""
+    """Number of tokens that begin in the text."""
     logprobs: Logprobs | None
-    """Of these tokens, where `options.logprobs` asks for them."""
+    """Log-probabilities of these tokens, if `options.logprobs` is set."""
 
 
 def sample_texts(
@@ -42,7 +42,7 @@ def sample_texts(
     on_text: Callable[[int, int, str], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[list[str]]:
-    """Returns the text of every `Sample` of `samples`, whose arguments and errors these are."""
+    """Returns the text of every `Sample`. Arguments and errors are those of `samples`."""
     found = samples(
         *(config, params, tokenizer, prompts, options),
         at_start=at_start,
@@ -72,14 +72,14 @@ def samples(
         config: Shape of the model.
         params: As `init_params` returns them.
         tokenizer: The one that the model was trained with.
-        prompts: Texts, none empty; the tokenizer's end token in them is plain text unless `options.allow_special`.
-        options: How many, how long, how chosen, in which precision; `prompt` and `run_dir` are not read here.
-        at_start: Whether each prompt begins a document, so that end-of-text stands before it as in training.
-        prefix: Whether the tokens of a prompt attend to each other, as in a prefix LM.
-        numbers: Of the prompts, which belong to the seed; None: 0, 1, 2 ...
-        on_text: Called with prompt number, sample number (both from 0) and the next piece of text, always whole
-            characters, as they come; the pieces join to what is returned.
-        notify: Gets one line about a prompt that is cut or a context that slides.
+        prompts: Texts, none empty. The tokenizer's end token in them is plain text unless `options.allow_special`.
+        options: Number and length of samples, choice of tokens, precision. `prompt` and `run_dir` are not used here.
+        at_start: Whether each prompt begins a document; end-of-text is then put before it, as in training.
+        prefix: Whether the tokens of a prompt also attend to later ones, as in a prefix LM.
+        numbers: Numbers of the prompts, which select their random keys; None: 0, 1, 2 ...
+        on_text: Called with prompt number, sample number (both from 0) and the next piece of text, as soon as it is
+            certain. A piece has only whole characters; joined, the pieces are the returned text.
+        notify: Receives one line about a prompt that is cut or a context that slides.
 
     Raises:
         UserError: A prompt is empty or cannot be encoded, or an option names a token outside the vocabulary.
@@ -87,7 +87,7 @@ def samples(
     ids = encode_prompts(tokenizer, prompts, options.allow_special)
     if at_start and tokenizer.end_of_text is not None:
         ids = [np.concatenate([[tokenizer.end_of_text], tokens]) for tokens in ids]
-    if tokenizer.vocab_size < config.vocab_size:  # ids that only the model has are never chosen: they have no text
+    if tokenizer.vocab_size < config.vocab_size:  # never choose ids that the tokenizer does not have
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     bad_words = bad_word_ids(tokenizer, options.bad_words)
     if options.num_beams > 1:
@@ -125,7 +125,7 @@ def samples(
 
 
 def _whole(tokenizer: Tokenizer, tokens: np.ndarray, options: SampleConfig) -> Sample:
-    """The sample of tokens that came at once."""
+    """The sample of tokens that were generated in one piece."""
     collector = TextCollector(tokenizer, options)
     collector.add(Piece(tokens, None))
     collector.end()
@@ -133,7 +133,7 @@ def _whole(tokenizer: Tokenizer, tokens: np.ndarray, options: SampleConfig) -> S
 
 
 class TextCollector:
-    """Collects the pieces of one sample: tokens as they come, text as it is certain."""
+    """Collects the pieces of one sample, and returns text as soon as it is certain."""
 
     def __init__(self, tokenizer: Tokenizer, options: SampleConfig):
         self._tokenizer, self._options = tokenizer, options
@@ -147,17 +147,17 @@ class TextCollector:
         return self._filter.found
 
     def add(self, piece: Piece) -> str:
-        """Takes new tokens; returns the text that is certain by now."""
+        """Adds new tokens; returns the new text that is certain."""
         if not self.stopped:
             self._pieces.append(piece)
         return self._take(self._filter.feed(self._decode(self._tokenizer.decode_bytes(piece.tokens_N), False)))
 
     def end(self) -> str:
-        """Returns what was held back."""
+        """Returns the text that was held back."""
         return self._take(self._filter.feed(self._decode(b"", True), final=True))
 
     def sample(self) -> Sample:
-        """What was collected."""
+        """The collected sample."""
         tokens = np.concatenate([np.zeros(0, np.int32), *(piece.tokens_N for piece in self._pieces)])
         ended = self.stopped or len(tokens) < self._options.max_new_tokens
         if self.stopped:
@@ -174,7 +174,7 @@ class TextCollector:
 
 
 def tokens_of(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, characters: int) -> int:
-    """How many tokens begin within the first characters of their text, up to `characters`."""
+    """Number of tokens that begin within the first `characters` characters of their text."""
     decode, begin = make_text_stream(), 0
     for number, token in enumerate(tokens):
         if begin >= characters:
@@ -184,22 +184,22 @@ def tokens_of(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, characte
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
-    """The token sequences of texts, alone and after a space; those that a tokenizer cannot write are left out.
+    """The token sequences of texts, alone and after a space. Texts that the tokenizer cannot encode are ignored.
 
-    A sequence that ends in another one is left out too.
+    A sequence that ends with another one is redundant and not returned.
     """
     found: set[tuple[int, ...]] = set()
     for word in words:
         for text in (word, f" {word}"):
             try:
                 found.add(tuple(tokenizer.encode(text).tolist()))
-            except UserError:  # characters that the model cannot write
+            except UserError:  # characters that the tokenizer does not have
                 continue
     return sorted(list(word) for word in found if not any(word[-len(w) :] == w for w in found if len(w) < len(word)))
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], allow_special: bool) -> list[np.ndarray]:
-    """Returns the token ids of prompts; `allow_special`: the end token in a text stands for itself.
+    """Returns the token ids of prompts. With `allow_special`, the end token in a text is encoded as that token.
 
     Raises:
         UserError: A prompt is empty or cannot be encoded.
@@ -214,6 +214,6 @@ def _encode(tokenizer: Tokenizer, text: str, allow_special: bool, number: int) -
     if not allow_special or end not in text:
         return tokenizer.encode(text)
     if tokenizer.end_of_text is None:
-        raise UserError(f"prompt {number} holds {end}, but this model's tokenizer has no such token")
+        raise UserError(f"prompt {number} contains {end}, but this model's tokenizer has no such token")
     first, *others = (tokenizer.encode(part) for part in text.split(end))
     return np.concatenate([first, *(np.concatenate([[tokenizer.end_of_text], part]) for part in others)])

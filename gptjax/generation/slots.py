@@ -1,8 +1,8 @@
-"""Continuous batching: sequences that come and go share one compiled loop, each in a slot of the cache.
+"""Continuous batching: sequences start and end at any time and share one compiled loop, each in a slot of the cache.
 
-Prompts are read in chunks between the steps of sequences that are decoded, so a long prompt delays these by one chunk
-at a time. A slot keeps its tokens when its sequence has ended, and a later prompt that begins with them reads only the
-rest. Contexts do not slide: a prompt and its new tokens fit in `block_size`.
+Prompts are prefilled in chunks between decoding steps, so a long prompt delays other sequences by one chunk at a time.
+When a sequence ends, its slot keeps the tokens; a later prompt with the same prefix prefills only the rest (prefix
+caching). Contexts do not slide: a prompt and its new tokens must fit in `block_size`.
 
 Shape suffixes: B slot, P prompt of a chunk, T position, V vocabulary, K most likely tokens.
 """
@@ -39,74 +39,76 @@ from gptjax.model.gpt import extend, finish_logits
 from gptjax.ops.projection import project
 
 CHUNKS = ((8, 16), (4, 32), (1, PREFILL))
-"""Prompts and tokens of each that are read at once: 128 tokens, of many short prompts or of a long one."""
+"""Number of prompts and tokens of each in one prefill: about 128 tokens, of many short prompts or of a long one."""
 BURST = 4
-"""Tokens of each sequence between two looks at what has come; one token while prompts wait."""
+"""Tokens that are decoded before new requests are accepted; only one token while prompts wait."""
 WORTH_COPYING = 64
-"""Tokens of a common beginning from which on it is copied from another slot."""
+"""A common prefix of at least this many tokens is copied from another slot."""
 SLOTS_MULTIPLE = 64
 MOST_LOGPROBS = 20
-"""Most likely tokens that are returned where log-probabilities are asked for."""
+"""Number of most likely tokens that are returned with log-probabilities."""
 
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """A sequence that is decoded in a slot."""
+    """One sequence in a slot."""
 
     prompt: np.ndarray
     """Token ids, int32, at least one."""
     options: SampleConfig
-    """How tokens are chosen and how many; what `check_options` refuses is not supported."""
+    """Choice and number of new tokens; `check_options` says which options are supported."""
     end_of_text: int | None = None
     number: tuple[int, int] = (0, 0)
-    """Of the prompt and of the sample, which belong to the seed as in `decode.stream`."""
+    """Numbers of the prompt and of the sample, which select the random key as in `decode.stream`."""
     score_prompt: bool = False
-    """Return log-probabilities of the prompt's tokens too."""
+    """Also return log-probabilities of the prompt's tokens."""
     score_only: bool = False
-    """End when the prompt is read."""
+    """End after the prefill of the prompt."""
     constraint: Constraint | None = None
-    """What the new tokens must form."""
+    """The form that the new tokens must have."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     """Prompt and new tokens."""
     slot: int = -1
     read: int = 0
-    """Tokens in the cache."""
+    """Number of tokens in the cache."""
 
     def __post_init__(self):
         self.tokens = self.prompt.tolist()
 
     @property
     def new(self) -> int:
-        """New tokens so far."""
+        """Number of new tokens so far."""
         return len(self.tokens) - len(self.prompt)
 
 
 class Event(NamedTuple):
-    """What a step gives for one row."""
+    """The result of a step for one sequence."""
 
     row: Row
     piece: Piece
     """New tokens."""
     ended: bool
     prompt_logprobs: Logprobs | None = None
-    """Of some tokens of the prompt, from the second on, where the row asks for them."""
+    """Log-probabilities of a part of the prompt (without its first token), if the row asks for them."""
 
 
 def check_options(options: SampleConfig) -> None:
-    """Refuses options that slots do not support.
+    """Checks that slots support the options.
 
     Raises:
-        UserError: Naming the option.
+        UserError: An option is not supported; the message names it.
     """
     for name, off in (("no_repeat_ngram", 0), ("bad_words", ()), ("num_beams", 1)):
         if getattr(options, name) != off:
-            raise UserError(f"{name}={getattr(options, name)!r} works in gptjax sample only; leave it at {off!r}")
+            raise UserError(
+                f"{name}={getattr(options, name)!r} is supported by gptjax sample only; leave it at {off!r}"
+            )
     if options.logprobs > MOST_LOGPROBS:
         raise UserError(f"logprobs={options.logprobs} must be at most {MOST_LOGPROBS}")
 
 
 class SlotDecoder:
-    """Decodes up to `slots` sequences together; for one thread at a time."""
+    """Decodes up to `slots` sequences together. Not thread-safe."""
 
     def __init__(self, model: DecodingModel, slots: int):
         config = model.config
@@ -118,13 +120,13 @@ class SlotDecoder:
         self._history, self._tables = History(), Tables()
         self._rows: list[Row | None] = [None] * slots
         self._kept: list[list[int]] = [[] for _ in range(slots)]  # tokens in the cache of a free slot
-        self._freed = [0] * slots  # when: smaller is longer ago
+        self._freed = [0] * slots  # when the slot became free: smaller is longer ago
         self._clock = 0
-        self._fresh: set[Row] = set()  # rows whose beginning has not been looked for in other slots
+        self._fresh: set[Row] = set()  # rows whose prefix was not yet searched for in other slots
 
     @property
     def free(self) -> int:
-        """Slots without a sequence."""
+        """Number of slots without a sequence."""
         return sum(row is None for row in self._rows)
 
     @property
@@ -133,7 +135,7 @@ class SlotDecoder:
         return [row for row in self._rows if row is not None]
 
     def start(self, row: Row) -> None:
-        """Puts a sequence into the free slot whose tokens begin most like it.
+        """Puts a sequence into the free slot that has the longest common prefix with it.
 
         Raises:
             UserError: The prompt is empty, has ids outside the vocabulary or does not fit with the new tokens, or an
@@ -154,11 +156,11 @@ class SlotDecoder:
         self._fresh.add(row)
         new_rows = row_key(np.uint32(options.seed), *row.number)[None], choice_numbers(options, 1)
         self._keys_B, self._numbers = _set_row((self._keys_B, self._numbers), row.slot, new_rows)
-        if _is_controlled(row) or self._history.counts_BV is not None:  # else the tables of an earlier row would stay
+        if _is_controlled(row) or self._history.counts_BV is not None:  # replaces the tables of an earlier row
             self._set_controls(row)
 
     def stop(self, row: Row) -> None:
-        """Frees a sequence's slot; its tokens stay in the cache until another one needs it."""
+        """Frees a sequence's slot; its tokens stay in the cache until another sequence needs the slot."""
         if row.slot >= 0 and self._rows[row.slot] is row:
             self._kept[row.slot] = row.tokens[: row.read]
             self._clock += 1
@@ -167,9 +169,9 @@ class SlotDecoder:
             self._fresh.discard(row)
 
     def step(self) -> list[Event]:
-        """Reads one chunk of prompts, if there are any to read, and adds tokens to the sequences whose prompt is read.
+        """Prefills one chunk of waiting prompts, if there are any, and adds tokens to the other sequences.
 
-        Sequences that ended are stopped.
+        Stops sequences that end.
         """
         waiting = [row for row in self.rows if row.read < len(row.prompt) - 1 or row in self._fresh]
         events = self._read(waiting) if waiting else []
@@ -213,7 +215,9 @@ class SlotDecoder:
         return events
 
     def _begin(self, waiting: list[Row]) -> list[Row]:
-        """Rows to read, oldest first; rows that may copy their beginning from one that is being read wait for it."""
+        """Rows to prefill, oldest first. A row that can copy its prefix from one that is being prefilled waits for
+        it.
+        """
         ready: list[Row] = []
         for row in waiting:
             if row in self._fresh:
@@ -227,7 +231,7 @@ class SlotDecoder:
         return ready
 
     def _reuse(self, row: Row) -> None:
-        """Takes the beginning of a prompt from the row's slot or from another one."""
+        """Reuses the cached prefix of a prompt from the row's slot or from another one."""
         if row.score_prompt:
             return
         lengths = [
@@ -246,7 +250,7 @@ class SlotDecoder:
         limit = min(limit, max(row.options.max_new_tokens - row.new for row in decoded))
         for row in decoded:
             if row.constraint is not None:
-                limit = 1  # the next token decides what may follow
+                limit = 1  # each token changes what the constraint allows next
                 if not self._constrain(row, row.constraint):
                     return [Event(row, _NO_TOKENS, True)]
         done_B, last_B, count_B = np.ones(self._slots, bool), *np.zeros((2, self._slots), np.int32)
@@ -286,7 +290,7 @@ class SlotDecoder:
         return events
 
     def _rule(self, rows: list[Row]) -> Rule:
-        """One of few rules, so that few programs compile: filters and controls are all on where one is needed."""
+        """One of few rules, so that few programs compile: if one filter or control is needed, all are on."""
         options = [row.options for row in rows]
         filters = any(o.temperature > 0 and (o.top_k or o.top_p < 1 or o.min_p or o.typical_p < 1) for o in options)
         controls = any(map(_is_controlled, rows))
@@ -299,7 +303,7 @@ class SlotDecoder:
         )
 
     def _constrain(self, row: Row, constraint: Constraint) -> bool:
-        """Bans all tokens but those that the constraint allows next; returns whether there are any."""
+        """Bans all tokens that the constraint does not allow next; returns whether any token is allowed."""
         allowed_V = constraint.allowed()
         [bias_V] = np.asarray(make_tables(BIAS, token_biases(row.options), (), len(allowed_V)).bias_BV)
         new_rows = Tables(jnp.asarray(np.where(allowed_V, bias_V, np.float32(BANNED)))[None])
@@ -335,17 +339,17 @@ def _read_chunk(
     used_P: jax.Array,
     next_PT: jax.Array,
 ) -> tuple[Cache, Logprobs | None]:
-    """Puts tokens of prompts into slots; a slot's number that is too large is left out.
+    """Prefills one chunk of prompts in their slots; ignores slot numbers that are out of range.
 
     Args:
         config: Shape of the model.
-        dtype: Of activations.
-        K: Most likely tokens at each position to return, with log-probabilities of `next_PT`; 0: return none.
-        weights: Laid out for decoding.
-        cache: Of all slots.
+        dtype: Dtype of activations.
+        K: Number of most likely tokens to return at each position, with log-probabilities of `next_PT`; 0: none.
+        weights: Weights in their layout for decoding.
+        cache: Cache of all slots.
         slots_P: Slot of each prompt.
-        tokens_PT: Its next tokens; padded at the end, where later tokens overwrite the padding.
-        used_P: How many came before.
+        tokens_PT: The next tokens of each prompt, padded at the end. Later tokens overwrite the padding.
+        used_P: Number of tokens before them.
         next_PT: The token after each one.
     """
     part = select_rows(cache, slots_P)._replace(used=used_P)
@@ -361,13 +365,13 @@ def _read_chunk(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _copy_slot(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
-    """The cache with the keys and values of one slot in another one too."""
+    """Copies the keys and values of one slot to another."""
     return replace_rows(cache, target[None], select_rows(cache, source[None]))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_row(arrays: Any, row: jax.Array | int, new: Any) -> Any:
-    """Arrays with one row replaced by the only one of others."""
+    """Replaces one row of arrays by the single row of `new`."""
     return jax.tree.map(lambda old, new: old.at[row].set(new[0]), arrays, new)
 
 
@@ -379,7 +383,7 @@ def _is_controlled(row: Row) -> bool:
 
 
 def _common(kept: list[int], prompt: np.ndarray) -> int:
-    """Tokens at the beginning that two sequences share."""
+    """Length of the common prefix of two sequences."""
     length = min(len(kept), len(prompt))
     differs = np.flatnonzero(np.asarray(kept[:length], np.int32) != prompt[:length])
     return int(differs[0]) if len(differs) else length

@@ -1,30 +1,32 @@
-"""Text from bytes that arrive in pieces, and where it ends."""
+"""Decodes bytes that arrive in pieces to text, and finds stop strings."""
 
 import codecs
 from collections.abc import Callable, Sequence
 
 
 def make_text_stream() -> Callable[[bytes, bool], str]:
-    """Returns `feed(new_bytes, final)`, which returns the text that is certain by now.
+    """Returns `feed(new_bytes, final)`, which returns the new text that is certain.
 
-    A character whose bytes have not all come is held back; bytes that cannot become valid UTF-8 any more come out
-    as U+FFFD at once. With `final` everything held back comes out. The pieces join to what
-    `bytes.decode("utf-8", "replace")` makes of all bytes.
+    An incomplete character is held back. Bytes that can no longer become valid UTF-8 are returned as U+FFFD at once.
+    `final` returns everything that was held back. Joined, the pieces equal `bytes.decode("utf-8", "replace")` of all
+    bytes.
     """
     return codecs.getincrementaldecoder("utf-8")(errors="replace").decode
 
 
 class StopFilter:
-    """Cuts text that arrives in pieces before the first of some stop strings, wherever the pieces divide it.
+    """Cuts text that arrives in pieces before the first stop string, even if the string spans several pieces.
 
-    The first is the one that is complete first; of several that end at the same character, the longest.
+    The first stop string is the one that is complete first; if several end at the same character, the longest.
     """
 
     def __init__(self, stops: Sequence[str]):
         self._stops, self._held, self.found = tuple(stops), "", False
 
     def feed(self, new: str, final: bool = False) -> str:
-        """Returns the text that is certain by now; what may begin a stop string is held back until `final`."""
+        """Returns the new text that is certain. Text that may be the start of a stop string is held back until
+        `final`.
+        """
         if self.found:
             return ""
         text = self._held + new
@@ -38,5 +40,5 @@ class StopFilter:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that begins `stop` without completing it."""
+    """Length of the longest suffix of the text that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,6 +1,6 @@
-"""Writes targets for sources with an encoder-decoder: greedy, or by beam search.
+"""Generates targets from sources with an encoder-decoder: greedy decoding or beam search.
 
-Shape suffixes: B source, K beam, R = B times K rows, N new token, S position of the source, V vocabulary.
+Shape suffixes: B source, K beam, R = B times K sequences, N new token, S position of the source, V vocabulary.
 """
 
 import functools
@@ -33,13 +33,13 @@ def target_texts(
     options: SampleConfig,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[str]:
-    """Returns the target of each source; of `options` only `num_beams`, `length_penalty` and `max_new_tokens` are read.
+    """Returns the target of each source. Uses only `num_beams`, `length_penalty` and `max_new_tokens` of `options`.
 
     Raises:
         UserError: A source is empty or cannot be encoded.
     """
     end, room = tokenizer.end_of_text, config.block_size
-    assert end is not None  # training refuses other tokenizers
+    assert end is not None  # training requires it
     ids = []
     for number, source in enumerate(sources, 1):
         if not source:
@@ -62,20 +62,20 @@ def search_targets(
     end_of_text: int,
     length_penalty: float = 1.0,
 ) -> list[np.ndarray]:
-    """Returns the ids of the target that beam search finds for each source, without end-of-text.
+    """Returns the ids of the best target for each source, without end-of-text.
 
-    Of `beams` candidates the one with the highest log-probability is taken, divided by its length (end-of-text
-    included) to the power `length_penalty`; one beam is greedy decoding. A candidate that has ended keeps its place as
-    long as no `beams` others are more likely.
+    The score of a candidate is its log-probability, divided by its length (including end-of-text) to the power
+    `length_penalty`. One beam is greedy decoding. A finished candidate keeps its beam until `beams` others are more
+    likely.
 
     Args:
         config: Shape of the model.
         params: As `init_params` returns them.
-        sources: Ids, each with end-of-text at its end.
-        beams: Candidates that are kept after each token.
+        sources: Token ids, each ending with end-of-text.
+        beams: Number of candidates that are kept after each token.
         steps: Largest number of new tokens, at most `config.block_size`.
         end_of_text: Id that starts and ends a target.
-        length_penalty: 1 takes the highest mean log-probability per token.
+        length_penalty: 1 selects the highest mean log-probability per token.
     """
     width = min(config.block_size, -(-max(len(source) for source in sources) // WIDTH) * WIDTH)
     source_BS = np.zeros((len(sources), width), np.int32)
@@ -106,7 +106,7 @@ def _search(
     end: jax.Array,
     length_penalty: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the best candidate of each source, `[B, N]`, and how many of its tokens come before end-of-text."""
+    """Returns the best candidate of each source, `[B, N]`, and its number of tokens before end-of-text."""
     B, V = memories[0].keys_BS.shape[0], config.vocab_size
     memories = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), memories)
     cache = init_cache(config, jnp.zeros(B * beams, jnp.int32), steps, "float32")._replace(memory=memories)
@@ -120,7 +120,7 @@ def _search(
         x_R1D, cache = extend(config, weights.params, last_R[:, None], cache, "float32")
         logits_RV = finish_logits(config, weights.params, project(x_R1D, weights.readout)[:, 0])
         added_BKV = jax.nn.log_softmax(logits_RV).reshape(B, beams, V)
-        stays_V = jnp.where(jnp.arange(V) == end, 0.0, IMPOSSIBLE)  # a candidate that has ended stays as it is
+        stays_V = jnp.where(jnp.arange(V) == end, 0.0, IMPOSSIBLE)  # a finished candidate only repeats end-of-text
         added_BKV = jnp.where(done_BK[..., None], stays_V[None, None], added_BKV)
         scores_BK, place_BK = jax.lax.top_k((scores_BK[..., None] + added_BKV).reshape(B, -1), beams)
         beam_BK, token_BK = place_BK // V, place_BK % V
@@ -129,7 +129,7 @@ def _search(
         tokens_BKN = jnp.take_along_axis(tokens_BKN, beam_BK[..., None], axis=1).at[:, :, n].set(token_BK)
         return n + 1, cache, token_BK.reshape(-1), scores_BK, token_BK == end, tokens_BKN
 
-    first_K = jnp.where(jnp.arange(beams) == 0, 0.0, IMPOSSIBLE)  # all candidates of a source begin alike
+    first_K = jnp.where(jnp.arange(beams) == 0, 0.0, IMPOSSIBLE)  # all candidates start equal, so only one may continue
     carry = (
         jnp.int32(0),
         cache,

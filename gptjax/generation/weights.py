@@ -1,4 +1,4 @@
-"""Weights laid out for decoding, where all of them are read for each token and memory sets the pace.
+"""Converts weights to their layout for decoding, which reads all weights per token and is limited by memory bandwidth.
 
 Shape suffixes: V vocabulary, D n_embd.
 """
@@ -23,30 +23,30 @@ MATRICES = {
 
 
 class DecodingWeights(NamedTuple):
-    """What `extend` and the readout need."""
+    """Weights of `extend` and of the output projection."""
 
     params: dict
-    """As `gpt.extend` takes them."""
+    """For `gpt.extend`."""
     readout: Projection
 
 
 def decoding_weights(
     config: ModelConfig, params: dict, dtype: Literal["float32", "bfloat16", "int8"], one_row: bool
 ) -> DecodingWeights:
-    """Lays out `params`, as `for_decoding` returns them, to decode one row or several at once; call it outside `jit`.
+    """Converts the `params` of `for_decoding` for decoding one or several sequences at once. Call it outside `jit`.
 
-    Each layer's leaves lie by themselves (slices of stacked blocks would be copied for every token), the matrices in
-    `dtype`, and the readout without rows that pad the vocabulary. Embeddings, norms and biases keep their dtype, as the
-    model adds them in float32.
+    Each layer gets its own arrays, because slices of stacked blocks would be copied for every token. Matrices are
+    converted to `dtype`. Padded vocabulary rows are removed from the output projection. Embeddings, norms and biases
+    keep their dtype, because the model adds them in float32.
     """
     layers = _layers(params["blocks"], config.n_layer, dtype, one_row)
     w_VD = unembedding(params)
     if dtype == "float32" and w_VD.shape[0] == config.vocab_size and w_VD.dtype == dtype:
-        readout = Projection(w_VD, None, config.vocab_size)  # as it is, without a copy
+        readout = Projection(w_VD, None, config.vocab_size)  # no copy is needed
     else:
         readout = _readout(w_VD, config.vocab_size, dtype, one_row)
     trunk = {name: params[name] for name in ("embed", "norm_f", "head") if name in params}
-    if "head" in trunk:  # the projection itself is laid out
+    if "head" in trunk:  # its weight is the output projection
         trunk["head"] = {name: leaf for name, leaf in trunk["head"].items() if name != "w"}
     if "adapters" in params:
         trunk["adapters"] = {n: jax.tree.map(lambda x, n=n: x[n], params["adapters"]) for n in range(config.n_layer)}

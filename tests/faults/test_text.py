@@ -180,7 +180,7 @@ def test_corpus_too_small(tmp_path, capsys, seen, fault):
 def test_corpus_shorter_than_a_sequence(tmp_path, capsys, seen):
     (tmp_path / "a.txt").write_text("twenty-two characters.")
     line = refused(capsys, "train", write_config(tmp_path, tmp_path / "a.txt"))
-    assert "fewer than one window of model.block_size=32" in line and "would do: 20" in line
+    assert "fewer than one window of model.block_size=32" in line and "block_size is 20" in line
     seen(line)
 
 
