@@ -326,7 +326,7 @@ def test_the_datasheet_adds_up_and_escapes_what_documents_hold(corpus, tmp_path)
     attack = "<script>alert(1)</script> a@b.org " + prose(77)
     path = Path(corpus.path[0])
     path.write_text(path.read_text() + json.dumps({"text": attack}) + "\n")
-    prepared = prepare(corpus, BYTES, tmp_path, report=quiet)
+    prepared = prepare(dataclasses.replace(corpus, license="CC0-1.0"), BYTES, tmp_path, report=quiet)
     sheet = json.loads((prepared.folder / "data_report.json").read_text())
     documents = sheet["documents"]
     assert documents["read"] == documents["kept"] + sum(documents["left_out"].values()) == 154
@@ -336,6 +336,7 @@ def test_the_datasheet_adds_up_and_escapes_what_documents_hold(corpus, tmp_path)
         assert described["bytes_per_token"] == 1.0  # a tokenizer of bytes
     [source] = sheet["sources"]
     assert source["hash"] == xxhash.xxh3_128_hexdigest(path.read_bytes())
+    assert source["licence"] == "CC0-1.0"
     assert sheet["options"]["clean"]["near_duplicates"] == 0.7
     page = (prepared.folder / "data_report.html").read_text()
     assert "alert(1)" in page

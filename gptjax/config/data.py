@@ -5,7 +5,7 @@ import re
 from typing import Literal
 
 from gptjax.config.clean import CleanConfig
-from gptjax.config.rules import no_effect, not_negative, usable_paths
+from gptjax.config.rules import no_effect, not_negative, usable_paths, without_credentials
 from gptjax.errors import UserError
 
 TEMPLATE_FIELD = re.compile(r"\{([\w-]+(?:\.[\w-]+)*)\}")
@@ -17,8 +17,8 @@ class DataConfig:
     """Where the text comes from, and how it is cleaned and split. One of path, source and hf_dataset is given."""
 
     path: tuple[str, ...] = ()
-    """Files, folders or globs: .txt .md .py .jsonl .csv .tsv .parquet .conll .conllu .mbox .warc
-    .wet, each also .gz or .zst."""
+    """Files, folders, globs or addresses (s3://, gs://, hf://): .txt .md .py .jsonl .csv .tsv .parquet .conll .conllu
+    .mbox .warc .wet, and by name .xml (MediaWiki) .epub .pdf, each also .gz .zst .bz2; git:FOLDER is a repository."""
     source: Literal["", "python-stdlib"] = ""
     """A corpus that every machine has: python-stdlib is the running Python's standard library."""
     hf_dataset: str = ""
@@ -26,7 +26,7 @@ class DataConfig:
     streaming: bool = False
     """Read hf_dataset as a stream instead of downloading it whole."""
     text_field: str = "text"
-    """Field (JSONL), column (CSV, parquet) or feature (datasets) that holds the text."""
+    """Field (JSONL), column (CSV, parquet) or feature (datasets) that holds the text; a.b is field b inside a."""
     template: str = ""
     """In place of text_field: a text with several fields of a row in braces, nested ones with dots, such as
     "{title}\n\n{body.text}"."""
@@ -34,6 +34,12 @@ class DataConfig:
     """Encoding of the files of path; parquet is always UTF-8."""
     quoting: Literal["format", "double", "none"] = "format"
     """Double quotes around fields of CSV and TSV. format: CSV has them, TSV has not; none: they are plain text."""
+    git_endings: tuple[str, ...] = ()
+    """Endings of the files that are read of git repositories, such as .py .md; none: all text files."""
+    unreadable_files: Literal["error", "skip"] = "error"
+    """A file that is damaged or malformed: stop, or go on with the next file (counted and named)."""
+    license: str = ""
+    """Licence of the text, for the datasheet."""
     max_documents: int = 0
     """Stop reading after this many documents; 0: all."""
     validation_fraction: float = 0.1
@@ -65,8 +71,15 @@ class DataConfig:
             raise UserError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1")
         not_negative("data", self, "max_documents", "min_characters")
         usable_paths("data", self, "path", "skip")
+        for path in self.path:
+            without_credentials("data.path", path)
+        repositories = any(path.startswith("git:") for path in self.path)
+        no_effect("data", self, "git_endings", repositories, "a git:FOLDER in data.path")
+        for ending in self.git_endings:
+            if not re.fullmatch(r"\.[a-z0-9+_-]+", ending):
+                raise UserError(f"data.git_endings: {ending!r} must be like .py: a dot, and small letters or digits")
         no_effect("data", self, "streaming", bool(self.hf_dataset), "data.hf_dataset")
-        for name in ("encoding", "quoting"):
+        for name in ("encoding", "quoting", "unreadable_files"):
             no_effect("data", self, name, bool(self.path), "data.path")
         no_effect("data", self, "text_field", not self.template, "an empty data.template")
         if self.template and not TEMPLATE_FIELD.search(self.template):

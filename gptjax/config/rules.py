@@ -63,6 +63,16 @@ def local_folders(section: str, config, *names: str) -> None:
             )
 
 
+def without_credentials(name: str, path: str) -> None:
+    """Refuses an address with a user name or a signed query: configs are stored and printed."""
+    scheme, separator, rest = path.partition("://")
+    if separator and ("@" in rest.partition("/")[0] or re.search(r"\?[^/]*=", rest)):
+        raise UserError(
+            f"{name}: an address of {scheme}:// holds a user name or a query with values; leave them out: credentials"
+            " are read from the environment, or from fsspec's own configuration (~/.config/fsspec)"
+        )
+
+
 def usable_path(name: str, path: str) -> None:
     """Refuses a path with a NUL character, with half a surrogate pair, or of an unknown user (`~nobody/x`)."""
     try:

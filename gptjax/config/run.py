@@ -140,6 +140,9 @@ class Config:
                 "min_characters",
                 "drop_duplicates",
                 "clean",
+                "git_endings",
+                "unreadable_files",
+                "license",
                 "skip",
                 "attend_across_documents",
             ):

@@ -7,6 +7,10 @@ from gptjax.text.cleaning.quality import LIMITS
 
 COUNTED = {
     "unknown_files": "files of other kinds passed over",
+    "unreadable_files": "files that could not be read to their end",
+    "other_pages": "pages passed over: redirects, or of other namespaces",
+    "vendored_files": "vendored or generated files passed over",
+    "binary_files": "binary files passed over",
     "other_records": "records passed over: no page, or stored compressed",
     "invalid_utf8_skipped": "left out: not UTF-8",
     "invalid_utf8_replaced": "with bytes replaced that are not UTF-8",
@@ -30,11 +34,15 @@ COUNTED = {
     "chats_without_target": "chats left out: no turn of the assistant has text",
 }
 """The text of each count, after its number."""
+UNREADABLE = "unreadable: "
+"""Begins the name of a count that has the error of one file."""
+_SHOWN = 3
 
 
 def counted(counts: Mapping[str, int]) -> list[str]:
-    """Each count that is not zero in words: "3 left out: empty"."""
-    return [f"{counts[name]:,} {text}" for name, text in COUNTED.items() if counts.get(name)]
+    """Each count that is not zero in words: "3 left out: empty". Of unreadable files, the first ones are named."""
+    words = [f"{counts[name]:,} {text}" for name, text in COUNTED.items() if counts.get(name)]
+    return words + [name for name in counts if name.startswith(UNREADABLE)][:_SHOWN]
 
 
 def leaves_out(name: str) -> bool:

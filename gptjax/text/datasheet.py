@@ -16,9 +16,12 @@ import numpy as np
 import xxhash
 
 from gptjax.config.data import DataConfig
-from gptjax.text.counts import COUNTED, leaves_out
+from gptjax.text.counts import COUNTED, UNREADABLE, leaves_out
+from gptjax.text.git import PREFIX, find_repositories
+from gptjax.text.remote import file_size
 from gptjax.text.shards import TokenSplit, open_dataset
 from gptjax.text.sources import given_files
+from gptjax.text.streams import named_errors, open_raw
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 _ROWS = 200
@@ -55,6 +58,7 @@ def make_datasheet(
     return {
         "data_hash": dataset.hash,
         "sources": _sources(data),
+        "unreadable": [name.removeprefix(UNREADABLE) for name in counts if name.startswith(UNREADABLE)],
         "options": _changed(dataclasses.asdict(data), defaults),
         "documents": {"read": counts["read"], "kept": counts["read"] - sum(reasons.values()), "left_out": reasons},
         "changed": {name: n for name, n in counts.items() if name in COUNTED and name not in reasons and n},
@@ -106,7 +110,8 @@ def render_page(sheet: dict[str, Any]) -> str:
         "<h2>Stages</h2>" if speed else "",
         _table(("Stage", "#Characters in", "#Left out", "#Changed", "#M characters per CPU second"), speed),
         "<h2>Sources</h2>",
-        _table(("Source", "#Bytes", "XXH3-128", "Licence"), files),
+        _table(("Source", "#Bytes", "XXH3-128 or commit", "Licence"), files),
+        _table(("Files that could not be read to their end",), [(error,) for error in sheet["unreadable"][:_ROWS]]),
         f"<p>and {more:,} more, in {JSON_FILE}</p>" if more else "",
         f"<h2>Options</h2><pre>{html.escape(json.dumps(sheet['options'], indent=2))}</pre>",
         f"<h2>Examples</h2>{examples}" if examples else "",
@@ -116,20 +121,22 @@ def render_page(sheet: dict[str, Any]) -> str:
 
 
 def _sources(data: DataConfig) -> list[dict[str, Any]]:
-    """Each file with its size and hash. No format of text says its licence, so it is not known."""
-    licence = "not stated"
+    """Each file with its size and hash. No format of text says its licence, so the user states it."""
+    licence = data.license or "not stated"
     if data.source:
-        return [{"name": f"{data.source} {platform.python_version()}", "licence": "PSF-2.0"}]
+        return [{"name": f"{data.source} {platform.python_version()}", "licence": data.license or "PSF-2.0"}]
     if data.hf_dataset:
         return [{"name": data.hf_dataset, "licence": licence}]
     sources = []
     for path in given_files(data, Counter()):
         digest = xxhash.xxh3_128()
-        with open(path, "rb") as file:
+        with named_errors(path), open_raw(path) as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
         name = str(path).encode("utf-8", "replace").decode()
-        sources.append({"name": name, "bytes": path.stat().st_size, "hash": digest.hexdigest(), "licence": licence})
+        sources.append({"name": name, "bytes": file_size(path), "hash": digest.hexdigest(), "licence": licence})
+    for folder, commit in find_repositories(data.path):
+        sources.append({"name": f"{PREFIX}{folder}", "hash": commit, "licence": licence})
     return sources
 
 

@@ -21,10 +21,13 @@ from typing import Any, NamedTuple
 
 from gptjax.config.data import TEMPLATE_FIELD, DataConfig
 from gptjax.errors import UserError, did_you_mean
+from gptjax.text.books import read_epub, read_pdf
 from gptjax.text.collect import read_mbox, read_warc
 from gptjax.text.conll import Sentence, conll_sentences, sentence_documents, sentence_row
+from gptjax.text.remote import File
 from gptjax.text.streams import COMPRESSIONS, named_errors, one_line_of, open_binary
 from gptjax.text.unicode import UTF16_HINT, InvalidText, find_surrogate, has_surrogate, replace_invalid
+from gptjax.text.wiki import read_mediawiki
 
 TEXT_ENDINGS = (".txt", ".md", ".py")
 ROW_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet", ".conll", ".conllu")
@@ -32,6 +35,9 @@ HTML_ENDINGS = (".html", ".htm", ".xhtml")
 """Read where `data.clean.html` makes text of them."""
 COLLECTIONS = (".mbox", ".warc", ".wet")
 ENDINGS = TEXT_ENDINGS + ROW_ENDINGS + COLLECTIONS
+BOOKS = {".epub": read_epub, ".pdf": read_pdf}
+NAMED_ENDINGS = (".xml", *BOOKS)
+"""Read where a file or a pattern names them; inside folders they are passed over."""
 
 Columns = Sequence[str] | None
 """The fields of a row that are read and checked; None: all."""
@@ -64,7 +70,7 @@ class Row(NamedTuple):
     where: str
 
 
-def ending(path: Path) -> str:
+def ending(path: File) -> str:
     """The ending that decides how `path` is read, without the compression: ".jsonl" for a.jsonl.gz."""
     name = path.name.lower()
     for compression in COMPRESSIONS:
@@ -72,11 +78,11 @@ def ending(path: Path) -> str:
     return Path(name).suffix
 
 
-def read_file(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
+def read_file(path: File, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
     """Yields the documents of one file in their order.
 
     Args:
-        path: A file whose ending is one of `ENDINGS`, with or without one of `COMPRESSIONS`.
+        path: A file whose ending is one of `ENDINGS` or `NAMED_ENDINGS`, with or without one of `COMPRESSIONS`.
         data: The encoding, the field that holds the text, and what to do with bytes that are not valid.
         counts: Gets "invalid_utf8_skipped" and "invalid_utf8_replaced".
 
@@ -97,18 +103,24 @@ def read_file(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Do
             name, is_mail = str(path), ending(path) == ".mbox"
             found = read_mbox(file, name, decode) if is_mail else read_warc(file, name, decode, counts)
             yield from (Document(text, where) for text, where in found)
+    elif ending(path) == ".xml":
+        with named_errors(path), open_binary(path) as file:
+            yield from (Document(text, where) for text, where in read_mediawiki(file, str(path), counts))
+    elif ending(path) in BOOKS:
+        with named_errors(path), open_binary(path) as file, _seekable(file) as book:
+            yield Document(BOOKS[ending(path)](book, str(path)), str(path))
     elif ending(path) in CONLL_ENDINGS:
         yield from (Document(text, where) for text, where in sentence_documents(_sentences(path, data, counts)))
-    elif data.template:
+    elif reads_whole_rows(data):
         for row in read_file_rows(path, data, counts):
-            yield Document(fill_template(data.template, row), row.where)
+            yield Document(row_text(row, data), row.where)
     else:
         for row in read_file_rows(path, data, counts, (data.text_field,)):
             yield Document(text_value(row.values[data.text_field], row.where, data.text_field), row.where)
 
 
 def read_file_rows(
-    path: Path, data: DataConfig, counts: Counter[str], columns: Columns = None, names: Sequence[str] = ()
+    path: File, data: DataConfig, counts: Counter[str], columns: Columns = None, names: Sequence[str] = ()
 ) -> Iterator[Row]:
     """Yields the rows of one file in their order.
 
@@ -159,6 +171,24 @@ def text_value(value: object, where: str, field: str) -> str:
     return value
 
 
+def reads_whole_rows(data: DataConfig) -> bool:
+    """Whether a document is made of more than one field, or of a field inside another one."""
+    return bool(data.template) or "." in data.text_field
+
+
+def row_text(row: Row, data: DataConfig) -> str:
+    """The text of a row by `data.template` or by `data.text_field`, which names a field inside others with dots.
+
+    Raises:
+        UserError: A field is missing, null, or no text.
+    """
+    if data.template:
+        return fill_template(data.template, row)
+    field = data.text_field
+    found = row.values[field] if field in row.values else _inner_field(row, field, "data.text_field")
+    return text_value(found, row.where, field)
+
+
 def fill_template(template: str, row: Row) -> str:
     """Puts the fields of a row into `data.template`; numbers are written as JSON writes them.
 
@@ -167,15 +197,21 @@ def fill_template(template: str, row: Row) -> str:
     """
 
     def value(match: re.Match[str]) -> str:
-        found: Any = row.values
-        for name in match[1].split("."):
-            if not isinstance(found, dict) or name not in found:
-                raise missing_field(row.where, match[1], "data.template", row.values)
-            found = found[name]
+        found = _inner_field(row, match[1], "data.template")
         number = isinstance(found, (int, float))
         return json.dumps(found) if number else text_value(found, row.where, match[1])
 
     return TEMPLATE_FIELD.sub(value, template)
+
+
+def _inner_field(row: Row, field: str, option: str) -> Any:
+    """The value of "a.b": field b of the values in field a."""
+    found: Any = row.values
+    for name in field.split("."):
+        if not isinstance(found, dict) or name not in found:
+            raise missing_field(row.where, field, option, row.values)
+        found = found[name]
+    return found
 
 
 def missing_field(where: str, field: str, option: str, fields: Iterable[str]) -> UserError:
@@ -208,7 +244,7 @@ class _DuplicateKey(Exception):
     """A JSON object names a key twice."""
 
 
-def _sentences(path: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Sentence]:
+def _sentences(path: File, data: DataConfig, counts: Counter[str]) -> Iterator[Sentence]:
     with named_errors(path), open_binary(path, data.encoding) as file, _lines(file, str(path)) as lines:
         yield from conll_sentences(lines, str(path), InvalidText(data, counts), ending(path) == ".conllu")
 
@@ -357,13 +393,9 @@ def _parquet(
     import pyarrow
     import pyarrow.parquet
 
-    with tempfile.TemporaryFile() as unpacked:
-        # The footer stands at the end, so a compressed table has to be unpacked to seek in it.
-        compressed = not isinstance(file.raw, io.FileIO)
-        if compressed:
-            shutil.copyfileobj(file, unpacked, 2**20)
+    with _seekable(file) as whole:  # the footer stands at the end
         try:
-            table = pyarrow.parquet.ParquetFile(unpacked if compressed else file)
+            table = pyarrow.parquet.ParquetFile(whole)
             schema = table.schema_arrow
             _check_columns(schema.names, name, columns)
             for column in columns or ():
@@ -382,6 +414,18 @@ def _parquet(
                         yield Row(values, where)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"{name}: not a valid parquet file: {one_line_of(error)}") from None
+
+
+@contextlib.contextmanager
+def _seekable(file: io.BufferedReader) -> Iterator[Any]:
+    """Yields the file itself, or a copy of one that is compressed or elsewhere."""
+    if isinstance(file.raw, io.FileIO):
+        yield file
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        shutil.copyfileobj(file, unpacked, 2**20)
+        unpacked.seek(0)
+        yield unpacked
 
 
 def _is_text(kind: Any) -> bool:

@@ -9,7 +9,15 @@ from typing import Any
 
 from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
-from gptjax.text.formats import Document, Row, fill_template, missing_field, text_value, without_surrogates
+from gptjax.text.formats import (
+    Document,
+    Row,
+    missing_field,
+    reads_whole_rows,
+    row_text,
+    text_value,
+    without_surrogates,
+)
 from gptjax.text.paths import refuse_links_out
 from gptjax.text.unicode import InvalidText
 
@@ -54,12 +62,12 @@ def read_dataset(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
     Raises:
         UserError: The dataset cannot be loaded or read, has no such field, or a row has no text.
     """
-    if data.template:
+    if reads_whole_rows(data):
         for number, (values, _) in enumerate(dataset_rows(data), 1):
             where = f"{data.hf_dataset}:{number}"
             row = without_surrogates(values, where, InvalidText(data, counts))
             if row is not None:
-                yield Document(fill_template(data.template, Row(row, where)), where)
+                yield Document(row_text(Row(row, where), data), where)
         return
     dataset = _load(data)
     columns = dataset.column_names

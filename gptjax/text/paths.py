@@ -7,15 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gptjax.errors import UserError, did_you_mean
-from gptjax.text.formats import ending
+from gptjax.text.formats import NAMED_ENDINGS, ending
+from gptjax.text.remote import File, find_remote, is_address
 from gptjax.text.streams import COMPRESSIONS
 
 
-def find_files(paths: Sequence[str], option: str, endings: Sequence[str], counts: Counter[str]) -> list[Path]:
-    """Resolves files, folders (with what is below them) and globs, each file once.
+def find_files(paths: Sequence[str], option: str, endings: Sequence[str], counts: Counter[str]) -> list[File]:
+    """Resolves files, folders (with what is below them), globs and addresses, each file once.
 
     Hidden files and folders inside folders are passed over. Files inside folders and from globs that have
     another ending than those in `endings` are counted as "unknown_files"; a file that is named must have one.
+    Where `endings` has some of `NAMED_ENDINGS`, files inside folders do not count as having one.
 
     Args:
         paths: As the user gave them.
@@ -29,14 +31,15 @@ def find_files(paths: Sequence[str], option: str, endings: Sequence[str], counts
     Raises:
         UserError: A path does not exist, is of no known kind, or no file is found.
     """
-    found: dict[tuple[int, int], Path] = {}
+    found: dict[tuple[int, int] | str, File] = {}
     for given in paths:
         path = Path(given).expanduser()
-        for file in sorted(_files_of(given, path, option), key=lambda file: file.parts):
-            if ending(file) in endings and file.is_file():
-                stat = file.stat()
-                found.setdefault((stat.st_dev, stat.st_ino), file)
-            elif file == path:
+        readable = [kind for kind in endings if kind not in NAMED_ENDINGS or kind == ending(path)]
+        files = find_remote(given, option) if is_address(given) else _files_of(given, path, option)
+        for file in sorted(files, key=lambda file: file.parts):
+            if ending(file) in readable and (not isinstance(file, Path) or file.is_file()):
+                found.setdefault(_identity(file), file)
+            elif str(file) in (given, str(path)):
                 raise UserError(
                     f"{option}: {given}: ending {file.suffix!r} is not one of {' '.join(endings)},"
                     f" each also {' or '.join(COMPRESSIONS)}.{did_you_mean(ending(file), endings)}"
@@ -49,6 +52,13 @@ def find_files(paths: Sequence[str], option: str, endings: Sequence[str], counts
             f" ({counts['unknown_files']} other files are there)"
         )
     return list(found.values())
+
+
+def _identity(file: File) -> tuple[int, int] | str:
+    if not isinstance(file, Path):
+        return str(file)
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def refuse_links_out(root: Path, paths: Iterable[Path]) -> None:

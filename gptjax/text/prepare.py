@@ -37,7 +37,12 @@ TOKENIZER = "tokenizer.json"
 # Options that do not change which tokens are stored where.
 _NOT_STORED = ("path", "source", "hf_dataset", "streaming", "attend_across_documents", "verify", "skip")
 # Options that came later: at these values they are not part of the folder's name, so that older folders still fit.
-_ADDED_OPTIONS = {"encoding": "utf-8", "quoting": "format", "template": ""}
+_ADDED_OPTIONS = {
+    **{"encoding": "utf-8", "quoting": "format", "template": ""},
+    **{"license": "", "git_endings": (), "unreadable_files": "error"},
+}
+# Options that decide how the folder is split or described, not which documents are in it.
+_NOT_CLEANED = ("validation_fraction", "license")
 _RANKED_DOCUMENTS = 64
 _BATCH_CHARACTERS = 2**22
 _REPORT_SECONDS = 5.0
@@ -127,7 +132,7 @@ def find_store(data: DataConfig, cache_dir: Path) -> Path:
     Raises:
         UserError: No text is there.
     """
-    options = {k: v for k, v in _stored_options(data).items() if k != "validation_fraction"}
+    options = {k: v for k, v in _stored_options(data).items() if k not in _NOT_CLEANED}
     fingerprint = _fingerprint([source_fingerprint(data), options])
     return Path(cache_dir).expanduser() / "data" / f"{_short_name(data)}-{fingerprint}.clean"
 

@@ -1,5 +1,6 @@
 """Streams documents from files, the Python standard library, or a Hugging Face dataset."""
 
+import functools
 import itertools
 import json
 import os
@@ -14,13 +15,19 @@ import xxhash
 from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text import hub
-from gptjax.text.formats import ENDINGS, HTML_ENDINGS, Document, read_file
+from gptjax.text.cleaning.extra import MissingLibrary, version
+from gptjax.text.counts import UNREADABLE
+from gptjax.text.formats import ENDINGS, HTML_ENDINGS, NAMED_ENDINGS, Document, decode_utf8, ending, read_file
+from gptjax.text.git import PREFIX, Repository, find_repositories, read_repository
 from gptjax.text.paths import find_files
+from gptjax.text.remote import File, file_identity, file_size
 
 _NOT_STDLIB = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
     *("encodings", "pydoc_data"),  # tables of characters and of help texts: a quarter of the bytes, and no code
 }
+_LIBRARIES = {".xml": "mwparserfromhell", ".pdf": "pypdf", ".epub": "selectolax"}
+"""What makes text of a kind of file: another version can make another text."""
 
 
 def read_documents(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
@@ -28,8 +35,8 @@ def read_documents(data: DataConfig, counts: Counter[str]) -> Iterator[Document]
 
     Args:
         data: Exactly one of path, source and hf_dataset is set.
-        counts: Gets "read" (documents yielded), "unknown_files", "invalid_utf8_skipped" and
-            "invalid_utf8_replaced".
+        counts: Gets "read" (documents yielded), "unknown_files", "invalid_utf8_skipped",
+            "invalid_utf8_replaced", and what a kind of file counts.
 
     Raises:
         UserError: Nothing is there to read, or something cannot be read; the message names file and row.
@@ -56,8 +63,13 @@ def source_fingerprint(data: DataConfig) -> str:
     elif data.hf_dataset:
         identity = ["hf_dataset", data.hf_dataset, "streamed" if data.streaming else hub.fingerprint(data)]
     else:
-        stats = [(os.path.abspath(path), path.stat()) for path in given_files(data, Counter())]
-        identity = ["path", [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
+        files = given_files(data, Counter())
+        identity = ["path", [file_identity(file) for file in files]]
+        used = {_LIBRARIES[kind] for file in files if (kind := ending(file)) in _LIBRARIES}
+        if used:
+            identity.append([(name, version(name)) for name in sorted(used)])
+        if repositories := find_repositories(data.path):
+            identity.append([one.commit for one in repositories])
     return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode("utf-8", "surrogateescape"))
 
 
@@ -69,7 +81,28 @@ def _readers(data: DataConfig, counts: Counter[str]) -> Iterator[Iterator[Docume
             yield _read_stdlib_file(path, counts)
     else:
         for path in given_files(data, counts):
-            yield read_file(path, data, counts)
+            yield _or_skipped(read_file(path, data, counts), data, counts)
+        for repository in find_repositories(data.path):
+            yield _or_skipped(_read_repository(repository, data, counts), data, counts)
+
+
+def _or_skipped(documents: Iterator[Document], data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
+    """Yields documents; by policy `data.unreadable_files`, an error ends them, and is counted and named."""
+    try:
+        yield from documents
+    except MissingLibrary:
+        raise
+    except UserError as error:
+        if data.unreadable_files == "error":
+            raise
+        counts["unreadable_files"] += 1
+        counts[f"{UNREADABLE}{error}"] += 1
+
+
+def _read_repository(repository: Repository, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
+    decode = functools.partial(decode_utf8, data=data, counts=counts)
+    found = read_repository(repository, data.git_endings, decode, counts)
+    yield from (Document(text, where) for text, where in found)
 
 
 def corpus_bytes(paths: Sequence[str]) -> int:
@@ -78,15 +111,19 @@ def corpus_bytes(paths: Sequence[str]) -> int:
     Raises:
         UserError: A path does not exist, or no file is found.
     """
-    return sum(path.stat().st_size for path in find_files(paths, "data.path", ENDINGS, Counter()))
+    return sum(map(file_size, given_files(DataConfig(path=tuple(paths)), Counter())))
 
 
-def given_files(data: DataConfig, counts: Counter[str]) -> list[Path]:
-    """The files of `data.path` in the order in which they are read; `counts` gets those of other kinds."""
+def given_files(data: DataConfig, counts: Counter[str]) -> list[File]:
+    """The files of `data.path` in the order in which they are read; `counts` gets those of other kinds.
+
+    Files of git repositories are not among them.
+    """
     if not data.path:
         raise UserError("no text: set one of data.path, data.source and data.hf_dataset")
-    endings = ENDINGS if data.clean.html == "keep" else ENDINGS + HTML_ENDINGS
-    return sorted(find_files(data.path, "data.path", endings, counts), key=lambda path: path.parts)
+    endings = (ENDINGS if data.clean.html == "keep" else ENDINGS + HTML_ENDINGS) + NAMED_ENDINGS
+    paths = [path for path in data.path if not path.startswith(PREFIX)]
+    return sorted(find_files(paths, "data.path", endings, counts) if paths else [], key=lambda path: path.parts)
 
 
 def _stdlib() -> Path:

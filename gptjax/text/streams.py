@@ -1,21 +1,29 @@
 """Opens a file as bytes of UTF-8: decompressed by its ending, and transcoded from another encoding."""
 
+import bz2
 import codecs
 import contextlib
 import gzip
 import io
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
+from gptjax.text.remote import File, RemoteFile, file_size, redact
 
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = (".gz", ".zst", ".bz2")
 _CHUNK_BYTES = 2**16
 
 
-def open_binary(path: Path, encoding: str = "utf-8") -> io.BufferedReader:
+def open_raw(path: File) -> io.BufferedReader:
+    """Opens a file as it is, here or behind an address; the caller closes it."""
+    if isinstance(path, RemoteFile):
+        return io.BufferedReader(path.open(), buffer_size=2**20)
+    return open(path, "rb")
+
+
+def open_binary(path: File, encoding: str = "utf-8") -> io.BufferedReader:
     """Opens a file for reading; the caller closes it.
 
     Args:
@@ -27,12 +35,12 @@ def open_binary(path: Path, encoding: str = "utf-8") -> io.BufferedReader:
         EOFError: A compressed file is empty.
     """
     compression = path.suffix.lower()
-    file: io.BufferedReader = open(path, "rb")  # noqa: SIM115
+    file = open_raw(path)
     if compression in COMPRESSIONS:
-        if path.stat().st_size == 0:
+        if file_size(path) == 0:
             file.close()
             raise EOFError
-        raw: Any = _OwningGzip(file) if compression == ".gz" else _ZstdStream(file)
+        raw: Any = {".gz": _OwningGzip, ".zst": _ZstdStream, ".bz2": _OwningBzip2}[compression](file)
         file = io.BufferedReader(raw, buffer_size=2**20)
     if encoding == "utf-8":
         return file
@@ -41,7 +49,7 @@ def open_binary(path: Path, encoding: str = "utf-8") -> io.BufferedReader:
 
 
 @contextlib.contextmanager
-def named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: File) -> Iterator[None]:
     """Turns what reading raises into one line that names the file."""
     import zstandard
 
@@ -52,7 +60,15 @@ def named_errors(path: Path) -> Iterator[None]:
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{path}: not a valid {path.suffix} file: {one_line_of(error)}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or one_line_of(error)}") from None
+        if path.suffix.lower() == ".bz2" and error.errno is None:
+            raise UserError(f"{path}: not a valid .bz2 file: {one_line_of(error)}") from None
+        raise UserError(f"{path}: cannot be read: {redact(error.strerror or error)}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the library behind an address has errors of its own, which may name credentials
+        if isinstance(path, RemoteFile):
+            raise UserError(f"{path}: cannot be read: {redact(error)}") from None
+        raise
 
 
 def one_line_of(error: BaseException) -> str:
@@ -65,6 +81,18 @@ class _OwningGzip(gzip.GzipFile):
 
     def __init__(self, file: io.BufferedReader):
         super().__init__(fileobj=file, mode="rb")
+        self._below = file
+
+    def close(self) -> None:
+        super().close()
+        self._below.close()
+
+
+class _OwningBzip2(bz2.BZ2File):
+    """A bzip2 reader that closes the file below it."""
+
+    def __init__(self, file: io.BufferedReader):
+        super().__init__(file)
         self._below = file
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.clean import clean
 from gptjax.text.formats import Document, batch_documents
+from gptjax.text.remote import file_size
 from gptjax.text.shards import TokenSplit, token_dtype
 from gptjax.text.sources import given_files, read_documents
 from gptjax.text.tokenizers.base import Tokenizer
@@ -60,7 +61,7 @@ def document_hashes(data: DataConfig) -> frozenset[int] | None:
     if data.hf_dataset:
         return None
     try:
-        if data.path and sum(path.stat().st_size for path in given_files(data, Counter())) > MOST_BYTES:
+        if data.path and sum(map(file_size, given_files(data, Counter()))) > MOST_BYTES:
             return None
         counts: Counter[str] = Counter()
         documents = clean(read_documents(data, counts), data, counts)

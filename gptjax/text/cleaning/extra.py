@@ -1,4 +1,4 @@
-"""Libraries of the extra `clean`, imported where a stage needs one."""
+"""Libraries of the extras `clean` and `collect`, imported where a stage or a reader needs one."""
 
 import importlib
 from importlib import metadata
@@ -7,17 +7,21 @@ from types import ModuleType
 from gptjax.errors import UserError
 
 
-def require(module: str) -> ModuleType:
-    """Imports a library of the extra.
+class MissingLibrary(UserError):
+    """A library of an extra is not installed."""
+
+
+def require(module: str, user: str = "data.clean", extra: str = "clean") -> ModuleType:
+    """Imports a library of an extra, which `user` needs.
 
     Raises:
-        UserError: It is not installed; the message names the extra.
+        MissingLibrary: The message names the extra.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"data.clean needs the library {module.partition('.')[0]} ({error}): pip install 'gptjax[clean]'"
+        raise MissingLibrary(
+            f"{user} needs the library {module.partition('.')[0]} ({error}): pip install 'gptjax[{extra}]'"
         ) from None
 
 

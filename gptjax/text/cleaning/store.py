@@ -24,7 +24,8 @@ from gptjax.machine.processor import core_count
 from gptjax.text.cleaning.near import find_near_duplicates
 from gptjax.text.cleaning.part import clean_part, documents_hash, part_path, read_header, read_part
 from gptjax.text.cleaning.stages import make_stages
-from gptjax.text.formats import Document, batch_documents
+from gptjax.text.formats import NAMED_ENDINGS, Document, batch_documents
+from gptjax.text.remote import file_size
 from gptjax.text.sources import given_files
 from gptjax.text.streams import COMPRESSIONS
 
@@ -277,9 +278,9 @@ def _expected_characters(data: DataConfig) -> int:
     if not data.path or data.max_documents:
         return 0
     files = given_files(data, Counter())
-    if any(path.suffix.lower() in (*COMPRESSIONS, ".parquet") for path in files):
+    if any(path.suffix.lower() in (*COMPRESSIONS, ".parquet", *NAMED_ENDINGS) for path in files):
         return 0
-    return sum(path.stat().st_size for path in files)
+    return sum(map(file_size, files))
 
 
 class _Progress:
