@@ -14,6 +14,7 @@ from gptjax.config.clean import CleanConfig, QualityConfig
 from gptjax.config.data import DataConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
+from gptjax.text.cleaning import pool
 from gptjax.text.cleaning import store as module
 from gptjax.text.cleaning.near import N_HASHES, find_near_duplicates, rows_per_band, signature
 from gptjax.text.cleaning.part import part_path
@@ -351,7 +352,7 @@ def test_any_number_of_workers_and_shares_gives_the_same_tokens(corpus, tmp_path
     assert len(list(find_store(corpus, tmp_path / "b").glob("part-*.zst"))) > 3
     assert not clean_share(corpus, tmp_path / "c", Share(1, 2), quiet)
     assert clean_share(corpus, tmp_path / "c", Share(0, 2), quiet)
-    monkeypatch.setattr(module, "clean_part", lambda *_: pytest.fail("cleaned again"))
+    monkeypatch.setattr(pool, "clean_part", lambda *_: pytest.fail("cleaned again"))
     shared = prepare(corpus, BYTES, tmp_path / "c", report=quiet)
     assert one.dataset.hash == two.dataset.hash == shared.dataset.hash
     assert one.folder.name == two.folder.name
@@ -374,7 +375,7 @@ def test_shards_of_the_command_line_are_merged_by_prepare(corpus, tmp_path, monk
 def test_a_killed_cleaning_continues_with_the_parts_that_it_had(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PART_CHARACTERS", 20_000)
     whole = prepare(corpus, BYTES, tmp_path / "a", report=quiet).dataset
-    real, cleaned = module.clean_part, []
+    real, cleaned = pool.clean_part, []
 
     def killed(path, *rest):
         if len(cleaned) == 2:
@@ -382,10 +383,10 @@ def test_a_killed_cleaning_continues_with_the_parts_that_it_had(corpus, tmp_path
         cleaned.append(path.name)
         real(path, *rest)
 
-    monkeypatch.setattr(module, "clean_part", killed)
+    monkeypatch.setattr(pool, "clean_part", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, BYTES, tmp_path / "b", report=quiet)
-    monkeypatch.setattr(module, "clean_part", lambda path, *rest: (cleaned.append(path.name), real(path, *rest)))
+    monkeypatch.setattr(pool, "clean_part", lambda path, *rest: (cleaned.append(path.name), real(path, *rest)))
     monkeypatch.setattr(module, "_REPORT_SECONDS", 0.0)
     lines = []
     again = prepare(corpus, BYTES, tmp_path / "b", report=lines.append).dataset
@@ -394,6 +395,37 @@ def test_a_killed_cleaning_continues_with_the_parts_that_it_had(corpus, tmp_path
     assert len(set(cleaned)) == len(cleaned) > 3
     assert any("documents were cleaned before" in line for line in lines)
     assert any(line.endswith(" s left") for line in lines)
+
+
+FATAL_FILTER = """
+import os, signal
+
+def killed_once(text):
+    if "word77x" in text and not os.path.exists(MARKER):
+        open(MARKER, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return text
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_a_cluster_loses_nothing_and_does_nothing_twice(corpus, tmp_path, monkeypatch):
+    pytest.importorskip("distributed", reason="needs the extra `dask`")
+    monkeypatch.setattr(module, "PART_CHARACTERS", 8000)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    marker = tmp_path / "killed"
+    (tmp_path / "fatal.py").write_text(f"MARKER = {str(marker)!r}\n{FATAL_FILTER}")
+    marker.touch()
+    data = with_clean(corpus, filter="fatal:killed_once")
+    alone = prepare(data, BYTES, tmp_path / "alone", report=quiet)
+    marker.unlink()
+    shared = prepare(with_clean(data, dask="local", workers=3), BYTES, tmp_path / "shared", report=quiet)
+    assert marker.exists()
+    files = sorted(path.name for path in alone.folder.glob("*.bin"))
+    assert all((alone.folder / name).read_bytes() == (shared.folder / name).read_bytes() for name in files)
+    assert len(list(find_store(data, tmp_path / "shared").glob("part-*.zst"))) > 3
+    assert shared.dataset.manifest["counts"] == alone.dataset.manifest["counts"]
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-20], lambda raw: raw[:200] + b"x" + raw[201:], lambda _: b""])

@@ -115,6 +115,9 @@ class CleanConfig:
     """Remove lines or paragraphs that came before anywhere in the corpus; shorter ones than 20 characters stay."""
     workers: int = 0
     """Processes that clean; 0: one for each core. The result is the same for any number."""
+    dask: str = ""
+    """Address of a Dask scheduler (tcp://HOST:8786) whose workers clean; local: start one with `workers` processes;
+    empty: without Dask."""
 
     def __post_init__(self):
         _known("data.clean.personal_data", self.personal_data, PERSONAL_DATA)
@@ -130,8 +133,15 @@ class CleanConfig:
                 f"data.clean.decontaminate_ngram={self.decontaminate_ngram} has no effect without"
                 " data.clean.decontaminate"
             )
-        if self.workers and not self.active:
-            raise UserError(f"data.clean.workers={self.workers} has no effect without a stage of cleaning")
+        for name in ("workers", "dask"):
+            if getattr(self, name) and not self.active:
+                raise UserError(f"data.clean.{name}={getattr(self, name)} has no effect without a stage of cleaning")
+        if self.dask and self.dask != "local" and "://" not in self.dask:
+            raise UserError(f"data.clean.dask={self.dask!r} must be local, or an address such as tcp://localhost:8786")
+        if self.workers and "://" in self.dask:
+            raise UserError(
+                f"data.clean.workers={self.workers} has no effect with data.clean.dask={self.dask}, which has workers"
+            )
         import_path("data.clean", self, "filter")
         not_negative("data.clean", self, "workers")
         positive("data.clean", self, "decontaminate_ngram")
@@ -140,4 +150,4 @@ class CleanConfig:
     @property
     def active(self) -> bool:
         """Whether any stage is on."""
-        return dataclasses.replace(self, workers=0) != CleanConfig()
+        return {**vars(self), "workers": 0, "dask": ""} != vars(CleanConfig())

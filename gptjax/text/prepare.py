@@ -154,7 +154,7 @@ def _stored_options(data: DataConfig) -> dict:
     options = {k: v for k, v in stored.items() if k not in _ADDED_OPTIONS or v != _ADDED_OPTIONS[k]}
     clean_options = options.pop("clean")
     if data.clean.active:
-        del clean_options["workers"]
+        del clean_options["workers"], clean_options["dask"]
         options["clean"] = [CLEAN_VERSION, clean_options, stages_identity(data)]
     return options
 

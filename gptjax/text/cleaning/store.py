@@ -1,29 +1,22 @@
 """The cleaned corpus on disk: parts that several processes clean, and the duplicates among all of them."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from gptjax.config.data import DataConfig
-from gptjax.config.reader import to_dict
-from gptjax.errors import UserError
 from gptjax.files import write_atomic
-from gptjax.machine.processor import core_count
 from gptjax.text.cleaning.near import find_near_duplicates
-from gptjax.text.cleaning.part import clean_part, documents_hash, part_path, read_header, read_part
-from gptjax.text.cleaning.stages import make_stages
+from gptjax.text.cleaning.part import documents_hash, part_path, read_header, read_part
+from gptjax.text.cleaning.pool import Task, open_pool
 from gptjax.text.formats import NAMED_ENDINGS, Document, batch_documents
 from gptjax.text.remote import file_size
 from gptjax.text.sources import given_files
@@ -81,8 +74,8 @@ def build_store(
     counts: Counter[str] = Counter()
     n_parts = missing = 0
     progress = _Progress(report, _expected_characters(data))
-    with _workers(data) as clean:
-        waiting: deque[Future[None]] = deque()
+    with open_pool(data) as clean:
+        waiting: deque[Task] = deque()
         for number, documents in enumerate(batch_documents(read(counts), PART_CHARACTERS)):
             n_parts = number + 1
             path = part_path(folder, number)
@@ -194,83 +187,6 @@ def _write_near_duplicates(folder: Path, n_parts: int, threshold: float) -> None
     temporary = folder / f".{_NEAR}.tmp.npy"
     np.save(temporary, near)
     os.replace(temporary, folder / _NEAR)
-
-
-class _Pool(NamedTuple):
-    """Cleans parts, some at a time."""
-
-    submit: Callable[[Path, list[Document]], "Future[None]"]
-    size: int
-
-
-@contextlib.contextmanager
-def _workers(data: DataConfig) -> Iterator[_Pool]:
-    """Yields a pool; the processes start with the first parts."""
-    n = data.clean.workers or core_count()
-    stages = make_stages(data)  # its errors are raised here, once
-    with_signatures = data.clean.near_duplicates > 0
-    if n == 1:
-        with ThreadPoolExecutor(1) as executor:
-            yield _Pool(
-                lambda path, documents: executor.submit(clean_part, path, documents, stages, with_signatures), 1
-            )
-        return
-    processes: list[subprocess.Popen[str]] = []
-    free: list[subprocess.Popen[str]] = []
-
-    def clean(path: Path, documents: list[Document]) -> None:
-        process = free.pop() if free else _start(data, processes)
-        answer = _ask(process, [str(path), documents])
-        free.append(process)
-        if "error" in answer:
-            raise UserError(answer["error"])
-
-    with ThreadPoolExecutor(n) as executor:
-        try:
-            yield _Pool(lambda path, documents: executor.submit(clean, path, documents), n)
-        except BaseException:
-            for process in processes:
-                process.kill()
-            executor.shutdown(cancel_futures=True)
-            raise
-        finally:
-            for process in processes:
-                assert process.stdin and process.stdout
-                with contextlib.suppress(OSError):
-                    process.stdin.close()
-                process.wait()
-                process.stdout.close()
-
-
-def _start(data: DataConfig, processes: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gptjax.text.cleaning.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-    )
-    processes.append(process)
-    assert process.stdin
-    process.stdin.write(json.dumps(to_dict(data)) + "\n")
-    return process
-
-
-def _ask(process: subprocess.Popen[str], message: Any) -> dict[str, str]:
-    assert process.stdin and process.stdout
-    try:
-        process.stdin.write(json.dumps(message) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-    except OSError:
-        answer = ""
-    if not answer:
-        raise UserError(
-            f"a process that cleans text ended with status {process.wait()}; the parts that are finished are kept:"
-            " start again, with a lower data.clean.workers if memory was short"
-        )
-    return json.loads(answer)
 
 
 def _expected_characters(data: DataConfig) -> int:

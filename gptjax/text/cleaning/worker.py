@@ -7,31 +7,19 @@ of its own, not a fork: the parent may hold the threads of JAX, and its main mod
 import json
 import os
 import sys
-from pathlib import Path
 
-from gptjax.config.data import DataConfig
-from gptjax.config.reader import from_dict
 from gptjax.errors import UserError
-from gptjax.text.cleaning.part import clean_part
-from gptjax.text.cleaning.stages import Stage, make_stages
-from gptjax.text.formats import Document
+from gptjax.text.cleaning.pool import clean_task
 
 
 def main() -> None:
     """Cleans parts until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a user's filter prints is no answer
-    options = json.loads(sys.stdin.readline())
-    made: tuple[DataConfig, list[Stage]] | None = None
+    options = sys.stdin.readline()
     for line in sys.stdin:
         try:
-            if made is None:
-                data = from_dict(DataConfig, options, "data")
-                made = data, make_stages(data)
-            data, stages = made
-            path, documents = json.loads(line)
-            part = [Document(*document) for document in documents]
-            clean_part(Path(path), part, stages, data.clean.near_duplicates > 0)
+            clean_task(options, *json.loads(line))
             answer = {}
         except UserError as error:
             answer = {"error": str(error)}
