@@ -1,4 +1,4 @@
-"""Options of where a run's metrics go besides its own files."""
+"""Options of what a run logs, and where its metrics go besides its own files."""
 
 import dataclasses
 
@@ -6,10 +6,19 @@ from gptjax.config.rules import no_effect
 from gptjax.errors import UserError
 
 
+SINK_NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Programs that get the rows of metrics.jsonl while the run trains. The run's own files are always written."""
+    """What is logged about layers, and the programs that get the rows of metrics.jsonl while the run trains. The run's
+    own files are always written."""
 
+    by_layer: bool = False
+    """At each logged step, log the gradient norm and the ratio of update to weights of each layer."""
+    activations: bool = False
+    """At each evaluation, log the RMS of the residual stream and the entropy of attention of each layer, measured on
+    the first training sequence (at most 256 tokens)."""
     tensorboard: bool = False
     """Write event files for TensorBoard into the folder tensorboard of the run directory; needs the extra
     tensorboard."""
@@ -31,4 +40,4 @@ class LogConfig:
     @property
     def sinks(self) -> tuple[str, ...]:
         """The names of the programs that are turned on."""
-        return tuple(field.name for field in dataclasses.fields(self) if getattr(self, field.name) is True)
+        return tuple(name for name in SINK_NAMES if getattr(self, name))

@@ -4,6 +4,7 @@ Shape suffixes: T position, K candidate, N layer, H head, S key position, V voca
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +65,8 @@ def inspect_text(config: ModelConfig, params: dict, tokens_T: np.ndarray) -> Ins
         own_T = log_TV[jnp.arange(T - 1), tokens_1T[0, 1:]]
         ranks_T = jnp.sum(log_TV[:-1] > own_T[:, None], axis=-1)
         weights_NHTS = inside.weights_NBHTS[:, 0]
-        entropies_NH = -jnp.sum(jax.scipy.special.xlogy(weights_NHTS, weights_NHTS), axis=-1).mean(axis=-1)
         top_p_TK = jnp.exp(jnp.take_along_axis(log_TV, top_TK, axis=-1))
-        return weights_NHTS, own_T, ranks_T, top_TK, top_logits_TK, top_p_TK, lens, entropies_NH
+        return weights_NHTS, own_T, ranks_T, top_TK, top_logits_TK, top_p_TK, lens, _entropies(weights_NHTS)
 
     weights, own, ranks, top, top_logits, top_p, (lens_p, lens, following), entropies = jax.device_get(
         run(params, jnp.asarray(tokens_T, jnp.int32)[None])
@@ -86,3 +86,33 @@ def inspect_text(config: ModelConfig, params: dict, tokens_T: np.ndarray) -> Ins
         lens_next_NT=following,
         entropies_NH=entropies,
     )
+
+
+def layer_statistics(config: ModelConfig, params: dict, tokens_T: np.ndarray) -> dict[str, dict[str, float]]:
+    """Measures the layers on one text in float32, by quantity and by layer.
+
+    Returns:
+        `residual_rms`: root mean square of the residual stream that the first block reads (`embed`) and that each block
+        leaves (`layer_0`, ...). `attention_entropy` and `attention_entropy_min`: mean over positions of the entropy of
+        attention in nats, averaged over the heads of a layer, and of its head with the lowest.
+    """
+    rms_N, entropies_NH = jax.device_get(_layer_statistics(config, params, jnp.asarray(tokens_T, jnp.int32)[None]))
+    layers = [f"layer_{layer}" for layer in range(config.n_layer)]
+    columns = {
+        "residual_rms": (["embed", *layers], rms_N),
+        "attention_entropy": (layers, entropies_NH.mean(axis=1)),
+        "attention_entropy_min": (layers, entropies_NH.min(axis=1)),
+    }
+    return {name: dict(zip(rows, values.tolist(), strict=True)) for name, (rows, values) in columns.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer_statistics(config: ModelConfig, params: dict, tokens_1T: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inside = look_inside(config, params, tokens_1T)
+    rms_N = jnp.sqrt(jnp.mean(jnp.square(inside.streams_NBTD), axis=(1, 2, 3)))
+    return rms_N, _entropies(inside.weights_NBHTS[:, 0])
+
+
+def _entropies(weights_NHTS: jax.Array) -> jax.Array:
+    """Mean entropy of the rows of attention weights, `[N, H]`, in nats."""
+    return -jnp.sum(jax.scipy.special.xlogy(weights_NHTS, weights_NHTS), axis=-1).mean(axis=-1)

@@ -16,6 +16,15 @@ TITLES = {
     "perplexity": ("Perplexity", "validation"),
     "bits_per_byte": ("Bits per byte", "validation"),
 }
+HEAT_TITLES = {
+    "grad_norm": ("Gradient norm by layer", "before clipping"),
+    "update_ratio": ("Update by layer", "norm of the update / norm of the weights"),
+    "residual_rms": ("Residual stream by layer", "root mean square"),
+    "attention_entropy": ("Entropy of attention by layer", "nats, mean of the heads"),
+    "attention_entropy_min": ("Lowest entropy of attention by layer", "nats, head with the lowest"),
+}
+MOST_COLUMNS = 300
+"""Steps of a heat map; of more, evenly spaced ones are drawn."""
 AXES = ("step", "tokens")
 HIDDEN = (*AXES, "val_loss", "targets")
 
@@ -39,6 +48,39 @@ class Chart:
     title: str
     unit: str
     series: tuple[Series, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatMap:
+    """Numbers of layers over the steps of a run."""
+
+    run: int
+    """Index of the run."""
+    key: str
+    title: str
+    unit: str
+    rows: tuple[str, ...]
+    """Layers, the first that data passes first."""
+    steps: list[int]
+    tokens: list[float]
+    values: list[list[float | None]]
+    """By row and step; None: not a number."""
+
+
+def heat_maps_of(records: Sequence[RunRecord]) -> list[HeatMap]:
+    """The heat maps of all runs, one for each quantity that was logged by layer."""
+    maps = []
+    for run, record in enumerate(records):
+        for quantity in dict.fromkeys(name for row in record.layers for name in row["by_layer"]):
+            of = [(row["step"], row["by_layer"][quantity]) for row in record.layers if quantity in row["by_layer"]]
+            of = [of[len(of) * n // MOST_COLUMNS] for n in range(MOST_COLUMNS)] if len(of) > MOST_COLUMNS else of
+            names = tuple(dict.fromkeys(name for _, numbers in of for name in numbers))
+            title, unit = HEAT_TITLES.get(quantity, (quantity, ""))
+            values = [[_rounded(numbers.get(name)) for _, numbers in of] for name in names]
+            per_step = _tokens_per_step(record)
+            tokens = [_rounded(step * per_step) or 0 for step, _ in of]
+            maps.append(HeatMap(run, quantity, title, unit, names, [step for step, _ in of], tokens, values))
+    return maps
 
 
 def charts_of(records: Sequence[RunRecord]) -> list[Chart]:
@@ -65,7 +107,7 @@ def table_of(record: RunRecord, table: str) -> dict[str, list]:
         table: steps or evaluations.
     """
     rows = thin(record.steps) if table == "steps" else record.evaluations
-    per_step = next((row["tokens"] / row["step"] for row in record.steps if row.get("tokens") and row["step"]), 0)
+    per_step = _tokens_per_step(record)
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "tokens"]
     columns = {name: [_rounded(row.get(name)) for row in rows] for name in names}
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
@@ -87,6 +129,10 @@ def thin(rows: list[dict]) -> list[dict]:
             else {stretch[0]}
         )
     return [rows[i] for i in sorted(kept)]
+
+
+def _tokens_per_step(record: RunRecord) -> float:
+    return next((row["tokens"] / row["step"] for row in record.steps if row.get("tokens") and row["step"]), 0)
 
 
 def _columns(records: Sequence[RunRecord]) -> list[tuple[str, str]]:

@@ -3,20 +3,23 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from gptjax.errors import UserError
-from gptjax.report.charts import charts_of, table_of
+from gptjax.report.charts import charts_of, heat_maps_of, table_of
 from gptjax.report.record import RunRecord
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#a3478b", "#b58900", "#4d4dbf")
 
 
 def save_figures(records: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """Writes one figure for each chart of the report; returns their paths.
+    """Writes one figure for each chart and heat map of the report; returns their paths.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     try:
+        from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("figures need matplotlib: pip install 'gptjax[report]'") from None
@@ -39,6 +42,18 @@ def save_figures(records: Sequence[RunRecord], folder: Path) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend()
         paths.append(folder / f"{_file_name(chart.key)}.png")
+        figure.savefig(paths[-1], dpi=150)
+    for heat in heat_maps_of(records):
+        figure = Figure(figsize=(6.4, max(2.5, 1.2 + 0.22 * len(heat.rows))), layout="constrained")
+        axes = figure.subplots()
+        values = np.array(heat.values, np.float64)  # None becomes NaN, which is left blank
+        norm = LogNorm() if np.nanmin(values) > 0 else None
+        shown = axes.pcolormesh(heat.steps, np.arange(len(heat.rows)), values, norm=norm, shading="nearest")
+        axes.set_yticks(range(len(heat.rows)), [name.replace("_", " ") for name in heat.rows], fontsize=7)
+        run = f" of {records[heat.run].name}" if len(records) > 1 else ""
+        axes.set(xlabel="step", title=_plain(heat.title + run))
+        figure.colorbar(shown, label=heat.unit)
+        paths.append(folder / f"{_file_name(f'{heat.key}_by_layer{heat.run or str()}')}.png")
         figure.savefig(paths[-1], dpi=150)
     return paths
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptjax.config.reader import to_yaml
 from gptjax.files import write_atomic
-from gptjax.report.charts import AXES, MOST_POINTS, charts_of, table_of
+from gptjax.report.charts import AXES, MOST_POINTS, charts_of, heat_maps_of, table_of
 from gptjax.report.cost import readable_count, readable_time
 from gptjax.report.page import escape, page
 from gptjax.report.record import RunRecord, changed_options, is_number, options_that_differ
@@ -61,6 +61,17 @@ def _data(records: Sequence[RunRecord]) -> dict:
                 "series": [{"run": s.run, "table": s.table, "column": s.column} for s in chart.series],
             }
             for chart in charts
+        ],
+        "heat_maps": [
+            {
+                "title": heat.title + (f" of {records[heat.run].name}" if len(records) > 1 else ""),
+                "unit": heat.unit,
+                "rows": [name.replace("_", " ") for name in heat.rows],
+                "step": heat.steps,
+                "tokens": heat.tokens,
+                "values": heat.values,
+            }
+            for heat in heat_maps_of(records)
         ],
         "marks": _marks(records[0]) if len(records) == 1 else [],
         "axes": AXES,

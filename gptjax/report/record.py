@@ -26,6 +26,8 @@ class RunRecord:
     steps: list[dict]
     """Rows of training steps; with `mfu` (a fraction) where the peak of the device is known."""
     evaluations: list[dict]
+    layers: list[dict]
+    """Rows with numbers of each layer under `by_layer`."""
     skips: list[dict]
     samples: list[tuple[int, str]]
     """Step and text, prompt included; the last of each step."""
@@ -63,6 +65,7 @@ def read_record(run_dir: Path, name: str = "") -> RunRecord:
         config=load_config(run_dir / CONFIG_FILE),
         steps=[row for row in rows if "tokens_per_s" in row],
         evaluations=[row for row in rows if "val_loss" in row],
+        layers=[row for row in rows if isinstance(row.get("by_layer"), dict)],
         skips=[row for row in rows if "skip" in row],
         samples=read_samples(run_dir / SAMPLES_FILE),
         events=events,

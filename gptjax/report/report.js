@@ -1,5 +1,5 @@
 const view = { axis: data.axes[0], logX: data.logX, smoothing: 0, from: null, to: null };
-const drawings = [];
+const drawings = [], heats = [];
 const HEIGHT = 250, LEFT = 54, RIGHT = 22, TOP = 10, BOTTOM = 26;
 
 // Exponential moving average without the bias of its start; a gap stays a gap.
@@ -133,7 +133,65 @@ function draw(drawing) {
   Object.assign(drawing, { X, Y, shown, width, from, to, inside });
 }
 
-function drawAll() { drawings.forEach(draw); }
+// Colours of a heat map from low to high, readable for the colour-blind (viridis).
+const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
+
+function rampColor(share) {
+  const at = Math.min(Math.max(share, 0), 1) * (RAMP.length - 1), n = Math.min(Math.floor(at), RAMP.length - 2);
+  return `rgb(${RAMP[n].map((low, k) => Math.round(low + (at - n) * (RAMP[n + 1][k] - low))).join(",")})`;
+}
+
+// A cell reaches from its step to the next one that was logged; the last is as wide as the one before.
+function drawHeat(heat) {
+  const { map, svg, logColor, key } = heat, width = Math.max(280, svg.parentNode.clientWidth - 18 || 640);
+  const left = 92, row = Math.max(12, Math.min(24, 220 / map.rows.length)), bottom = TOP + row * map.rows.length;
+  const whole = wholeRange(), places = map[view.axis];
+  let [from, to] = [view.from ?? whole[0], view.to ?? whole[1]];
+  if (view.logX && from <= 0) from = Math.min(1, to / 2);
+  if (to <= from) to = from + 1;
+  const ends = places.map((x, n) => places[n + 1] ?? x + (n ? x - places[n - 1] : 1));
+  const shown = places.map((x, n) => n).filter((n) => ends[n] > from && places[n] <= to && (!view.logX || places[n] > 0));
+  const usable = (value) => value !== null && (!logColor.checked || value > 0);
+  const [low, high] = extent(map.values.flatMap((values) => shown.map((n) => values[n]).filter(usable))) || [0, 1];
+  const share = scale(low, high, logColor.checked && low > 0, 0, 1), X = scale(from, to, view.logX, left, width - RIGHT);
+  svg.setAttribute("viewBox", `0 0 ${width} ${bottom + BOTTOM}`);
+  svg.replaceChildren();
+  map.rows.forEach((name, r) => {
+    const y = bottom - row * (r + 1);
+    svg.append(make("text", { x: left - 6, y: y + row / 2 + 4, "text-anchor": "end" }, name));
+    for (const n of shown) {
+      const value = map.values[r][n];
+      if (!usable(value)) continue;
+      const a = Math.max(left, X(Math.max(places[n], from))), b = Math.min(width - RIGHT, X(Math.min(ends[n], to)));
+      if (b > a) svg.append(make("rect", { x: a.toFixed(1), y, width: (b - a + 0.3).toFixed(1), height: row,
+        fill: rampColor(share(value)) }));
+    }
+  });
+  for (const value of ticks(from, to, view.logX, Math.floor(width / 110)))
+    svg.append(make("text", { x: X(value), y: bottom + 18, "text-anchor": "middle" }, readable(value)));
+  key.replaceChildren(readable(low), ...[0, 0.25, 0.5, 0.75, 1].map((at) =>
+    make("i", { class: "shade", style: `background:${rampColor(at)}` })), readable(high));
+  Object.assign(heat, { X, row, bottom, left, width, ends, shown });
+}
+
+function pointAtHeat(heat, tip) {
+  const { map, svg } = heat;
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect(), size = heat.width / box.width;
+    const x = heat.X.inverse((event.clientX - box.left) * size), places = map[view.axis];
+    const r = Math.floor((heat.bottom - (event.clientY - box.top) * size) / heat.row);
+    const n = heat.shown.find((index) => places[index] <= x && x < heat.ends[index]);
+    tip.hidden = n === undefined || !(r in map.rows);
+    if (tip.hidden) return;
+    tip.replaceChildren(`${map.rows[r]}, step ${map.step[n]}: ${readable(map.values[r][n])}`);
+    tip.style.top = "2.4rem";
+    tip.style.right = "1rem";
+  });
+  svg.addEventListener("pointerleave", () => { tip.hidden = true; });
+  svg.addEventListener("dblclick", () => zoom(null, null));
+}
+
+function drawAll() { drawings.forEach(draw); heats.forEach(drawHeat); }
 
 function zoom(from, to) {
   [view.from, view.to] = [from, to];
@@ -232,6 +290,19 @@ data.charts.forEach((chart, index) => {
   drawings.push(drawing);
   logY.addEventListener("change", () => draw(drawing));
   follow(drawing, tip);
+});
+data.heat_maps.forEach((map) => {
+  const logColor = make("input", { type: "checkbox" }), svg = make("svg", { role: "img", "aria-label": map.title });
+  const tip = make("div", { class: "tip", hidden: "" }), key = make("div", { class: "legend" });
+  const positive = map.values.flat().filter((value) => value !== null && value > 0).sort((a, b) => a - b);
+  logColor.checked = positive.length > 0 && positive[Math.floor(positive.length * 0.99)] / positive[0] > 20;
+  const title = make("span", {}, [map.title, " ", make("small", {}, map.unit)]);
+  document.getElementById("charts").append(make("figure", {},
+    [make("figcaption", {}, [title, make("label", {}, [logColor, " logarithmic colours"])]), svg, key, tip]));
+  const heat = { map, svg, logColor, key };
+  heats.push(heat);
+  logColor.addEventListener("change", () => drawHeat(heat));
+  pointAtHeat(heat, tip);
 });
 drawAll();
 let waiting = 0;

@@ -10,6 +10,7 @@ To add a sink: write a function that opens it, add it to `SINKS`, an option to `
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import queue
 import threading
 import time
@@ -80,8 +81,13 @@ def check_installed(log: LogConfig) -> None:
 def values_of(row: dict) -> dict[str, float]:
     """The numbers of a row of metrics, by the names that sinks get: `train/loss`, `validation/loss`.
 
-    A row of a step without an update has none; the next logged row counts it in `train/skipped`.
+    A row of a step without an update has none; the next logged row counts it in `train/skipped`. Numbers of layers are
+    called `grad_norm/layer_0`.
     """
+    layers = row.get("by_layer", {})
+    if layers:
+        numbers = {f"{quantity}/{layer}": value for quantity, of in layers.items() for layer, value in of.items()}
+        return {name: float(value) for name, value in numbers.items() if is_number(value) and math.isfinite(value)}
     evaluated = "val_loss" in row
     named = {("loss" if name == "val_loss" else name): value for name, value in row.items() if name != "step"}
     group = "validation" if evaluated else "train"

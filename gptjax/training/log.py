@@ -20,8 +20,9 @@ from gptjax.report.events import add_event, read_events
 from gptjax.report.metrics import MetricsFile, Nowhere
 from gptjax.report.progress import Progress
 from gptjax.report.sinks import SinkRun, Sinks
+from gptjax.training.by_layer import group_names
 from gptjax.training.setup import Parts
-from gptjax.training.step import TrainState
+from gptjax.training.step import TrainState, is_logged
 from gptjax.training.watch import REASONS
 
 WATCHED = ("verdict", "in_a_row", "loss", "grad_norm")
@@ -53,6 +54,7 @@ class Log:
         )
         self.file = MetricsFile(parts.run_dir, first, self.progress.line) if cluster.is_first() else Nowhere()
         self._waited = 0.0
+        self._groups = group_names(state.params, config.model.n_layer)
         self._sinks: Sinks | None = None
         self.in_a_row = 0
         """Steps in a row that made no update, as of the newest that was fetched."""
@@ -88,12 +90,19 @@ class Log:
         noted, self._noted = self._noted, []
         fetched = jax.device_get([metrics if due else {k: metrics[k] for k in WATCHED} for _, metrics, due in noted])
         for (step, _, due), arrays in zip(noted, fetched, strict=True):
+            layers = arrays.pop("by_layer", None)
             values = {name: array.item() for name, array in arrays.items()}
             verdict, self.in_a_row = values.pop("verdict"), values.pop("in_a_row")
             if verdict in REASONS:
                 self._skip(step, REASONS[verdict], values)
             if due:
                 self._row(step, values)
+            if layers is not None and is_logged(self._parts.config, step):
+                self.by_layer(step, {name: dict(zip(self._groups, array.tolist(), strict=True)) for name, array in layers.items()})
+
+    def by_layer(self, step: int, numbers: dict[str, dict[str, float]]) -> None:
+        """Writes numbers of each layer, by quantity and by layer."""
+        self.write({"step": step, "by_layer": numbers})
 
     def evaluation(self, step: int, batches: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """See `Progress.evaluation`."""

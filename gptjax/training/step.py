@@ -21,11 +21,13 @@ from gptjax.parallel.pipeline import Pieces, pipelined_gradient
 from gptjax.parallel.place import get
 from gptjax.tasks.registry import make_loss, make_states_loss
 from gptjax.tasks.trainable import forward_params, init_split, join, rates
+from gptjax.training.by_layer import by_layer, group_names
 from gptjax.training.optim import Schedule, make_optimizer, make_schedule, rate_factors
 from gptjax.training.precision import LossScale, compute_dtype, init_loss_scale, next_loss_scale
 from gptjax.training.watch import ACCEPTED, HALTED, NOT_FINITE, Watch, init_watch, judge, update_watch
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
+"""Scalars, and under `by_layer` arrays with a number for each layer."""
 
 
 @jax.tree_util.register_dataclass
@@ -144,6 +146,9 @@ def make_train_step(
         skipped = state.skipped + jnp.where(accepted, 0, 1)
         watch = update_watch(state.watch, verdict, counts, loss, grad_norm, sums.count)
         metrics |= {"skipped": skipped, "verdict": verdict, "in_a_row": watch.in_a_row}
+        if config.log.by_layer:
+            changes = jax.tree.map(lambda u: jnp.where(accepted, learning_rate * u, 0.0), updates)
+            metrics["by_layer"] = _where_logged(config, state.step + 1, grads, changes, state.params)
         return TrainState(state.step + 1, skipped, params, opt_state, loss_scale, ema, watch, state.frozen), metrics
 
     return train_step
@@ -194,6 +199,22 @@ def _summed(gradient, batch):
 
     rest = (jnp.arange(1, micro_batches), jax.tree.map(lambda x: x[1:], batch))
     return jax.lax.scan(add, first, rest)[0]
+
+
+def is_logged(config: Config, step: Any) -> Any:
+    """Whether a step's metrics are logged in any case; a step at which a run is stopped is logged too."""
+    return (step % config.train.log_every == 0) | (step == 1) | (step == config.train.num_steps)
+
+
+def _where_logged(config: Config, step: jax.Array, grads: dict, changes: dict, params: dict) -> dict[str, jax.Array]:
+    """The numbers by layer, computed only at the steps that are logged; NaN at others."""
+    n_layer = config.model.n_layer
+    empty = jnp.full(len(group_names(params, n_layer)), jnp.nan)
+    return jax.lax.cond(
+        is_logged(config, step),
+        lambda: by_layer(grads, changes, params, n_layer),
+        lambda: {"grad_norm": empty, "update_ratio": empty},
+    )
 
 
 def _where(condition, new, old):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from gptjax.batches.prefetch import prefetch
 from gptjax.config.run import Config
@@ -12,6 +13,7 @@ from gptjax.config.task import PADDED
 from gptjax.config.train import TrainConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
+from gptjax.evaluation.inside import layer_statistics
 from gptjax.generation.sample import sample_texts
 from gptjax.machine import allocator, compile_cache
 from gptjax.machine.native.build import state as state_of_kernels
@@ -35,6 +37,9 @@ from gptjax.training.in_flight import InFlight
 from gptjax.training.log import Log
 from gptjax.training.setup import Loop, Parts, build, checkpoint_meta, stopped_early, why_finished
 from gptjax.training.step import TrainState, evaluated_params
+
+MOST_INSPECTED = 256
+"""Tokens of the sequence that `log.activations` looks at: there is a weight for each pair of them."""
 
 
 def train(config: Config) -> int:
@@ -272,12 +277,25 @@ def _evaluate(
     improved = loop.take(scores.val_loss, None if by == "loss" else row[by])
     log.write({"step": step, **row})
     log.progress.evaluated(step, f"{scores}{' (best)' if improved else ''}")
+    if parts.config.log.activations:
+        _log_activations(parts, params, step, log)
     try:
         _show_sample(parts, params, step, log, signals)
     except Abandoned:
         log.progress.line(f"step {step} · sample abandoned")
     log.restart_clock()
     return scores, improved
+
+
+def _log_activations(parts: Parts, params: dict, step: int, log: Log) -> None:
+    """Writes statistics of every layer on the first sequence of the run."""
+    if jax.process_count() > 1:
+        params = get(parts.mesh, params)
+        if not cluster.is_first():
+            return
+    [tokens] = parts.task.windows.batch(0, parts.config.train.batch_size, np.zeros(1, np.int64)).inputs
+    params = jax.device_put(params, jax.local_devices()[0])
+    log.by_layer(step, layer_statistics(parts.config.model, params, tokens[:MOST_INSPECTED]))
 
 
 def _show_sample(parts: Parts, params: dict, step: int, log: Log, signals: Signals) -> None:
