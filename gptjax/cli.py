@@ -33,6 +33,7 @@ from gptjax.config.verbs.prepare import PrepareConfig
 from gptjax.config.verbs.profile import ProfileConfig
 from gptjax.config.verbs.report import ReportConfig
 from gptjax.config.verbs.sample import SampleConfig
+from gptjax.config.verbs.scaling_fit import ScalingFitConfig
 from gptjax.config.verbs.serve import ServeConfig
 from gptjax.config.verbs.sweep import SweepConfig
 from gptjax.config.verbs.verify_resume import VerifyResumeConfig
@@ -232,6 +233,14 @@ def sweep(args: Sequence[str]) -> int:
     return run_sweep(path, options, overrides)
 
 
+def scaling_fit(args: Sequence[str]) -> int:
+    """Fits a scaling law to small runs and predicts a larger one: gptjax scaling-fit SWEEP_DIR [--params N ...]."""
+    config = _flags(ScalingFitConfig, _places(args, "runs"))
+    from gptjax.verbs.scaling_fit import run_scaling_fit
+
+    return run_scaling_fit(config)
+
+
 RESTARTING = (train, sample, chat, serve)
 """Verbs that compute on a CPU for long."""
 VERBS: dict[str, tuple[Callable[..., int], type]] = {
@@ -251,6 +260,7 @@ VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "doctor": (doctor, DoctorConfig),
     "report": (report, ReportConfig),
     "sweep": (sweep, SweepConfig),
+    "scaling-fit": (scaling_fit, ScalingFitConfig),
     "lr-find": (lr_find, LrFindConfig),
     "inspect": (inspect, InspectConfig),
     "profile": (profile, ProfileConfig),

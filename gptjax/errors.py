@@ -24,12 +24,17 @@ def one_line(error: BaseException) -> str | None:
         message = f"{error.filename or 'the system'}: {error.strerror or error}"
     elif isinstance(error, MemoryError):
         message = f"not enough memory: {error}"
-    elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    elif is_out_of_memory(error):
         message = f"not enough memory on the device; make train.micro_batch_size or the model smaller: {error}"
     else:
         return None
     line = " ".join(message.splitlines())
     return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-1000:]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of JAX says that a device had no memory left; compiled programs raise it as ValueError."""
+    return isinstance(error, RuntimeError | ValueError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

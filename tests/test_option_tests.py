@@ -156,6 +156,7 @@ ELSEWHERE = {
         "optim.factored_decay",
     ),
     "test_sinks::test_the_options_turn_sinks_on": ("log.tensorboard", "log.wandb", "log.trackio", "log.mlflow"),
+    "test_by_layer::test_a_run_writes_them_and_the_report_draws_them": ("log.by_layer", "log.activations"),
     "test_sinks::test_sinks_get_the_project": ("log.project",),
     "test_objectives::test_batches_are_functions_of_seed_and_step": ("task.objective.kind",),
     "test_objectives::test_spans_have_the_rate_and_length_asked_for": (

@@ -324,6 +324,8 @@ def test_a_plan_is_printed_as_text_and_as_json(tmp_path):
     parts = {field.name for field in dataclasses.fields(Memory)}
     assert sum(given["memory"][part] for part in parts) == given["memory"]["total"]
     assert given["seconds"] >= given["seconds_if_hidden"] > 0
+    assert given["run_hours"] == pytest.approx(20 * given["seconds"] / 3600)
+    assert "20 steps: " in done.stdout and " h100-hours" in done.stdout
 
 
 @pytest.mark.parametrize("name", PRESETS)

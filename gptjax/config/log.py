@@ -5,7 +5,6 @@ import dataclasses
 from gptjax.config.rules import no_effect
 from gptjax.errors import UserError
 
-
 SINK_NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
 
 

@@ -73,7 +73,11 @@ class Config:
             )
         self._check_task()
         self._check_sources()
-        if self.task.kind != "pretrain" or self.task.objective.rearranges or self.model.adapter.kind in ("prompt", "prefix"):
+        if (
+            self.task.kind != "pretrain"
+            or self.task.objective.rearranges
+            or self.model.adapter.kind in ("prompt", "prefix")
+        ):
             no_effect("log", self.log, "activations", False, "pretraining that predicts the next token")
 
     @property

@@ -25,6 +25,7 @@ def describe(given: Plan, suggested: Plan | None, options: PlanConfig) -> str:
         *(("", f"{_bytes(one.node + one.network)}  {_sent(one)}") for one in given.sent),
         ("FLOPs", f"{given.model_flops:.3e} of the model per step, {given.work.flops:.3e} executed on each device"),
         ("time", _time(given, chip)),
+        ("run", _run(given, options)),
         ("assumed", _assumed(given, options.chip)),
     ]
     lines += zip(("suggested", ""), _suggestion(given, suggested, options), strict=False)
@@ -64,6 +65,8 @@ def _values(plan: Plan, chip: Chip) -> dict[str, Any]:
         "bubble": plan.work.bubble,
         "seconds": plan.seconds,
         "seconds_if_hidden": plan.shortest,
+        "run_hours": _hours(plan, plan.seconds),
+        "run_hours_if_hidden": _hours(plan, plan.shortest),
         "model_flops_share_of_peak": _share(plan, chip, plan.seconds),
     }
 
@@ -90,6 +93,19 @@ def _time(plan: Plan, chip: Chip) -> str:
         f" communication; {plan.shortest:.3g} s if they overlap: MFU {_share(plan, chip, plan.seconds):.0%}"
         f" to {_share(plan, chip, plan.shortest):.0%}"
     )
+
+
+def _hours(plan: Plan, seconds: float) -> float | None:
+    """Hours of all training steps; None: their number depends on the data."""
+    return None if plan.config.train.num_epochs else plan.config.train.num_steps * seconds / 3600
+
+
+def _run(plan: Plan, options: PlanConfig) -> str:
+    most, least = _hours(plan, plan.seconds), _hours(plan, plan.shortest)
+    if most is None or least is None:
+        return f"train.num_epochs={plan.config.train.num_epochs:g}: the number of steps depends on the data"
+    each = [f"{hours / 24:.3g} days = {hours * options.devices:,.3g} {options.chip}-hours" for hours in (most, least)]
+    return f"{plan.config.train.num_steps:,} steps: {each[0]}; {each[1]} if they overlap; evaluations not included"
 
 
 def _share(plan: Plan, chip: Chip, seconds: float) -> float:

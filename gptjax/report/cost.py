@@ -11,18 +11,22 @@ from gptjax.machine.chips import chip_of
 def flops_per_token(config: ModelConfig, params: Any) -> float:
     """Model FLOPs of one training token, forward and backward (PaLM, arXiv:2204.02311, appendix B).
 
-    Six per parameter of a matmul (embedding lookups are none), and attention over the whole context or window, hidden
-    keys included, as PaLM counts them.
+    Six per parameter of a matmul, and attention over the whole context or window, hidden keys included, as PaLM counts
+    them.
     """
+    kinds = [config.layer_kind(layer) for layer in range(config.n_layer)]
+    keys = sum(config.attention_window if kind == "local" else config.block_size for kind in kinds)
+    return 6.0 * matmul_parameters(config, params) + 12.0 * config.n_head * config.head_width * keys
+
+
+def matmul_parameters(config: ModelConfig, params: Any) -> float:
+    """Parameters of the matmuls that a token passes: the output projection is one, embedding lookups are none."""
     leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
     multiplied = sum(leaf.size for path, leaf in leaves if path[-1].key.startswith("w_"))
     if config.n_expert:  # a token passes some of them
         idle = 1.0 - config.experts_per_token / config.n_expert
         multiplied -= idle * sum(leaf.size for path, leaf in leaves if path[-1].key.startswith("w_") and leaf.ndim == 4)
-    multiplied += config.n_embd * config.vocab_size
-    kinds = [config.layer_kind(layer) for layer in range(config.n_layer)]
-    keys = sum(config.attention_window if kind == "local" else config.block_size for kind in kinds)
-    return 6.0 * multiplied + 12.0 * config.n_head * config.head_width * keys
+    return multiplied + config.n_embd * config.vocab_size
 
 
 def peak_flops() -> float | None:

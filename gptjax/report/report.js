@@ -1,4 +1,5 @@
 const view = { axis: data.axes[0], logX: data.logX, smoothing: 0, from: null, to: null };
+const labels = data.labels || { steps: "training", evaluations: "validation" };
 const drawings = [], heats = [];
 const HEIGHT = 250, LEFT = 54, RIGHT = 22, TOP = 10, BOTTOM = 26;
 
@@ -48,7 +49,7 @@ function lines(chart) {
   return chart.series.map((series, index) => {
     const table = data.runs[series.run][series.table], points = series.table === "evaluations";
     const color = `var(--c${(data.runs.length > 1 ? series.run : index) % 6})`;
-    const label = (data.runs.length > 1 ? data.runs[series.run].name + " " : "") + (points ? "validation" : "training");
+    const label = (data.runs.length > 1 ? data.runs[series.run].name + " " : "") + labels[series.table];
     const smooth = !points && series.column !== "learning_rate";
     return { x: table[view.axis], y: table[series.column], points, smooth, color, label };
   });
@@ -291,7 +292,7 @@ data.charts.forEach((chart, index) => {
   logY.addEventListener("change", () => draw(drawing));
   follow(drawing, tip);
 });
-data.heat_maps.forEach((map) => {
+(data.heat_maps || []).forEach((map) => {
   const logColor = make("input", { type: "checkbox" }), svg = make("svg", { role: "img", "aria-label": map.title });
   const tip = make("div", { class: "tip", hidden: "" }), key = make("div", { class: "legend" });
   const positive = map.values.flat().filter((value) => value !== null && value > 0).sort((a, b) => a - b);

@@ -98,7 +98,9 @@ class Log:
             if due:
                 self._row(step, values)
             if layers is not None and is_logged(self._parts.config, step):
-                self.by_layer(step, {name: dict(zip(self._groups, array.tolist(), strict=True)) for name, array in layers.items()})
+                self.by_layer(
+                    step, {name: dict(zip(self._groups, array.tolist(), strict=True)) for name, array in layers.items()}
+                )
 
     def by_layer(self, step: int, numbers: dict[str, dict[str, float]]) -> None:
         """Writes numbers of each layer, by quantity and by layer."""

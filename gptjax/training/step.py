@@ -136,7 +136,7 @@ def make_train_step(
         if ema is not None:
             decay = config.train.ema
             ema = jax.tree.map(lambda a, p: jnp.where(accepted, decay * a + (1.0 - decay) * p, a), ema, params)
-        metrics = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, "targets": sums.count}
+        metrics: Metrics = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, "targets": sums.count}
         metrics |= {name: total / jnp.maximum(sums.count, 1.0) for name, total in sums.extras.items()}
         loss_scale, counts = state.loss_scale, verdict != HALTED
         if loss_scale is not None:

@@ -41,6 +41,9 @@ from gptjax.training.step import TrainState, evaluated_params
 MOST_INSPECTED = 256
 """Tokens of the sequence that `log.activations` looks at: there is a weight for each pair of them."""
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of the arrays of a batch."""
+
 
 def train(config: Config) -> int:
     """Runs `config` from its beginning, or from the newest checkpoint in its run directory.
@@ -94,7 +97,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
     batches = device_batches(parts, first, options.num_steps)
     _follow(parts, state)
     batch = next(batches)
-    step_program = _program(parts, state, batch, programs)
+    step_program = _program(parts, state, batch, programs, say)
     facts = _describe(parts, state, step_program)
     with cluster.all_or_none():  # nobody begins while another process still compiles
         signals.begin()
@@ -107,7 +110,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
             received = signal_of_any()
             stop = received > 0 or stopped_early(parts.config, loop)
         while not stop:
-            step_program = _program(parts, state, batch, programs)
+            step_program = _program(parts, state, batch, programs, log.progress.line)
             with jax.transfer_guard("disallow"):
                 state, metrics = step_program(state, batch)
             step += 1
@@ -175,13 +178,24 @@ def _write_report(parts: Parts) -> None:
         say(f"{path}: no report: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _program(parts: Parts, state: TrainState, batch: Any, programs: dict) -> Any:
+def _program(parts: Parts, state: TrainState, batch: Any, programs: dict, notify: Callable[[str], None]) -> Any:
     """The compiled step for the shapes of this batch; tasks whose batches differ in width have a few."""
-    shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    shapes = tuple((jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape) for path, leaf in leaves)
     if shapes not in programs:
+        if programs:
+            notify(f"compiling the step again: {explain_new_shapes(next(reversed(programs)), shapes)}")
         programs[shapes] = selftest.compile_safely(parts.train_step.lower(state, batch))
         compile_cache.sign_programs()  # now, because a process that is killed signs no more
     return programs[shapes]
+
+
+def explain_new_shapes(old: Shapes, new: Shapes) -> str:
+    """Names the arrays of a batch whose shapes are not those of the step that was compiled last."""
+    before = dict(old)
+    changed = [f"{name} has shape {shape}, was {before.get(name)}" for name, shape in new if before.get(name) != shape]
+    gone = [f"{name} is missing" for name in before.keys() - dict(new).keys()]
+    return "; ".join(f"batch.{words}" for words in [*changed, *gone])
 
 
 def _diverged(parts: Parts, state: TrainState, log: Log) -> int:

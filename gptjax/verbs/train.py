@@ -1,6 +1,11 @@
 """`gptjax train`."""
 
-from gptjax.config.start import Start
+from pathlib import Path
+
+from gptjax.config.reader import load_config
+from gptjax.config.run import Config
+from gptjax.config.start import CONFIG_FILE, Start
+from gptjax.errors import UserError, is_out_of_memory
 from gptjax.machine import compile_cache
 from gptjax.parallel import cluster
 from gptjax.report.progress import say
@@ -15,4 +20,16 @@ def run_train(start: Start) -> int:
 
         if start.note and cluster.is_first():
             say(start.note)
-        return trainer.train(config)
+        try:
+            return trainer.train(config)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, UserError) or not is_out_of_memory(error):
+                raise
+            raise UserError(_explain(config, error)) from error
+
+
+def _explain(config: Config, error: Exception) -> str:
+    from gptjax.planning.memory_advice import device_memory, explain_out_of_memory
+
+    resolved = Path(config.run_dir).expanduser() / CONFIG_FILE  # has the size of the vocabulary
+    return explain_out_of_memory(load_config(resolved) if resolved.is_file() else config, error, device_memory())
