@@ -16,8 +16,9 @@ from gptjax.model.inputs import BlockInputs
 from gptjax.model.loss import batch_loss
 from gptjax.ops.attention_spec import Mask
 from gptjax.ops.cross_entropy import LossOptions
-from gptjax.training.optim import make_optimizer, make_schedule
+from gptjax.training.optim import make_optimizer
 from gptjax.training.precision import LossScale
+from gptjax.training.schedules import make_schedule
 from gptjax.training.step import evaluated_params
 from tests.tiny import (
     CONFIG,

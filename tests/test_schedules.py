@@ -10,8 +10,8 @@ from gptjax.config.optim import OptimConfig
 from gptjax.config.reader import load_config
 from gptjax.config.train import TrainConfig
 from gptjax.errors import UserError
-from gptjax.training.optim import make_schedule
-from gptjax.training.setup import with_steps
+from gptjax.training.resolve import with_steps
+from gptjax.training.schedules import make_schedule
 from tests.tiny import CONFIG, replace
 
 

@@ -17,7 +17,7 @@ from gptjax.tasks.texts import encode_examples, make_rewrite
 from gptjax.text.labelled import Text
 from gptjax.text.replace import read_synonyms, replace_words
 from gptjax.text.tokenizer import make_tokenizer
-from gptjax.training.setup import with_base_rate
+from gptjax.training.resolve import with_base_rate
 from tests.tiny import MODEL, replace
 
 BYTES = make_tokenizer(TokenizerConfig(kind="bytes"), lambda: [])

@@ -11,8 +11,9 @@ from gptjax.config.optim import OptimConfig
 from gptjax.errors import UserError
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
-from gptjax.training.optim import decayed, make_schedule
+from gptjax.training.optim import decayed
 from gptjax.training.precision import GROW_AFTER, LossScale, next_loss_scale
+from gptjax.training.schedules import make_schedule
 from gptjax.training.step import make_train_step
 from tests.tiny import (
     CONFIG,

@@ -10,7 +10,7 @@ import pytest
 from gptjax.config.optim import OptimConfig
 from gptjax.config.reader import load_config
 from gptjax.training import trainer
-from gptjax.training.optim import make_schedule
+from gptjax.training.schedules import make_schedule
 from tests.tiny import replace, rows, run_config
 
 PEAK, FINAL = 1.0, 0.1

@@ -19,7 +19,7 @@ from gptjax.model import gpt
 from gptjax.report.metrics import read_metrics
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import step
-from gptjax.training.setup import load_state
+from gptjax.training.resume import load_state
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 MODEL = ModelConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=16)

@@ -12,7 +12,7 @@ from gptjax.parallel import cluster
 from gptjax.parallel.mesh import replicated
 from gptjax.parallel.place import put
 from gptjax.report.metrics import plain
-from gptjax.training.setup import Parts
+from gptjax.training.parts import Parts
 from gptjax.training.step import TrainState, make_gradient_norms
 
 DUMP_FILE = "diverged.json"

@@ -21,7 +21,7 @@ from gptjax.report.metrics import MetricsFile, Nowhere
 from gptjax.report.progress import Progress
 from gptjax.report.sinks import SinkRun, Sinks
 from gptjax.training.by_layer import group_names
-from gptjax.training.setup import Parts
+from gptjax.training.parts import Parts
 from gptjax.training.step import TrainState, is_logged
 from gptjax.training.watch import REASONS
 

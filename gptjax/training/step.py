@@ -22,8 +22,9 @@ from gptjax.parallel.place import get
 from gptjax.tasks.registry import make_loss, make_states_loss
 from gptjax.tasks.trainable import forward_params, init_split, join, rates
 from gptjax.training.by_layer import by_layer, group_names
-from gptjax.training.optim import Schedule, make_optimizer, make_schedule, rate_factors
+from gptjax.training.optim import make_optimizer, rate_factors
 from gptjax.training.precision import LossScale, compute_dtype, init_loss_scale, next_loss_scale
+from gptjax.training.schedules import Schedule, make_schedule
 from gptjax.training.watch import ACCEPTED, HALTED, NOT_FINITE, Watch, init_watch, judge, update_watch
 
 Metrics = dict[str, Any]

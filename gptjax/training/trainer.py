@@ -35,7 +35,9 @@ from gptjax.training.divergence import write_dump
 from gptjax.training.guard import EXIT_DIVERGED, Abandoned, Signals, exit_status, locked_by_first
 from gptjax.training.in_flight import InFlight
 from gptjax.training.log import Log
-from gptjax.training.setup import Loop, Parts, build, checkpoint_meta, stopped_early, why_finished
+from gptjax.training.parts import Parts
+from gptjax.training.resume import Loop, checkpoint_meta
+from gptjax.training.setup import build, stopped_early, why_finished
 from gptjax.training.step import TrainState, evaluated_params
 
 MOST_INSPECTED = 256

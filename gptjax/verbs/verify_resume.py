@@ -27,7 +27,7 @@ from gptjax.errors import UserError
 from gptjax.machine import compile_cache
 from gptjax.ops.scheduling import deterministic_ops_requested
 from gptjax.report.metrics import METRICS_FILE, read_metrics
-from gptjax.training.setup import load_state
+from gptjax.training.resume import load_state
 
 CLOCK = ("tokens_per_s",)  # metrics that depend on the clock
 KILL_WITHIN = 0.6  # seconds
