@@ -333,7 +333,7 @@ def test_a_tokenizer_beside_that_of_the_base_is_refused(folder):
 def test_the_best_checkpoint_is_chosen_by_the_score_that_is_asked_for(folder, monkeypatch, capsys):
     def scripted(scores):
         found = iter(LabelScores(*values) for values in scores)
-        monkeypatch.setattr("gptjax.tasks.classify.score", lambda *_: next(found))
+        monkeypatch.setattr("gptjax.tasks.head_task.with_metric", lambda *_: next(found))
 
     found = [(0.5, 0.6, 0.9), (0.4, 0.7, 0.8), (0.3, 0.7, 0.7), (0.2, 0.1, 0.1)]  # loss, accuracy, macro F1
     for by, best in (("loss", 4), ("accuracy", 3), ("macro_f1", 1)):
@@ -447,7 +447,7 @@ def test_options_that_do_not_fit_are_refused(folder, change, message):
     ("name", "change", "message"),
     [
         ("top-wrong", {"finetune": {"top_k": 9}}, "finetune.top_k=9 must be at most model.n_layer=2"),
-        ("paths-wrong", {"finetune": {"paths": ("nothing",)}}, "'nothing' is found in no name of a parameter"),
+        ("paths-wrong", {"finetune": {"paths": ("nothing",)}}, "'nothing' matches no parameter"),
         ("head-wrong", {"task": {"max_tokens": 99}}, "task.max_tokens=99 must be at most model.block_size=32"),
     ],
 )

@@ -18,7 +18,7 @@ from gptjax.config.task import TaskConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.evaluation.labels import Predictions, confusion, expected_calibration_error, score, table
 from gptjax.evaluation.loss import make_eval_step, measure
-from gptjax.evaluation.predict import predict_texts, predict_words
+from gptjax.evaluation.predict import predict_rows, predict_words
 from gptjax.model.gpt import Compute
 from gptjax.tasks import pretrain
 from gptjax.tasks.instruct import measure_chats
@@ -110,6 +110,10 @@ def test_labels_and_their_loss_are_the_same_for_every_batch_size():
         size = batch.lengths if isinstance(batch, TextBatch) else batch.positions
         p = (1.0 + size % 7) / 9
         return jnp.stack([p, 1 - p], axis=-1), jnp.stack([jnp.sum(size * asked), jnp.sum(asked)])
+
+    def predict_texts(predict, params, rows, labels, batch_size, sharding):
+        probabilities, loss = predict_rows(predict, params, rows, len(labels), batch_size, sharding)
+        return Predictions(probabilities, rows.targets, labels), loss
 
     encoded = encode_texts(texts, BYTES, ("a", "b"), False, 32)
     tagged = encode_words(words, BYTES, ("a", "b"), 24, 0)

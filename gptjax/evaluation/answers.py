@@ -1,4 +1,4 @@
-"""How well spans answer questions, as SQuAD counts it (arXiv:1606.05250, section 6.1, and its evaluation script)."""
+"""Scores of extractive question answering, as in SQuAD (arXiv:1606.05250, section 6.1, and its evaluation script)."""
 
 import dataclasses
 import re
@@ -11,19 +11,19 @@ PUNCTUATION = set(string.punctuation)
 
 @dataclasses.dataclass(frozen=True)
 class AnswerPredictions:
-    """Predicted answers and the truth; an empty text stands for no answer."""
+    """Predicted and true answers; an empty text means "no answer"."""
 
     predicted: tuple[str, ...]
     starts: tuple[int, ...]
     """Character at which each predicted answer begins; -1: no answer."""
     truth: tuple[tuple[str, ...], ...]
-    """Acceptable answers of each question; none: it has no answer."""
+    """Acceptable answers of each question; empty if it has no answer."""
     cut: tuple[bool, ...] = ()
-    """Of each question, whether its text was read in several windows."""
+    """For each question, whether its text has several windows."""
 
     @property
     def count(self) -> int:
-        """Questions that are scored."""
+        """Number of scored questions."""
         return len(self.truth)
 
     def named(self) -> tuple[list, list]:
@@ -33,17 +33,17 @@ class AnswerPredictions:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerScores:
-    """What extractive question answering is judged by; the names are those of `metrics.jsonl`."""
+    """Scores of extractive question answering, with their names in `metrics.jsonl`."""
 
     val_loss: float
-    """Nats per window and end of a span."""
+    """Mean cross-entropy of the first and last token of the answer, in nats."""
     exact_match: float
     """Share of answers that equal an acceptable one, without case, punctuation, articles and spaces."""
     f1: float
-    """Mean F1 of words with the acceptable answer that fits best."""
+    """Mean word F1 with the best-matching acceptable answer."""
 
     def row(self) -> dict[str, float]:
-        """What there is, for `metrics.jsonl`."""
+        """The scores for `metrics.jsonl`."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -61,13 +61,13 @@ def score_answers(predictions: AnswerPredictions, val_loss: float) -> AnswerScor
 
 
 def normalised_answer(text: str) -> str:
-    """Lower case without punctuation, articles and superfluous spaces."""
+    """Lower case without punctuation, articles and extra spaces."""
     kept = "".join(c for c in text.lower() if c not in PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
 
 def word_f1(predicted: str, answer: str) -> float:
-    """F1 of the words of two answers; if one of them has none, whether both have none."""
+    """F1 of the words of two answers. If an answer has no words: 1 if both have none, else 0."""
     words: Sequence[list[str]] = [normalised_answer(text).split() for text in (predicted, answer)]
     if not all(words):
         return float(words[0] == words[1])

@@ -1,6 +1,6 @@
-"""Rows of public benchmarks → items: contexts with the continuations to choose from, or with an answer to generate.
+"""Rows of public benchmarks → items: a context with several continuations to choose from, or an answer to generate.
 
-The texts are those of the tasks of the same name in EleutherAI's lm-evaluation-harness, so that scores can be compared.
+Prompts are the same as in the tasks of the same name in EleutherAI's lm-evaluation-harness, so scores are comparable.
 """
 
 import re
@@ -14,7 +14,7 @@ from gptjax.text.labelled import is_missing, string_list
 from gptjax.text.rows import field_value
 
 SEPARATOR = "\n\n"
-"""Between the examples of a few-shot prompt."""
+"""Separates the examples of a few-shot prompt."""
 FIELD = "benchmark"
 """The option that decides which fields a row must have, for error messages."""
 
@@ -23,26 +23,26 @@ class Item(NamedTuple):
     """One question."""
 
     contexts: tuple[str, ...]
-    """Of each choice; equal, except where a blank inside of a sentence is filled."""
+    """The context of each choice. They are equal, except for benchmarks that fill a blank inside a sentence."""
     continuations: tuple[str, ...]
-    """Of each choice. One alone: a text that the model should continue with."""
+    """The continuation of each choice. A single one is the expected continuation."""
     answer: int
     """Number of the right choice."""
     where: str
     accepted: tuple[str, ...] = ()
-    """Right answers, of an item that is answered by generating text."""
+    """Accepted answers, for items that are answered by generating text."""
 
     @property
     def shown(self) -> str:
-        """The item with its right answer, as an example for other items."""
+        """The item with its right answer, as a few-shot example for other items."""
         return self.contexts[self.answer] + self.continuations[self.answer]
 
 
 def read_items(benchmark: str, rows: Iterable[Row], counts: Counter[str]) -> Iterator[Item]:
-    """Yields the items of rows, and counts those "without_answer", which it leaves out.
+    """Yields the items of rows. Skips rows without an answer, and counts them as "without_answer".
 
     Raises:
-        UserError: A row lacks a field of the benchmark, or a value is not one of its; the message names file and row.
+        UserError: A field of a row is missing or has an invalid value; the message names file and row.
     """
     read = READERS[benchmark]
     for row in rows:
@@ -67,7 +67,7 @@ def read_generate(row: Row) -> Item | None:
     context = _text(row, "context")
     answers = row.values.get("answer", "")
     if answers is None or (answers == "" and "answer" in row.values):
-        return None  # a number such as -1 is an answer here
+        return None  # here, -1 and other numbers are valid answers
     answers = field_value(row, "answer", FIELD)
     accepted = tuple(map(str, answers)) if isinstance(answers, (list, tuple)) else (str(answers),)
     if not accepted or not all(accepted):
@@ -130,7 +130,7 @@ def read_winogrande(row: Row) -> Item | None:
         raise UserError(f"{row.where}: field 'sentence' needs a blank '_' with text after it")
     answer = _number(row, "answer", 2, first=1)
     contexts = tuple(before + _text(row, name) for name in ("option1", "option2"))
-    # What follows the blank is scored, which is the same text for both options (partial evaluation).
+    # Only the text after the blank is scored; it is the same for both options (partial evaluation).
     return Item(contexts, (f" {after.strip()}",) * 2, answer, row.where)
 
 
@@ -173,9 +173,9 @@ READERS: dict[str, Callable[[Row], Item | None]] = {
     "mmlu": read_mmlu,
     "generate": read_generate,
 }
-"""What makes an item of a row, by the name of the benchmark; None: the row has no answer."""
+"""By benchmark: the function that parses a row to an item, or returns None for a row without an answer."""
 COLUMNS: dict[str, tuple[str, ...]] = {"mmlu": ("question", "A", "B", "C", "D", "answer")}
-"""Columns of CSV files that are published without a line of column names."""
+"""Columns of CSV files that are published without a header."""
 
 
 def _same_context(row: Row, context: str, continuations: Sequence[str], answer: int) -> Item:
@@ -194,10 +194,10 @@ def _texts(row: Row, name: str) -> list[str]:
 
 
 def _unanswered(row: Row, name: str, choices: Sequence[str] = ()) -> bool:
-    """Whether a row is of a test set whose answers are not published.
+    """Whether a row has no answer, as in test sets whose answers are not published.
 
     Raises:
-        UserError: It has no such field at all.
+        UserError: The row does not have the field.
     """
     if row.values.get(name, "") is None:
         return True
@@ -211,7 +211,7 @@ def _answer(row: Row, name: str, choices: Sequence[str]) -> int:
 
 
 def _number(row: Row, name: str, count: int, first: int = 0) -> int:
-    """The number of a choice, from 0, of a field that numbers choices from `first`."""
+    """The number of a choice, from 0, in a field that counts choices from `first`."""
     value = row.values[name]
     try:
         number = int(str(value)) - first
@@ -223,10 +223,10 @@ def _number(row: Row, name: str, count: int, first: int = 0) -> int:
 
 
 def _spaced(context: str, text: str) -> str:
-    """What follows a context: the text after one space, unless one of them has white space there."""
+    """The text to append to a context: with one space before it, unless there is white space already."""
     return text if not context or context[-1:].isspace() or text[:1].isspace() else f" {text}"
 
 
 def _without_marks(text: str) -> str:
-    """HellaSwag's text without the marks of WikiHow, such as [header]."""
+    """HellaSwag's text without WikiHow markup such as [header]."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")

@@ -1,6 +1,6 @@
-"""How often the right one of several candidates is chosen.
+"""Scores of multiple choice with a head.
 
-Shape suffixes: E examples, K most candidates of an example.
+Shape suffixes: E examples, K largest number of candidates.
 """
 
 import dataclasses
@@ -10,38 +10,38 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class ChoicePredictions:
-    """Probabilities of candidates and the truth."""
+    """Predicted probabilities of candidates, and the correct candidates."""
 
     probabilities_EK: np.ndarray
     """0 for candidates that an example does not have."""
     targets: np.ndarray
-    """`[E]` number of the right candidate; -1 where unknown."""
+    """`[E]` number of the correct candidate; -1 if unknown."""
     counts: tuple[int, ...]
-    """Candidates of each example."""
+    """Number of candidates of each example."""
     cut: tuple[bool, ...] = ()
-    """Of each example, whether a candidate or the text before it has more tokens than the model reads."""
+    """For each example, whether a text was cut."""
 
     @property
     def count(self) -> int:
-        """Rows that are scored."""
+        """Number of scored examples."""
         return len(self.targets)
 
     def named(self) -> tuple[list, list]:
-        """The number of the chosen candidate of each example, and that of the right one."""
+        """The numbers of the predicted and the correct candidate of each example."""
         return self.probabilities_EK.argmax(axis=-1).tolist(), self.targets.tolist()
 
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceScores:
-    """What a choice is judged by at each evaluation; the names are those of `metrics.jsonl`."""
+    """Scores of an evaluation, with their names in `metrics.jsonl`."""
 
     val_loss: float
     """Nats per example."""
     accuracy: float
-    """Share of examples of which the right candidate has the highest probability."""
+    """Share of examples whose correct candidate has the highest probability."""
 
     def row(self) -> dict[str, float]:
-        """What there is, for `metrics.jsonl`."""
+        """The scores for `metrics.jsonl`."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -49,11 +49,11 @@ class ChoiceScores:
 
 
 def score_choices(predictions: ChoicePredictions, val_loss: float) -> ChoiceScores:
-    """Scores predictions of examples whose right candidate is known."""
+    """Scores predictions of examples whose correct candidate is known."""
     return ChoiceScores(val_loss, float((predictions.probabilities_EK.argmax(axis=-1) == predictions.targets).mean()))
 
 
 def choice_report(predictions: ChoicePredictions, val_loss: float) -> str:
-    """The scores as text, beside the accuracy of a guess."""
+    """The scores as text, with the accuracy of random guessing."""
     guess = float(np.mean([1 / count for count in predictions.counts]))
     return f"{score_choices(predictions, val_loss)} · {len(predictions.counts):,} examples, a guess has {guess:.4f}"

@@ -1,4 +1,4 @@
-"""Continuations of prompts up to a stop string."""
+"""Generates continuations of prompts up to a stop string."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from gptjax.generation.sample import TextCollector
 from gptjax.text.tokenizers.base import Tokenizer
 
 PIECE = 16
-"""Tokens between two searches for stop strings."""
+"""Number of tokens between two searches for stop strings."""
 
 
 def generate_until(
@@ -26,18 +26,18 @@ def generate_until(
 ) -> list[str]:
     """Returns the continuation of each prompt, cut before the first stop string of `options.stop`.
 
-    Prompts are decoded in batches of similar length, each of `batch_size` rows, so that few programs are compiled.
+    Prompts are decoded in batches of similar length, each of `batch_size` sequences, so that few programs are compiled.
 
     Args:
         model: Shape of the model.
-        params: Of the model.
-        tokenizer: Decodes the new tokens; its end-of-text ends a continuation too.
+        params: Parameters of the model.
+        tokenizer: Decodes the new tokens; its end-of-text also ends a continuation.
         prompts: Token ids, none empty.
-        options: How tokens are chosen, how many at most, and which texts end a continuation.
-        batch_size: Rows of a batch.
-        notify: Gets one line about prompts that are cut or contexts that slide.
+        options: Choice of tokens, their largest number, and stop strings.
+        batch_size: Sequences in a batch.
+        notify: Receives one line about prompts that are cut or contexts that slide.
     """
-    if tokenizer.vocab_size < model.vocab_size:  # ids that only the model has are never chosen: they have no text
+    if tokenizer.vocab_size < model.vocab_size:  # never choose ids that the tokenizer does not have
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))

@@ -1,4 +1,4 @@
-"""What lies behind a loss: positions, frequencies of tokens, calibration, and repetition in generated text.
+"""Breaks a loss down by position, token frequency and confidence; measures repetition in generated text.
 
 Shape suffixes: N targets, B batch, T position, V vocabulary.
 """
@@ -20,34 +20,34 @@ from gptjax.model.gpt import Compute
 from gptjax.parallel.place import put
 
 FREQUENCY_BOUNDS = (0, 1, 10, 100, 1000, 10_000, 100_000)
-"""Bounds of how often a token is in the training text."""
+"""Boundaries of the groups of token counts in the training text."""
 CALIBRATION_BINS = 10
 SETTLED = 0.01
-"""A context counts as used up to the position after which the loss falls by less than this, in nats."""
+"""The used context ends at the position after which the loss falls by less than this, in nats."""
 
 
 class Predictions(NamedTuple):
-    """Of all targets, in any order: arrays [N]."""
+    """Predictions of all targets, in any order: arrays [N]."""
 
     targets: np.ndarray
     positions: np.ndarray
-    """Tokens before the target in its document and window, less one."""
+    """Position of the target's input in its document and window, from 0."""
     nll: np.ndarray
     """Nats."""
     top_probability: np.ndarray
-    """Of the most likely token."""
+    """Probability of the most likely token."""
     correct: np.ndarray
-    """Whether that token is the target."""
+    """Whether the most likely token is the target."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Targets that share something."""
+    """A group of targets."""
 
     name: str
     count: int
     loss: float
-    """Mean, in nats."""
+    """Mean loss, in nats."""
     accuracy: float
     confidence: float
     """Mean probability of the most likely token."""
@@ -82,7 +82,7 @@ def by_position(predictions: Predictions) -> list[Group]:
 
 
 def used_context(groups: Sequence[Group]) -> str:
-    """The range of positions after which the loss falls no more."""
+    """The range of positions after which the loss stops falling."""
     for number, group in enumerate(groups):
         if all(group.loss - later.loss < SETTLED for later in groups[number + 1 :]):
             return group.name
@@ -90,7 +90,7 @@ def used_context(groups: Sequence[Group]) -> str:
 
 
 def by_frequency(predictions: Predictions, counts_V: np.ndarray) -> list[Group]:
-    """Groups by how often the target is in the training text."""
+    """Groups by the count of the target in the training text."""
     numbers = np.searchsorted(FREQUENCY_BOUNDS, counts_V[predictions.targets], side="right") - 1
     bounds = [f"{bound:,}" for bound in FREQUENCY_BOUNDS]
     names = ["never", *(f"{low} or more, below {high}" for low, high in itertools.pairwise(bounds[1:]))]
@@ -98,7 +98,7 @@ def by_frequency(predictions: Predictions, counts_V: np.ndarray) -> list[Group]:
 
 
 def by_confidence(predictions: Predictions) -> list[Group]:
-    """Groups by the probability of the most likely token; where a model is calibrated, it is the accuracy."""
+    """Groups by the probability of the most likely token. For a calibrated model it equals the accuracy."""
     numbers = np.minimum((predictions.top_probability * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     width = 1 / CALIBRATION_BINS
     return _groups(predictions, numbers, [f"{n * width:.1f}-{(n + 1) * width:.1f}" for n in range(CALIBRATION_BINS)])
@@ -111,7 +111,7 @@ def calibration_error(groups: Sequence[Group]) -> float:
 
 
 def repetition(texts: Iterable[Sequence[int]], length: int) -> float:
-    """Share of n-grams of tokens that came before in the same text; NaN where no text is long enough."""
+    """Share of token n-grams that occur earlier in the same text; NaN if no text is long enough."""
     repeated = total = 0
     for text in texts:
         grams = [tuple(text[n : n + length]) for n in range(len(text) - length + 1)]

@@ -1,4 +1,4 @@
-"""Vectors of texts: the hidden states of a layer, pooled over each text.
+"""Embeddings of texts: the hidden states of a layer, pooled over each text.
 
 Shape suffixes: B texts in a batch, T position, D n_embd, E texts.
 """
@@ -22,26 +22,26 @@ from gptjax.text.tokenizers.base import Tokenizer
 
 Pooling = Literal["mean", "last"]
 BATCH = 16
-"""Texts in a batch, where the caller does not choose."""
+"""Default number of texts in a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingOptions:
-    """Which vector stands for a text."""
+    """Which layer to pool, and how."""
 
     layer: int = -1
-    """Hidden states after this many blocks, 0: the token embeddings; -1: after all blocks and the final norm."""
+    """Hidden states after this many blocks. 0: the token embeddings; -1: after all blocks and the final norm."""
     pooling: Pooling = "mean"
-    """The mean over the text's positions, or the last one."""
+    """The mean over the text's positions, or the last position."""
     normalized: bool = False
-    """Vectors have length 1."""
+    """Scale vectors to length 1."""
 
 
 def check_layer(model: ModelConfig, layer: int) -> None:
-    """Refuses a layer that the model does not have, and a model whose states need a target too.
+    """Checks that the model has this layer and is no encoder-decoder.
 
     Raises:
-        UserError: Naming the range.
+        UserError: It has not; the message names the range.
     """
     if model.encoder_layers:
         raise UserError(f"model.encoder_layers={model.encoder_layers}: its states need a source and a target")
@@ -50,7 +50,7 @@ def check_layer(model: ModelConfig, layer: int) -> None:
 
 
 def document(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """The ids of a text, int32, after an end-of-text token as in training, where the tokenizer has one."""
+    """The ids of a text, int32, after an end-of-text token (as in training) if the tokenizer has one."""
     start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     return np.concatenate([np.array(start, np.int32), ids.astype(np.int32)])
 
@@ -68,13 +68,13 @@ def embed_ids(
     Args:
         model: Shape of the model.
         params: As `init_params` returns them.
-        texts: Token ids of each, 1 to `block_size`.
-        options: Which vectors.
-        compute: Precision.
-        batch_size: Texts at a time; texts of similar length share a batch.
+        texts: Token ids of each text, 1 to `block_size` of them.
+        options: Layer and pooling.
+        compute: How the forward pass is computed.
+        batch_size: Texts in a batch; texts of similar length share a batch.
 
     Raises:
-        UserError: The model has no such layer.
+        UserError: The model does not have this layer.
     """
     check_layer(model, options.layer)
     count = len(texts)
@@ -113,7 +113,7 @@ def _embed(
 
 
 def _first_layers(params: dict, count: int) -> dict:
-    """Parameters without the layers from `count` on."""
+    """Parameters with only the first `count` layers."""
 
     def first(stacked: Any, count: int) -> Any:
         return jax.tree.map(lambda leaf: leaf[:count], stacked)

@@ -1,4 +1,4 @@
-"""Examples before a question: which ones, and the prompt that they make."""
+"""Chooses few-shot examples and builds prompts with them."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from gptjax.evaluation.benchmarks import SEPARATOR, Item
 
 
 def choose_shots(pool: Sequence[Item], shots: int, seed: int) -> list[Item]:
-    """The examples before every question: the first of the pool in an order that `seed` draws. There is one more than
-    asked for if the pool has it, for questions that are among the examples themselves.
+    """Chooses the examples before every question: the first `shots` of the pool, shuffled with `seed`. Returns one more
+    if the pool has it, to replace a question that is itself an example.
 
     Raises:
         UserError: The pool has too few items.
@@ -22,10 +22,10 @@ def choose_shots(pool: Sequence[Item], shots: int, seed: int) -> list[Item]:
 
 
 def prompts(item: Item, examples: Sequence[Item], shots: int) -> tuple[str, ...]:
-    """The contexts of an item after `shots` of the examples, none of which is the item itself.
+    """The contexts of an item after `shots` of the examples, without the item itself.
 
     Raises:
-        UserError: All examples but one are needed, and one is the item.
+        UserError: Too few examples remain without the item.
     """
     others = [example.shown for example in examples if example != item][:shots]
     if len(others) < shots:

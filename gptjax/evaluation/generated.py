@@ -1,4 +1,4 @@
-"""Answers that a model generates, compared with those that are right."""
+"""Compares generated answers with accepted ones."""
 
 import re
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from gptjax.evaluation.statistics import mean
 
 
 class AnswerResults(NamedTuple):
-    """What was measured of each item."""
+    """Results of each item."""
 
     right: np.ndarray
-    """Whether the answer is one of those that are accepted."""
+    """Whether the answer is accepted."""
     answers: np.ndarray
-    """Texts; empty where the pattern matched nowhere."""
+    """Extracted answers; empty if the pattern did not match."""
     accepted: np.ndarray
-    """Of each item, a tuple of texts."""
+    """The accepted answers of each item."""
 
     def __str__(self) -> str:
         return f"exact match {mean(self.right)} · {len(self.right):,} items"
 
 
 def answer_results(answers: Sequence[str | None], accepted: Sequence[tuple[str, ...]]) -> AnswerResults:
-    """Compares each answer, see `extract_answer`, with the texts that are accepted."""
+    """Compares each answer of `extract_answer` with the accepted ones."""
     right = [is_right(answer, texts) for answer, texts in zip(answers, accepted, strict=True)]
     listed = np.empty(len(accepted), object)
     listed[:] = accepted
@@ -32,12 +32,12 @@ def answer_results(answers: Sequence[str | None], accepted: Sequence[tuple[str, 
 
 
 def extract_answer(text: str, pattern: str) -> str | None:
-    """The answer in a generated text: the first group of the first match of `pattern` (without groups: the match).
+    """Extracts the answer from a generated text: the first group of the first match of `pattern`, or the whole match.
 
-    An empty pattern takes all of the text. White space around the answer does not count.
+    An empty pattern takes the whole text. White space around the answer is removed.
 
     Returns:
-        The answer; None: the pattern matches nowhere.
+        The answer; None if the pattern does not match.
     """
     if not pattern:
         return text.strip()
@@ -49,5 +49,5 @@ def extract_answer(text: str, pattern: str) -> str | None:
 
 
 def is_right(answer: str | None, accepted: Sequence[str]) -> bool:
-    """Whether an answer equals one of those that are accepted."""
+    """Whether an answer equals an accepted one."""
     return answer is not None and answer in [text.strip() for text in accepted]

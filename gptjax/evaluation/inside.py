@@ -1,4 +1,4 @@
-"""Numbers about one text: attention, probabilities, candidates for the next token, and the logit lens.
+"""Measurements on one text: attention, probabilities, candidates for the next token, and the logit lens.
 
 Shape suffixes: T position, K candidate, N layer, H head, S key position, V vocabulary.
 """
@@ -15,28 +15,28 @@ from gptjax.model import gpt
 from gptjax.model.inside import look_inside
 
 CANDIDATES, LENS = 10, 3
-"""Most likely next tokens that are kept of the model, and of each layer under the lens."""
+"""Number of most likely next tokens that are stored for the model, and for each layer of the logit lens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """Of a text of T tokens; entry t of `top_*` and `lens_*` is about the token after t."""
+    """Measurements on a text of T tokens. Entry t of `top_*` and `lens_*` is about token t + 1."""
 
     tokens_T: np.ndarray
     weights_NHTS: np.ndarray
     log_probabilities_T: np.ndarray
-    """Of each token given those before it, in nats; NaN for the first one."""
+    """Loss of each token given the earlier ones, in nats; NaN for the first token."""
     ranks_T: np.ndarray
-    """How many tokens were more likely; -1 for the first one."""
+    """How many tokens were more likely; -1 for the first token."""
     top_tokens_TK: np.ndarray
     top_logits_TK: np.ndarray
     top_probabilities_TK: np.ndarray
     lens_tokens_NTK: np.ndarray
-    """Of the residual stream before the first block and after each one, read by the final norm and the output
-    projection (the logit lens: nostalgebraist, 2020)."""
+    """Most likely tokens if the final norm and output projection are applied to the residual stream before the first
+    block and after each block (the logit lens: nostalgebraist, 2020)."""
     lens_probabilities_NTK: np.ndarray
     lens_next_NT: np.ndarray
-    """Probability of the token that follows; NaN at the end of the text."""
+    """Probability of the next token of the text; NaN at its end."""
     entropies_NH: np.ndarray
     """Mean entropy of the attention weights, in nats."""
 

@@ -1,6 +1,6 @@
 """Evaluates predicted labels: scores, a table and a figure.
 
-Scores of labels follow the definitions of scikit-learn (`tests/test_label_scores.py`); seqeval computes those of spans.
+Scores of labels follow the definitions of scikit-learn (`tests/test_label_scores.py`). seqeval scores spans.
 
 Shape suffixes: E examples (texts or words), N labels.
 """
@@ -39,11 +39,11 @@ class Predictions:
 
     @property
     def count(self) -> int:
-        """Texts or words that are scored."""
+        """Number of scored texts or words."""
         return len(self.targets)
 
     def named(self) -> tuple[list, list]:
-        """What is predicted and the truth: of each text a label or a list of some, of each sentence a list of tags."""
+        """Predicted and true names: a label or a list of labels for each text, a list of tags for each sentence."""
         return self._names(self.chosen), self._names(self.targets)
 
     def _names(self, values: np.ndarray) -> list:
@@ -60,7 +60,7 @@ class LabelScores:
     val_loss: float
     """Nats per label."""
     accuracy: float
-    """Share of examples whose labels are all right."""
+    """Share of examples whose labels are all correct."""
     macro_f1: float
     """Unweighted mean of the labels' F1."""
     span_f1: float | None = None
@@ -115,7 +115,7 @@ def require_seqeval() -> None:
 def score(predictions: Predictions, val_loss: float) -> LabelScores:
     """Scores predictions.
 
-    A label that no example has and that is never predicted is left out of the mean F1, except for multi-label texts.
+    The mean F1 ignores labels that no example has and that are never predicted, except for multi-label texts.
     """
     truth, chosen = predictions.targets, predictions.chosen
     right = (truth == chosen).all(axis=-1) if truth.ndim == 2 else truth == chosen
@@ -190,7 +190,7 @@ def table(predictions: Predictions, scores: LabelScores) -> str:
 
 
 def score_table(predictions: Predictions, val_loss: float) -> str:
-    """Scores and the table of them."""
+    """Scores and their table as text."""
     return table(predictions, score(predictions, val_loss))
 
 

@@ -1,6 +1,6 @@
-"""The log-probability of the last tokens of a sequence, given the tokens before them.
+"""The log-probability of the last tokens of a sequence, given the earlier tokens.
 
-Sliding windows, multiple choice and the requests of lm_eval are all scored by `score_spans`.
+`score_spans` scores sliding windows, multiple choice and the requests of lm_eval.
 
 Shape suffixes: B span, T position, V vocabulary, D n_embd.
 """
@@ -20,7 +20,7 @@ from gptjax.parallel.place import put
 from gptjax.text.tokenizers.base import Tokenizer
 
 SHORTEST = 16
-"""Inputs of the shortest spans are padded to this length, those of longer ones to its multiples by powers of two."""
+"""Inputs are padded to this length times a power of two."""
 
 Scorer = Callable[[dict, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -29,7 +29,7 @@ class Span(NamedTuple):
     """A sequence whose last tokens are scored."""
 
     tokens: np.ndarray
-    """Ids, at most `block_size + 1`."""
+    """Token ids, at most `block_size + 1`."""
     scored: int
     """Number of scored tokens: at least 1, and fewer than `tokens` has."""
 
@@ -47,7 +47,7 @@ def make_scorer(model: ModelConfig, compute: Compute) -> Scorer:
     """Returns a compiled `score(params, inputs_BT, targets_BT) -> (log_probability_B, greedy_B)`; a target of -1 is not
     scored.
     """
-    # With a limit on an expert's tokens, the score of a span would depend on the other spans in its batch.
+    # With an expert capacity, the score of a span would depend on the other spans in its batch.
     model = dataclasses.replace(model, expert_capacity=0.0)
 
     def score(params: dict, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +63,7 @@ def make_scorer(model: ModelConfig, compute: Compute) -> Scorer:
             likeliest_T = jnp.argmax(logits_TV, axis=-1).astype(targets_T.dtype) == targets_T
             return jnp.sum(target_T - log_z_T, where=scored_T), jnp.all(likeliest_T | ~scored_T)
 
-        return jax.lax.map(one, (x_BTD, targets_BT))  # one row's logits exist at a time
+        return jax.lax.map(one, (x_BTD, targets_BT))  # memory holds the logits of one sequence at a time
 
     return jax.jit(score)
 
@@ -79,16 +79,16 @@ def score_spans(
 ) -> list[SpanScore]:
     """Scores spans, in batches of similar length; returns the scores in the order of `spans`.
 
-    Every batch has `batch_size` rows and one of a few lengths, so that few programs are compiled.
+    Every batch has `batch_size` sequences and one of a few lengths, so that few programs are compiled.
 
     Args:
-        scorer: As `make_scorer` returns it.
-        params: Of the model.
-        spans: What to score.
-        block_size: Of the model.
-        batch_size: Rows of a batch.
-        sharding: Where batches are put.
-        advance: Gets the number of spans in each finished batch.
+        scorer: Result of `make_scorer`.
+        params: Parameters of the model.
+        spans: Spans to score.
+        block_size: Context length of the model.
+        batch_size: Sequences in a batch.
+        sharding: Sharding of batches.
+        advance: Called with the number of spans of each finished batch.
     """
     found: list[SpanScore] = [SpanScore(0.0, True)] * len(spans)
     groups: dict[int, list[int]] = {}
@@ -112,25 +112,25 @@ def score_spans(
 
 
 def padded_length(inputs: int, block_size: int) -> int:
-    """The length to which so many inputs are padded: 16, 32, 64, ..., at most `block_size`."""
+    """The length to which inputs are padded: 16, 32, 64, ..., at most `block_size`."""
     return min(block_size, max(SHORTEST, 1 << (inputs - 1).bit_length()))
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes a context and its continuation as one text, and cuts the ids where those of the context alone end.
+    """Encodes a context and its continuation as one text, and splits the ids after as many as the context alone has.
 
-    White space at the end of the context becomes part of the continuation, as tokenizers join it to the next word. An
-    empty context is end-of-text.
+    White space at the end of the context is moved to the continuation, because tokenizers join it to the next word. An
+    empty context is replaced by end-of-text.
 
     Raises:
-        UserError: The text cannot be encoded, the continuation is empty, or the context is and the tokenizer has no
-            end-of-text.
+        UserError: The text cannot be encoded, the continuation is empty, or the context is empty and the tokenizer has
+            no end-of-text.
     """
     text = context.rstrip()
     continuation = context[len(text) :] + continuation
     before, whole = tokenizer.encode(text), tokenizer.encode(text + continuation)
     after = whole[len(before) :]
-    if not len(after):  # the ids of the context alone are more than those of the whole text
+    if not len(after):  # the context alone has more ids than the whole text
         after = tokenizer.encode(continuation)
     if not len(after):
         raise UserError("an empty continuation cannot be scored; give it at least one character")
@@ -142,10 +142,10 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 
 def pair_span(before: np.ndarray, after: np.ndarray, block_size: int) -> Span:
-    """The span that scores `after`, with as much of `before` as the model reads.
+    """The span that scores `after`, with as much of `before` as fits in the context.
 
     Raises:
-        UserError: `after` alone is longer than that.
+        UserError: `after` alone does not fit.
     """
     if len(after) > block_size:
         raise UserError(

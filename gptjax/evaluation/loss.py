@@ -1,4 +1,4 @@
-"""Loss of a model on fixed windows of text."""
+"""Measures the loss of a model on fixed windows of text."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
     """Nats per target token."""
     perplexity: float
     bits_per_byte: float | None
-    """Bits per byte of UTF-8 text, which are comparable between tokenizers; None: the targets are not all of it."""
+    """Bits per byte of UTF-8 text, comparable between tokenizers; None if not every token of the text is a target."""
 
     def row(self) -> dict[str, float]:
         """Returns the results for `metrics.jsonl`."""
@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
 
 
 class MixtureEvaluation(NamedTuple):
-    """What was measured on each source, and the mean by their weights at the first step."""
+    """Results of each source, and their mean with the weights of the first step."""
 
     val_loss: float
     perplexity: float
@@ -53,7 +53,7 @@ class MixtureEvaluation(NamedTuple):
 
 
 def mean_evaluation(weights: dict[str, float], sources: dict[str, Evaluation]) -> MixtureEvaluation:
-    """Averages the losses of sources by their weights; a source without weight is measured and does not count."""
+    """Averages the losses of sources by their weights; a source of weight 0 is measured but does not count."""
     total = sum(weights.values())
     loss, bits = (
         sum(weights[name] * getattr(scores, field) for name, scores in sources.items()) / total
@@ -84,7 +84,7 @@ def measure(
 ) -> Evaluation:
     """Averages the loss over all targets of all batches (sums first, then one division).
 
-    `bytes_per_token` is None where bits per byte are not defined.
+    `bytes_per_token` is None if bits per byte are not defined.
     """
     return evaluation_of(*sum_loss(eval_step, params, batches, sharding), bytes_per_token)
 

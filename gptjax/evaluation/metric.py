@@ -1,11 +1,11 @@
-"""A task's scores together with those of a user's own function."""
+"""Combines a task's scores with those of the user's metric."""
 
 import dataclasses
 from typing import Protocol
 
 
 class TaskScores(Protocol):
-    """What every task's scores have."""
+    """The interface of every task's scores."""
 
     @property
     def val_loss(self) -> float:
@@ -13,7 +13,7 @@ class TaskScores(Protocol):
         ...
 
     def row(self) -> dict[str, float]:
-        """What there is, for `metrics.jsonl`."""
+        """The scores for `metrics.jsonl`."""
         ...
 
 
@@ -23,15 +23,15 @@ class ScoresWithMetric:
 
     scores: TaskScores
     values: dict[str, float]
-    """What the user's function returned; of a single number by the name "metric"."""
+    """The values of the user's function; a single number is named "metric"."""
 
     @property
     def val_loss(self) -> float:
-        """The task's."""
+        """The mean loss of the task."""
         return self.scores.val_loss
 
     def row(self) -> dict[str, float]:
-        """What there is, for `metrics.jsonl`."""
+        """The scores for `metrics.jsonl`."""
         return self.scores.row() | self.values
 
     def __str__(self) -> str:

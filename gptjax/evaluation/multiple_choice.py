@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: which continuation of a context a model finds most likely."""
+"""Multiple choice by likelihood: finds the most likely continuation of a context."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,14 @@ from gptjax.text.tokenizers.base import Tokenizer
 
 
 class ChoiceResults(NamedTuple):
-    """What was measured of each item."""
+    """Results of each item."""
 
     right: np.ndarray
-    """Whether the right choice is the most likely; of a single continuation, whether all its tokens are."""
+    """Whether the right choice is the most likely one. For a single continuation: whether greedy decoding gives it."""
     right_per_byte: np.ndarray
-    """The same of the log-probability divided by the UTF-8 bytes of the choice; empty for single continuations."""
+    """Like `right`, but with log-probabilities divided by the UTF-8 bytes of the choice. Empty for single
+    continuations.
+    """
     answer_nll: np.ndarray
     """Negative log-probability of the right continuation, in nats."""
 
@@ -41,7 +43,7 @@ def choice_spans(
     """The spans of all continuations, item by item, and the number of items whose context was cut at its start.
 
     Raises:
-        UserError: An item cannot be encoded, or a continuation is longer than the model reads; the message names it.
+        UserError: An item cannot be encoded, or a continuation does not fit in the context; the message names the item.
     """
     spans, cut = [], 0
     for item in items:
@@ -58,7 +60,7 @@ def choice_spans(
 
 
 def choice_results(items: Sequence[Item], scores: Sequence[SpanScore]) -> ChoiceResults:
-    """What the scores of `choice_spans` say of each item."""
+    """The results of each item, given the scores of `choice_spans`."""
     right, per_byte, answer_nll, first = [], [], [], 0
     for item in items:
         found = scores[first : first + len(item.continuations)]
@@ -69,7 +71,7 @@ def choice_results(items: Sequence[Item], scores: Sequence[SpanScore]) -> Choice
             continue
         likelihoods = np.array([score.log_probability for score in found])
         right.append(int(likelihoods.argmax()) == item.answer)
-        # Without the space before it, as the harness counts.
+        # Like lm_eval, without the space before it.
         sizes = np.array([max(1, len(text.removeprefix(" ").encode())) for text in item.continuations])
         per_byte.append(int((likelihoods / sizes).argmax()) == item.answer)
     return ChoiceResults(np.array(right, float), np.array(per_byte, float), np.array(answer_nll))

@@ -1,6 +1,6 @@
-"""How well numbers are predicted.
+"""Scores of regression.
 
-Shape suffixes: E examples, N numbers of each.
+Shape suffixes: E examples, N numbers per example.
 """
 
 import dataclasses
@@ -10,21 +10,21 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class NumberPredictions:
-    """Predicted numbers and the truth, in the units of the data."""
+    """Predicted and true numbers, in the units of the data."""
 
     values_EN: np.ndarray
     targets_EN: np.ndarray
     """NaN where unknown."""
     cut: tuple[bool, ...] = ()
-    """Of each text, whether it has more tokens than the model reads."""
+    """For each text, whether it was cut."""
 
     @property
     def count(self) -> int:
-        """Texts that are scored."""
+        """Number of scored texts."""
         return len(self.targets_EN)
 
     def named(self) -> tuple[list, list]:
-        """What is predicted and the truth: of each text a number, or a list of numbers."""
+        """Predicted and true values: a number or a list of numbers for each text."""
         one = self.values_EN.shape[1] == 1
         predicted, truth = ((v[:, 0] if one else v).tolist() for v in (self.values_EN, self.targets_EN))
         return predicted, truth
@@ -32,19 +32,19 @@ class NumberPredictions:
 
 @dataclasses.dataclass(frozen=True)
 class NumberScores:
-    """What a regression is judged by at each evaluation; the names are those of `metrics.jsonl`."""
+    """Scores of an evaluation, with their names in `metrics.jsonl`."""
 
     val_loss: float
-    """Mean squared error of standardized numbers: 1 is that of always predicting the mean of the training rows."""
+    """Mean squared error of standardized numbers. Always predicting the mean of the training rows gives 1."""
     mae: float
     """Mean absolute error in the units of the data."""
     pearson: float
-    """Pearson's correlation, the mean over the numbers of a row; 0 where one side is constant."""
+    """Pearson correlation, averaged over the numbers of a row; 0 if predictions or targets are constant."""
     spearman: float
-    """Spearman's rank correlation, likewise."""
+    """Spearman rank correlation, averaged in the same way."""
 
     def row(self) -> dict[str, float]:
-        """What there is, for `metrics.jsonl`."""
+        """The scores for `metrics.jsonl`."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -67,20 +67,20 @@ def score_numbers(predictions: NumberPredictions, val_loss: float) -> NumberScor
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of two vectors; 0 where one of them is constant."""
+    """Pearson correlation of two vectors; 0 if one of them is constant."""
     a, b = a - a.mean(), b - b.mean()
     scale = np.sqrt((a**2).sum() * (b**2).sum())
     return float((a * b).sum() / scale) if scale > 0 else 0.0
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Ranks from 1; equal values get the mean of their ranks."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def number_report(predictions: NumberPredictions, val_loss: float) -> str:
-    """The scores as text, of several numbers also those of each."""
+    """The scores as text; if a row has several numbers, also the scores of each."""
     lines = [str(score_numbers(predictions, val_loss))]
     N = predictions.values_EN.shape[1]
     for n in range(N if N > 1 else 0):

@@ -1,4 +1,4 @@
-"""What a compiled function predicts for all rows of a set, in their order."""
+"""Runs a compiled prediction function on all rows of a set."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +17,7 @@ Predict = Callable[[dict, Any], tuple[jax.Array, jax.Array]]
 def predict_rows(
     predict: Predict, params: dict, rows: Encoded, width: int, batch_size: int, sharding: jax.sharding.Sharding
 ) -> tuple[np.ndarray, float]:
-    """Predicts all rows; returns float32 outputs `[rows, width]` in their order, and the mean loss where targets are
-    known.
-    """
+    """Predicts all rows; returns float32 outputs `[rows, width]` in input order, and the mean loss of known targets."""
     outputs = np.zeros((len(rows.tokens), width), np.float32)
     sums = np.zeros(2)
     for numbers, batch in ordered_batches(rows, batch_size):
@@ -27,19 +25,6 @@ def predict_rows(
         outputs[numbers[numbers >= 0]] = found[numbers >= 0]
         sums += loss
     return outputs, float(sums[0] / max(1.0, sums[1]))
-
-
-def predict_texts(
-    predict: Predict,
-    params: dict,
-    texts: Encoded,
-    labels: tuple[str, ...],
-    batch_size: int,
-    sharding: jax.sharding.Sharding,
-) -> tuple[Predictions, float]:
-    """Predicts all texts; returns probabilities in input order, and the mean loss over texts with known labels."""
-    probabilities_EN, loss = predict_rows(predict, params, texts, len(labels), batch_size, sharding)
-    return Predictions(probabilities_EN, texts.targets, labels, cut=tuple(texts.cut.tolist())), loss
 
 
 def predict_words(
@@ -50,7 +35,7 @@ def predict_words(
     batch_size: int,
     sharding: jax.sharding.Sharding,
 ) -> tuple[Predictions, float]:
-    """Predicts all words of sentences; returns probabilities in input order, and the mean loss over known tags."""
+    """Predicts all words of sentences; returns probabilities in input order, and the mean loss of known tags."""
     packed = PackedSequences(words.sequences, words.max_tokens, seed=0)
     found: list[Any] = [None] * len(words.sequences)
     targets: list[Any] = [None] * len(words.sequences)

@@ -1,4 +1,4 @@
-"""How often the response that was preferred has the higher score."""
+"""Scores of preference models: how often the preferred response has the higher score."""
 
 import dataclasses
 
@@ -7,17 +7,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceScores:
-    """What preferences are judged by at each evaluation; the names are those of `metrics.jsonl`."""
+    """Scores of an evaluation, with their names in `metrics.jsonl`."""
 
     val_loss: float
-    """Nats per pair; ln 2 is that of equal scores."""
+    """Nats per pair. Equal scores give ln 2."""
     accuracy: float
-    """Share of pairs whose chosen response has the higher score; equal scores count half."""
+    """Share of pairs whose chosen response has the higher score; equal scores count 1/2."""
     margin: float
     """Mean of the chosen response's score minus that of the rejected one."""
 
     def row(self) -> dict[str, float]:
-        """What there is, for `metrics.jsonl`."""
+        """The scores for `metrics.jsonl`."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -29,13 +29,13 @@ class ScorePredictions:
     """Scores of responses."""
 
     scores_ES: np.ndarray
-    """Of the chosen and the rejected response, or of the only one."""
+    """Scores of the chosen and the rejected response, or of a single response."""
     cut: tuple[bool, ...] = ()
-    """Of each row, whether a response has more tokens than the model reads."""
+    """For each row, whether a response was cut."""
 
     @property
     def count(self) -> int:
-        """Rows that are scored."""
+        """Number of scored rows."""
         return len(self.scores_ES)
 
 

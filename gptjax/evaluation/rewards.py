@@ -1,22 +1,22 @@
-"""How well sampled responses are rewarded."""
+"""Scores of reinforcement learning."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardScores:
-    """What reinforcement is judged by; the names are those of `metrics.jsonl`."""
+    """Scores of an evaluation, with their names in `metrics.jsonl`."""
 
     reward: float
-    """Mean reward of the most likely response to each validation prompt."""
+    """Mean reward of the greedily decoded response to each validation prompt."""
 
     @property
     def val_loss(self) -> float:
-        """The reward with its sign turned, so that lower is better."""
+        """The negative reward, so that lower is better."""
         return -self.reward
 
     def row(self) -> dict[str, float]:
-        """What there is, for `metrics.jsonl`."""
+        """The scores for `metrics.jsonl`."""
         return {"val_loss": self.val_loss, "val_reward": self.reward}
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ class Mean(NamedTuple):
 
     value: float
     error: float
-    """Standard error: the deviation of the sample, divided by the root of its size; NaN for a single item."""
+    """Standard error: the sample's standard deviation divided by the square root of its size; NaN for a single item."""
 
     def __str__(self) -> str:
         return f"{self.value:.4f}" + ("" if math.isnan(self.error) else f" ± {self.error:.4f}")
@@ -25,5 +25,5 @@ def mean(values: np.ndarray) -> Mean:
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """The results of several files, tuples of arrays over their items, as those of one."""
+    """Concatenates the results of several files; results are tuples of arrays over items."""
     return type(parts[0])(*map(np.concatenate, zip(*parts, strict=True)))

@@ -1,4 +1,4 @@
-"""BLEU, chrF and ROUGE-L of generated answers, by the libraries that define them."""
+"""BLEU, chrF and ROUGE-L of generated answers, computed by sacrebleu and rouge_score."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from gptjax.evaluation.statistics import mean
 
 
 def require_text_scores() -> None:
-    """Raises `UserError` where the libraries are missing."""
+    """Raises `UserError` if the libraries are missing."""
     try:
         import rouge_score.rouge_scorer  # noqa: F401
         import sacrebleu  # noqa: F401
@@ -20,16 +20,15 @@ def require_text_scores() -> None:
 def text_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> str:
     """One line of scores.
 
-    BLEU and chrF are those of the whole corpus, from 0 to 100, against all accepted answers of each item (sacrebleu).
-    ROUGE-L is the mean over items of the F-measure, from 0 to 1, with the accepted answer that gives the highest one
-    (rouge_score).
+    BLEU and chrF are corpus scores from 0 to 100, with all accepted answers of an item as references (sacrebleu).
+    ROUGE-L is the F-measure from 0 to 1 with the best-matching accepted answer, averaged over items (rouge_score).
     """
     require_text_scores()
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
     most = max(map(len, accepted))
-    # Repeating an answer changes no score, and gives all items the same number of them.
+    # sacrebleu needs the same number of references for each item. Repeating one does not change a score.
     references = [[texts[min(n, len(texts) - 1)] for texts in accepted] for n in range(most)]
     scorer = RougeScorer(["rougeL"])
     best = [max(scorer.score(text, answer)["rougeL"].fmeasure for text in texts) for answer, texts in

@@ -1,1 +1,1 @@
-"""What a run learns, one file a task: examples, loss and measurement; which parameters are trained."""
+"""Training tasks, one per file: examples, loss, evaluation. Also selects the trainable parameters."""

@@ -1,71 +1,42 @@
-"""Extractive question answering: the head finds the first and the last token of the answer in a text.
+"""Extractive question answering: the head predicts the first and the last token of the answer in a text.
 
-The model reads start, question, delimiter, a window of the text, extract. Position 0 stands for "no answer".
+The input is: start token, question, delimiter, a window of the text, extract token. Position 0 means "no answer".
 
 Shape suffixes: B windows, T and S position, D n_embd.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.batches.labelled import TextBatches
 from gptjax.batches.spans import SpanBatch, SpanSet, encode_questions
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
-from gptjax.evaluation.answers import AnswerPredictions, AnswerScores, answer_report, score_answers
-from gptjax.evaluation.metric import ScoresWithMetric
-from gptjax.evaluation.predict import Predict, predict_rows
+from gptjax.evaluation.answers import AnswerPredictions, answer_report, score_answers
+from gptjax.evaluation.predict import Predict
 from gptjax.model.gpt import Compute, states_and_extras
 from gptjax.model.heads import head_logits, label_loss
 from gptjax.model.loss import inputs_of
 from gptjax.ops.cross_entropy import Loss
-from gptjax.tasks.functions import with_metric
+from gptjax.tasks.head_task import HeadTask, build_head_task, predict_examples
 from gptjax.tasks.heads import NO_CANDIDATE, flat, with_language_model, with_learned_tokens
-from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_encoded, longest
+from gptjax.tasks.task import Kind, StatesLoss, longest
 from gptjax.tasks.texts import marks_of
 from gptjax.text.answers import Question, parse_question
+from gptjax.text.labelled import Examples
 from gptjax.text.tokenizers.base import Tokenizer
 
 LONGEST_ANSWER = 30
-"""Most tokens of a predicted answer, as in BERT's script for SQuAD."""
-
-
-def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
-    """See `task.Kind`."""
-    examples, tokenizer = source.examples[name], source.tokenizer
-    train, validation = (_encode(config, tokenizer, side) for side in (examples.train, examples.validation))
-    windows = TextBatches(train, config.task, config.seed)
-    predict = compiled(make_predict(config.model, config.task, name, compute))
-
-    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> AnswerScores | ScoresWithMetric:
-        batch_size = config.train.micro_batch
-        found, loss = _predicted(config, predict, params, examples.validation, validation, batch_size, sharding)
-        return with_metric(config.task, found, score_answers(found, loss))
-
-    without = int((train.targets[:, 0] == 0).sum())
-    note = (
-        f"{len(examples.train):,} questions, {len(examples.validation):,} to validate on; {len(train.tokens):,} windows"
-        f" of {longest(config)} tokens, {without:,} of them without the answer"
-    )
-    return Task(
-        windows,
-        windows.mean_tokens,
-        hash_encoded(train),
-        evaluate,
-        (note, *examples.notes),
-        evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
-        measured_on=hash_encoded(validation),
-    )
+"""Largest number of tokens in a predicted answer, as in BERT's script for SQuAD."""
 
 
 def span_states_loss(config: Config, name: str) -> StatesLoss:
-    """The mean of the losses of both ends of the answer."""
+    """The mean of the cross-entropies of the answer's first and last token."""
 
     def states_loss(params: dict, x_BTD: jax.Array, batch: SpanBatch) -> Loss:
         loss = span_loss(span_logits(params["heads"][name], x_BTD, batch), batch, config.train.label_smoothing)
@@ -75,8 +46,8 @@ def span_states_loss(config: Config, name: str) -> StatesLoss:
 
 
 def span_logits(head: dict, x_BTD: jax.Array, batch: SpanBatch) -> jax.Array:
-    """Float32 logits `[B, 2, T]` of the first and the last token of the answer; only tokens of the text, and position
-    0, can be one.
+    """Float32 logits `[B, 2, T]` of the answer's first and last token; only tokens of the text and position 0 are
+    possible.
     """
     positions_1T = jnp.arange(x_BTD.shape[1])[None]
     inside_BT = (positions_1T >= batch.firsts[:, None]) & (positions_1T < batch.lengths[:, None] - 1)
@@ -85,14 +56,14 @@ def span_logits(head: dict, x_BTD: jax.Array, batch: SpanBatch) -> jax.Array:
 
 
 def span_loss(logits_B2T: jax.Array, batch: SpanBatch, smoothing: float = 0.0) -> Loss:
-    """Sums half the losses of the two ends."""
+    """Sums the losses of the first and the last token, each with weight 1/2."""
     halves_B2 = jnp.stack([batch.weights, batch.weights], axis=1) / 2
     return label_loss(logits_B2T, batch.targets, halves_B2, smoothing)
 
 
 def make_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
-    """Returns `predict(params, batch) -> (best [B, 4], [nll, count])`, to be jitted: first and last position of the
-    likeliest span, the sum of its logits, and that of no answer.
+    """Returns `predict(params, batch) -> (best [B, 4], [nll, count])`, to be jitted. `best` holds the first and last
+    position of the most likely span, the sum of its logits, and the sum of the logits of "no answer".
     """
 
     def predict(params: dict, batch: SpanBatch) -> tuple[jax.Array, jax.Array]:
@@ -116,29 +87,8 @@ def best_spans(logits_B2T: jax.Array) -> jax.Array:
     return jnp.stack([first_B, last_B, jnp.max(flat_BN, axis=-1), sums_BTS[:, 0, 0]], axis=-1).astype("float32")
 
 
-@functools.cache
-def _compiled_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
-    return jax.jit(make_predict(model, task, name, compute))
-
-
-def predict(
-    config: Config,
-    name: str,
-    params: dict,
-    tokenizer: Tokenizer,
-    examples: Sequence[Question],
-    batch_size: int,
-    compute: Compute,
-    sharding: jax.sharding.Sharding,
-) -> tuple[AnswerPredictions, float]:
-    """See `classify.predict`."""
-    rows = _encode(config, tokenizer, examples)
-    compiled = _compiled_predict(config.model, config.task, name, compute)
-    return _predicted(config, compiled, params, examples, rows, batch_size, sharding)
-
-
 def outputs(predictions: AnswerPredictions) -> Iterator[dict[str, Any]]:
-    """The answer to each question and the character at which it begins; an empty text and -1: it has none."""
+    """The answer to each question and the character at which it begins; an empty text and -1 for "no answer"."""
     for answer, start in zip(predictions.predicted, predictions.starts, strict=True):
         yield {"predicted": answer, "answer_start": start}
 
@@ -147,17 +97,10 @@ def _encode(config: Config, tokenizer: Tokenizer, examples: Sequence[Question]) 
     return encode_questions(examples, tokenizer, marks_of(config, tokenizer), longest(config), config.task.stride)
 
 
-def _predicted(
-    config: Config,
-    predict: Callable,
-    params: dict,
-    examples: Sequence[Question],
-    rows: SpanSet,
-    batch_size: int,
-    sharding: jax.sharding.Sharding,
-) -> tuple[AnswerPredictions, float]:
-    """The best span over all windows of each question; without an answer where every window says so more strongly."""
-    best, loss = predict_rows(predict, params, rows, 4, batch_size, sharding)
+def _decode(config: Config, examples: Sequence[Question], rows: SpanSet, best: np.ndarray) -> AnswerPredictions:
+    """The best span over all windows of each question. With `task.no_answer`, the answer is empty if "no answer" has a
+    higher score in every window.
+    """
     answers, starts = [""] * len(examples), [-1] * len(examples)
     highest, none = np.full(len(examples), -np.inf), np.full(len(examples), np.inf)
     several = [False] * len(examples)
@@ -176,15 +119,24 @@ def _predicted(
         for number in np.flatnonzero(none > highest).tolist():
             answers[number], starts[number] = "", -1
     truth = tuple(example.answers for example in examples)
-    return AnswerPredictions(tuple(answers), tuple(starts), truth, tuple(several)), loss
+    return AnswerPredictions(tuple(answers), tuple(starts), truth, tuple(several))
 
 
+def _note(config: Config, examples: Examples, train: SpanSet, _validation: SpanSet) -> str:
+    without = int((train.targets[:, 0] == 0).sum())
+    return (
+        f"{len(examples.train):,} questions, {len(examples.validation):,} to validate on; {len(train.tokens):,} windows"
+        f" of {longest(config)} tokens, {without:,} of them without the answer"
+    )
+
+
+HEAD = HeadTask(_encode, lambda *_: 4, _decode, score_answers, _note, make_predict=make_predict)
 KIND = Kind(
-    build,
+    functools.partial(build_head_task, HEAD),
     span_states_loss,
     parse_question,
     lambda example: f"{example.question}\n{example.text}",
-    predict,
+    functools.partial(predict_examples, HEAD),
     outputs,
     answer_report,
 )

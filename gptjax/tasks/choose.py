@@ -1,66 +1,29 @@
-"""Multiple choice: the right one of several candidates, each read after the same text (GPT-1, section 3.3)."""
+"""Multiple choice: scores several candidates, each appended to the same text (GPT-1, section 3.3)."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from gptjax.batches.labelled import CandidateSet, TextBatches
+from gptjax.batches.labelled import CandidateSet
 from gptjax.config.data import DataConfig
 from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
-from gptjax.evaluation.choices import ChoicePredictions, ChoiceScores, choice_report, score_choices
-from gptjax.evaluation.metric import ScoresWithMetric
-from gptjax.evaluation.predict import Predict, predict_rows
-from gptjax.model.gpt import Compute
-from gptjax.tasks.functions import with_metric
-from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
-from gptjax.tasks.task import Compile, Kind, Source, Task
-from gptjax.tasks.texts import encode_choices, encoded_task
+from gptjax.evaluation.choices import ChoicePredictions, choice_report, score_choices
+from gptjax.tasks.head_task import HeadTask, build_head_task, count_note, predict_examples
+from gptjax.tasks.heads import head_states_loss
+from gptjax.tasks.task import Kind
+from gptjax.tasks.texts import encode_choices
 from gptjax.text.formats import Row, missing_field
-from gptjax.text.labelled import Choice, string_list
+from gptjax.text.labelled import Choice, Examples, string_list
 from gptjax.text.rows import text_field
-from gptjax.text.tokenizers.base import Tokenizer
-
-
-def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
-    """See `task.Kind`."""
-    examples = source.examples[name]
-    train, validation = (
-        encode_choices(config, source.tokenizer, side) for side in (examples.train, examples.validation)
-    )
-    windows = TextBatches(train, config.task, config.seed)
-    predict = compiled(make_predict(config.model, config.task, name, compute))
-
-    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> ChoiceScores | ScoresWithMetric:
-        found, loss = _predicted(predict, params, validation, config.train.micro_batch, sharding)
-        return with_metric(config.task, found, score_choices(found, loss))
-
-    return encoded_task(
-        config, examples, windows, train, validation, evaluate, f"rows of up to {train.candidates} candidates"
-    )
-
-
-def predict(
-    config: Config,
-    name: str,
-    params: dict,
-    tokenizer: Tokenizer,
-    examples: Sequence[Choice],
-    batch_size: int,
-    compute: Compute,
-    sharding: jax.sharding.Sharding,
-) -> tuple[ChoicePredictions, float]:
-    """See `classify.predict`."""
-    compiled = compiled_predict(config.model, config.task, name, compute)
-    return _predicted(compiled, params, encode_choices(config, tokenizer, examples), batch_size, sharding)
 
 
 def outputs(predictions: ChoicePredictions) -> Iterator[dict[str, Any]]:
-    """The number of the chosen candidate of each row, from 0, and the probability of every one."""
+    """The number of the chosen candidate of each row, from 0, and the probabilities of all candidates."""
     for probabilities, count in zip(predictions.probabilities_EK, predictions.counts, strict=True):
         yield {"predicted": int(probabilities[:count].argmax()), "probabilities": probabilities[:count].tolist()}
 
@@ -97,21 +60,25 @@ def _answer(value: Any, candidates: tuple[str, ...], row: Row, task: TaskConfig)
     )
 
 
-def _predicted(
-    predict: Predict, params: dict, rows: CandidateSet, batch_size: int, sharding: jax.sharding.Sharding
-) -> tuple[ChoicePredictions, float]:
-    probabilities_EK, loss = predict_rows(predict, params, rows, rows.candidates, batch_size, sharding)
+def _decode(
+    _config: Config, _examples: Sequence[Choice], rows: CandidateSet, probabilities_EK: np.ndarray
+) -> ChoicePredictions:
     counts = tuple(len(row) for row in rows.tokens)
     probabilities_EK[np.arange(rows.candidates)[None] >= np.array(counts)[:, None]] = 0.0
-    return ChoicePredictions(probabilities_EK, rows.targets, counts, tuple(rows.cut.tolist())), loss
+    return ChoicePredictions(probabilities_EK, rows.targets, counts, tuple(rows.cut.tolist()))
 
 
+def _note(config: Config, examples: Examples, train: CandidateSet, validation: CandidateSet) -> str:
+    return count_note(config, examples, train, validation, f"rows of up to {train.candidates} candidates")
+
+
+HEAD = HeadTask(encode_choices, lambda _, rows: rows.candidates, _decode, score_choices, _note)
 KIND = Kind(
-    build,
+    functools.partial(build_head_task, HEAD),
     head_states_loss,
     parse_row,
     lambda example: "\n".join((example.text, *example.candidates)),
-    predict,
+    functools.partial(predict_examples, HEAD),
     outputs,
     choice_report,
 )

@@ -1,7 +1,7 @@
-"""Direct preference optimization (arXiv:2305.18290): the model itself learns to prefer responses.
+"""Direct preference optimization (DPO, arXiv:2305.18290): trains on pairs of responses without a reward model.
 
-The reference is the model that training starts from. Its log-probabilities of all responses are computed once, before
-the first step, so that a run holds no second copy of the weights, whatever it trains.
+The reference model is the model before training. Its log-probabilities of all responses are computed once, before the
+first step, so that training needs no second copy of the weights.
 
 Shape suffixes: B pairs, R = 2 B sequences, T position, D n_embd.
 """
@@ -35,7 +35,7 @@ from gptjax.text.tokenizers.base import Tokenizer
 def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
     """See `task.Kind`."""
     examples = source.examples[name]
-    assert source.base is not None  # as init_from is given
+    assert source.base is not None  # the task requires init_from
     train, validation = (
         with_reference(config, source.base, encode_preferences(side, source.tokenizer, longest(config)), compute)
         for side in (examples.train, examples.validation)
@@ -63,7 +63,7 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
 
 
 def dpo_states_loss(config: Config, _name: str) -> StatesLoss:
-    """The loss of equation 7, with the accuracy and the margin of the implicit rewards as metrics."""
+    """The loss of equation 7. Its metrics are the accuracy and the margin of the implicit rewards."""
 
     def states_loss(params: dict, x_RTD: jax.Array, batch: PreferenceBatch) -> Loss:
         log_p_B2 = response_log_probs(config.model, params, x_RTD, batch)
@@ -73,7 +73,7 @@ def dpo_states_loss(config: Config, _name: str) -> StatesLoss:
 
 
 def preference_loss(beta: float, log_p_B2: jax.Array, reference_B2: jax.Array, weights_B: jax.Array) -> Loss:
-    """Sums the loss of pairs from the log-probabilities of their responses, the chosen one first."""
+    """Sums the loss of pairs, given the log-probabilities of their responses, the chosen one first."""
     rewards_B2 = beta * (log_p_B2 - reference_B2)
     margins_B = rewards_B2[:, 0] - rewards_B2[:, 1]
     total = jnp.sum(jax.nn.softplus(-margins_B) * weights_B)
@@ -100,7 +100,7 @@ def make_predict(config: Config, compute: Compute) -> Predict:
 
 
 def with_reference(config: Config, base: dict, pairs: PreferenceSet, compute: Compute) -> PreferenceSet:
-    """Fills in the log-probabilities under the base, on this process's first device."""
+    """Computes the log-probabilities under the reference model, on this process's first device."""
     model = dataclasses.replace(config.model, adapter=AdapterConfig(), dropout=0.0)
     log_probs = jax.jit(_log_probs(model, compute))
     base = jax.device_put(base, jax.local_devices()[0])
@@ -113,7 +113,7 @@ def with_reference(config: Config, base: dict, pairs: PreferenceSet, compute: Co
 def measure_preferences(
     config: Config, params: dict, base: dict, tokenizer: Tokenizer, examples: list[Preference]
 ) -> PreferenceScores:
-    """Measures a trained model on pairs, against the parameters of the run that it started from."""
+    """Measures a trained model on pairs; `base` are the parameters of the reference model."""
     compute = Compute(unroll=1)
     pairs = with_reference(config, base, encode_preferences(examples, tokenizer, longest(config)), compute)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -138,7 +138,7 @@ def _predicted(
 
 
 def _hash(pairs: PreferenceSet) -> str:
-    """Identity of the tokens; the log-probabilities follow from them and the base."""
+    """Hash of the tokens. The reference log-probabilities are not included: they depend on the tokens and the base."""
     return hash_arrays(
         array for pair in pairs.tokens for sequence in pair for array in (sequence.inputs, sequence.targets)
     )

@@ -1,4 +1,4 @@
-"""Scores and losses of the user's own, by functions that the config names."""
+"""Calls the user's functions that a config names: metrics, losses, rewards."""
 
 import math
 import traceback
@@ -12,10 +12,10 @@ from gptjax.evaluation.metric import ScoresWithMetric
 
 
 def call_function(path: str, option: str, *values: Any, where: str = "") -> Any:
-    """Calls the function; an error of its own is told with the line that raised it.
+    """Calls the function named by `path`.
 
     Raises:
-        UserError: The function raised an error.
+        UserError: The function raised an error; the message names the line.
     """
     function = load_function(path, option)
     try:
@@ -31,10 +31,10 @@ def call_function(path: str, option: str, *values: Any, where: str = "") -> Any:
 
 
 def metric_values(task: TaskConfig, predictions: Any) -> dict[str, float]:
-    """What the function of `task.metric` says of predictions; nothing where there is none.
+    """The scores that the function of `task.metric` returns for predictions; empty if it is not set.
 
     Raises:
-        UserError: It returned something other than a finite number, or a dict of such.
+        UserError: The function returned something other than a finite number or a dict of finite numbers.
     """
     if not task.metric:
         return {}
@@ -50,10 +50,10 @@ def metric_values(task: TaskConfig, predictions: Any) -> dict[str, float]:
 
 
 def with_metric(task: TaskConfig, predictions: Any, scores: Any) -> Any:
-    """Scores together with those of `task.metric`.
+    """Adds the scores of `task.metric` to `scores`.
 
     Raises:
-        UserError: It has a name that the scores have too.
+        UserError: Both have a score of the same name.
     """
     values = metric_values(task, predictions)
     if both := values.keys() & scores.row().keys():

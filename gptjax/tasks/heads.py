@@ -1,12 +1,11 @@
-"""What the head of a task reads, what it says, and the loss of that.
+"""Heads of tasks: parameters, inputs, outputs, loss.
 
 A head is `heads/NAME/w [N, D]` and `bias [N]`. With `task.delimiters: learned` it also has `tokens [3, D]`: the
-embeddings of a start, a delimiter and an extract token, whose ids follow those of the model's own table.
+embeddings of a start, a delimiter and an extract token. Their ids follow those of the model's embedding table.
 
-Shape suffixes: B rows, K sequences of a row, R = B K sequences, T position, D n_embd, N outputs.
+Shape suffixes: B examples, K sequences of an example, R = B K sequences, T position, D n_embd, N outputs.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +26,13 @@ from gptjax.model.parameters import INIT_STD, normal
 from gptjax.ops.cross_entropy import Loss, with_extras
 from gptjax.tasks.functions import call_function
 
-NO_CANDIDATE = -1e30  # not -inf: the difference of two would be NaN
+NO_CANDIDATE = -1e30  # finite, because -inf minus -inf is NaN
 SCORED = ("choose", "reward")
-"""Tasks whose head gives one score to each sequence of a row."""
+"""Tasks whose head computes one score per sequence."""
 
 
 def output_count(task: TaskConfig) -> int:
-    """Numbers that the head gives."""
+    """Number of outputs of the head."""
     if task.kind == "regress":
         return len(task.means)
     if task.kind == "answer":
@@ -42,7 +41,7 @@ def output_count(task: TaskConfig) -> int:
 
 
 def init_task_head(model: ModelConfig, task: TaskConfig, key: jax.Array) -> dict:
-    """Draws the float32 parameters of a task's head."""
+    """Initializes the float32 parameters of a task's head."""
     head = init_head(model.n_embd, output_count(task), key)
     if task.delimiters == "learned":
         head["tokens"] = normal(INIT_STD)(jax.random.fold_in(key, 1), (3, model.n_embd))
@@ -50,13 +49,13 @@ def init_task_head(model: ModelConfig, task: TaskConfig, key: jax.Array) -> dict
 
 
 def learned_marks(model: ModelConfig) -> Marks:
-    """The ids of the learned tokens, after all rows of the model's table."""
+    """The ids of the learned tokens, which follow the rows of the model's embedding table."""
     first = model.padded_vocab_size
     return Marks((first,), (first + 1,), (first + 2,))
 
 
 def with_learned_tokens(params: dict, name: str, task: TaskConfig) -> dict:
-    """Params whose embedding table ends in the learned tokens of head `name`, if it has some."""
+    """Appends the learned tokens of head `name` to the embedding table, if the head has them."""
     if task.delimiters != "learned":
         return params
     table_VD, new_3D = params["embed"]["tokens"], params["heads"][name]["tokens"]
@@ -65,7 +64,7 @@ def with_learned_tokens(params: dict, name: str, task: TaskConfig) -> dict:
 
 
 def flat(batch: Any) -> Any:
-    """The batch with one row for each sequence."""
+    """Reshapes a batch to one row per sequence."""
     if not isinstance(batch, (CandidateBatch, PreferenceBatch)):
         return batch
     lengths = batch.lengths.reshape(-1) if isinstance(batch, CandidateBatch) else None
@@ -73,8 +72,8 @@ def flat(batch: Any) -> Any:
 
 
 def head_outputs(task: TaskConfig, params: dict, name: str, x_RTD: jax.Array, batch: Any) -> jax.Array:
-    """Returns float32 outputs of head `name` for final hidden states: `[B, N]` of texts, `[B, T, N]` of word tags,
-    `[B, K]` of candidates, of which those that a row does not have are `NO_CANDIDATE`.
+    """Returns float32 outputs of head `name` for final hidden states: `[B, N]` for texts, `[B, T, N]` for tags of
+    words, `[B, K]` for candidates. Missing candidates get `NO_CANDIDATE`.
     """
     if not isinstance(batch, CandidateBatch):
         return state_logits(task, params, name, x_RTD, batch)
@@ -97,7 +96,7 @@ def output_loss(task: TaskConfig, outputs: jax.Array, batch: Any, smoothing: flo
 
 
 def _users_loss(task: TaskConfig, outputs: jax.Array, batch: Any) -> Loss:
-    """Sums what the function of `task.loss` returns; it never sees a target that is unknown."""
+    """Sums the losses that the function of `task.loss` returns. It is not given unknown targets."""
     known = jnp.isfinite(batch.targets) if task.kind == "regress" else batch.targets >= 0
     targets = jnp.where(known, batch.targets, 0)
     if task.kind == "tag":
@@ -116,7 +115,7 @@ def _users_loss(task: TaskConfig, outputs: jax.Array, batch: Any) -> Loss:
 
 
 def squared_loss(outputs_BN: jax.Array, targets_BN: jax.Array, weights_B: jax.Array) -> Loss:
-    """Sums the squared error of each row, the mean over its numbers; rows with a target that is NaN count nothing."""
+    """Sums the mean squared error of each row; rows with a NaN target are ignored."""
     known_B = jnp.all(jnp.isfinite(targets_BN), axis=-1)
     weights_B = jnp.where(known_B, weights_B, 0.0)
     errors_BN = outputs_BN - jnp.where(known_B[:, None], targets_BN, 0.0)
@@ -125,7 +124,7 @@ def squared_loss(outputs_BN: jax.Array, targets_BN: jax.Array, weights_B: jax.Ar
 
 
 def head_states_loss(config: Config, name: str) -> Callable[[dict, jax.Array, Any], Loss]:
-    """The loss of head `name`, and with `task.lm_weight` that of the next token of the same texts."""
+    """The loss of head `name`, plus the next-token loss of the same texts if `task.lm_weight` is set."""
     task, smoothing = config.task, config.train.label_smoothing
 
     def states_loss(params: dict, x_RTD: jax.Array, batch: Any) -> Loss:
@@ -136,7 +135,7 @@ def head_states_loss(config: Config, name: str) -> Callable[[dict, jax.Array, An
 
 
 def with_language_model(config: Config, params: dict, x_RTD: jax.Array, batch: Any, loss: Loss) -> Loss:
-    """Adds the mean loss of the next token, times `task.lm_weight`."""
+    """Adds `task.lm_weight` times the mean next-token loss."""
     if not config.task.lm_weight:
         return loss
     tokens = token_loss(config.model, loss_options(config.model), params, x_RTD, next_tokens(config.model, batch))
@@ -145,11 +144,11 @@ def with_language_model(config: Config, params: dict, x_RTD: jax.Array, batch: A
 
 
 def next_tokens(model: ModelConfig, batch: Any) -> Batch:
-    """The targets of language modelling on a batch of texts or tagged words; a learned token is none."""
+    """Next-token targets for a batch of texts or tagged words; learned tokens are never targets."""
     rows = flat(batch)
     inputs_RT = rows.inputs
     following_RT = jnp.concatenate([inputs_RT[:, 1:], jnp.full_like(inputs_RT[:, :1], -1)], axis=1)
-    if isinstance(rows, Batch):  # positions of padding do not rise
+    if isinstance(rows, Batch):  # positions do not increase in padding
         rises_RT = rows.positions[:, 1:] == rows.positions[:, :-1] + 1
         rises_RT &= rows.segments[:, 1:] == rows.segments[:, :-1]
         real_RT = jnp.pad(rises_RT, ((0, 0), (0, 1)))
@@ -165,7 +164,7 @@ Predict = Callable[[dict, Any], tuple[jax.Array, jax.Array]]
 def make_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
     """Returns `predict(params, batch) -> (outputs, [nll, count])` of head `name`, to be jitted.
 
-    Outputs are probabilities of labels or candidates; of regress standardized numbers; of reward scores.
+    Outputs are probabilities of labels or candidates, standardized numbers (regress) or scores (reward).
     """
 
     def predict(params: dict, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -178,9 +177,3 @@ def make_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compu
         return outputs, jnp.stack([loss.nll, loss.count])
 
     return predict
-
-
-@functools.cache
-def compiled_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compute) -> Predict:
-    """The function of `make_predict`, compiled once per batch shape."""
-    return jax.jit(make_predict(model, task, name, compute))

@@ -50,7 +50,7 @@ def measure_chats(
     """Returns a function that measures the next-token loss on the targets of chats.
 
     Raises:
-        UserError: There is no target to measure.
+        UserError: The chats have no target.
     """
     found = encode_chats(chats, tokenizer, longest(config))
     if not found.sequences:
@@ -66,10 +66,10 @@ def measure_chats(
 
 
 def chat_template(config: Config) -> str | None:
-    """The template of a run's chats, for sampling; None: the run has no chats.
+    """The chat template of a run, for sampling; None if the run has no chats.
 
     Raises:
-        UserError: It has chats of several templates.
+        UserError: The run has several templates.
     """
     templates = {part.task.template for part in parts_of(config).values() if part.task.kind in CHATS}
     if len(templates) > 1:

@@ -11,9 +11,9 @@ from gptjax.model.gpt import logits
 
 
 def token_log_probs(model: ModelConfig, params: dict, x_RTD: jax.Array, targets_RT: jax.Array) -> jax.Array:
-    """Returns the float32 log-probability `[R, T]` of each target for final hidden states; 0 where it is -1.
+    """Returns the float32 log-probability `[R, T]` of each target, given final hidden states; 0 for targets of -1.
 
-    Logits exist for one sequence at a time, and are recomputed in the backward pass.
+    Memory holds the logits of one sequence at a time; they are recomputed in the backward pass.
     """
 
     def of_sequence(row: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Trains several tasks together; every batch has a part for each."""
+"""Trains several tasks together: every batch has a part for each task."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ from gptjax.tasks.task import LossFunction, Task
 
 
 def parts_of(config: Config) -> dict[str, Config]:
-    """The config of each task of a run by its name; a task alone has its kind as name."""
+    """The config of each task of a run by name; the name of a single task is its kind."""
     if config.task.kind == "multi":
         return {part.name: config.of_part(part) for part in config.parts}
     return {config.task.kind: config}
 
 
 def combined_loss(losses: dict[str, LossFunction]) -> LossFunction:
-    """Adds the losses of parts, each times its share, summed over the batch."""
+    """Sums the losses of the tasks, each times its share."""
 
     def summed(params: dict, batch: MultiBatch, key: jax.Array | None) -> Loss:
         shares = {name: batch.shares[name][0] for name in losses}
@@ -32,7 +32,7 @@ def combined_loss(losses: dict[str, LossFunction]) -> LossFunction:
 
 
 def combine(weights: dict[str, float], tasks: dict[str, Task]) -> Task:
-    """One task of several; its validation loss is the weighted mean of theirs."""
+    """Combines several tasks into one, whose validation loss is the weighted mean of theirs."""
 
     def evaluate(params: dict, sharding: jax.sharding.Sharding) -> MultiScores:
         found = {name: task.evaluate(params, sharding) for name, task in tasks.items()}

@@ -1,4 +1,4 @@
-"""Learns to predict tokens of prepared text: the next one, or what `task.objective` says."""
+"""Pretraining on prepared text: predicts the next token, or the targets of `task.objective`."""
 
 from collections.abc import Iterable
 
@@ -58,7 +58,7 @@ def build(config: Config, _name: str, source: Source, compute: Compute, compiled
 
 
 def _build_mixture(config: Config, source: Source, compute: Compute, compiled: Compile) -> Task:
-    """Batches of several sources, and an evaluation that measures each on `train.eval_windows` windows."""
+    """Trains on batches of several sources, and measures each source on `train.eval_windows` windows."""
     sources = source.mixture
     model, train, across = config.model, config.train, config.data.attend_across_documents
     batches = {
@@ -96,7 +96,7 @@ def _build_mixture(config: Config, source: Source, compute: Compute, compiled: C
 
 
 def mixture_stages(config: Config, n_tokens: dict[str, int]) -> tuple[Stage, ...]:
-    """The weights of sources from step to step, by `weight` and `changes`, `epochs`, or `mixture_temperature`."""
+    """The weights of the sources over time, from `weight` and `changes`, `epochs`, or `mixture_temperature`."""
     if config.mixture_temperature:  # arXiv:1907.05019, section 3.2
         return (Stage(0, tuple(n ** (1 / config.mixture_temperature) for n in n_tokens.values())),)
     if config.sources[0].epochs:
@@ -107,7 +107,7 @@ def mixture_stages(config: Config, n_tokens: dict[str, int]) -> tuple[Stage, ...
 
 
 def describe_stages(config: Config, stages: tuple[Stage, ...], n_tokens: dict[str, int]) -> list[str]:
-    """Log lines: the share of each source from each step on, and how often the run goes through it."""
+    """Log lines: the share of each source in each stage, and the number of its epochs in the run."""
     names, epochs = list(n_tokens), dict.fromkeys(n_tokens, 0.0)
     lines = []
     for stage, end in zip(stages, [*(s.first_step for s in stages[1:]), config.train.num_steps], strict=True):
@@ -131,7 +131,7 @@ def text_batches(
     batch_size: int,
     across: bool,
 ) -> Iterable[Batch | PrefixBatch]:
-    """Fixed batches to measure an objective on, see `batches.pretraining.evaluation_batches`."""
+    """Fixed evaluation batches of an objective, see `batches.pretraining.evaluation_batches`."""
     if not objective.rearranges:
         return evaluation_batches(split, block_size, n_windows, batch_size, across)
     vocabulary = vocabulary_of(tokenizer, SPECIAL_TOKENS.get(objective.kind, ()))
@@ -139,7 +139,7 @@ def text_batches(
 
 
 def next_token_loss(config: Config, _name: str = "") -> StatesLoss:
-    """The loss of predicting the batch's targets, where it has one."""
+    """The cross-entropy of the batch's targets, plus that of multi-token heads if the objective has them."""
     model = config.model
     options = loss_options(model, config.train.label_smoothing, config.train.z_loss)
     if config.task.objective.kind == "multi_token":
@@ -148,7 +148,7 @@ def next_token_loss(config: Config, _name: str = "") -> StatesLoss:
 
 
 def bytes_per_target(objective: ObjectiveConfig, split: TokenSplit) -> float | None:
-    """UTF-8 bytes of a split's text per target; None: targets are not every token of the text."""
+    """UTF-8 bytes of a split's text per target; None if not every token of the text is a target."""
     return split.n_bytes / max(1, split.n_tokens - 1) if objective.measures_text else None
 
 

@@ -46,14 +46,14 @@ TASKS: dict[str, Kind] = {
     "reinforce": reinforce.KIND,
     "seq2seq": seq2seq.KIND,
 }
-"""By `task.kind`; `multi` is made of these."""
+"""The functions of each `task.kind`. `multi` combines several of them."""
 
 
 def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
-    """Reads a run's text or examples, and makes its tokenizer if none is given.
+    """Reads a run's text or examples, and trains its tokenizer if none is given.
 
     Raises:
-        UserError: Something cannot be read, or is wrong.
+        UserError: The data cannot be read or is invalid.
     """
     if config.task.kind == "pretrain":
         cache = Path(config.cache_dir).expanduser()
@@ -105,7 +105,7 @@ def parse(
 
 
 def _row_parser(task: TaskConfig) -> ParseRow:
-    """The task's function, behind that of `task.rows`."""
+    """The task's function that parses a row, applied after the user's function of `task.rows`."""
     parse_row = TASKS[task.kind].parse_row
     assert parse_row is not None
     if not task.rows:
@@ -127,7 +127,7 @@ def _row_parser(task: TaskConfig) -> ParseRow:
 
 
 def with_labels(config: Config, examples: dict[str, Examples]) -> Config:
-    """Fills in the labels that were found, and the mean and deviation of numbers."""
+    """Adds to the config the labels found in the data, and the mean and deviation of regression targets."""
 
     def filled(task: TaskConfig, name: str) -> TaskConfig:
         if task.kind == "regress":
@@ -150,7 +150,7 @@ def make_loss(config: Config, compute: Compute) -> LossFunction:
 
 
 def make_part_loss(config: Config, name: str, compute: Compute) -> LossFunction:
-    """Returns the loss of one task, whose head has that name."""
+    """Returns the loss of one task, which uses the head `name`."""
     of_states, model = make_states_loss(config, name), config.model
 
     def loss(params: dict, batch: Any, key: jax.Array | None) -> Loss:
@@ -172,10 +172,10 @@ def make_task(config: Config, source: Source, compute: Compute, compiled: Compil
     """Builds the batches and the evaluation of a run.
 
     Args:
-        config: Knows vocabulary and labels by now.
-        source: As `read_source` returns it.
-        compute: Precision and layout.
-        compiled: Makes a function of parameters and a batch a compiled one.
+        config: With resolved vocabulary size and labels.
+        source: Result of `read_source`.
+        compute: How the forward pass is computed.
+        compiled: Compiles a function of parameters and a batch.
     """
     tasks = {
         name: TASKS[part.task.kind].build(part, name, source, compute, compiled)

@@ -1,65 +1,30 @@
 """Regression: one or several numbers for a text or a pair of texts."""
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from gptjax.batches.labelled import Encoded, TextBatches
+from gptjax.batches.labelled import Encoded
 from gptjax.config.data import DataConfig
 from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
-from gptjax.evaluation.metric import ScoresWithMetric
-from gptjax.evaluation.numbers import NumberPredictions, NumberScores, number_report, score_numbers
-from gptjax.evaluation.predict import Predict, predict_rows
-from gptjax.model.gpt import Compute
+from gptjax.evaluation.numbers import NumberPredictions, number_report, score_numbers
 from gptjax.tasks.classify import plain_text
-from gptjax.tasks.functions import with_metric
-from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
-from gptjax.tasks.task import Compile, Kind, Source, Task
-from gptjax.tasks.texts import encode_examples, encoded_task, make_rewrite
+from gptjax.tasks.head_task import HeadTask, build_head_task, count_note, predict_examples
+from gptjax.tasks.heads import head_states_loss
+from gptjax.tasks.task import Kind
+from gptjax.tasks.texts import encode_examples, make_rewrite
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Examples, Numbers, text_and_second
 from gptjax.text.tokenizers.base import Tokenizer
 
-NOT_GIVEN = ("", "nan", "<na>", "null", "none")  # as CSV files and pandas write a number that is not known
-
-
-def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
-    """See `task.Kind`."""
-    examples = source.examples[name]
-    train, validation = (_encode(config, source.tokenizer, side) for side in (examples.train, examples.validation))
-    rewrite = make_rewrite(config, source.tokenizer, examples.train)
-    windows = TextBatches(train, config.task, config.seed, rewrite)
-    predict = compiled(make_predict(config.model, config.task, name, compute))
-
-    def evaluate(params: dict, sharding: jax.sharding.Sharding) -> NumberScores | ScoresWithMetric:
-        found, loss = _predicted(config, predict, params, validation, config.train.micro_batch, sharding)
-        return with_metric(config.task, found, score_numbers(found, loss))
-
-    return encoded_task(
-        config, examples, windows, train, validation, evaluate, f"texts with {len(config.task.means)} number(s)"
-    )
-
-
-def predict(
-    config: Config,
-    name: str,
-    params: dict,
-    tokenizer: Tokenizer,
-    examples: Sequence[Numbers],
-    batch_size: int,
-    compute: Compute,
-    sharding: jax.sharding.Sharding,
-) -> tuple[NumberPredictions, float]:
-    """See `classify.predict`."""
-    compiled = compiled_predict(config.model, config.task, name, compute)
-    return _predicted(config, compiled, params, _encode(config, tokenizer, examples), batch_size, sharding)
+NOT_GIVEN = ("", "nan", "<na>", "null", "none")  # how CSV files and pandas write a missing number
 
 
 def outputs(predictions: NumberPredictions) -> Iterator[dict[str, Any]]:
@@ -69,10 +34,10 @@ def outputs(predictions: NumberPredictions) -> Iterator[dict[str, Any]]:
 
 
 def with_moments(task: TaskConfig, examples: Examples) -> TaskConfig:
-    """Fills in the mean and the standard deviation of the training numbers, where they are not given.
+    """Adds the mean and the standard deviation of the training numbers to the config, unless they are given.
 
     Raises:
-        UserError: A row has another number of numbers than the first one, or a number never changes.
+        UserError: Rows have different counts of numbers, or a number is the same in all rows.
     """
     train: Sequence[Numbers] = examples.train
     count = len(train[0].values)
@@ -92,10 +57,10 @@ def with_moments(task: TaskConfig, examples: Examples) -> TaskConfig:
 
 
 def check_count(example: Numbers, count: int) -> None:
-    """Refuses a row with another number of numbers than the others.
+    """Checks that a row has `count` numbers.
 
     Raises:
-        UserError: Naming file and row.
+        UserError: It has not; the message names file and row.
     """
     if len(example.values) != count:
         raise UserError(f"{example.where}: has {len(example.values)} number(s), must have {count} as the training rows")
@@ -119,7 +84,7 @@ def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool, coun
 
 
 def _number(value: Any, row: Row, task: TaskConfig) -> float | None:
-    """A number as it was read; None where none is known."""
+    """Parses a number; None for a missing one."""
     if value is None or (isinstance(value, str) and value.strip().lower() in NOT_GIVEN):
         return None
     try:
@@ -144,13 +109,23 @@ def _encode(config: Config, tokenizer: Tokenizer, examples: Sequence[Numbers]) -
     return encode_examples(config, tokenizer, examples, standardized_EN.astype(np.float32))
 
 
-def _predicted(
-    config: Config, predict: Predict, params: dict, rows: Encoded, batch_size: int, sharding: jax.sharding.Sharding
-) -> tuple[NumberPredictions, float]:
+def _decode(config: Config, _examples: Sequence[Numbers], rows: Encoded, outputs_EN: np.ndarray) -> NumberPredictions:
     means, deviations = np.array(config.task.means), np.array(config.task.deviations)
-    outputs_EN, loss = predict_rows(predict, params, rows, len(means), batch_size, sharding)
     values_EN, targets_EN = (array * deviations + means for array in (outputs_EN, rows.targets))
-    return NumberPredictions(values_EN, targets_EN, tuple(rows.cut.tolist())), loss
+    return NumberPredictions(values_EN, targets_EN, tuple(rows.cut.tolist()))
 
 
-KIND = Kind(build, head_states_loss, parse_row, plain_text, predict, outputs, number_report)
+def _note(config: Config, examples: Examples, train: Encoded, validation: Encoded) -> str:
+    return count_note(config, examples, train, validation, f"texts with {len(config.task.means)} number(s)")
+
+
+HEAD = HeadTask(_encode, lambda config, _: len(config.task.means), _decode, score_numbers, _note, make_rewrite)
+KIND = Kind(
+    functools.partial(build_head_task, HEAD),
+    head_states_loss,
+    parse_row,
+    plain_text,
+    functools.partial(predict_examples, HEAD),
+    outputs,
+    number_report,
+)

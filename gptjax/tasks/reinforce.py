@@ -1,8 +1,8 @@
-"""Reinforcement on rewards that a function of the user's computes (GRPO, arXiv:2402.03300, section 4.1).
+"""Reinforcement learning with a reward function of the user (GRPO, arXiv:2402.03300, section 4.1).
 
-Each step samples a group of responses to some prompts from the model as it is, and makes responses with a higher reward
-than the others of their group more likely. `task.kl_weight` keeps the model near the one it started from. One update is
-made of each sample, so the ratio of new to old probabilities is 1 and needs no clipping.
+Each step samples a group of responses to each of some prompts from the current model. The update makes responses more
+likely that have a higher reward than the mean of their group. `task.kl_weight` keeps the model near the one before
+training. Each sample is used for one update, so the ratio of new to old probabilities is 1 and needs no clipping.
 
 Shape suffixes: B responses, T position, D n_embd.
 """
@@ -43,10 +43,10 @@ from gptjax.text.tokenizers.base import Tokenizer
 
 
 class Prompt(NamedTuple):
-    """A prompt of `reinforce`."""
+    """One training prompt."""
 
     text: str
-    """The prompt in the template, up to where the response begins."""
+    """The prompt in the chat template, up to the start of the response."""
     values: dict[str, Any]
     """The row, for the reward function."""
     where: str
@@ -55,9 +55,11 @@ class Prompt(NamedTuple):
 def build(config: Config, name: str, source: Source, compute: Compute, _compiled: Compile) -> Task:
     """See `task.Kind`."""
     examples, tokenizer = source.examples[name], source.tokenizer
-    assert source.base is not None  # as init_from is given
+    assert source.base is not None  # the task requires init_from
     lora = config.model.adapter.kind != "none"
-    base = source.base if config.task.kl_weight and not lora else None  # else the frozen parameters are the reference
+    base = (
+        source.base if config.task.kl_weight and not lora else None
+    )  # with LoRA, the frozen parameters are the reference
     rollouts = Rollouts(config, tokenizer, examples.train, base, compute)
 
     def evaluate(params: dict, _sharding: jax.sharding.Sharding) -> RewardScores:
@@ -80,7 +82,7 @@ def build(config: Config, name: str, source: Source, compute: Compute, _compiled
 
 
 class Rollouts:
-    """Batches that are sampled from the model; they follow from the seed, the step, and the parameters last given."""
+    """Batches sampled from the model; they depend on the seed, the step, and the parameters of the last `follow`."""
 
     def __init__(
         self, config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], base: dict | None, compute: Compute
@@ -94,19 +96,19 @@ class Rollouts:
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Positions of a group of responses to every prompt."""
+        """Number of positions of one group of responses to every prompt."""
         return len(self._prompts) * self._config.task.group_size * longest(self._config)
 
     def follow(self, params: dict) -> None:
-        """Takes the parameters that the next batch is sampled from."""
+        """Sets the parameters for sampling the next batch."""
         self._params = jax.device_put(params, jax.local_devices()[0])
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """Returns the prompt of each row of the batch of `step`, twice: as the first and as the last."""
+        """Returns the first and the last prompt of each row of the batch of `step`: the same prompt twice."""
         return [(n, n) for n in self._numbers(step, batch_size) for _ in range(self._config.task.group_size)]
 
     def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> RolloutBatch:
-        """Samples, rewards and compares the responses of `step`; returns rows of them."""
+        """Samples the responses of `step`, computes their rewards and advantages; returns `rows` of them."""
         task, numbers = self._config.task, self._numbers(step, batch_size)
         prompts, ids = [self._prompts[n] for n in numbers], [self._ids[n] for n in numbers]
         seed = int(np.random.SeedSequence((self._config.seed, 2, step)).generate_state(1)[0])
@@ -123,7 +125,7 @@ class Rollouts:
         return take_rows(batch, rows)
 
     def _numbers(self, step: int, batch_size: int) -> list[int]:
-        """The prompts of a step; each epoch takes every one once, in a new order."""
+        """The prompts of a step; each epoch uses every prompt once, in a new order."""
         count, n = batch_size // self._config.task.group_size, len(self._prompts)
         epochs, places = np.divmod(np.arange(step * count, (step + 1) * count), n)
         return [
@@ -133,7 +135,7 @@ class Rollouts:
 
 
 def encode_prompts(config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-    """Ids of prompts, as sampling encodes them.
+    """Token ids of prompts, encoded as for sampling.
 
     Raises:
         UserError: A prompt leaves no room for a response.
@@ -155,9 +157,9 @@ def encode_prompts(config: Config, tokenizer: Tokenizer, prompts: Sequence[Promp
 def sample_responses(
     config: Config, params: dict, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], options: SampleConfig
 ) -> list[list[np.ndarray]]:
-    """Token ids of responses, `[prompt][sample]`, with the end-of-text of those that ended by themselves."""
+    """Token ids of responses, `[prompt][sample]`. A response that ended before the limit includes its end-of-text."""
     model = config.model
-    if tokenizer.vocab_size < model.vocab_size:  # ids that only the model has are never chosen: they have no text
+    if tokenizer.vocab_size < model.vocab_size:  # never sample ids that the tokenizer does not have
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     end = tokenizer.end_of_text
     groups = generate(model, params, prompts, options, end_of_text=end)
@@ -171,10 +173,10 @@ def sample_responses(
 def rewards_of(
     task: TaskConfig, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], tokenizer: Tokenizer
 ) -> np.ndarray:
-    """Calls the user's function of row and response, the end-of-text taken off.
+    """Calls the user's reward function with each row and response (without end-of-text).
 
     Raises:
-        UserError: It returned something other than a finite number.
+        UserError: The function returned something other than a finite number.
     """
     rewards = []
     for prompt, ids in zip(prompts, responses, strict=True):
@@ -187,7 +189,7 @@ def rewards_of(
 
 
 def measure_rewards(config: Config, params: dict, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> RewardScores:
-    """The mean reward of the most likely responses."""
+    """The mean reward of greedily decoded responses."""
     params, ids = jax.device_put(params, jax.local_devices()[0]), encode_prompts(config, tokenizer, prompts)
     options = SampleConfig(max_new_tokens=config.task.response_tokens, temperature=0.0)
     rewards, size = [], config.train.batch_size
@@ -199,7 +201,7 @@ def measure_rewards(config: Config, params: dict, tokenizer: Tokenizer, prompts:
 
 
 def reinforce_states_loss(config: Config, _name: str) -> StatesLoss:
-    """The loss of equation 3 for one update of each sample, with reward, KL divergence and length as metrics."""
+    """The loss of equation 3 for one update per sample. Its metrics are reward, KL divergence and length."""
 
     def states_loss(params: dict, x_BTD: jax.Array, batch: RolloutBatch) -> Loss:
         log_p_BT = token_log_probs(config.model, params, x_BTD, batch.targets)
@@ -231,7 +233,7 @@ def parse_prompt(row: Row, task: TaskConfig, _data: DataConfig, _labelled: bool,
 
 
 def _target_log_probs(model: ModelConfig, compute: Compute) -> Callable[[dict, RolloutBatch], jax.Array]:
-    """Under the model without its adapter."""
+    """Returns a function that computes log-probabilities of targets under the model without its adapter."""
 
     def log_probs(params: dict, batch: RolloutBatch) -> jax.Array:
         plain = {name: part for name, part in params.items() if name not in ("adapters", "prompt")}

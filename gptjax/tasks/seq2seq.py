@@ -1,4 +1,4 @@
-"""Learns to write a target text for a source text, with an encoder and a decoder."""
+"""Sequence to sequence: an encoder-decoder generates a target text from a source text."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
 def measure_pairs(
     config: Config, tokenizer: Tokenizer, pairs: Sequence[Pair], compute: Compute, compiled: Compile
 ) -> Callable[[dict, jax.sharding.Sharding], Evaluation]:
-    """Returns a function that measures the loss of targets; bits per byte are those of targets."""
+    """Returns a function that measures the loss of the targets; bits per byte count the bytes of the targets."""
     windows, _ = _batches(config, tokenizer, pairs)
     eval_step = compiled(make_eval_step(config.model, compute))
     of_text = [target[:-1] for _, target in windows.pairs]
@@ -61,7 +61,7 @@ def measure_pairs(
 
 def _batches(config: Config, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> tuple[PairBatches, int]:
     encoded, cut = encode_pairs([pair[:2] for pair in pairs], tokenizer, longest(config))
-    assert tokenizer.end_of_text is not None  # `encode_pairs` refuses such a tokenizer
+    assert tokenizer.end_of_text is not None  # `encode_pairs` checks it
     return PairBatches(encoded, tokenizer.end_of_text, longest(config), config.seed), cut
 
 

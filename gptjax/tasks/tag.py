@@ -17,7 +17,8 @@ from gptjax.evaluation.metric import ScoresWithMetric
 from gptjax.evaluation.predict import predict_words
 from gptjax.model.gpt import Compute
 from gptjax.tasks.functions import with_metric
-from gptjax.tasks.heads import compiled_predict, head_states_loss, make_predict
+from gptjax.tasks.head_task import compiled_predict
+from gptjax.tasks.heads import head_states_loss, make_predict
 from gptjax.tasks.task import Compile, Kind, Source, Task, hash_sequences, longest
 from gptjax.text.formats import Row
 from gptjax.text.labelled import Words, is_missing, label_name, string_list
@@ -60,15 +61,15 @@ def predict(
     compute: Compute,
     sharding: jax.sharding.Sharding,
 ) -> tuple[Predictions, float]:
-    """See `classify.predict`."""
+    """See `head_task.predict_examples`."""
     task = config.task
     words = encode_words(examples, tokenizer, task.labels, longest(config), task.lookahead)
-    compiled = compiled_predict(config.model, task, name, compute)
+    compiled = compiled_predict(make_predict, config.model, task, name, compute)
     return predict_words(compiled, params, words, task.labels, batch_size, sharding)
 
 
 def outputs(predictions: Predictions) -> Iterator[dict[str, Any]]:
-    """A tag for each word and its probability; those of all other tags would be many times the text."""
+    """The tag of each word and its probability. Probabilities of the other tags would be much longer than the text."""
     chosen, best = predictions.chosen.tolist(), predictions.probabilities_EN.max(axis=-1).tolist()
     for end, length in zip(np.cumsum(predictions.sentences).tolist(), predictions.sentences, strict=True):
         here = slice(end - length, end)

@@ -1,4 +1,4 @@
-"""The interface of a task for the training loop and the verbs; each task implements it in a file of its own."""
+"""The interface of a task for the training loop and the verbs. Each task implements it in its own file."""
 
 import dataclasses
 import itertools
@@ -46,18 +46,18 @@ StatesLoss = Callable[[dict, jax.Array, Any], Loss]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The data of a run: tokens of text, or examples."""
+    """The data of a run: a token dataset, or examples."""
 
     tokenizer: Tokenizer
     dataset: Dataset | None
     examples: dict[str, Examples]
-    """By the name of the task's part; a task alone has its kind as name."""
+    """Examples by the name of the task; the name of a single task is its kind."""
     base: dict | None = None
-    """Parameters of the run that `init_from` names."""
+    """Parameters of the run in `init_from`."""
     mixture: dict[str, Dataset] = dataclasses.field(default_factory=dict)
-    """The sources of a run that mixes several, by name; `dataset` is None then."""
+    """Datasets of a run with several sources, by name; `dataset` is then None."""
     skipped: dict[str, frozenset[int]] = dataclasses.field(default_factory=dict)
-    """Training documents in which no loss is taken, by the name of the source; that of a single one is empty."""
+    """Training documents without loss, by the name of the source; the name of a single source is empty."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Task:
     notes: tuple[str, ...] = ()
     """Log lines about the examples."""
     evaluation_batches: int = 0
-    """Batches of an evaluation; 0: unknown."""
+    """Number of batches of an evaluation; 0: unknown."""
     follow: Callable[[dict], None] | None = None
-    """Takes the model's parameters before each batch is made; None: batches do not depend on them."""
+    """Called with the model's parameters before each batch is made; None: batches do not depend on them."""
     measured_on: str = ""
     """Identity of the validation data: only losses and scores on the same data can be compared."""
 
@@ -83,33 +83,33 @@ class Kind(NamedTuple):
     """The functions of one kind of task."""
 
     build: Callable[[Config, str, Source, Compute, Compile], Task]
-    """From the config of the part, its name, what was read, precision and layout, and a function that compiles."""
+    """Arguments: config and name of the task, source, compute, and a function that compiles."""
     states_loss: Callable[[Config, str], StatesLoss]
     """The loss as a function of parameters, final hidden states `[B, T, D]`, and the batch."""
     parse_row: ParseRow | None = None
-    """Makes an example of a row; None: the task learns from prepared text."""
+    """Parses a row to an example; None: the task uses prepared text."""
     plain_text: Callable[[Any], str] = str
-    """The text of an example, for training a tokenizer."""
+    """Returns the text of an example, for training a tokenizer."""
     predict: Callable[..., tuple[Any, float]] | None = None
-    """For tasks with a head: see `classify.predict`. What is predicted has `cut`, of each example."""
+    """For tasks with a head: see `head_task.predict_examples`. The predictions have `cut`, a bool per example."""
     outputs: Callable[[Any], Iterator[dict[str, Any]]] | None = None
-    """Makes of what is predicted the fields that `gptjax predict` adds to each row."""
+    """Returns the fields that `gptjax predict` adds to each row, given the predictions."""
     report: Callable[[Any, float], str] | None = None
-    """Makes of what is predicted, and the mean loss, the text of `gptjax evaluate`."""
+    """Returns the text that `gptjax evaluate` prints, given the predictions and the mean loss."""
 
 
 def longest(config: Config) -> int:
-    """Tokens of the longest text or window of a task."""
+    """Largest number of tokens in a text or window of a task."""
     return config.task.max_tokens or config.model.block_size
 
 
 def hash_sequences(sequences: Sequence[TargetSequence]) -> str:
-    """Identity of sequences and their targets."""
+    """Hash of sequences and their targets."""
     return hash_arrays(array for sequence in sequences for array in (sequence.inputs, sequence.targets))
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Identity of texts in their order."""
+    """Hash of texts, in order."""
     digest = xxhash.xxh3_128()
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
@@ -117,13 +117,13 @@ def hash_texts(texts: Iterable[str]) -> str:
 
 
 def hash_encoded(rows: Encoded) -> str:
-    """Identity of encoded rows and their targets."""
+    """Hash of encoded rows and their targets."""
     ids = (ids for row in rows.tokens for ids in ([row] if isinstance(row, np.ndarray) else row))
     return hash_arrays(itertools.chain(ids, [rows.targets]))
 
 
 def hash_arrays(arrays: Iterable[np.ndarray]) -> str:
-    """Identity of numbers in arrays and of the arrays' shapes; whole numbers count as int32."""
+    """Hash of the values and shapes of arrays; integers are hashed as int32."""
     digest = xxhash.xxh3_128()
     for array in arrays:
         digest.update(np.array(array.shape, np.int64).tobytes())

@@ -1,16 +1,14 @@
-"""Texts, pairs and candidates as token sequences of a task."""
+"""Encodes texts, pairs and candidates of a task."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
-from gptjax.batches.labelled import CandidateSet, Encoded, Marks, TextBatches, TextSet, encode_rows, end_marks
+from gptjax.batches.labelled import CandidateSet, Encoded, Marks, TextSet, encode_rows, end_marks
 from gptjax.config.run import Config
 from gptjax.tasks.heads import learned_marks
-from gptjax.tasks.task import Task, hash_encoded, longest
-from gptjax.text.labelled import Choice, Examples, Numbers, Text
+from gptjax.tasks.task import longest
+from gptjax.text.labelled import Choice, Numbers, Text
 from gptjax.text.replace import read_synonyms, replace_words
 from gptjax.text.tokenizers.base import Tokenizer
 
@@ -23,7 +21,7 @@ def marks_of(config: Config, tokenizer: Tokenizer) -> Marks:
 def encode_examples(
     config: Config, tokenizer: Tokenizer, examples: Sequence[Text | Numbers], targets: np.ndarray
 ) -> Encoded:
-    """Encodes texts or pairs; with `task.both_orders` each pair twice, in either order."""
+    """Encodes texts or pairs; with `task.both_orders`, each pair in both orders."""
     marks, room = marks_of(config, tokenizer), longest(config)
     rows = [(example.text,) if example.second is None else (example.text, example.second) for example in examples]
     tokens, cut = encode_rows(rows, tokenizer, marks, room)
@@ -36,7 +34,7 @@ def encode_examples(
 def make_rewrite(
     config: Config, tokenizer: Tokenizer, examples: Sequence[Text | Numbers]
 ) -> Callable[[int, np.random.Generator], np.ndarray] | None:
-    """Returns a function that encodes a training text with words replaced by synonyms; None: none are given.
+    """Returns a function that encodes a training text with words replaced by synonyms; None without synonyms.
 
     Raises:
         UserError: The file of synonyms cannot be read.
@@ -55,7 +53,7 @@ def make_rewrite(
 
 
 def encode_choices(config: Config, tokenizer: Tokenizer, examples: Sequence[Choice]) -> CandidateSet:
-    """Encodes each candidate after the text that it belongs to."""
+    """Encodes each candidate together with the text before it."""
     rows = [(example.text, candidate) for example in examples for candidate in example.candidates]
     tokens, cut = encode_rows(rows, tokenizer, marks_of(config, tokenizer), longest(config))
     ends = np.cumsum([len(example.candidates) for example in examples]).tolist()
@@ -66,30 +64,4 @@ def encode_choices(config: Config, tokenizer: Tokenizer, examples: Sequence[Choi
         np.array([cut[part].any() for part in parts], bool),
         longest(config),
         max((len(example.candidates) for example in examples), default=1),
-    )
-
-
-def encoded_task(
-    config: Config,
-    examples: Examples,
-    windows: TextBatches,
-    train: Encoded,
-    validation: Encoded,
-    evaluate: Callable[[dict, jax.sharding.Sharding], Any],
-    what: str,
-) -> Task:
-    """Returns the task of examples that were encoded once; its log line counts them, and `what` names them."""
-    cut = int(train.cut.sum() + validation.cut.sum())
-    note = (
-        f"{len(examples.train):,} {what}, {len(examples.validation):,} to validate on, {cut:,} cut at"
-        f" {longest(config)} tokens"
-    )
-    return Task(
-        windows,
-        windows.mean_tokens,
-        hash_encoded(train),
-        evaluate,
-        (note, *examples.notes),
-        evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
-        measured_on=hash_encoded(validation),
     )

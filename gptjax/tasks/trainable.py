@@ -1,4 +1,4 @@
-"""Which parameters a run has, which of them learn, and how fast each does."""
+"""Initializes the parameters of a run, splits them into trainable and frozen ones, and scales learning rates."""
 
 import re
 from typing import Any
@@ -12,14 +12,16 @@ from gptjax.model.gpt import init_params
 from gptjax.model.multi_token import init_multi_token_heads
 from gptjax.tasks.heads import init_task_head
 
-NEW = ("adapters/", "prompt/", "heads/")  # what a base does not have
+NEW = ("adapters/", "prompt/", "heads/")  # parameters that a base model does not have
 
 
 def init_all(config: Config, key: jax.Array, base: dict | None = None) -> dict:
-    """Draws all parameters of a run, float32: model, adapters, heads; those that `base` has are taken from it."""
+    """Initializes all float32 parameters of a run: model, adapters, heads. Takes parameters from `base` if it has
+    them.
+    """
     params = init_params(config.model, key)
     if base is not None and "prompt" in params:
-        # A prompt that starts as words learns better than one that starts as noise (arXiv:2104.08691, section 3.2).
+        # Prompts initialized with embeddings of words train better than random ones (arXiv:2104.08691, section 3.2).
         words = jax.random.randint(key, (config.model.adapter.tokens,), 0, config.model.vocab_size)
         params["prompt"] = {"w": base["embed"]["tokens"][words].astype(jnp.float32)}
     given = base or {}
@@ -37,21 +39,21 @@ def init_all(config: Config, key: jax.Array, base: dict | None = None) -> dict:
 
 
 def init_split(config: Config, given: dict | None = None) -> tuple[dict, dict]:
-    """Draws the parameters of a run from `config.seed`, in `train.param_dtype`: trainable and frozen ones.
+    """Initializes the parameters of a run from `config.seed`, in `train.param_dtype`: trainable and frozen ones.
 
-    Parameters that are given are not drawn.
+    Parameters in `given` are used as they are.
     """
     drawn = init_all(config, jax.random.key(config.seed), given)
     return split(config, jax.tree.map(lambda p: p.astype(config.train.param_dtype), drawn))
 
 
 def without_heads(params: dict) -> dict:
-    """What another run starts from: heads are of the task that they learned."""
+    """The parameters without heads, from which another run starts: heads belong to one task."""
     return {name: part for name, part in params.items() if name != "heads"}
 
 
 def split(config: Config, params: dict) -> tuple[dict, dict]:
-    """Cuts params into those that learn and those that stay; with train=top a stack of blocks is cut in two.
+    """Splits params into trainable and frozen ones; with train=top, the stack of blocks is split in two.
 
     Raises:
         UserError: A pattern of `finetune.paths` names no parameter.
@@ -62,39 +64,37 @@ def split(config: Config, params: dict) -> tuple[dict, dict]:
     named = _flatten(params)
     for pattern in options.paths:
         if not any(re.search(pattern, name) for name in named):
-            raise UserError(f"finetune.paths: {pattern!r} is found in no name of a parameter: {', '.join(named)}")
-    learn, stay = {}, {}
+            raise UserError(f"finetune.paths: {pattern!r} matches no parameter; the names are: {', '.join(named)}")
+    learned, fixed = {}, {}
     for name, leaf in named.items():
         if options.train == "top" and name.startswith("blocks/"):
             cut = config.model.n_layer - options.top_k
-            learn[name] = leaf[cut:]
+            learned[name] = leaf[cut:]
             if cut:
-                stay[name] = leaf[:cut]
+                fixed[name] = leaf[:cut]
             continue
         chosen = name.startswith(NEW) or any(re.search(pattern, name) for pattern in options.paths)
         chosen = chosen or (options.train == "top" and name.startswith("norm_f/"))
-        (learn if chosen else stay)[name] = leaf
-    return _unflatten(learn), _unflatten(stay)
+        (learned if chosen else fixed)[name] = leaf
+    return _unflatten(learned), _unflatten(fixed)
 
 
-def join(learning: dict, frozen: dict) -> dict:
-    """Puts together what `split` cut."""
-    stay, learn = _flatten(frozen), _flatten(learning)
-    cut = {name: jnp.concatenate([stay[name], learn[name]]) for name in stay if name in learn}
-    return _unflatten(stay | learn | cut)
+def join(trainable: dict, frozen: dict) -> dict:
+    """Inverse of `split`."""
+    fixed, learned = _flatten(frozen), _flatten(trainable)
+    cut = {name: jnp.concatenate([fixed[name], learned[name]]) for name in fixed if name in learned}
+    return _unflatten(fixed | learned | cut)
 
 
-def forward_params(learning: dict, frozen: dict) -> dict:
-    """What `join` gives, as the model reads it: blocks that do not learn stay a stack of their own, so that the
-    backward pass ends above them.
-    """
-    stay, learn = _flatten(frozen), _flatten(learning)
-    params = _unflatten(stay | learn)
-    return params | {"blocks": (frozen["blocks"], learning["blocks"])} if stay.keys() & learn.keys() else params
+def forward_params(trainable: dict, frozen: dict) -> dict:
+    """Like `join`, but frozen blocks fixed a separate stack, so that the backward pass ends above them."""
+    fixed, learned = _flatten(frozen), _flatten(trainable)
+    params = _unflatten(fixed | learned)
+    return params | {"blocks": (frozen["blocks"], trainable["blocks"])} if fixed.keys() & learned.keys() else params
 
 
-def rates(config: Config, learning: dict) -> dict | None:
-    """Factors of the learning rate, one scalar or `[L, 1, ...]` for each leaf; None: all are 1."""
+def rates(config: Config, trainable: dict) -> dict | None:
+    """Factors of the learning rate, a scalar or `[L, 1, ...]` for each leaf; None if all are 1."""
     options, model = config.finetune, config.model
     if options.layer_decay == 1.0 and not options.head_learning_rate:
         return None
@@ -108,7 +108,7 @@ def rates(config: Config, learning: dict) -> dict | None:
             return (options.layer_decay**below_top).reshape(-1, *(1,) * (leaf.ndim - 1))
         return jnp.float32(options.layer_decay**model.n_layer if name.startswith(("embed/", "prompt/")) else 1.0)
 
-    return _unflatten({name: one(name, leaf) for name, leaf in _flatten(learning).items()})
+    return _unflatten({name: one(name, leaf) for name, leaf in _flatten(trainable).items()})
 
 
 def _flatten(params: dict) -> dict[str, Any]:
