@@ -1,1 +1,1 @@
-"""A trained model that answers: chats, and an HTTP server. It knows nothing of training."""
+"""Chats with a trained model, and an HTTP server. Independent of training."""

@@ -1,4 +1,4 @@
-"""Answers to completions and chats: the sequences to decode, and the objects made of what comes."""
+"""Answers to completion and chat requests: the sequences to decode, and the response objects."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -19,47 +19,47 @@ CHUNK = "chat.completion.chunk"
 
 
 class Answer(Protocol):
-    """What the server needs to know of an answer."""
+    """The interface of an answer for the server."""
 
     prompts: Sequence[np.ndarray]
 
     @property
     def stream(self) -> bool:
-        """Whether it is given in pieces."""
+        """Whether the response is streamed."""
         ...
 
     def rows(self) -> list[Row]:
-        """The sequences to decode; their places are the indices below."""
+        """The sequences to decode; other methods name them by their index in this list."""
         ...
 
     @property
     def form(self) -> Form | None:
-        """What each of its texts must be."""
+        """The required form of each text; None: any text."""
         ...
 
     @property
     def before(self) -> str:
-        """What the model writes before such a text."""
+        """The text that the model generates before a text of this form."""
         ...
 
     def take(self, index: int, update: Update) -> None:
-        """Adds what has come for a sequence."""
+        """Adds new tokens of a sequence."""
         ...
 
     def whole(self) -> dict[str, Any]:
-        """The answer, when all sequences have ended."""
+        """The complete response, after all sequences have ended."""
         ...
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        """The first pieces of a stream."""
+        """The first events of a stream."""
         ...
 
     def chunks(self, index: int, update: Update) -> Iterator[dict[str, Any]]:
-        """The pieces for what has come."""
+        """The events for new tokens of a sequence."""
         ...
 
     def end(self) -> Iterator[dict[str, Any]]:
-        """The last pieces."""
+        """The last events of a stream."""
         ...
 
 
@@ -73,7 +73,7 @@ class _Choice:
 
 
 class CompletionAnswer:
-    """The continuations of prompts, in the order of prompts and samples."""
+    """Continuations of prompts, ordered by prompt, then by sample."""
 
     def __init__(self, asked: Asked, prompts: Sequence[np.ndarray], tokenizer: Tokenizer, model: str):
         self._asked, self.prompts, self._tokenizer, self._model = asked, prompts, tokenizer, model
@@ -177,7 +177,7 @@ class ChatAnswer:
         format: ChatFormat,
         most_new: int | None,
     ):
-        """See the class; `most_new` is how many tokens fit behind the prompt, where the request names no number."""
+        """`most_new` is the number of tokens that fit after the prompt; None if the request sets a limit."""
         options = asked.options
         if most_new is not None:
             options = dataclasses.replace(options, max_new_tokens=max(1, min(options.max_new_tokens, most_new)))
@@ -259,5 +259,5 @@ class ChatAnswer:
 
 
 def _moved(tokens: Sequence[Token], characters: int) -> list[Token]:
-    """Tokens of a text that so many characters come before."""
+    """Shifts the character offsets of tokens."""
     return [token._replace(begin=token.begin + characters) for token in tokens]

@@ -1,4 +1,4 @@
-"""The HTTP server: routes in the form of OpenAI's API over one engine.
+"""The HTTP server: routes compatible with OpenAI's API.
 
 Shape suffixes: D n_embd.
 """
@@ -35,16 +35,16 @@ POLICY = (
     *("default-src 'none'", "connect-src 'self'", "img-src data:", "style-src 'unsafe-inline'"),
     *("script-src 'unsafe-inline'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
 )
-"""What the page may load: nothing but itself and this server's answers."""
+"""Content security policy of the page: it may load only itself and this server's responses."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OPEN = ("/", "/health")
-"""Paths that need no API key."""
+"""Paths that do not need an API key."""
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(service: Service, config: ServeConfig, keys: Sequence[str] = ()) -> Starlette:
-    """Returns the ASGI application of a service; `keys` are API keys, of which each request needs one."""
+    """Returns the ASGI application of a service. With `keys`, each request must send one of these API keys."""
     server = _Server(service, config, keys)
     paths: dict[str, tuple[str, Handler]] = {
         "/": ("GET", server.page),
@@ -94,7 +94,7 @@ class _Server:
         self._keys = [key.encode() for key in keys]
 
     def guarded(self, path: str, handler: Handler) -> Handler:
-        """The handler with checks before it, errors in OpenAI's form, and counts after it."""
+        """Wraps a handler: checks the request, converts errors to OpenAI's format, and counts the request."""
 
         async def handle(request: Request) -> Response:
             begin = time.monotonic()
@@ -121,7 +121,7 @@ class _Server:
         return handle
 
     def _check(self, request: Request, path: str) -> None:
-        # A page of another site must not reach a server that only this machine should, by a name that points here.
+        # Against DNS rebinding: a web page of another site must not reach a server that listens only to this machine.
         host = _host(request)
         if self._config.host in LOOPBACK and host not in LOOPBACK:
             raise Invalid(f"the host {host!r} is not served here", status=421)
@@ -134,7 +134,7 @@ class _Server:
             raise Invalid(f"content-type is {kind!r}, must be application/json", status=415)
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        """The body as JSON, refused as soon as it is too large or takes too long."""
+        """Reads the body as JSON; rejects it as soon as it is too large or takes too long."""
         raw, most = bytearray(), self._config.max_body_bytes
         try:
             async with asyncio.timeout(self._config.max_seconds):
@@ -146,15 +146,15 @@ class _Server:
             raise Invalid("the body takes too long to arrive", status=408) from None
         return protocol.parse_json(bytes(raw))
 
-    # --- what is there ----------------------------------------------------------------------------------------
+    # --- information ------------------------------------------------------------------------------------------
 
     async def page(self, _request: Request) -> Response:
-        """A page to try the model."""
+        """A web page to try the model."""
         headers = {"content-security-policy": "; ".join(POLICY)}
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
     async def health(self, _request: Request) -> Response:
-        """Whether requests are taken."""
+        """Whether the server accepts requests."""
         engine = self._service.engine
         if engine is None:
             return JSONResponse({"status": "ok"})
@@ -162,11 +162,11 @@ class _Server:
         return JSONResponse({"status": "ok" if engine.works else "closing"} | counts, 200 if engine.works else 503)
 
     async def metrics(self, _request: Request) -> Response:
-        """Counts for Prometheus."""
+        """Metrics in Prometheus's text format."""
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self, _request: Request) -> Response:
-        """The list of one model."""
+        """The list of models, which has one entry."""
         return JSONResponse({"object": "list", "data": [self._service.description()]})
 
     async def model(self, request: Request) -> Response:
@@ -175,7 +175,7 @@ class _Server:
         return JSONResponse(self._service.description())
 
     async def tokenize(self, request: Request) -> Response:
-        """Token ids of a text; the tokenizer's end token alone is that token."""
+        """Token ids of a text. A text that is exactly the tokenizer's end token gives its id."""
         body = await self._body(request)
         protocol.check_names(body, ("model", "prompt", "add_special_tokens"))
         tokenizer, text = self._service.tokenizer, protocol.text(body, "prompt")
@@ -197,7 +197,7 @@ class _Server:
         return JSONResponse({"prompt": self._service.tokenizer.decode(ids)})
 
     async def tokenizer_info(self, _request: Request) -> Response:
-        """The tokens with a meaning of their own; evaluation programs ask for them."""
+        """The special tokens; evaluation programs request them."""
         tokenizer = self._service.tokenizer
         end = None if tokenizer.end_of_text is None else tokenizer.end_token
         return JSONResponse({"eos_token": end, "bos_token": end, "pad_token": end})
@@ -239,7 +239,7 @@ class _Server:
         return engine
 
     async def _respond(self, request: Request, answer: Answer) -> Response:
-        """Submits an answer's sequences and gives what comes, at once or as a stream."""
+        """Submits an answer's sequences, and responds with the complete answer or a stream."""
         engine, loop = self._engine(), asyncio.get_running_loop()
         rows = answer.rows()
         if len(rows) > protocol.MOST_SEQUENCES:
@@ -252,7 +252,7 @@ class _Server:
 
         def listener(index: int) -> Callable[[Update], None]:
             def put(update: Update) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits for the update
                     loop.call_soon_threadsafe(updates.put_nowait, (index, update))
 
             return put
@@ -282,7 +282,7 @@ class _Server:
     # --- vectors and labels -----------------------------------------------------------------------------------
 
     async def embeddings(self, request: Request) -> Response:
-        """Vectors of texts."""
+        """Embeddings of texts."""
         body = await self._body(request)
         protocol.check_names(body, ("model", "input", "encoding_format", "user", "layer", "pooling", "normalized"))
         protocol.check_model(body, self._service.name)
@@ -327,7 +327,7 @@ class _Server:
         return JSONResponse({"object": "list", "data": rows, "model": self._service.name})
 
     async def _in_batches(self, request: Request, items: list, function: Callable[[list], Iterable]) -> list:
-        """Results of all items; between two batches other requests have their turn."""
+        """Results of all items, in batches; other requests can run between two batches."""
         found, deadline = [], time.monotonic() + self._config.max_seconds
         for first in range(0, len(items), BATCH):
             if time.monotonic() > deadline:
@@ -338,7 +338,7 @@ class _Server:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; `on_end` is called when all are sent or the client has left, even before the first."""
+    """Server-sent events. `on_end` is called after the last event, or as soon as the client disconnects."""
 
     def __init__(self, events: AsyncGenerator[str], on_end: Callable[[], None]):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -353,10 +353,10 @@ class _Stream(StreamingResponse):
 
 
 async def _unless_left(request: Request, waiting: Coroutine[Any, Any, T]) -> T:
-    """What is waited for, unless the client leaves before.
+    """Awaits `waiting`, unless the client disconnects first.
 
     Raises:
-        ClientDisconnect: It left.
+        ClientDisconnect: The client disconnected.
     """
     result, leaving = asyncio.ensure_future(waiting), asyncio.ensure_future(_left(request))
     try:
@@ -370,13 +370,13 @@ async def _unless_left(request: Request, waiting: Coroutine[Any, Any, T]) -> T:
 
 
 async def _left(request: Request) -> None:
-    """Returns when the client has left; its body is read already."""
+    """Returns when the client disconnects. The body must already be read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _events(answer: Answer, first: tuple[int, Update], updates: asyncio.Queue, left: int) -> AsyncGenerator[str]:
-    """Server-sent events of an answer with so many sequences."""
+    """Server-sent events of an answer; `left` is the number of its unfinished sequences."""
     for chunk in answer.begin():
         yield _event(chunk)
     index, update = first
@@ -396,7 +396,7 @@ async def _events(answer: Answer, first: tuple[int, Update], updates: asyncio.Qu
 
 
 def _host(request: Request) -> str:
-    """The name in the request's `Host`, without the port."""
+    """The host name in the request's `Host` header, without the port."""
     host = request.headers.get("host", "")
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
     return name.removeprefix("[").removesuffix("]").lower()

@@ -1,4 +1,4 @@
-"""How a run writes chats: from messages to the token ids that its model continues, and where an answer ends."""
+"""Chat templates of runs: converts messages to the prompt's token ids, and finds the end of an answer."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,29 +16,29 @@ LARGEST_TEMPLATE = 2**18
 LARGEST_TEXT = 2**24
 MOST_ROUNDS = 100_000
 LARGEST_FACTOR = 2**31
-"""Bounds of a Jinja template, far above what the templates of published models need."""
+"""Limits of a Jinja template, far above the needs of published models."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
-    """The chats of one run."""
+    """The chat format of one run."""
 
     encode: Callable[[Sequence[Message]], np.ndarray]
-    """Token ids up to where the answer to the messages begins."""
+    """Encodes messages to token ids, up to the start of the answer."""
     stops: tuple[str, ...]
-    """Texts that end an answer, beside end-of-text: what the template writes behind it, or before the next message."""
+    """Stop strings, in addition to end-of-text: the template's text after an answer or before the next message."""
     header_end: str
-    """The end of the header, where the model writes it before an answer; see `chats.render_prompt`."""
+    """The end of the header, if the model generates it before an answer; see `chats.render_prompt`."""
 
 
 class AnswerFilter:
-    """Takes what belongs to the template from an answer that arrives in pieces: `header_end`, and spaces at the end."""
+    """Removes template text from an answer that arrives in pieces: `header_end`, and white space at the end."""
 
     def __init__(self, format: ChatFormat):
         self._head, self._held = format.header_end, ""
 
     def feed(self, piece: str, final: bool = False) -> str:
-        """Returns the text that is certain by now."""
+        """Returns the new text that is certain."""
         text = self._held + piece
         if self._head:
             if self._head.startswith(text) and not final:
@@ -51,12 +51,12 @@ class AnswerFilter:
 
 
 def chat_format(run: LoadedRun) -> ChatFormat | None:
-    """How a run writes chats; None: it learned none.
+    """The chat format of a run; None if it was not trained on chats.
 
-    A template that came with an imported model is used before `task.template`.
+    The template of an imported model has priority over `task.template`.
 
     Raises:
-        UserError: It learned chats of several templates, or its template is no valid one.
+        UserError: The run has several templates, or its template is invalid.
     """
     tokenizer = run.tokenizer
     if tokenizer is None:
@@ -77,7 +77,7 @@ def _template_format(template: str, tokenizer: Tokenizer) -> ChatFormat:
         return np.concatenate([np.array(first, np.int32), ids])
 
     stops = [after.replace("{role}", ASSISTANT).strip()]
-    if not stops[0]:  # nothing but spaces, which may stand inside an answer too
+    if not stops[0]:  # only white space, which can also occur inside an answer
         stops = [f"{after}{before.replace('{role}', role)}".rstrip() for role in (USER, ASSISTANT, SYSTEM)]
     header_end = before.replace("{role}", ASSISTANT).removeprefix(written)
     return ChatFormat(encode, tuple(dict.fromkeys(filter(str.strip, stops))), header_end)
@@ -90,7 +90,7 @@ def _jinja_format(source: str, tokenizer: Tokenizer) -> ChatFormat:
         for message in messages:
             for name in special:
                 if name in message.content:
-                    raise UserError(f"a message holds {name}, which the chat template keeps for itself; leave it out")
+                    raise UserError(f"a message contains {name}, which is reserved for the chat template; leave it out")
         return tokenizer.encode_with_special(render(messages, tokenizer.end_token))
 
     ends = tuple(name for name in special if name != tokenizer.end_token)
@@ -98,14 +98,14 @@ def _jinja_format(source: str, tokenizer: Tokenizer) -> ChatFormat:
 
 
 def compile_template(source: str) -> Callable[[Sequence[Message], str], str]:
-    """Returns a function of messages and end token that a Jinja template makes text of, in Jinja's sandbox.
+    """Returns a function that renders messages and the end token with a Jinja template, in Jinja's sandbox.
 
-    The sandbox also bounds what a template can cost: its own size, the sum of its ranges, what it multiplies, and the
-    size of the text.
+    The sandbox also limits the template's cost: its size, the sum of its ranges, multiplications, and the size of the
+    text.
 
     Raises:
-        UserError: jinja2 is missing, or the template is no valid one or too large. The function raises it where the
-            template refuses messages, or costs too much.
+        UserError: jinja2 is missing, or the template is invalid or too large. The returned function raises it if the
+            template rejects the messages or exceeds a limit.
     """
     try:
         import jinja2

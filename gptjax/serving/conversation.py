@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said so far, and answers as they are written."""
+"""A conversation with a model: stores the messages and streams answers."""
 
 import dataclasses
 import json
@@ -21,9 +21,9 @@ from gptjax.text.tokenizers.base import Tokenizer
 
 
 class Conversation:
-    """Messages in the run's template; a run without one continues the text so far.
+    """Messages in the run's chat template. A run without a template continues the text so far.
 
-    What is said first is left out where the context is too small for all; the user is told.
+    If the context is too small for all messages, the oldest ones are left out, and `notify` is called.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class Conversation:
         self.system = system
 
     def reset(self) -> None:
-        """Forgets what was said."""
+        """Deletes all messages."""
         self.messages, self._told = [], False
 
     def answer(self, text: str) -> Generator[str]:
-        """Yields the answer to a message of the user, in pieces as they come.
+        """Yields the answer to a message of the user, in pieces as they are generated.
 
-        What has come is kept as the answer, also where the caller stops early.
+        If the caller stops early, the text so far is stored as the answer.
 
         Raises:
             UserError: The message alone does not fit in the context, or cannot be encoded.
@@ -93,7 +93,7 @@ class Conversation:
         write_atomic(path, (json.dumps(row, ensure_ascii=False) + "\n").encode())
 
     def _prompt(self) -> tuple[np.ndarray, int]:
-        """The token ids to continue, and how many may follow."""
+        """The token ids of the prompt, and the largest number of new tokens."""
         block_size = self._model.config.block_size
         room = max(block_size - self._options.max_new_tokens, block_size // 2, 1)
         if self.format is None:
@@ -126,13 +126,13 @@ def _as_it_is(piece: str, final: bool = False) -> str:
 
 
 def sampling(options: DecodingConfig) -> SampleConfig:
-    """The options of decoding as those of one sample."""
+    """Converts decoding options to `SampleConfig` with one sample."""
     shared = {field.name for field in dataclasses.fields(DecodingConfig)}
     return SampleConfig(**{name: getattr(options, name) for name in shared})
 
 
 def for_texts(run: LoadedRun, options: SampleConfig, rows: int) -> DecodingModel:
-    """The model of a run, laid out to decode; ids that its tokenizer does not have are never chosen."""
+    """Prepares the model of a run for decoding. It never chooses ids that the tokenizer does not have."""
     model, tokenizer = run.config.model, run.tokenizer
     kind, objective = run.config.task.kind, run.config.task.objective.kind
     if run.config.why_no_sample or model.encoder_layers or objective == "prefix":

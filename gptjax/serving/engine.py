@@ -1,4 +1,4 @@
-"""The thread that decodes: it takes jobs from a queue, shares the slots among them, and hands on what comes."""
+"""The decoding thread: takes jobs from a queue, assigns slots to them, and passes on new tokens."""
 
 import collections
 import threading
@@ -22,41 +22,41 @@ Finish = Literal["stop", "length"]
 
 
 class QueueFull(Exception):
-    """There is no room for more jobs."""
+    """The queue has no room for more jobs."""
 
 
 class Failure(Exception):
-    """A job could not be done, through no fault of who asked for it."""
+    """A job failed for a reason that is not in the request."""
 
 
 class Token(NamedTuple):
-    """A new token, or one of the prompt."""
+    """A new token, or a token of the prompt."""
 
     id: int
     begin: int
-    """Characters of the text before it."""
+    """Number of characters of the text before the token."""
     logprob: float | None
-    """None: not asked for, or the first of a prompt."""
+    """Log-probability; None if not requested, and for the first token of a prompt."""
     top: tuple[tuple[int, float], ...]
     """The most likely tokens and their log-probabilities."""
 
 
 class Update(NamedTuple):
-    """What has come for a job."""
+    """New output of a job."""
 
     text: str = ""
-    """Certain by now; updates join to the whole text."""
+    """New text that is certain; the updates join to the whole text."""
     tokens: tuple[Token, ...] = ()
-    """Those that begin in the text so far and were not given before."""
+    """Tokens that begin in the text so far and were in no earlier update."""
     prompt_logprobs: Logprobs | None = None
     finish: Finish | None = None
-    """How it ended; None: it goes on."""
+    """Why the sequence ended; None: it is not finished."""
     error: Exception | None = None
-    """Why it ended without a result."""
+    """The error that ended the job."""
 
 
 class Job:
-    """A sequence to be decoded for somebody."""
+    """A sequence to decode, and the function that receives its output."""
 
     def __init__(self, row: Row, tokenizer: Tokenizer, seconds: float, on_update: Callable[[Update], None]):
         self.row, self._tokenizer, self.on_update = row, tokenizer, on_update
@@ -69,11 +69,11 @@ class Job:
 
     @property
     def overdue(self) -> bool:
-        """Whether its time is over."""
+        """Whether its time limit has passed."""
         return time.monotonic() > self.deadline
 
     def take(self, event: Event) -> Update:
-        """What a step of the decoder means for the one who waits."""
+        """Converts an event of the decoder to an update."""
         text = self.collector.add(event.piece)
         for n, token in enumerate(event.piece.tokens_N.tolist()):
             logprobs = event.piece.logprobs
@@ -94,13 +94,13 @@ class Job:
         return Update(text, tuple(tokens), event.prompt_logprobs, finish)
 
     def close(self, finish: Finish) -> Update:
-        """Ends the text where it is."""
+        """Ends the job; the update has the rest of the text."""
         text = self.collector.end()
         return Update(text, tuple(self._waiting), None, finish)
 
 
 class Engine:
-    """Jobs in a queue and in slots."""
+    """Runs jobs from a queue in the decoder's slots."""
 
     def __init__(self, model: DecodingModel, slots: int, max_queue: int, metrics: Metrics):
         self._model, self._slots, self._max_queue, self._metrics = model, slots, max_queue, metrics
@@ -111,16 +111,16 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
 
     def start(self) -> None:
-        """Begins to decode."""
+        """Starts the decoding thread."""
         self._thread.start()
 
     @property
     def works(self) -> bool:
-        """Whether jobs are taken."""
+        """Whether the engine accepts jobs."""
         return self._thread.is_alive() and not self._closing
 
     def warm_up(self) -> None:
-        """Compiles what most requests need; call it before `start`."""
+        """Compiles the programs that most requests need. Call it before `start`."""
         lengths = [length for _, length in CHUNKS if length < self._model.config.block_size] or [1]
         kinds = ((1.0, 0), (0.9, 0), (1.0, 1), (0.9, 1))
         for number, (top_p, logprobs) in enumerate(kinds):
@@ -134,7 +134,7 @@ class Engine:
         """Puts jobs into the queue, all or none.
 
         Raises:
-            QueueFull: They do not fit.
+            QueueFull: The queue has no room for all of them.
             Failure: The engine is closing.
         """
         with self._condition:
@@ -147,7 +147,7 @@ class Engine:
             self._condition.notify()
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Ends jobs that nobody waits for; their slots are free after the step that is being made."""
+        """Cancels jobs; their slots are free after the current step."""
         with self._condition:
             for job in jobs:
                 job.cancelled = True
@@ -162,12 +162,12 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Jobs in the queue."""
+        """Number of jobs in the queue."""
         return len(self._queue)
 
     @property
     def busy(self) -> int:
-        """Slots in use."""
+        """Number of slots in use."""
         return len(self._running)
 
     def _run(self) -> None:
@@ -191,7 +191,7 @@ class Engine:
             self._metrics.slots(self.busy, self.waiting)
 
     def _take(self) -> list[Job]:
-        """Jobs for the free slots, oldest first; those whose time is over end."""
+        """Takes jobs for the free slots, oldest first; ends those whose time limit has passed."""
         taken: list[Job] = []
         waiting = [job for job in self._queue if not job.cancelled]
         self._queue.clear()
@@ -213,7 +213,7 @@ class Engine:
             job.on_update(Update(error=error))
 
     def _drop(self) -> None:
-        """Frees the slots of jobs that nobody waits for or whose time is over."""
+        """Frees the slots of jobs that were cancelled or whose time limit has passed."""
         for row, job in list(self._running.items()):
             if job.cancelled or job.overdue:
                 self._decoder.stop(row)
@@ -236,7 +236,7 @@ class Engine:
         job.on_update(update)
 
     def _fail(self, error: Exception) -> None:
-        """Ends all jobs in slots after an error; what the decoder holds cannot be relied on then."""
+        """Ends all jobs in slots after an error, because the state of the decoder is then undefined."""
         failure = Failure(one_line(error) or "the server failed while it decoded; its log says why")
         for job in self._running.values():
             job.on_update(Update(error=failure))
@@ -245,5 +245,5 @@ class Engine:
 
 
 def pairs(ids_K: Any, top_K: Any) -> tuple[tuple[int, float], ...]:
-    """Token ids with their log-probabilities."""
+    """Pairs of token id and log-probability."""
     return tuple(zip((int(id) for id in ids_K), (float(logprob) for logprob in top_K), strict=True))

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""Metrics of the server for Prometheus."""
 
 from typing import Any
 
@@ -44,7 +44,9 @@ class Metrics:
         self._prompted.inc(tokens)
 
     def tokens(self, count: int, seconds: float, first: bool) -> None:
-        """Counts new tokens of a sequence that came so long after the ones before, or after the request."""
+        """Counts new tokens of a sequence, and the time since its previous tokens or, for the first, since the
+        request.
+        """
         self._generated.inc(count)
         if first:
             self._first.observe(seconds)
@@ -52,10 +54,10 @@ class Metrics:
             self._between.observe(seconds / count)
 
     def slots(self, busy: int, waiting: int) -> None:
-        """Notes how many sequences are decoded and how many wait."""
+        """Records the number of sequences that are decoded and that wait."""
         self._busy.set(busy)
         self._waiting.set(waiting)
 
     def text(self) -> bytes:
-        """All of it in Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return self._write(self._registry)

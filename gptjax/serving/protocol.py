@@ -1,6 +1,6 @@
-"""Bodies of requests in the form of OpenAI's API, read strictly, and the objects that answer them.
+"""Parses request bodies of OpenAI's API strictly, and builds response objects.
 
-A parameter that the server does not know, or knows and does not support, is an error: nothing is passed over.
+An unknown or unsupported parameter is an error; no parameter is silently ignored.
 """
 
 import base64
@@ -25,17 +25,17 @@ from gptjax.text.tokenizers.base import Tokenizer
 from gptjax.text.unicode import has_surrogate
 
 MOST_SEQUENCES = 128
-"""Prompts times samples of one request."""
+"""Largest number of sequences (prompts times samples) of one request."""
 MOST_STOPS = 16
 MOST_TEXTS = 512
-"""Texts in one request for vectors or labels."""
+"""Largest number of texts in one request for embeddings or labels."""
 COMMON = {
     **{"temperature": float, "top_p": float, "presence_penalty": float, "frequency_penalty": float, "seed": int},
     **{"top_k": int, "min_p": float, "typical_p": float, "repetition_penalty": float, "min_tokens": int},
 }
-"""Numbers of both endpoints; those of the second line are not OpenAI's."""
+"""Numeric parameters of both endpoints; those in the second line are extensions of OpenAI's API."""
 OPTIONS = {"min_tokens": "min_new_tokens"}
-"""Names of `SampleConfig`, where they differ."""
+"""Names in `SampleConfig`, if they differ."""
 SHARED = (
     *COMMON,
     "model",
@@ -55,11 +55,11 @@ UNSUPPORTED = (
     *("suffix", "best_of", "tools", "tool_choice", "functions", "function_call", "audio"),
     *("modalities", "prediction", "reasoning_effort", "web_search_options", "dimensions"),
 )
-"""Parameters of OpenAI's that may only be null."""
+"""Parameters of OpenAI's API that are not supported: only null is allowed."""
 
 
 class Invalid(Exception):
-    """A request that is refused, with the HTTP status and the fields of OpenAI's error object."""
+    """An invalid request: HTTP status and fields of OpenAI's error object."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
         super().__init__(message)
@@ -75,26 +75,26 @@ def error_body(message: str, status: int, param: str | None = None, code: str | 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What completions and chats have in common."""
+    """Parameters that completions and chats share."""
 
     options: SampleConfig
     samples: int
     stream: bool
     include_usage: bool
     logprobs: int | None
-    """Most likely tokens of each token; None: no log-probabilities."""
+    """Number of most likely tokens to return at each position; None: no log-probabilities."""
     echo: bool = False
     score_only: bool = False
-    """No new tokens."""
+    """Generate no new tokens."""
     form: Form | None = None
-    """What the text must be."""
+    """The required form of the text."""
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """Reads a body: one JSON object of valid text.
+    """Parses a body, which must be one JSON object of valid Unicode.
 
     Raises:
-        Invalid: It is something else.
+        Invalid: It is not.
     """
 
     def refuse(constant: str) -> None:
@@ -112,10 +112,10 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def check_names(body: dict[str, Any], known: Sequence[str]) -> None:
-    """Refuses parameters that are not known, or not supported and not null.
+    """Checks that all parameters are known, and that unsupported ones are null.
 
     Raises:
-        Invalid: Naming the parameter.
+        Invalid: They are not; the message names the parameter.
     """
     for name, value in body.items():
         if name in UNSUPPORTED:
@@ -126,20 +126,20 @@ def check_names(body: dict[str, Any], known: Sequence[str]) -> None:
 
 
 def check_model(body: dict[str, Any], model: str) -> None:
-    """Refuses another model than the one that is served.
+    """Checks that the requested model is the served one.
 
     Raises:
-        Invalid: With status 404.
+        Invalid: It is not (status 404).
     """
     if body.get("model") not in (None, model):
         raise Invalid(f"the model {body['model']!r} is not served; use {model!r}", "model", "model_not_found", 404)
 
 
 def read_completion(body: dict[str, Any], most_new: int) -> Asked:
-    """The options of `/v1/completions`.
+    """Parses the parameters of `/v1/completions`.
 
     Raises:
-        Invalid: A parameter is wrong.
+        Invalid: A parameter is invalid.
     """
     check_names(body, COMPLETION)
     logprobs = _number(body, "logprobs", int, None, 0, MOST_LOGPROBS)
@@ -151,10 +151,10 @@ def read_completion(body: dict[str, Any], most_new: int) -> Asked:
 
 
 def read_chat(body: dict[str, Any], most_new: int) -> Asked:
-    """The options of `/v1/chat/completions`; without a number of tokens, as many as the context has room for.
+    """Parses the parameters of `/v1/chat/completions`. The default number of tokens is what fits in the context.
 
     Raises:
-        Invalid: A parameter is wrong.
+        Invalid: A parameter is invalid.
     """
     check_names(body, CHAT)
     wanted, top = _boolean(body, "logprobs"), _number(body, "top_logprobs", int, None, 0, MOST_LOGPROBS)
@@ -173,7 +173,7 @@ def _asked(body: dict[str, Any], logprobs: int | None, max_tokens: int, echo: bo
         value = _number(body, name, kind, None)
         if value is not None:
             values[OPTIONS.get(name, name)] = value
-    if values.get("temperature") == 0:  # these have no effect then, and clients send them all the same
+    if values.get("temperature") == 0:  # these then have no effect, but clients send them anyway
         for name in ("top_p", "top_k", "min_p", "typical_p"):
             values.pop(name, None)
     seed = values.pop("seed", None)
@@ -241,10 +241,10 @@ def _form(body: dict[str, Any]) -> Form | None:
 
 
 def read_prompts(value: Any, tokenizer: Tokenizer, name: str) -> list[np.ndarray]:
-    """The token ids of a text, a list of texts, a list of ids, or a list of such lists.
+    """The token ids of a text, a list of texts, a list of ids, or a list of lists of ids.
 
     Raises:
-        Invalid: It is something else, or empty, or cannot be encoded.
+        Invalid: The value has another type, is empty, or cannot be encoded.
     """
     if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value)):
         value = [value]
@@ -271,12 +271,12 @@ def read_prompts(value: Any, tokenizer: Tokenizer, name: str) -> list[np.ndarray
 
 
 def read_embedding(body: dict[str, Any]) -> EmbeddingOptions:
-    """What vectors are asked for.
+    """Parses the parameters of `/v1/embeddings`.
 
     Raises:
-        Invalid: A parameter is wrong.
+        Invalid: A parameter is invalid.
     """
-    default = EmbeddingOptions(normalized=True)  # as OpenAI's vectors are
+    default = EmbeddingOptions(normalized=True)  # as in OpenAI's API
     pooling = body.get("pooling") or default.pooling
     if pooling not in typing.get_args(Pooling):
         raise Invalid(f"pooling must be one of {', '.join(typing.get_args(Pooling))}", "pooling")
@@ -285,10 +285,10 @@ def read_embedding(body: dict[str, Any]) -> EmbeddingOptions:
 
 
 def text(body: dict[str, Any], name: str) -> str:
-    """A text, empty where there is none.
+    """A text parameter; empty by default.
 
     Raises:
-        Invalid: It is something else.
+        Invalid: It is not a text.
     """
     value = body.get(name)
     if value is not None and not isinstance(value, str):
@@ -297,10 +297,10 @@ def text(body: dict[str, Any], name: str) -> str:
 
 
 def read_messages(value: Any) -> list[Message]:
-    """The messages of a chat.
+    """Parses the messages of a chat.
 
     Raises:
-        Invalid: They are malformed, or hold something that is no text.
+        Invalid: They are malformed, or have content that is not text.
     """
     if not isinstance(value, list) or not value:
         raise Invalid("messages must be a list of at least one {role, content}", "messages")
@@ -352,22 +352,22 @@ def _boolean(body: dict, name: str) -> bool:
 
 
 def new_id(kind: str) -> str:
-    """A name for an answer."""
+    """A new id of a response."""
     return f"{kind}-{secrets.token_hex(12)}"
 
 
 def envelope(id: str, object: str, model: str) -> dict[str, Any]:
-    """What every answer begins with."""
+    """The first fields of every response."""
     return {"id": id, "object": object, "created": int(time.time()), "model": model}
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:
-    """Counts of tokens."""
+    """Token counts of a response."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """The text of a token; `bytes:\\xNN` where it is no valid UTF-8 alone."""
+    """The text of a token, or `bytes:\\xNN` if it is not valid UTF-8 on its own."""
     raw = tokenizer.decode_bytes([token])
     try:
         return raw.decode()
@@ -376,7 +376,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], count: int) -> dict[str, list]:
-    """Log-probabilities of a completion."""
+    """The log-probability object of a completion."""
     return {
         "tokens": [token_text(tokenizer, token.id) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
@@ -391,7 +391,7 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], count: in
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], count: int) -> dict[str, list]:
-    """Log-probabilities of an answer."""
+    """The log-probability object of a chat answer."""
 
     def entry(id: int, logprob: float | None) -> dict[str, Any]:
         raw = tokenizer.decode_bytes([id])
@@ -406,7 +406,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], count: int) -> 
 
 
 def embedding(vector: np.ndarray, encoding: str) -> list[float] | str:
-    """A vector as numbers, or as base64 of little-endian float32."""
+    """An embedding as numbers, or as base64 of little-endian float32."""
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.tolist()

@@ -1,4 +1,4 @@
-"""What is served: a run, the engine that decodes with it, and its labels and vectors."""
+"""The served run: its engine for decoding, its embeddings and its labels."""
 
 import asyncio
 import threading
@@ -33,7 +33,7 @@ from gptjax.training.step import compute_options
 
 
 class Service:
-    """A run that answers; `engine` is None for runs that label texts."""
+    """A served run. `engine` is None for runs that label texts."""
 
     def __init__(self, run: LoadedRun, name: str, config: ServeConfig):
         """See the class.
@@ -54,24 +54,26 @@ class Service:
             model = for_texts(run, options, config.slots)
             self._model = model.config
             self.engine = Engine(model, config.slots, config.max_queue, self.metrics)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="labels")  # one at a time: each uses all cores
+        self._executor = ThreadPoolExecutor(
+            1, thread_name_prefix="labels"
+        )  # one worker, because each computation uses all cores
         self._computing = 0
         self._lock = threading.Lock()
         self._constrainer: Constrainer | None = None
 
     def start(self) -> None:
-        """Begins to take requests."""
+        """Starts to accept requests."""
         if self.engine is not None:
             self.engine.start()
 
     def close(self) -> None:
-        """Finishes what runs."""
+        """Finishes running requests and stops."""
         if self.engine is not None:
             self.engine.close()
         self._executor.shutdown()
 
     def description(self) -> dict[str, Any]:
-        """The model as an object of `/v1/models`."""
+        """The model's entry in `/v1/models`."""
         model = self.run.config.model
         return {
             **{"id": self.name, "object": "model", "created": self.created, "owned_by": "gptjax"},
@@ -85,7 +87,7 @@ class Service:
         return ["completions", *(["chat/completions"] if self.chat_format else []), "embeddings"]
 
     def constrain(self, rows: Sequence[Row], form: Form, before: str) -> None:
-        """Makes the rows write texts of a form, after what the model writes before them.
+        """Constrains the rows to texts of a form, which follow the text `before`.
 
         Raises:
             UserError: The form is malformed, or llguidance is missing.
@@ -97,7 +99,7 @@ class Service:
             row.constraint = self._constrainer.make(form, before)
 
     def check(self, row: Row) -> None:
-        """Refuses a sequence that cannot be decoded.
+        """Checks that a sequence can be decoded.
 
         Raises:
             Invalid: It is too long, or an option is not supported.
@@ -120,10 +122,10 @@ class Service:
             raise Invalid(str(error)) from None
 
     async def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs a function that computes, beside the loop of the server.
+        """Runs a function on the worker thread, outside the event loop.
 
         Raises:
-            QueueFull: Too many wait already.
+            QueueFull: Too many calls are waiting.
         """
         if self._computing > self._config.max_queue:
             raise QueueFull
@@ -134,10 +136,10 @@ class Service:
             self._computing -= 1
 
     def check_text(self, number: int, ids: np.ndarray) -> None:
-        """Refuses an input that is longer than the context.
+        """Checks that an input fits in the context.
 
         Raises:
-            Invalid: It is.
+            Invalid: It does not.
         """
         most = self.run.config.model.block_size
         if len(ids) > most:
@@ -145,15 +147,15 @@ class Service:
             raise Invalid(message, "input", "context_length_exceeded")
 
     def embed(self, texts: Sequence[np.ndarray], options: EmbeddingOptions) -> np.ndarray:
-        """Vectors of token ids, float32 `[texts, n_embd]`."""
+        """Embeddings of texts given as token ids, float32 `[texts, n_embd]`."""
         compute = Compute(self._config.compute_dtype, unroll=1)
         return embed_ids(self.run.config.model, self.run.params, texts, options, compute)
 
     def head(self, part: str) -> tuple[str, Config]:
-        """The name of the head that classifies, and its config.
+        """The name of the classification head, and its config.
 
         Raises:
-            Invalid: The run classifies no texts, or has several heads and none is named.
+            Invalid: The run does not classify texts, or has several heads and `part` names none of them.
         """
         parts = {name: config for name, config in self._parts.items() if config.task.kind == "classify"}
         if not parts:
@@ -164,11 +166,11 @@ class Service:
         return name, parts[name]
 
     def classify(self, texts: Sequence[str], name: str, config: Config) -> list[dict[str, Any]]:
-        """What a head says of texts: the label, or the labels, and the probability of each; whether a text was cut."""
+        """Predicted labels of texts, the probabilities of all labels, and whether a text was cut."""
         rows = (DataRow({config.data.text_field: text}, "input") for text in texts)
         examples = list(parse(rows, config.task, config.data, labelled=False))
         predict = TASKS["classify"].predict
-        assert predict is not None  # it names labels
+        assert predict is not None  # `head` returns only heads that predict labels
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         found, _ = predict(
             *(config, name, self.run.params, self.tokenizer, examples, BATCH if len(examples) > 1 else 1),
