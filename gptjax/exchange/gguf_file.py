@@ -12,12 +12,12 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
-    """An open file; tensors are read one at a time."""
+    """An open file. Tensors are read one at a time."""
 
     where: str
     metadata: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
-    """Of each tensor, as NumPy orders axes."""
+    """Shape of each tensor, in NumPy's order of axes."""
     read: Callable[[str], np.ndarray]
     """Returns a tensor by name, dequantized to float32."""
 
@@ -39,8 +39,8 @@ def open_gguf(path: Path) -> GgufFile:
     """Opens a file and reads its metadata.
 
     Raises:
-        UserError: No such file, not a whole GGUF file, or one of several parts. `read` raises it for a quantization
-            that the gguf package cannot undo.
+        UserError: The file does not exist, is no complete GGUF file, or is split into parts. `read` raises it for a
+            quantization that the gguf package cannot dequantize.
     """
     gguf = import_gguf()
     try:

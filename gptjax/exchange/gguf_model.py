@@ -1,7 +1,7 @@
-"""A GGUF file ⇄ config and parameters, by way of the names and fields of the same model at Hugging Face.
+"""A GGUF file ⇄ config and parameters, through the names and fields of the same model at Hugging Face.
 
-In its `llama` architecture, llama.cpp rotates neighbouring channels of a head together, where Hugging Face rotates the
-two halves, so the rows of queries and keys in such a file have another order.
+In the `llama` architecture, llama.cpp pairs adjacent channels of a head for rotary embeddings, and Hugging Face pairs
+channels of the two halves. So the rows of queries and keys have a different order in a GGUF file.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Architecture:
 
     name: str
     neighbours: bool = False
-    """Whether neighbouring channels are rotated together."""
+    """Whether rotary embeddings pair adjacent channels."""
 
 
 ARCHITECTURES = {
@@ -45,19 +45,18 @@ SIZES = {
     "num_attention_heads": "attention.head_count",
     "max_position_embeddings": "context_length",
 }
-"""Fields of config.json and the keys that hold them."""
+"""Fields of config.json and their keys in a GGUF file."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE_FACTORS = "rope_freqs.weight"
 WITHOUT_EFFECT = ("vocab_size", "rope.dimension_count", "attention.value_length")
-"""Keys that repeat what tensors or other keys say; their values are checked where they could differ."""
+"""Redundant keys: their values are checked if they could contradict tensors or other keys."""
 
 
 def import_gguf_model(path: Path, notify: Callable[[str], None]) -> Imported:
     """Reads a GGUF file of a language model; quantized weights are dequantized to float32.
 
     Raises:
-        UserError: The file is damaged, its architecture is not supported, or it computes something that the decoder
-            cannot.
+        UserError: The file is damaged, or the decoder does not support its architecture or one of its options.
     """
     file = open_gguf(path)
     name = file.metadata.get("general.architecture")
@@ -100,16 +99,16 @@ def export_gguf_model(
 
     Args:
         model: Shape of the model.
-        params: As `init_params` makes them, any float dtype.
-        tokenizer: Written where llama.cpp has a way to cut text as it does; None: the file gets none.
-        to: File to make.
+        params: Structure of `init_params`, any float dtype.
+        tokenizer: Written if llama.cpp supports its pre-tokenization; None: the file gets no tokenizer.
+        to: File to create.
         kind: "f32", "f16" or "q8_0": type of matrices; vectors stay float32.
-        notify: Told in one line what is not written as asked for.
-        family_name: The architecture; empty: the first that computes the same.
-        chat_template: Source of the Jinja template of chats, kept in the file.
+        notify: Receives one line for each deviation from the request.
+        family_name: The architecture; empty: the first equivalent one.
+        chat_template: Source of the Jinja chat template, stored in the file.
 
     Raises:
-        UserError: No architecture computes the same, or the file exists.
+        UserError: No architecture is equivalent to the model, or the file exists.
     """
     gguf = import_gguf()
     if family_name and family_name not in ARCHITECTURES:
@@ -201,7 +200,7 @@ def _rope_scaling(file: GgufFile, config: dict, get: Callable) -> dict | None:
 
 
 def _write_config(gguf: Any, writer: Any, config: dict, model: ModelConfig, where: str) -> np.ndarray | None:
-    """Writes the keys of a config.json; returns the factors of Llama 3's rope where it has them."""
+    """Writes the keys of a config.json; returns the factors of Llama 3's rope scaling if the model uses it."""
     for field, key in SIZES.items():
         writer.add_uint32(f"{writer.arch}.{key}", config[field])
     writer.add_head_count_kv(config["num_key_value_heads"])
@@ -228,7 +227,7 @@ def _write_config(gguf: Any, writer: Any, config: dict, model: ModelConfig, wher
 
 
 def _llama3_factors(base: float, head_dim: int, scaling: dict) -> np.ndarray:
-    """What each frequency is divided by, `[head_dim / 2]`; see `ModelConfig.rope_scaling`."""
+    """The divisor of each frequency, `[head_dim / 2]`; see `ModelConfig.rope_scaling`."""
     length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = length * base ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
@@ -237,7 +236,7 @@ def _llama3_factors(base: float, head_dim: int, scaling: dict) -> np.ndarray:
 
 
 def _gguf_names(family: Family, model: ModelConfig, name: str) -> dict[str, str]:
-    """The name of each tensor in a GGUF file, by that in a Hugging Face folder."""
+    """Maps names of tensors in a Hugging Face folder to their names in a GGUF file."""
     gguf = import_gguf()
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[name].name], model.n_layer)
     return {hf: table.get_name(hf, (".weight", ".bias")) for hf in tensor_shapes(family, model)}
@@ -252,7 +251,7 @@ def _tensors(family: Family, model: ModelConfig, params: dict, name: str) -> Ite
 
 
 def _add_tensor(gguf: Any, writer: Any, name: str, x: np.ndarray, kind: str) -> bool:
-    """Adds a tensor; returns whether it is float16 although q8_0 was asked for."""
+    """Adds a tensor; returns whether it is stored as float16 although q8_0 was requested."""
     if x.ndim == 1 or kind == "f32":
         writer.add_tensor(name, x)
         return False
@@ -265,7 +264,7 @@ def _add_tensor(gguf: Any, writer: Any, name: str, x: np.ndarray, kind: str) -> 
 
 
 def _permutation(model: ModelConfig) -> dict[str, np.ndarray]:
-    """The row of a Hugging Face tensor that is each row of a GGUF tensor, of queries and of keys."""
+    """For queries and keys: the row of the Hugging Face tensor for each row of the GGUF tensor."""
 
     def rows(heads: int) -> np.ndarray:
         return np.arange(heads * model.head_width).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
@@ -278,5 +277,5 @@ def _inverse(permutation: np.ndarray) -> np.ndarray:
 
 
 def _shortest(value: float) -> float:
-    """The decimal number that a float32 of the file stands for: 1e-5 for 0.00000999999974737875."""
+    """The shortest decimal number that rounds to a float32 of the file: 1e-5 for 0.00000999999974737875."""
     return float(str(np.float32(value)))

@@ -10,7 +10,7 @@ from gptjax.exchange.hf_tokenizer import library_content
 from gptjax.exchange.tokenizer_files import TokenizerFiles, content_text
 from gptjax.text.tokenizers.base import Tokenizer
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens, as llama.cpp numbers them
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of llama.cpp
 HF_JSON = "tokenizer.huggingface.json"
 SPACE = "\u2581"
 
@@ -23,7 +23,7 @@ _WORDS = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]
 _TAIL_SLASH = _TAIL.replace(r"[\r\n]*", r"[\r\n/]*", 1)
 _TEKKEN = "|".join((*_WORDS, r"\p{N}", _TAIL_SLASH))
 _GPT4O = "|".join((*(f"{word}{_CONTRACTIONS}?" for word in _WORDS), r"\p{N}{1,3}", _TAIL_SLASH))
-# What gptjax's own encodings cut text by: the same texts as Llama 3's pattern.
+# The pre-tokenization pattern of gptjax's own encodings; it splits text like Llama 3's pattern.
 _OWN = r"'(?i:[sdmt]|ll|ve|re)" + _LLAMA3.removeprefix(_CONTRACTIONS)
 
 
@@ -48,15 +48,15 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("gpt-4o", "llama4"), _split(_GPT4O)),
     "tekken": _split(_TEKKEN),
 }
-"""How text is cut before merging, by `tokenizer.ggml.pre`; the first name of each is the one that is written."""
+"""Pre-tokenization by `tokenizer.ggml.pre`. Exports write the first name of each."""
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
-"""Where a word that is a token becomes that token, whether or not merges lead there."""
+"""Values for which a word that is a token becomes that token even if merges do not produce it."""
 
 
 def gguf_tokenizer_files(file: GgufFile, notify: Callable[[str], None]) -> TokenizerFiles:
-    """What a file says about its tokenizer.
+    """The tokenizer of a file.
 
-    A tokenizer.json that is kept in the file whole is used; else one is made of its list of tokens.
+    If the file contains a complete tokenizer.json, that is used; otherwise one is built from the list of tokens.
 
     Raises:
         UserError: The metadata is damaged.
@@ -80,7 +80,7 @@ def gguf_tokenizer_files(file: GgufFile, notify: Callable[[str], None]) -> Token
 def write_tokenizer(
     gguf: Any, writer: Any, tokenizer: Tokenizer, vocab_size: int, where: str, notify: Callable[[str], None]
 ) -> None:
-    """Writes a tokenizer's keys; `notify` gets a line where llama.cpp cannot cut text as it does."""
+    """Writes a tokenizer's keys; `notify` receives a line if llama.cpp does not support its pre-tokenization."""
     content = library_content(tokenizer)
     if content is None:
         notify(f"{where}: exported without a tokenizer: kind {tokenizer.kind} has no form in GGUF")
@@ -145,9 +145,9 @@ def _content(file: GgufFile, key: dict, tokens: list[str], notify: Callable[[str
 
 
 def _pieces(key: dict, vocab: dict[str, int]) -> dict:
-    """A tokenizer of SentencePiece's kind: what merges is what a piece of a higher score is made of.
+    """A SentencePiece BPE tokenizer: merges are the splits of each piece into two pieces, ordered by the piece's score.
 
-    Source: the converter of transformers, which makes the same list of merges.
+    Source: the converter of transformers, which builds the same list of merges.
     """
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     before = [{"type": "Prepend", "prepend": SPACE}] if key.get("add_space_prefix", True) else []
@@ -195,7 +195,7 @@ def _cuts_like(content: dict, steps: dict) -> bool:
 
 
 def _without_offsets(steps: dict) -> dict:
-    """The steps without what concerns the places of tokens alone."""
+    """The steps without settings that only affect token offsets."""
     inner = [_without_offsets(step) for step in steps.get("pretokenizers", [])]
     rest = {name: value for name, value in steps.items() if name not in ("trim_offsets", "pretokenizers")}
     return rest | ({"pretokenizers": inner} if inner else {})

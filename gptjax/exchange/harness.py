@@ -2,8 +2,8 @@
 
     python -m gptjax.exchange.harness run --model gptjax --model_args run_dir=RUN --tasks hellaswag
 
-takes the arguments of the program `lm_eval`, which has no list of models of other packages: this module adds the model
-"gptjax" to its registry and calls it. The same in Python: `register()`, then `lm_eval.simple_evaluate(model="gptjax",
+takes the arguments of the program `lm_eval`. lm_eval has no plugin mechanism, so this module adds the model "gptjax" to
+its registry and calls it. In Python: `register()`, then `lm_eval.simple_evaluate(model="gptjax",
 model_args="run_dir=RUN", ...)`.
 """
 
@@ -24,14 +24,14 @@ from gptjax.machine import compile_cache
 from gptjax.model.gpt import Compute
 
 LONGEST_ANSWER = 256
-"""Tokens that are generated at most where a task does not say how many, as in the harness's own models."""
+"""Largest number of generated tokens if the task sets no limit; the default of lm_eval's own models."""
 
 
 def register() -> None:
-    """Makes "gptjax" a model of the harness.
+    """Registers the model "gptjax" in lm_eval.
 
     Raises:
-        UserError: The harness is not installed.
+        UserError: lm_eval is not installed.
     """
     try:
         from lm_eval.api.registry import model_registry
@@ -43,13 +43,13 @@ def register() -> None:
 
 @functools.cache
 def model_class() -> type:
-    """The model, a class of the harness; made here because its base is only there where the harness is installed."""
+    """The model class. It is defined in a function because its base class needs lm_eval."""
     from lm_eval import utils
     from lm_eval.api.model import LM
     from lm_eval.models.utils import normalize_gen_kwargs
 
     class GptjaxLM(LM):
-        """A run, with the three kinds of requests of the harness."""
+        """A run that answers the three kinds of requests of lm_eval."""
 
         def __init__(
             self,
@@ -57,7 +57,7 @@ def model_class() -> type:
             checkpoint: str = "best",
             dtype: str = "float32",
             batch_size: int | str = 16,
-            **ignored: Any,  # the harness passes device and max_batch_size to every model
+            **ignored: Any,  # lm_eval passes device and max_batch_size to every model
         ):
             super().__init__()
             if unknown := set(ignored) - {"device", "max_batch_size"}:
@@ -158,7 +158,7 @@ def _dtype(name: str) -> Literal["float32", "bfloat16"]:
 
 
 def main() -> int:
-    """Runs the harness's own program; a mistake of the user is one line and status 2."""
+    """Runs lm_eval's command line; a user error prints one line and returns status 2."""
     try:
         register()
         from lm_eval.__main__ import cli_evaluate

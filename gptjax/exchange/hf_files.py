@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict:
     """Reads one JSON object.
 
     Raises:
-        UserError: No such file, or no JSON object.
+        UserError: The file does not exist or is no JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -72,15 +72,15 @@ def open_tensors(hf_dir: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Cal
 
 
 def write_tensors(hf_dir: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 0) -> None:
-    """Writes model.safetensors, or parts of at most so many bytes with an index, one after another.
+    """Writes model.safetensors, or with `shard_bytes` several parts of at most this size and an index.
 
-    Only the tensors of one part are in memory; a tensor larger than `shard_bytes` is a part of its own.
+    Memory holds the tensors of one part. A tensor larger than `shard_bytes` is written as a separate part.
     """
     parts: list[list[str]] = []
     total, part, size = 0, dict[str, np.ndarray](), 0
 
     def write_part():
-        # transformers wants to be told that the layout is PyTorch's.
+        # transformers requires this metadata.
         save_file(part, hf_dir / f"part-{len(parts)}", {"format": "pt"})
         parts.append(list(part))
 
@@ -102,10 +102,10 @@ def write_tensors(hf_dir: Path, tensors: Iterable[tuple[str, np.ndarray]], shard
 
 
 def make_empty_folder(path: Path) -> None:
-    """Makes the folder, or takes one that is empty.
+    """Creates a folder; an existing empty folder is accepted.
 
     Raises:
-        UserError: It holds files, or cannot be made.
+        UserError: The folder is not empty or cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -47,31 +47,31 @@ class Imported:
 
     model: ModelConfig
     params: dict
-    """As `init_params` makes them, float32."""
+    """Structure of `init_params`, float32."""
     tokenizer: Tokenizer | None
-    """None where the files have none that can be converted."""
+    """None if the files have no tokenizer that can be converted."""
     chat_template: str = ""
-    """Source of the Jinja template of its chats; empty: none."""
+    """Source of the Jinja chat template; empty: none."""
     end_ids: tuple[int, ...] = ()
-    """Ids that its config names as ends of a text."""
+    """End-of-text ids of the model's config."""
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
-    """What its head does; that of labels is in `params["heads"]`."""
+    """The task of the head; a classification head is in `params["heads"]`."""
 
 
 def import_model(hf_dir: Path, notify: Callable[[str], None] = lambda message: None) -> Imported:
     """Reads a folder that `save_pretrained` of a model (and of its tokenizer) wrote.
 
-    The model is a causal language model, or one that labels texts or words; the latter has no output projection, so it
-    is read as one whose projection is the embedding.
+    The model is a causal language model, or a classifier of texts or words. A classifier has no output projection, so
+    the embedding is used as its output projection.
 
     Args:
-        hf_dir: Holds config.json and model.safetensors, whole or in parts; float32, float16 or bfloat16.
-        notify: Told in one line which fields of config.json are not known, and where there is no tokenizer, or none
-            that can be converted exactly.
+        hf_dir: Folder with config.json and model.safetensors (one file or parts) in float32, float16 or bfloat16.
+        notify: Receives one line about unknown fields of config.json, and one if there is no tokenizer or it cannot be
+            converted exactly.
 
     Raises:
-        UserError: No such folder, a damaged file, a model that computes something else, or a tensor that is missing,
-            unknown or of another shape than config.json says.
+        UserError: The folder does not exist, a file is damaged, the model is not supported, or a tensor is missing,
+            unknown or has another shape than config.json says.
     """
     raw = read_config(hf_dir)
     family, model = read_model_config(raw, str(hf_dir / "config.json"), notify)
@@ -107,17 +107,17 @@ def export_model(
 
     Args:
         model: Shape of the model.
-        params: As `init_params` makes them, any float dtype; written as float32, rows that pad the vocabulary cut off.
-        tokenizer: Written where it is a byte-pair encoding; None: the folder gets no tokenizer.
-        to: Folder to make; an empty one will do.
-        notify: Told in one line where the tokenizer has no form that transformers reads.
-        family_name: The `model_type` to write; empty: the first that computes the same.
-        shard_bytes: Largest file of tensors; 0: one file.
-        chat_template: Source of the Jinja template of chats, written beside the tokenizer.
-        head: Written instead of the output projection; the tokenizer then puts the end token where gptjax does.
+        params: Structure of `init_params`, any float dtype. Written as float32, without padded vocabulary rows.
+        tokenizer: Written if it is a byte-pair encoding; None: the folder gets no tokenizer.
+        to: Folder to create; it may exist if it is empty.
+        notify: Receives one line if transformers cannot read the tokenizer.
+        family_name: The `model_type` to write; empty: the first equivalent one.
+        shard_bytes: Largest size of a file of tensors; 0: one file.
+        chat_template: Source of the Jinja chat template, written next to the tokenizer.
+        head: Written instead of the output projection; the tokenizer then adds the end tokens that gptjax adds.
 
     Raises:
-        UserError: No family computes the same, or the folder holds files.
+        UserError: No family is equivalent to the model, or the folder is not empty.
     """
     families = {
         name: family for name, family in FAMILIES.items() if head is None or head.task.kind in family.label_heads
@@ -143,10 +143,10 @@ def export_model(
 
 
 def read_model_config(raw: dict, where: str, notify: Callable[[str], None]) -> tuple[Family, ModelConfig]:
-    """Returns the family and the shape that a config.json describes.
+    """Returns the family and the model config that a config.json describes.
 
     Raises:
-        UserError: The family is not supported, or the model computes something that the decoder cannot.
+        UserError: The family or an option of the model is not supported.
     """
     name = raw.get("model_type")
     if name not in FAMILIES:
@@ -187,14 +187,14 @@ def read_params(
     read: Callable[[str], np.ndarray],
     where: str,
 ) -> dict:
-    """Our parameters from the tensors of a file.
+    """Converts the tensors of a file to our parameters.
 
     Args:
         family: Names of tensors.
         model: Shape of the model.
-        shapes: Of the tensors in the file, whose names may lack the family's prefix.
-        read: Returns one of them.
-        where: Names the file in errors.
+        shapes: Shapes of the tensors in the file; their names may lack the family's prefix.
+        read: Returns one tensor, given its name.
+        where: The file, for error messages.
 
     Raises:
         UserError: A tensor is missing, unknown or of another shape.
@@ -226,7 +226,7 @@ def read_params(
 
 
 def tensors_of(family: Family, model: ModelConfig, params: dict) -> Iterator[tuple[str, np.ndarray]]:
-    """Their names and tensors, float32; rows that only pad the vocabulary are cut off."""
+    """Yields names and float32 tensors for Hugging Face, without padded vocabulary rows."""
     for name, layer, entry in _places(family, model):
         leaves = (_get(params if layer is None else params["blocks"], leaf) for leaf in entry.leaves)
         ours = tuple(np.asarray(leaf if layer is None else leaf[layer]).astype(np.float32) for leaf in leaves)
@@ -238,7 +238,7 @@ def tensors_of(family: Family, model: ModelConfig, params: dict) -> Iterator[tup
 
 
 def tensor_shapes(family: Family, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in a file, by its whole name."""
+    """The shape of each tensor in a file, by its full name."""
     leaves = _leaves(dataclasses.replace(model, vocab_multiple=1))
     shapes = {}
     cached: dict[Entry, tuple[tuple[int, ...], ...]] = {}
@@ -262,7 +262,7 @@ def _places(family: Family, model: ModelConfig) -> Iterator[tuple[list[str], int
 
 
 def _names_in_file(family: Family, model: ModelConfig, found: dict, where: str) -> dict[str, str]:
-    """Maps each tensor's name without prefix to its name in the file; checks that the file holds this model."""
+    """Maps each tensor's name without prefix to its name in the file; checks that the file contains this model."""
     expected = {name.removeprefix(family.prefix): shape for name, shape in tensor_shapes(family, model).items()}
     names = {name.removeprefix(family.prefix): name for name in found}
     for name, shape in expected.items():
@@ -297,7 +297,7 @@ def _embedding(family: Family) -> Entry:
 
 
 def _get(tree: Any, leaf: str) -> Any:
-    """The leaf of this name; None: there is none."""
+    """The leaf of this name, or None."""
     for part in leaf.split("/"):
         if part not in tree:
             return None

@@ -1,7 +1,7 @@
 """Converts byte-pair encodings between the format of the tokenizers library and that of tiktoken, which gptjax uses.
 
-Both merge the pair with the lowest rank first. The tokenizers library keeps a list of merges; tiktoken uses the id of
-the merged token as its rank. So an encoding can be converted if the ids of merged tokens ascend along the list.
+Both merge the pair with the lowest rank first. The tokenizers library has a list of merges; tiktoken uses the id of the
+merged token as its rank. So an encoding can be converted if the ids of merged tokens increase along the list.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from gptjax.text.train_bpe import byte_of_character
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # Fingerprint of tiktoken's gpt2: an imported gpt2 is the same tokenizer, so data prepared with either fits.
 GPT2_FINGERPRINT = "592fc644bd6e35ef7aed2208176abe31b3da11abac1159c05bbc6e4e7c1da936"
-# What a counted repetition applies to: a class, an escape, a group without groups in it, or a character.
+# The operand of a counted repetition: a class, an escape, a group without inner groups, or a character.
 _ATOM = r"(\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|\((?:\\.|[^()\\])*\)|[^\\\[\]()|])"
 _POSSESSIVE = re.compile(_ATOM + r"(\{\d+(?:,\d*)?\})\+")
 _ATOMIC = re.compile(r"\(\?>" + _ATOM + r"(\{\d+(?:,\d*)?\})\)")
@@ -46,15 +46,15 @@ class _BytePairs:
 
 
 def import_tokenizer(files: TokenizerFiles, vocab_size: int, notify: Callable[[str], None]) -> Tokenizer | None:
-    """Converts the tokenizer of another program's model; None (and a line to `notify`) where that is not exact.
+    """Converts the tokenizer of another program's model. Returns None, and calls `notify`, if that is not exact.
 
-    The result is compared with the tokenizers library's own reading of these files, on a few thousand mixed texts. The
-    end token is that of the model's own config.
+    The result is compared with the tokenizers library on a few thousand mixed texts. The end token is the one in the
+    model's config.
 
     Args:
-        files: What the model's files say.
-        vocab_size: The model's; ids that the tokenizer does not have become reserved tokens.
-        notify: Gets one line for each: why the tokenizer is left out, and what of it is not kept.
+        files: The model's tokenizer files.
+        vocab_size: Vocabulary size of the model; ids that the tokenizer does not have become reserved tokens.
+        notify: Receives a line if the tokenizer is left out, and one for each of its properties that is lost.
 
     Raises:
         UserError: A file is damaged.
@@ -75,7 +75,9 @@ def import_tokenizer(files: TokenizerFiles, vocab_size: int, notify: Callable[[s
 def _through_library(
     files: TokenizerFiles, vocab_size: int, reason: str, notify: Callable[[str], None]
 ) -> LibraryTokenizer | None:
-    """The tokenizer.json as the tokenizers library runs it, where it works on bytes; else None, told."""
+    """A tokenizer that runs tokenizer.json with the tokenizers library, if it works on bytes; otherwise returns None
+    and calls `notify`.
+    """
     if files.content is None:
         notify(f"{files.where}: imported without a tokenizer: {reason}")
         return None
@@ -100,7 +102,7 @@ def _through_library(
 
 
 def _works_on_bytes(content: dict) -> bool:
-    """Whether every text has ids, of which each stands for the same bytes wherever it is."""
+    """Whether every text can be encoded, and each id always decodes to the same bytes."""
     model, decoder = content["model"], content.get("decoder") or {}
     if model.get("type") != "BPE":
         return False
@@ -110,7 +112,7 @@ def _works_on_bytes(content: dict) -> bool:
 
 
 def pad_token(tokenizer: Tokenizer | None) -> int | None:
-    """A token that no text holds and that is not the end token, to fill up texts of a batch; None: there is none."""
+    """A token for padding: it occurs in no text and is not the end token. None if there is no such token."""
     special = {} if tokenizer is None else tokenizer.special_tokens
     return next((i for name, i in special.items() if tokenizer and i != tokenizer.end_of_text), None)
 
@@ -118,11 +120,12 @@ def pad_token(tokenizer: Tokenizer | None) -> int | None:
 def export_tokenizer(
     tokenizer: Tokenizer, block_size: int, to: Path, notify: Callable[[str], None], labels: str = ""
 ) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, and for GPT-2's way of cutting text vocab.json and merges.txt.
+    """Writes tokenizer.json and tokenizer_config.json, and with GPT-2's pre-tokenization also vocab.json and
+    merges.txt.
 
-    With `labels`, the kind of task whose head is written, the tokenizer adds the end tokens that gptjax adds to a text
-    that it labels. `notify` gets a line where the tokenizer is left out because it is no byte-pair encoding, or where
-    the tokenizers library reads the files as one that encodes some text to other ids.
+    `labels` is the kind of task whose head is written: the tokenizer then adds the end tokens that gptjax adds for this
+    task. `notify` receives a line if the tokenizer is left out because it is no byte-pair encoding, or if the
+    tokenizers library encodes a text to other ids.
     """
     if labels or isinstance(tokenizer, LibraryTokenizer):
         _export_content(tokenizer, block_size, to, notify, labels)
@@ -151,7 +154,7 @@ def export_tokenizer(
 def _export_content(
     tokenizer: Tokenizer, block_size: int, to: Path, notify: Callable[[str], None], labels: str
 ) -> None:
-    """Writes tokenizer.json as it is kept, with the end tokens of a task, and its settings."""
+    """Writes the stored tokenizer.json with the end tokens of a task, and tokenizer_config.json."""
     content = library_content(tokenizer)
     if content is None:
         notify(f"{to}: exported without a tokenizer: kind {tokenizer.kind} has no form that transformers reads")
@@ -175,7 +178,7 @@ def _export_content(
 
 
 def library_content(tokenizer: Tokenizer) -> dict | None:
-    """The content of a tokenizer.json; None where the tokenizer has no such form."""
+    """The content of a tokenizer.json; None if the tokenizer cannot be written in this format."""
     if isinstance(tokenizer, LibraryTokenizer):
         return json.loads(tokenizer.content)
     pairs = _byte_pairs(tokenizer)
@@ -194,7 +197,7 @@ def _byte_pairs(tokenizer: Tokenizer) -> _BytePairs | None:
 
 
 def _read(files: TokenizerFiles) -> tuple[_BytePairs, Any]:
-    """Reads the files: as byte pairs, and as the tokenizers library does."""
+    """Reads the files as byte pairs, and with the tokenizers library."""
     if files.content is not None:
         try:
             pairs = _from_json(files.content, files.added)
@@ -210,7 +213,7 @@ def _read(files: TokenizerFiles) -> tuple[_BytePairs, Any]:
 
 
 def _library(files: TokenizerFiles) -> Any:
-    """The tokenizers library's reading of tokenizer.json."""
+    """Reads tokenizer.json with the tokenizers library."""
     from tokenizers import Tokenizer as Library
 
     assert files.content is not None
@@ -224,7 +227,7 @@ def _library(files: TokenizerFiles) -> Any:
 
 
 def _slow_tokenizer(vocab: dict[str, int], merges: tuple[tuple, ...]) -> Any:
-    """The tokenizers library's reading of vocab.json and merges.txt."""
+    """Reads vocab.json and merges.txt with the tokenizers library."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, pre_tokenizers
 
@@ -237,7 +240,9 @@ def _slow_tokenizer(vocab: dict[str, int], merges: tuple[tuple, ...]) -> Any:
 
 
 def _find_end_token(files: TokenizerFiles, pairs: _BytePairs, notify: Callable[[str], None]) -> str:
-    """The name of the end token: by the model's config, by the tokenizer's, or the usual one; else none is special."""
+    """The name of the end token: from the model's config, the tokenizer's config, or the usual names; otherwise
+    empty.
+    """
     where, ids = files.where, files.end_ids
     name_of = {i: name for name, i in pairs.special.items()}
     names = [name_of[i] for i in ids if i in name_of]
@@ -257,7 +262,7 @@ def _find_end_token(files: TokenizerFiles, pairs: _BytePairs, notify: Callable[[
 
 
 def _report_added(where: str, theirs: Any, notify: Callable[[str], None]) -> None:
-    """Reports what the library does with text and gptjax does not."""
+    """Reports differences between the library's processing of text and gptjax's."""
     words = [token.content for token in theirs.get_added_tokens_decoder().values() if not token.special]
     if words:
         shown = ", ".join(map(repr, words[:_SHOWN])) + (f" and {len(words) - _SHOWN} more" if words[_SHOWN:] else "")
@@ -267,7 +272,9 @@ def _report_added(where: str, theirs: Any, notify: Callable[[str], None]) -> Non
 
 
 def _first_difference(tokenizer: Tokenizer, theirs: Any, pairs: _BytePairs) -> str | None:
-    """The shortest of many texts that the two encode to other ids; texts that hold an added token are left out."""
+    """The shortest of many texts that both encode differently, ignoring texts with an added token; None: no such
+    text.
+    """
     tokens = [token.decode() for token in sorted(pairs.ids, key=pairs.ids.__getitem__) if _is_utf8(token)]
     texts = [*mixed_texts(tokens), "".join(tokens), "\n".join(tokens), " and ".join(tokens)]
     added = {token.content for token in theirs.get_added_tokens_decoder().values()}
@@ -288,15 +295,15 @@ def _is_utf8(token: bytes) -> bool:
 
 
 def _to_library(pattern: str) -> str:
-    """A pattern of tiktoken's in the words of Oniguruma, which the tokenizers library uses.
+    """Translates a regular expression of tiktoken to Oniguruma's syntax, which the tokenizers library uses.
 
-    `X{1,3}+` is possessive there, and means `(?:X{1,3})+` here.
+    In tiktoken `X{1,3}+` is a possessive quantifier; in Oniguruma it means `(?:X{1,3})+`.
     """
     return _POSSESSIVE.sub(r"(?>\1\2)", pattern)
 
 
 def _from_library(pattern: str) -> str:
-    """Undoes `_to_library`."""
+    """Inverse of `_to_library`."""
     return _ATOMIC.sub(r"\1\2+", _POSSESSIVE.sub(r"(?:\1\2)+", pattern))
 
 
@@ -381,7 +388,7 @@ def _from_pairs(pairs: _BytePairs, vocab_size: int, end_token: str) -> Tokenizer
 def _hf_tokenizer(pairs: _BytePairs):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    # As tiktoken does, a whole word that is a token becomes that token, whether or not merges lead there.
+    # Like tiktoken, a word that is a token becomes that token even if merges do not produce it.
     tokenizer = Tokenizer(models.BPE(vocab=_named(pairs), merges=_named_merges(pairs), ignore_merges=True))
     if pairs.pattern == GPT2_PATTERN:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -415,7 +422,7 @@ def _name(token: bytes) -> str:
 
 
 def _recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token merges, found by merges of lower rank; some tokens have none."""
+    """The pair that is merged to each token, found by applying merges of lower rank. Some tokens have no such pair."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = _merge_below(ranks, token, rank)

@@ -1,4 +1,4 @@
-"""Heads that name labels, as `…ForSequenceClassification` and `…ForTokenClassification` of Hugging Face have them."""
+"""Classification heads ⇄ `…ForSequenceClassification` and `…ForTokenClassification` of Hugging Face."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ class LabelHead:
 
 
 def head_kind(raw: dict) -> str:
-    """The kind of task that a config.json names a head for; empty: it is a language model."""
+    """The kind of task of a config.json's head; empty for a language model."""
     names = raw.get("architectures") or [""]
     return next((kind for kind, name in CLASSES.items() if str(names[0]).endswith(name)), "")
 
@@ -49,7 +49,9 @@ def head_config(family: Family, task: TaskConfig, pad_token: int | None) -> dict
 
 
 def read_task(raw: dict, kind: str, count: int) -> TaskConfig:
-    """The task of an imported head of so many labels; labels without names are called LABEL_0 and so on, as there."""
+    """The task of an imported head with `count` labels. Labels without names are called LABEL_0 and so on, as in
+    transformers.
+    """
     names = raw.get("id2label") or {}
     labels = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(count))
     if kind == "tag":
@@ -59,10 +61,10 @@ def read_task(raw: dict, kind: str, count: int) -> TaskConfig:
 
 
 def read_head(tensors: dict[str, np.ndarray], name: str, model: ModelConfig, where: str) -> dict:
-    """Our head from its tensors.
+    """Converts tensors to our head.
 
     Raises:
-        UserError: A tensor is missing or of another shape.
+        UserError: A tensor is missing or has the wrong shape.
     """
     w_ND = tensors.get(f"{name}.weight")
     if w_ND is None:
@@ -74,10 +76,10 @@ def read_head(tensors: dict[str, np.ndarray], name: str, model: ModelConfig, whe
 
 
 def label_head(task: TaskConfig, head: dict, where: str) -> LabelHead:
-    """The head of a run, checked that their classes can hold it.
+    """The head of a run, if a class of transformers computes the same.
 
     Raises:
-        UserError: They cannot.
+        UserError: No class does; the message says what to change.
     """
     if task.kind not in CLASSES or head.keys() != {"w", "bias"}:
         raise UserError(f"{where}: head needs task.kind=classify or tag, this run has task.kind={task.kind}")
@@ -89,13 +91,12 @@ def label_head(task: TaskConfig, head: dict, where: str) -> LabelHead:
 
 
 def head_tensors(family: Family, head: LabelHead, params: dict) -> tuple[dict[str, np.ndarray], dict]:
-    """The head's tensors, and parameters for the model under it.
+    """The head's tensors, and the parameters of the model below it.
 
-    Their heads of whole texts have no bias. Where the final norm has one, it is changed so that the head's rows give
-    the same sums.
+    Hugging Face's heads for whole texts have no bias. If the final norm has a bias, the head's bias is folded into it.
 
     Raises:
-        UserError: There is no place for the bias.
+        UserError: The bias cannot be folded into a norm.
     """
     name = head_name(family, head.task.kind)
     if head.task.kind == "tag":

@@ -1,4 +1,4 @@
-"""Texts that show whether two tokenizers are the same: words, numbers, punctuation, space and scripts, mixed."""
+"""Texts for comparing two tokenizers: random mixes of words, numbers, punctuation, white space and scripts."""
 
 import random
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ _ODD = ("\0", "\x1c", "\x85", "\ufeff", "\u200b", "\u200d", "\ufffd", "\U0010fff
 
 
 def mixed_texts(tokens: Sequence[str]) -> list[str]:
-    """Returns `NUMBER_OF_TEXTS` short texts, always the same for the same `tokens`, which are mixed in."""
+    """Returns `NUMBER_OF_TEXTS` short texts, some of which contain `tokens`. The result depends only on `tokens`."""
     source = random.Random(0)
     kinds = (_WORDS, _WORDS, _NUMBERS, _MARKS, _SPACES, _ODD, tokens or _WORDS)
     weights = (4, 4, 3, 3, 2, 1, 6)

@@ -1,7 +1,7 @@
 """LoRA adapters ⇄ folders of PEFT: adapter_config.json and adapter_model.safetensors.
 
-Ours has one pair of matrices for a whole target such as `attn/w_qkv`; theirs has one for each linear layer. Pairs that
-become one of ours lie side by side: their ranks add up, and the outputs of each linear layer use a part of their own.
+gptjax has one pair of matrices for a target such as `attn/w_qkv`; PEFT has one for each linear layer. On import, the
+pairs of several linear layers are concatenated to one: their ranks add up, and each linear layer uses its own part.
 
 Shape suffixes: L layer, R rank.
 """
@@ -39,21 +39,21 @@ NEUTRAL = {
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether a folder holds an adapter of PEFT."""
+    """Whether a folder contains a PEFT adapter."""
     return (folder / CONFIG).is_file()
 
 
 def export_lora(model: ModelConfig, params: dict, to: Path, family_name: str = "") -> None:
-    """Writes the adapter of a model as a folder that `PeftModel.from_pretrained` reads over the exported base.
+    """Writes the adapter of a model as a folder for `PeftModel.from_pretrained`, together with the exported base.
 
     Args:
-        model: With a lora adapter.
-        params: With `adapters`.
-        to: Folder to make; an empty one will do.
-        family_name: The `model_type` of the base; empty: the first that computes the same.
+        model: Config with a LoRA adapter.
+        params: Parameters with `adapters`.
+        to: Folder to create; it may exist if it is empty.
+        family_name: The `model_type` of the base; empty: the first equivalent one.
 
     Raises:
-        UserError: No family computes the same, or the folder holds files.
+        UserError: No family is equivalent to the model, or the folder is not empty.
     """
     options, plain = model.adapter, dataclasses.replace(model, adapter=AdapterConfig())
     family = choose_family(FAMILIES, plain, family_name)
@@ -119,10 +119,10 @@ def import_lora(folder: Path, model: ModelConfig) -> tuple[ModelConfig, dict]:
 
 
 def _family_of(model: ModelConfig, tensors: dict[str, np.ndarray]) -> Family:
-    """Of the families that compute the same as the model, the first whose linear layers the adapter names.
+    """The first family that is equivalent to the model and has the linear layers that the adapter names.
 
     Raises:
-        UserError: No family computes the same.
+        UserError: No family is equivalent.
     """
     first = choose_family(FAMILIES, model)
     for family in FAMILIES.values():
@@ -147,7 +147,7 @@ def _modules(family: Family, model: ModelConfig, entry: Entry) -> list[list[str]
 
 
 def _read_config(config: dict, where: str) -> tuple[int, float]:
-    """The rank, and what the product of the matrices is multiplied by."""
+    """The rank and the scale of the update."""
 
     def refuse(name: str, rule: str) -> UserError:
         return UserError(f"{where}: {CONFIG}: {name}={str(config.get(name))[:60]} is not supported; {rule}")
@@ -186,7 +186,7 @@ def _targets(family: Family, targets: tuple[str, ...]) -> Iterator[tuple[Entry, 
 def _their_b(family: Family, model: ModelConfig, entry: Entry, target: str, b_RO: np.ndarray) -> tuple[np.ndarray, ...]:
     """The second matrix of each linear layer, `[out, R]`."""
     weight = b_RO.T if target == OUTPUTS_FIRST else b_RO
-    # What else shares the tensor, such as a gate, is not adapted.
+    # Other parts of the tensor, such as a gate, have no adapter.
     parts = tuple(weight if leaf == target else np.zeros_like(weight) for leaf in entry.leaves)
     return tuple(_outputs_first(family, x) for x in entry.to_theirs(model, parts))
 
@@ -201,7 +201,7 @@ def _our_pair(
     rank: int,
     where: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Our two matrices of one target, stacked over layers, from those of its linear layers."""
+    """Builds our two matrices of one target, stacked over layers, from the matrices of its linear layers."""
     widths = _widths(family, model, entry, target)
 
     def matrices(name: str, outputs: int) -> tuple[np.ndarray | None, np.ndarray]:
@@ -247,7 +247,9 @@ def _share(layer: list, rank: int, inputs: int) -> tuple[np.ndarray, list[np.nda
 
 
 def _side_by_side(layer: list, rank: int, inputs: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """One `[n R, in]`, and for each of the n linear layers `[out, n R]` that is zero outside of its own part."""
+    """One matrix `[n R, in]`, and for each of the n linear layers a matrix `[out, n R]` that is zero outside its
+    part.
+    """
     a = np.concatenate([np.zeros((rank, inputs), np.float32) if a is None else a for a, _ in layer])
     padded = [np.pad(b, ((0, 0), (i * rank, (len(layer) - 1 - i) * rank))) for i, (_, b) in enumerate(layer)]
     return a, padded
@@ -265,5 +267,5 @@ def _our_b(
 
 
 def _outputs_first(family: Family, x: Any) -> Any:
-    """`[out, R]` of what their layout of a weight gives, and back."""
+    """Converts the family's layout of a weight to `[out, R]`, and back."""
     return x.T if family.conv1d else x

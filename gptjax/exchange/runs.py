@@ -27,18 +27,18 @@ def import_run(
     notify: Callable[[str], None] = lambda message: None,
     base: str = "",
 ) -> Config:
-    """Makes a run directory of another program's model, to sample from or to start from; returns its config.
+    """Creates a run directory from another program's model, for sampling or fine-tuning; returns its config.
 
     Args:
-        source: A Hugging Face model folder, a GGUF file, or a PEFT folder of a LoRA adapter.
-        run_dir: Folder to make.
+        source: A Hugging Face model folder, a GGUF file, or a PEFT folder with a LoRA adapter.
+        run_dir: Folder to create.
         tokenizer_name: Published encoding to use ("gpt2") instead of the model's tokenizer; empty: the model's.
-        notify: Told in one line where the run gets no tokenizer.
-        base: Run directory of the model that a PEFT folder adapts.
+        notify: Receives one line if the run gets no tokenizer.
+        base: Run directory of the base model of a PEFT folder.
 
     Raises:
-        UserError: The model is of a kind that is not supported, its files are wrong, the encoding does not fit, or
-            `run_dir` holds a run already.
+        UserError: The model is not supported, its files are damaged, the encoding does not fit, or `run_dir` already
+            contains a run.
     """
     if is_peft(source):
         return _import_adapter(source, run_dir, tokenizer_name, base, notify)
@@ -74,14 +74,13 @@ def export_run(run_dir: Path, options: ExportConfig, notify: Callable[[str], Non
 
     Args:
         run_dir: The run.
-        options: The folder (an empty one will do) or file to make, the checkpoint, the family of models, and whether to
-            merge an adapter.
-        notify: Told in one line what is left out (heads, a tokenizer that has no form that transformers reads), and of
-            damaged checkpoints.
+        options: The folder or file to create, the checkpoint, the family of models, and whether to merge an adapter.
+        notify: Receives one line about parts that are left out (heads, a tokenizer that transformers cannot read), and
+            about damaged checkpoints.
 
     Raises:
-        UserError: No run or no checkpoint there, no family computes the same, an adapter cannot be merged or is not
-            asked to be, or the folder holds files.
+        UserError: There is no run or checkpoint, no family is equivalent to the model, an adapter cannot be merged or
+            `merge` is not set, or the folder is not empty.
     """
     if options.family and options.family not in FAMILIES:
         suggestion = did_you_mean(options.family, FAMILIES)
@@ -144,7 +143,7 @@ def _import_adapter(
 
 
 def _description(tokenizer: Tokenizer) -> TokenizerConfig:
-    """The config that names an imported tokenizer; the run's tokenizer.json is what defines it."""
+    """The tokenizer config of an imported run. The run's tokenizer.json defines the tokenizer."""
     if tokenizer.kind == "tiktoken":
         return TokenizerConfig(kind="tiktoken", name="gpt2")
     return TokenizerConfig(kind="bpe", vocab_size=tokenizer.vocab_size)

@@ -1,4 +1,4 @@
-"""What the files of a model say about its tokenizer, whichever format they have."""
+"""The tokenizer of a model's files, independent of their format."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ class TokenizerFiles:
     """The tokenizer of another program's model."""
 
     where: str
-    """Names the files in messages."""
+    """The files, for messages."""
     content: dict | None = None
-    """Of tokenizer.json; None: there is none."""
+    """Content of tokenizer.json, or None."""
     vocab: dict[str, int] | None = None
-    """Of vocab.json, for a model without tokenizer.json."""
+    """Content of vocab.json, for a model without tokenizer.json."""
     merges: tuple[tuple[str, ...], ...] = ()
     """Of merges.txt."""
     added: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -28,13 +28,14 @@ class TokenizerFiles:
     settings: dict = dataclasses.field(default_factory=dict)
     """Of tokenizer_config.json."""
     end_ids: tuple[int, ...] = ()
-    """Ids that the model's own config names as ends of a text."""
+    """End-of-text ids of the model's config."""
 
     @property
     def chat_template(self) -> str:
-        """Source of the Jinja template of chats; empty: none. Of several, the one that is named "default".
+        """Source of the Jinja chat template; empty: none. If there are several, the one named "default".
 
-        A run knows one end token, so the template itself sets the tokens that it uses, where files name them.
+        A run has only one special token, the end token. So statements that set the other tokens are put before the
+        template.
         """
         found = self.settings.get("chat_template")
         if isinstance(found, list):
@@ -81,7 +82,7 @@ def token_text(token: Any) -> str:
 
 
 def content_text(content: dict) -> str:
-    """A tokenizer.json of this content, as the tokenizers library reads it."""
+    """The text of a tokenizer.json with this content, for the tokenizers library."""
     return json.dumps(content, ensure_ascii=False)
 
 
@@ -96,7 +97,7 @@ def _vocab_and_merges(hf_dir: Path) -> tuple[dict[str, int] | None, tuple[tuple[
 
 
 def _configured_end_ids(hf_dir: Path) -> tuple[int, ...]:
-    """The ids of end tokens in generation_config.json, or else in config.json; those that a text ends with."""
+    """End-of-text ids of generation_config.json, or else of config.json."""
     for name in ("generation_config.json", "config.json"):
         found = _optional(hf_dir / name).get("eos_token_id")
         found = found if isinstance(found, list) else [found]

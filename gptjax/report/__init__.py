@@ -1,1 +1,1 @@
-"""What a run tells: metrics, progress, cost estimates."""
+"""Reports of a run: metrics, progress, charts, HTML pages, cost estimates."""

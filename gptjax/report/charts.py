@@ -1,4 +1,4 @@
-"""Which charts a report has, and the numbers in each. `html.py` draws them in a page, `figures.py` as PNG files."""
+"""Selects the charts of a report and their data. `html.py` draws them in a page, `figures.py` as PNG files."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from gptjax.report.record import RunRecord, is_number
 
 MOST_POINTS = 2000
-"""Logged steps that are drawn of a run; of a longer one, those with the lowest and highest loss of each stretch."""
+"""Largest number of points of a line. Longer runs are thinned: see `thin`."""
 TITLES = {
     "loss": ("Loss", "nats per token"),
     "learning_rate": ("Learning rate", ""),
@@ -84,7 +84,7 @@ def heat_maps_of(records: Sequence[RunRecord]) -> list[HeatMap]:
 
 
 def charts_of(records: Sequence[RunRecord]) -> list[Chart]:
-    """The charts of one or several runs: loss first, then whatever else the rows hold and changes."""
+    """The charts of one or several runs: first the loss, then all other columns that change."""
     charts = []
     for table, column in _columns(records):
         title, unit = TITLES.get(column, (column, "validation" if table == "evaluations" else ""))
@@ -100,7 +100,7 @@ def charts_of(records: Sequence[RunRecord]) -> list[Chart]:
 
 
 def table_of(record: RunRecord, table: str) -> dict[str, list]:
-    """Columns of a run's rows, thinned out: `step`, `tokens`, and every number of the rows; None where there is none.
+    """Columns of a run's rows, thinned out: `step`, `tokens`, and every numeric column; None for missing values.
 
     Args:
         record: The run.
@@ -115,7 +115,9 @@ def table_of(record: RunRecord, table: str) -> dict[str, list]:
 
 
 def thin(rows: list[dict]) -> list[dict]:
-    """At most `MOST_POINTS` of the rows: first and last, and the lowest and the highest loss of each stretch."""
+    """At most `MOST_POINTS` rows: the first and last one, and those with the lowest and highest loss of each
+    interval.
+    """
     if len(rows) <= MOST_POINTS:
         return rows
     inner, stretches = len(rows) - 2, MOST_POINTS // 2 - 1
@@ -136,7 +138,7 @@ def _tokens_per_step(record: RunRecord) -> float:
 
 
 def _columns(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
-    """The column that each chart begins with, and its table."""
+    """The first column of each chart, and its table."""
     found: dict[tuple[str, str], set] = {}
     for record in records:
         for table, rows in (("steps", record.steps), ("evaluations", record.evaluations)):
@@ -158,7 +160,7 @@ def _has(record: RunRecord, table: str, column: str) -> bool:
 
 
 def _rounded(value: object) -> float | int | None:
-    """Six digits of a number, enough to draw it."""
+    """Rounds a number to six digits, enough for a chart."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     return value if isinstance(value, int) else float(f"{value:.6g}")

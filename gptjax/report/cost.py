@@ -1,4 +1,4 @@
-"""What a step costs: floating-point operations, bytes, and the hardware's published limits."""
+"""Cost of a step: floating-point operations, bytes, and the hardware's published peak."""
 
 from typing import Any
 
@@ -11,8 +11,7 @@ from gptjax.machine.chips import chip_of
 def flops_per_token(config: ModelConfig, params: Any) -> float:
     """Model FLOPs of one training token, forward and backward (PaLM, arXiv:2204.02311, appendix B).
 
-    Six per parameter of a matmul, and attention over the whole context or window, hidden keys included, as PaLM counts
-    them.
+    Six per parameter of a matmul, plus attention over the whole context or window. As in PaLM, masked keys are counted.
     """
     kinds = [config.layer_kind(layer) for layer in range(config.n_layer)]
     keys = sum(config.attention_window if kind == "local" else config.block_size for kind in kinds)
@@ -20,23 +19,23 @@ def flops_per_token(config: ModelConfig, params: Any) -> float:
 
 
 def matmul_parameters(config: ModelConfig, params: Any) -> float:
-    """Parameters of the matmuls that a token passes: the output projection is one, embedding lookups are none."""
+    """Number of parameters in matmuls per token, including the output projection; embedding lookups are no matmuls."""
     leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
     multiplied = sum(leaf.size for path, leaf in leaves if path[-1].key.startswith("w_"))
-    if config.n_expert:  # a token passes some of them
+    if config.n_expert:  # a token uses only some experts
         idle = 1.0 - config.experts_per_token / config.n_expert
         multiplied -= idle * sum(leaf.size for path, leaf in leaves if path[-1].key.startswith("w_") and leaf.ndim == 4)
     return multiplied + config.n_embd * config.vocab_size
 
 
 def peak_flops() -> float | None:
-    """Published bfloat16 peak of all devices together, FLOP/s; None where it is not known, as for CPUs."""
+    """Published bfloat16 peak of all devices together, FLOP/s; None if unknown, as for CPUs."""
     chip = chip_of(jax.devices()[0].device_kind)
     return None if chip is None else chip.peak_flops * jax.device_count()
 
 
 def parameter_count(params: Any) -> int:
-    """Numbers in a tree of parameters."""
+    """Number of elements in a tree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -1,4 +1,4 @@
-"""`events.jsonl`: what happened to a run besides its steps: starts, resumes, saves, ends, with the time of each."""
+"""`events.jsonl`: starts, resumes, saves and ends of a run, with their times."""
 
 import json
 import time
@@ -12,14 +12,14 @@ EVENTS_FILE = "events.jsonl"
 
 
 def add_event(run_dir: Path, event: str, step: int, notify: Callable[[str], None] = print, **facts: Any) -> None:
-    """Appends an event. One that cannot be written, as on a full disk, is reported and stops no run.
+    """Appends an event. If it cannot be written, as on a full disk, `notify` is called and the run continues.
 
     Args:
-        run_dir: Of the run.
+        run_dir: The run directory.
         event: start, resume, save or stop.
-        step: Of the run when it happened.
+        step: The current step of the run.
         notify: Called with a line if the event cannot be written.
-        facts: Whatever else is known; JSON values.
+        facts: Additional fields; JSON values.
     """
     row = {"time": round(time.time(), 3), "event": event, "step": step, **facts}
     try:
@@ -30,7 +30,7 @@ def add_event(run_dir: Path, event: str, step: int, notify: Callable[[str], None
 
 
 def read_events(run_dir: Path) -> tuple[list[dict], int]:
-    """Returns the events of a run, and the number of lines that are no events, as after a crash or an edit."""
+    """Returns the events of a run, and the number of invalid lines, which a crash or an edit can leave."""
     path = run_dir / EVENTS_FILE
     if not path.is_file():
         return [], 0

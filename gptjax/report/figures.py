@@ -1,4 +1,4 @@
-"""Plain figures of runs as PNG files, for papers and slides; they need the extra `report`."""
+"""Figures of runs as PNG files, for papers and slides. They need the extra `report`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +59,7 @@ def save_figures(records: Sequence[RunRecord], folder: Path) -> list[Path]:
 
 
 def _plain(text: str) -> str:
-    """Text without the signs that matplotlib reads as mathematics."""
+    """Escapes the characters that matplotlib interprets as mathematics."""
     return text.replace("$", r"\$")
 
 

@@ -14,17 +14,17 @@ from gptjax.report.record import RunRecord, changed_options, is_number, options_
 
 REPORT_FILE = "report.html"
 MOST_EVENTS = 300
-"""Rows of the table of events; of more, the first and the last ones."""
+"""Largest number of rows in the table of events; if there are more, the first and the last ones are shown."""
 MOST_SAMPLES = 40
 
 
 def write_report(records: Sequence[RunRecord], path: Path) -> None:
-    """Writes the page of `render` to `path`, complete or not at all."""
+    """Writes the page of `render` to `path` atomically."""
     write_atomic(path, render(records).encode("utf-8", "replace"))
 
 
 def render(records: Sequence[RunRecord]) -> str:
-    """Returns the page. Everything in it that users or models wrote is escaped."""
+    """Returns the page. All text from users or models is escaped."""
     title = " · ".join(record.name for record in records)
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -96,7 +96,7 @@ def _run_head(record: RunRecord) -> list[str]:
 
 
 def _summary(record: RunRecord) -> list[tuple[str, str]]:
-    """Names and values of the figures at the top."""
+    """Names and values of the summary at the top."""
     step = max((row["step"] for row in [*record.steps, *record.evaluations]), default=0)
     found = [("steps", f"{step:,} of {record.config.train.num_steps:,}")]
     best = record.best
@@ -125,7 +125,7 @@ def _summary(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _seconds(record: RunRecord) -> float | None:
-    """Time between each start and the last event before the next one."""
+    """Total time between each start and the last event before the next start."""
     total, began, last = 0.0, None, None
     for event in record.events:
         if event["event"] in ("start", "resume"):
@@ -203,7 +203,7 @@ def _differences(records: Sequence[RunRecord]) -> str:
 
 
 def _about(record: RunRecord, several: bool) -> str:
-    """Data and environment, as the newest start of the run wrote them."""
+    """Data and environment, from the newest start of the run."""
     described, versions = record.facts.get("facts", []), record.facts.get("versions", {})
     rows = [[str(name), str(text)] for name, text in [*described, *versions.items()]]
     if not rows:

@@ -16,8 +16,8 @@ def render_inspection(inspection: Inspection, name: str, text_of: Callable[[int]
     """Returns the page.
 
     Args:
-        inspection: Of a text.
-        name: Of the run.
+        inspection: Measurements on a text.
+        name: Name of the run.
         text_of: Returns a token's text.
     """
     log_p = inspection.log_probabilities_T[1:]
@@ -61,7 +61,7 @@ chosen head attends to from there are underlined, and the tables below show what
 
 
 def _packed(weights_NHTS: np.ndarray) -> str:
-    """The weights on and below the diagonal, row by row, as 16-bit numbers in base64; those above it are 0."""
+    """The weights on and below the diagonal, row by row, as 16-bit numbers in base64. Those above it are 0."""
     T = weights_NHTS.shape[-1]
     rows, columns = np.tril_indices(T)
     fractions = np.rint(weights_NHTS[:, :, rows, columns] * LARGEST).astype("<u2")

@@ -14,12 +14,12 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends rows; opened at a step, it forgets the rows of later steps, which will be made again.
+    """Appends rows. If it is opened at a step, rows of later steps are deleted, because the run repeats these steps.
 
-    A row that cannot be written, as on a full disk, is counted and told once: metrics stop no run.
+    If a row cannot be written, as on a full disk, it is counted and reported once, and the run continues.
 
     Raises:
-        UserError: A line is no row.
+        UserError: A line is not a valid row.
     """
 
     def __init__(self, run_dir: Path, step: int, notify: Callable[[str], None] = print):
@@ -32,7 +32,7 @@ class MetricsFile:
         self._end = os.fstat(self._file.fileno()).st_size
 
     def write(self, row: dict) -> None:
-        """Appends a row and hands it to the system, so that a killed process loses none. NaN becomes null."""
+        """Appends a row without buffering, so that a killed process loses no row. NaN becomes null."""
         line = json.dumps(plain(row), allow_nan=False).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
@@ -40,12 +40,12 @@ class MetricsFile:
             self._end += len(line)
         except OSError as error:
             self._lost += 1
-            os.ftruncate(self._file.fileno(), self._end)  # no half row
+            os.ftruncate(self._file.fileno(), self._end)  # remove the incomplete row
             if self._lost == 1:
                 self._notify(f"{self._path}: a row cannot be written: {error.strerror or error}; training continues")
 
     def sync(self) -> None:
-        """Puts all rows on the disk."""
+        """Flushes all rows to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class MetricsFile:
 
 
 class Nowhere:
-    """Takes the rows that another process writes."""
+    """Discards rows: the metrics file of processes other than the first one."""
 
     def write(self, row: dict) -> None:
         """Does nothing."""
@@ -69,7 +69,7 @@ class Nowhere:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Whole lines of a metrics file; one that a crash cut short is left out."""
+    """The complete lines of a metrics file; ignores an incomplete last line, which a crash can leave."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n")]
 
@@ -78,7 +78,7 @@ def read_metrics(run_dir: Path) -> list[dict]:
     """All rows of a run.
 
     Raises:
-        UserError: A line is no row.
+        UserError: A line is not a valid row.
     """
     return [row for _, row in _rows(run_dir / METRICS_FILE)]
 

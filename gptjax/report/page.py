@@ -1,4 +1,4 @@
-"""One HTML file with its style, its script and its data in it, which loads nothing and runs no other script."""
+"""Self-contained HTML pages: style, script and data are in one file, which loads nothing and runs no other script."""
 
 import base64
 import hashlib
@@ -15,14 +15,14 @@ escape = html.escape
 
 
 def page(title: str, body: str, data: Any, script: str) -> str:
-    """Puts a page together.
+    """Builds a page.
 
-    The content security policy allows this script only, by its hash, and no network, so that text that came into the
-    page unescaped could still not run.
+    The content security policy allows only this script, by its hash, and no network. So text that was not escaped by
+    mistake could still not run a script.
 
     Args:
         title: Plain text.
-        body: HTML; whatever users made in it is escaped.
+        body: HTML; text from users is escaped.
         data: JSON values, which the script reads from the element `data`.
         script: File name of the script, in this package.
     """
@@ -51,7 +51,7 @@ def page(title: str, body: str, data: Any, script: str) -> str:
 
 
 def json_for_html(data: Any) -> str:
-    """JSON that can neither end the script element that it lies in nor begin a comment; NaN becomes null."""
+    """JSON that can neither end its script element nor begin a comment. NaN becomes null."""
     text = json.dumps(plain(data), allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

@@ -1,6 +1,6 @@
-"""The live panel of a run on a terminal: a box of a few lines, redrawn in place, with no text that acts on a terminal.
+"""The live panel of a run on a terminal: a box of a few lines, redrawn in place. Control characters are removed.
 
-It uses the normal screen and no colours beyond the terminal's own, so it works in tmux and screen.
+It uses the normal screen and the terminal's own colours, so it works in tmux and screen.
 """
 
 import dataclasses
@@ -13,25 +13,25 @@ from rich.text import Text
 from gptjax.report.cost import readable_bytes
 
 LEAST_WIDTH, LEAST_HEIGHT = 80, 16
-"""Columns and lines below which a run shows one live line instead."""
+"""Smallest number of columns and lines for the panel. On smaller terminals a run shows one live line."""
 SPARKS, BAR = "▁▂▃▄▅▆▇█", "━─"
 PLAIN_SPARKS, PLAIN_BAR = "_.-=+*%#", "#-"
-"""For terminals that have no such characters."""
+"""For terminals without these characters."""
 
 
 @dataclasses.dataclass
 class View:
-    """What the panel shows."""
+    """The data of the panel."""
 
     name: str
     num_steps: int
     step: int = 0
     status: str = ""
-    """training, or what else is going on."""
+    """The current activity, such as training."""
     left: str = ""
-    """Time left, evaluations included."""
+    """Remaining time, including evaluations."""
     losses: list[float] = dataclasses.field(default_factory=list)
-    """Of the logged steps, the newest last."""
+    """Losses of the logged steps, the newest last."""
     learning_rate: float = 0.0
     grad_norm: float = 0.0
     tokens_per_s: float = 0.0
@@ -84,7 +84,7 @@ def panel(view: View, width: int, unicode: bool = True) -> Panel:
 
 
 def sparkline(values: Sequence[float], width: int, sparks: str = SPARKS) -> str:
-    """Draws values as a line of blocks, at most `width`; each block is the mean of the values that share it."""
+    """Draws values as a line of at most `width` blocks; each block is the mean of adjacent values."""
     values = [value for value in values if value == value and abs(value) != float("inf")]
     if not values or width <= 0:
         return ""

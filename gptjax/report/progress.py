@@ -1,4 +1,4 @@
-"""What the user sees during a run: a live panel on a terminal, or a live line on a small one; plain lines elsewhere."""
+"""Shows the progress of a run: a live panel, a live line on a small terminal, plain lines if there is no terminal."""
 
 import contextlib
 import os
@@ -16,16 +16,16 @@ from gptjax.report.cost import readable_time
 from gptjax.report.panel import View, fits, panel
 
 SILENCE = 10.0
-"""Seconds of an evaluation after which a line is printed where there is no live one."""
+"""Without a terminal, an evaluation prints a line every so many seconds."""
 INDENT = "    | "
 MOST_LOSSES = 1000
-"""Logged losses that the sparkline shows."""
+"""Number of logged losses in the sparkline."""
 WIDEST = 120
-"""Columns of the panel on a wide terminal."""
+"""Largest width of the panel in columns."""
 
 
 def say(text: str) -> None:
-    """Prints a line. Once the reader is gone (`| head`, a closed terminal), it and all later lines are discarded."""
+    """Prints a line. If the reader has exited (`| head`, a closed terminal), all further output is discarded."""
     try:
         print(text, flush=True)
     except OSError:
@@ -33,53 +33,53 @@ def say(text: str) -> None:
 
 
 def silence_output() -> None:
-    """Discards everything that is printed from now on."""
+    """Discards all further output."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 
 def visible(text: str) -> str:
-    """Text in which the characters that would act on a terminal are replaced; line breaks and tabs stay."""
+    """Replaces control characters in a text, except line breaks and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def notify(message: str) -> None:
-    """Prints a line to standard error, where it does not mix with results."""
+    """Prints a line to standard error, separate from results."""
     print(f"gptjax: {message}", file=sys.stderr)
 
 
 class RowProgress:
-    """A bar of rows on standard error, where that is a terminal; elsewhere nothing."""
+    """A progress bar on standard error; shows nothing if that is not a terminal."""
 
     def __init__(self, total: int | None, done: int, unit: str):
-        """See the class; `total` is None where it is not known."""
+        """`total` is None if unknown."""
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Bars(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty())
         self._task = self._bar.add_task("", total=total, completed=done)
         self._bar.start()
 
     def advance(self, rows: int) -> None:
-        """Tells of rows that are done."""
+        """Adds finished rows."""
         self._bar.advance(self._task, rows)
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._bar.stop()
 
 
 class Progress:
-    """Shows the newest metrics of a run, and the time that steps and evaluations will still take.
+    """Shows the newest metrics of a run, and the remaining time of steps and evaluations.
 
     Args:
         num_steps: Steps of the run.
-        first_step: Steps that were made before.
-        evaluations_after: Returns the number of evaluations that will come after a step.
+        first_step: Number of steps before this start.
+        evaluations_after: Returns the number of evaluations after a step.
         evaluation_batches: Forward passes of an evaluation; 0: unknown.
         step_batches: Forward and backward passes of a step.
-        flops_per_token: Of training; 0: unknown.
-        peak_flops: Of all devices; None: unknown.
-        name: Of the run, for the panel.
+        flops_per_token: Training FLOPs per token; 0: unknown.
+        peak_flops: Peak of all devices together; None: unknown.
+        name: Name of the run, for the panel.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Progress:
     ):
         self._num_steps, self._flops_per_token, self._peak_flops = num_steps, flops_per_token, peak_flops
         self._evaluations_after = evaluations_after
-        # Until an evaluation was timed: a forward pass takes a third of a forward and backward pass.
+        # Estimate until the first evaluation: a forward pass takes a third of a forward and backward pass.
         self._evaluation_in_steps = evaluation_batches / step_batches / 3
         self._evaluation_seconds: float | None = None
         self._started, self._first_step, self._seconds_evaluating = time.monotonic(), first_step, 0.0
@@ -109,7 +109,7 @@ class Progress:
         """Shows a logged step.
 
         Args:
-            row: As in `metrics.jsonl`.
+            row: Row of `metrics.jsonl`.
             data_wait: Share of the time since the last logged step that training waited for data.
             memory: Bytes in use; 0: unknown.
         """
@@ -130,11 +130,11 @@ class Progress:
 
     @contextlib.contextmanager
     def evaluation(self, step: int, batches: int):
-        """Times an evaluation; yields a function to be called before each of its batches.
+        """Times an evaluation; yields a function to call before each of its batches.
 
         Args:
-            step: Of the run.
-            batches: How many there are; 0: unknown.
+            step: Step of the run.
+            batches: Number of batches; 0: unknown.
         """
         after = self.seconds_left(step)
         began = shown = time.monotonic()
@@ -168,7 +168,7 @@ class Progress:
         self.line(f"step {step} · validation {scores}")
 
     def line(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a permanent line."""
         try:
             if self._live:
                 self._console.print(Text(text))
@@ -178,7 +178,7 @@ class Progress:
             silence_output()
 
     def sample(self, text: str) -> None:
-        """Prints a text with its line breaks; characters that would act on a terminal are replaced."""
+        """Prints a text with its line breaks; replaces control characters."""
         shown = visible(text)
         self._view.sample = " ".join(shown.split())
         self.line("\n".join(INDENT + line for line in shown.split("\n")))
@@ -190,7 +190,7 @@ class Progress:
                 self._live.stop()
 
     def seconds_left(self, step: int) -> float:
-        """Estimates the time that the steps after `step` and their evaluations will take."""
+        """Estimates the time of the steps after `step` and their evaluations."""
         training = time.monotonic() - self._started - self._seconds_evaluating
         each = training / max(1, step - self._first_step)
         evaluation = self._evaluation_seconds
@@ -208,7 +208,7 @@ class Progress:
             view.mfu = row["tokens_per_s"] * self._flops_per_token / self._peak_flops
 
     def _show(self, text: str) -> None:
-        """Redraws the panel, or the live line, cut at the width of the terminal; elsewhere prints a line."""
+        """Redraws the panel or the live line, cut at the terminal's width; without a terminal, prints a line."""
         try:
             if self._live and fits(self._console):
                 unicode = self._console.encoding.startswith("utf")

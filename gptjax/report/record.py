@@ -1,4 +1,4 @@
-"""Reads what a run directory tells of its run: metrics, events, samples, config."""
+"""Reads the records in a run directory: metrics, events, samples, config."""
 
 import dataclasses
 import re
@@ -18,26 +18,26 @@ _SAMPLE = re.compile(r"^--- step (\d+)\n", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What is known of a run. Rows are as in `metrics.jsonl`, in order of their steps."""
+    """The records of a run. Rows are those of `metrics.jsonl`, ordered by step."""
 
     name: str
     run_dir: Path
     config: Config
     steps: list[dict]
-    """Rows of training steps; with `mfu` (a fraction) where the peak of the device is known."""
+    """Rows of training steps, with `mfu` (a fraction) if the peak of the device is known."""
     evaluations: list[dict]
     layers: list[dict]
     """Rows with numbers of each layer under `by_layer`."""
     skips: list[dict]
     samples: list[tuple[int, str]]
-    """Step and text, prompt included; the last of each step."""
+    """Step and text (including the prompt); the last sample of each step."""
     events: list[dict]
     damaged_events: int = 0
     """Lines of `events.jsonl` that could not be read."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts of the newest start or resume; empty for runs that have no events."""
+        """Fields of the newest start or resume event; empty for runs without events."""
         return next((event for event in reversed(self.events) if event["event"] in ("start", "resume")), {})
 
     @property
@@ -48,7 +48,7 @@ class RunRecord:
 
 
 def read_record(run_dir: Path, name: str = "") -> RunRecord:
-    """Reads a run directory; `name` is what it is called, by default the folder's name.
+    """Reads a run directory; `name` is its display name, by default the folder's name.
 
     Raises:
         UserError: It is no run directory, has no metrics yet, or its metrics are damaged.
@@ -80,7 +80,9 @@ def read_record(run_dir: Path, name: str = "") -> RunRecord:
 
 
 def read_samples(path: Path) -> list[tuple[int, str]]:
-    """Steps and texts of `samples.txt`, the last of each step; a run that resumed may have made one twice."""
+    """Steps and texts of `samples.txt`. Only the last text of each step: a resumed run can have written a step
+    twice.
+    """
     if not path.is_file():
         return []
     parts = _SAMPLE.split(path.read_bytes().decode("utf-8", "replace"))
@@ -89,7 +91,7 @@ def read_samples(path: Path) -> list[tuple[int, str]]:
 
 
 def names_of(run_dirs: list[Path]) -> list[str]:
-    """Names under which runs are told apart: their folders' names, or whole paths where two are the same."""
+    """Unique names of runs: their folders' names, or full paths if two names are equal."""
     short = [path.resolve().name for path in run_dirs]
     return [name if short.count(name) == 1 else str(path) for name, path in zip(short, run_dirs, strict=True)]
 
@@ -100,7 +102,7 @@ def changed_options(config: Config) -> dict[str, tuple]:
 
 
 def options_that_differ(records: list[RunRecord]) -> dict[str, list]:
-    """Maps each option that is not the same in all runs to its values."""
+    """Maps each option that differs between runs to its values."""
     flats = [to_flat(record.config) for record in records]
     names = dict.fromkeys(name for flat in flats for name in flat)
     values = {name: [flat.get(name) for flat in flats] for name in names}
@@ -108,5 +110,5 @@ def options_that_differ(records: list[RunRecord]) -> dict[str, list]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a row is a number; NaN was written as null."""
+    """Whether a value of a row is a number. NaN is null in the file."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
-"""Other programs that get a run's metrics: TensorBoard, Weights & Biases, trackio, MLflow.
+"""Sends a run's metrics to other programs: TensorBoard, Weights & Biases, trackio, MLflow.
 
-Each sink runs in a thread of its own with a bounded queue. A sink that fails, hangs or is slow neither stops nor slows
-training: rows that it does not take are dropped, counted and reported.
+Each sink runs in its own thread with a bounded queue. A sink that fails, hangs or is slow neither stops nor slows
+training: rows that do not fit in the queue are dropped, counted and reported.
 
 To add a sink: write a function that opens it, add it to `SINKS`, an option to `config/log.py`, an extra to
 `pyproject.toml`, and a test against the real package.
@@ -23,39 +23,39 @@ from gptjax.errors import UserError
 from gptjax.report.record import is_number
 
 QUEUE_ROWS = 1000
-"""Rows that wait for a sink; when more come, they are dropped."""
+"""Size of a sink's queue; further rows are dropped."""
 CLOSE_SECONDS = 20.0
-"""How long the end of a run waits for all sinks together."""
+"""Seconds that the end of a run waits for all sinks together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SinkRun:
-    """What a sink is told about the run."""
+    """The description of the run for sinks."""
 
     run_dir: Path
     identity: str
-    """The same for a run that resumes, and another one for every run: hexadecimal digits."""
+    """Hexadecimal id of the run. A resumed run keeps its id."""
     first_step: int
-    """Steps that were made before."""
+    """Number of steps before this start."""
     project: str
     options: dict[str, Any]
     """The config, by dotted names."""
 
     @property
     def name(self) -> str:
-        """The run's name where people see it."""
+        """The display name of the run."""
         return self.run_dir.resolve().name
 
 
 class Sink(Protocol):
-    """Takes numbers of a step."""
+    """The interface of a sink."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Takes values by names such as `train/loss`."""
+        """Sends the values of a step, with names such as `train/loss`."""
         ...
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Sends the remaining values."""
         ...
 
 
@@ -63,15 +63,15 @@ class Kind(NamedTuple):
     """A kind of sink."""
 
     package: str
-    """The Python package that it needs; the extra has the sink's name."""
+    """The Python package of the sink; the extra has the sink's name."""
     open: Callable[[SinkRun], Sink]
 
 
 def check_installed(log: LogConfig) -> None:
-    """Refuses sinks whose package is missing, before a run starts.
+    """Checks before a run that the packages of its sinks are installed.
 
     Raises:
-        UserError: The message names the extra.
+        UserError: A package is missing; the message names the extra.
     """
     for name in log.sinks:
         if importlib.util.find_spec(SINKS[name].package) is None:
@@ -79,10 +79,10 @@ def check_installed(log: LogConfig) -> None:
 
 
 def values_of(row: dict) -> dict[str, float]:
-    """The numbers of a row of metrics, by the names that sinks get: `train/loss`, `validation/loss`.
+    """The numbers of a metrics row under their names in sinks: `train/loss`, `validation/loss`.
 
-    A row of a step without an update has none; the next logged row counts it in `train/skipped`. Numbers of layers are
-    called `grad_norm/layer_0`.
+    The row of a skipped step has none; the next logged row counts it in `train/skipped`. Names of numbers of layers are
+    such as `grad_norm/layer_0`.
     """
     layers = row.get("by_layer", {})
     if layers:
@@ -101,13 +101,13 @@ class Sinks:
         self._threads = [_SinkThread(name, SINKS[name], run, notify) for name in names]
 
     def write(self, row: dict) -> None:
-        """Hands a row to every sink."""
+        """Puts a row into the queue of every sink."""
         values = values_of(row)
         for thread in self._threads if values else []:
             thread.put(row["step"], values)
 
     def close(self) -> None:
-        """Lets the sinks finish, and reports those that lost rows."""
+        """Waits for the sinks to finish, and reports those that lost rows."""
         end = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
             thread.finish()
@@ -135,7 +135,7 @@ class _SinkThread:
 
     def finish(self) -> None:
         self._ending.set()
-        with contextlib.suppress(queue.Full):  # the thread looks at `_ending` too
+        with contextlib.suppress(queue.Full):  # the thread also checks `_ending`
             self._queue.put_nowait(None)
 
     def join_until(self, end: float) -> None:
@@ -159,7 +159,7 @@ class _SinkThread:
                         taken = 0
             finally:
                 sink.close()
-        except BaseException as error:  # of whatever kind, SystemExit too: a sink must not end a run
+        except BaseException as error:  # even SystemExit: a sink must not end a run
             self._failed = True
             self._dropped += taken + sum(item is not None for item in self._queue.queue)
             reason = " ".join(str(error).split())[:300]
@@ -170,7 +170,7 @@ class _TensorBoard:
     def __init__(self, run: SinkRun):
         from tensorboardX import SummaryWriter
 
-        # Rows of later steps are from before a resume; TensorBoard hides them.
+        # TensorBoard hides rows of later steps, which were written before a resume.
         purge = run.first_step + 1 if run.first_step else None
         self._writer = SummaryWriter(
             str(run.run_dir / "tensorboard"), purge_step=purge, filename_suffix=f".{run.first_step}"
@@ -197,7 +197,7 @@ class _Wandb:
             config=run.options,
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Steps are a metric, because wandb's own must not fall, which they do after a resume.
+        # The step is logged as a metric, because wandb's own step must not decrease, as it does after a resume.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -211,7 +211,7 @@ class _Trackio:
     def __init__(self, run: SinkRun):
         import trackio
 
-        name = f"{run.name}-{run.identity[:6]}"  # trackio knows a run by its name alone
+        name = f"{run.name}-{run.identity[:6]}"  # trackio identifies a run by its name
         self._run = trackio.init(
             project=run.project,
             name=name,
@@ -262,4 +262,4 @@ SINKS: dict[str, Kind] = {
     "trackio": Kind("trackio", _Trackio),
     "mlflow": Kind("mlflow", _MLflow),
 }
-"""By the name of the option in section log."""
+"""Sinks by the name of their option in section log."""

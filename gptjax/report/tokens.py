@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 STYLES = ((0.5, "black on green3"), (0.1, "black on gold1"), (0.01, "black on dark_orange"), (0.0, "white on red3"))
-"""Colour from this probability on."""
+"""Smallest probability of each colour."""
 
 
 class TokenRow(NamedTuple):
@@ -45,5 +45,5 @@ def style_of(logprob: float) -> str:
 
 
 def _shown(text: str) -> str:
-    """A token between quotes, with what a terminal does not show written out."""
+    """A token in quotes, with escapes for characters that a terminal does not show."""
     return repr(text)

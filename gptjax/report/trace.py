@@ -1,4 +1,4 @@
-"""Reads the traces of JAX's profiler: how long the operations of a program take by the clock."""
+"""Reads traces of JAX's profiler: the wall-clock time of a program's operations."""
 
 import collections
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 CONTAINERS = ("while", "call", "conditional")
-"""Operations whose time is that of what they hold."""
+"""Operations that contain others; their time is that of their contents."""
 KINDS = {
     "attention": r"attention|flash|splash|fmha",
     "loss": r"cross_entropy",
@@ -25,10 +25,10 @@ _TARGET, _SOURCE = re.compile(r'custom_call_target="([^"]*)"'), re.compile(r'op_
 
 
 def descriptions(program: str) -> dict[str, str]:
-    """What each operation of a compiled program does: the function that it calls, or the end of its source.
+    """Describes each operation of a compiled program by the function it calls, or by the end of its source path.
 
     Args:
-        program: As `Compiled.as_text` returns it.
+        program: Result of `Compiled.as_text`.
     """
     found = {}
     for line in program.splitlines():
@@ -41,10 +41,10 @@ def descriptions(program: str) -> dict[str, str]:
 
 
 def measured(folder: Path) -> dict[str, tuple[collections.Counter, collections.Counter]]:
-    """Nanoseconds and numbers of runs of every operation, by module.
+    """Nanoseconds and number of executions of every operation, by module.
 
     Args:
-        folder: Holds one trace.
+        folder: Folder with one trace.
     """
     spans = collections.defaultdict(list)
     [path] = folder.rglob("*.xplane.pb")
@@ -59,7 +59,7 @@ def measured(folder: Path) -> dict[str, tuple[collections.Counter, collections.C
 
 
 def shared_time(spans: Sequence[tuple[float, float, str]]) -> collections.Counter:
-    """Time of the clock by name, from starts and ends; operations that overlap share it equally."""
+    """Wall-clock time by name, given starts and ends. Operations that overlap share the time equally."""
     edges = []
     for index, (start, end, _) in enumerate(spans):
         if end > start:
@@ -74,7 +74,7 @@ def shared_time(spans: Sequence[tuple[float, float, str]]) -> collections.Counte
 
 
 def by_kind(times: collections.Counter, described: Mapping[str, str]) -> collections.Counter:
-    """Adds up the times of operations of a kind; `described` as `descriptions` returns it."""
+    """Sums the times of operations by kind; `described` is the result of `descriptions`."""
     kinds = collections.Counter()
     for name, time in times.items():
         kinds[kind_of(f"{described.get(name, '')} {name}")] += time
@@ -82,5 +82,5 @@ def by_kind(times: collections.Counter, described: Mapping[str, str]) -> collect
 
 
 def kind_of(description: str) -> str:
-    """The kind of an operation, by its description and name."""
+    """The kind of an operation, given its description and name."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, description, re.IGNORECASE)), "other")

@@ -1,4 +1,4 @@
-"""What describes one family of models: its config.json, its tensors, and where they lie in ours.
+"""Describes one family of models: its config.json, its tensors, and their conversion to our parameters.
 
 Shape suffixes: D n_embd, F MLP width, G key and value heads, R = H / G query heads of each, E = R + 2, C head width.
 """
@@ -19,7 +19,7 @@ Arrays = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Leaves of our parameters and the tensors of theirs that hold the same numbers; of blocks, of one layer."""
+    """Leaves of our parameters and the corresponding tensors of the family. For blocks: those of one layer."""
 
     leaves: tuple[str, ...]
     names: tuple[str, ...]
@@ -35,38 +35,38 @@ class Family:
     architecture: str
     """The class that `architectures` in config.json names."""
     read: Callable[[Fields], ModelConfig]
-    """From config.json; refuses what the decoder cannot compute."""
+    """Converts config.json to our config; raises `UserError` for unsupported options."""
     write: Callable[[ModelConfig], dict]
-    """Its inverse, for models that the family has; for others it may leave out what does not fit."""
+    """Inverse of `read` for models of this family. For other models it may omit options that the family lacks."""
     outer: tuple[Entry, ...]
-    """Tensors that are not of a layer; entries whose leaf the model does not have are passed over."""
+    """Tensors outside of layers; entries whose leaf the model does not have are ignored."""
     block: tuple[Entry, ...]
     prefix: str = "model."
-    """Of all tensors but the output projection; files without it are read too."""
+    """Prefix of all tensors except the output projection. Files without the prefix can also be read."""
     layer: str = "layers.{}."
     head: str = "lm_head.weight"
     buffers: tuple[str, ...] = ()
-    """Tensors of a layer that old versions saved and that are no parameters."""
+    """Tensors of a layer that old versions saved although they are no parameters."""
     label_heads: tuple[str, ...] = ("classify", "tag")
-    """Kinds of tasks that transformers has a class for."""
+    """Kinds of tasks for which transformers has a class."""
     tag_head: str = "score"
-    """Name of the head that labels words."""
+    """Name of the token classification head."""
     conv1d: bool = False
     """Whether linear layers store their inputs first, as GPT-2's class Conv1D does."""
 
 
 def same(leaf: str, name: str) -> Entry:
-    """A tensor that both store alike."""
+    """A tensor with the same layout in both."""
     return Entry((leaf,), (name,), lambda model, parts: parts, lambda model, parts: parts)
 
 
 def transposed(leaf: str, name: str) -> Entry:
-    """A matrix `[out, in]` of theirs."""
+    """A matrix that the family stores as `[out, in]`."""
     return Entry((leaf,), (name,), lambda model, parts: (parts[0].T,), lambda model, parts: (parts[0].T,))
 
 
 def one_plus(leaf: str, name: str) -> Entry:
-    """A scale of which they store what exceeds one."""
+    """A scale that the family stores minus 1."""
     return Entry((leaf,), (name,), lambda model, parts: (1.0 + parts[0],), lambda model, parts: (parts[0] - 1.0,))
 
 
@@ -86,7 +86,7 @@ def stacked_qkv(leaf: str, name: str) -> Entry:
 
 
 def interleaved_qkv(leaf: str, name: str) -> Entry:
-    """One linear layer `[H 3 C, D]`, or its bias: each head's query, key and value together, as ours are."""
+    """One linear layer `[H 3 C, D]`, or its bias: query, key and value of each head are adjacent, as in ours."""
 
     def to_ours(model: ModelConfig, parts: Arrays) -> Arrays:
         x = parts[0].T
@@ -106,7 +106,7 @@ def conv1d_qkv(leaf: str, name: str) -> Entry:
 
 
 def gate_and_up(gate: str, up: str, name: str) -> Entry:
-    """One linear layer `[2 F, D]`: the gate, then what it multiplies."""
+    """One linear layer `[2 F, D]`: the gate, then the up projection."""
 
     def to_ours(model: ModelConfig, parts: Arrays) -> Arrays:
         return tuple(half.T for half in np.split(parts[0], 2))
@@ -115,7 +115,7 @@ def gate_and_up(gate: str, up: str, name: str) -> Entry:
 
 
 def normal_form(model: ModelConfig) -> ModelConfig:
-    """The same function with every default resolved into one spelling."""
+    """A config of the same function in canonical form, in which every default is resolved."""
     changes: dict = {}
     if model.kv_heads == model.n_head:
         changes["n_kv_head"] = 0
@@ -152,7 +152,7 @@ def shortest_pattern(kinds: tuple) -> tuple:
 
 
 def differences(family: Family, model: ModelConfig) -> dict[str, object]:
-    """The options of a model that the family does not have, with the value that it has instead."""
+    """The options of a model that the family does not support, with the family's values."""
     ignored = {"dropout": 0.0, "vocab_multiple": 1, "init": "gpt2", "adapter": AdapterConfig()}
     wanted = normal_form(dataclasses.replace(model, **ignored))
     fields = Fields({"model_type": family.model_type} | family.write(wanted), family.model_type)
@@ -162,10 +162,10 @@ def differences(family: Family, model: ModelConfig) -> dict[str, object]:
 
 
 def choose_family(families: dict[str, Family], model: ModelConfig, name: str = "") -> Family:
-    """The family to write a model as: the one of this name, or else the first that computes the same.
+    """The family for exporting a model: the one of this name, or the first equivalent one.
 
     Raises:
-        UserError: It does not, or none does; the message names the options that differ.
+        UserError: The family, or every family, differs from the model; the message names the options.
     """
     if name:
         families = {name: families[name]}

@@ -1,4 +1,4 @@
-"""The fields of a config.json, read one by one: what is not read is known at the end."""
+"""Reads the fields of a config.json one by one, so that unread fields are known at the end."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ NEUTRAL = {
     *("task_specific_params", "finetuning_task", "pruned_heads", "tie_encoder_decoder", "prefix", "use_bfloat16"),
     *("tf_legacy_loss", "bos_token", "eos_token", "auto_map", "classifier_dropout", "pretraining_tp", "add_bos_token"),
 }
-"""Fields that do not change what a model computes."""
+"""Fields that do not change the function of a model."""
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 ROPE_SCALINGS = {
     "default": set(),
@@ -33,11 +33,11 @@ ROPE_SCALINGS = {
         *("mscale", "mscale_all_dim", "truncate"),
     },
 }
-"""What each kind of scaling may hold."""
+"""The allowed fields of each kind of rope scaling."""
 
 
 class Fields:
-    """A config.json; missing fields have the default that is given with them, which is that of transformers."""
+    """A config.json. The caller gives the default of a missing field, which is that of transformers."""
 
     def __init__(self, raw: dict, where: str):
         self.raw, self.where, self.seen = raw, where, set[str]()
@@ -48,14 +48,14 @@ class Fields:
         return self.raw.get(name, default)
 
     def need(self, name: str, default: Any, *allowed: Any) -> Any:
-        """The value of a field that may only be one of some."""
+        """The value of a field with a list of allowed values."""
         value = self.get(name, default)
         if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
             raise self.refusal(name, value, f"must be {' or '.join(repr(a) for a in allowed)}")
         return value
 
     def size(self, name: str, default: int | None) -> int:
-        """A number of at least 1; a default of None is for fields without which there is no model."""
+        """An integer of at least 1. A default of None means that the field is required."""
         value = self.get(name, default)
         if type(value) is not int or value < 1:
             raise UserError(f"{self.where}: {name}={value!r} must be a whole number of at least 1")
@@ -82,7 +82,7 @@ class Fields:
         return ACTIVATIONS[self.need(name, default, *ACTIVATIONS)]
 
     def kinds(self, name: str, count: int, default: Callable[[int], str]) -> tuple[str, ...]:
-        """The kinds of attention layers, one for each; the default is a function of the layer."""
+        """The kind of attention of each layer; the default is a function of the layer."""
         value = self.get(name, None)
         value = [default(layer) for layer in range(count)] if value is None else value
         if not isinstance(value, list) or len(value) != count:
@@ -97,9 +97,9 @@ class Fields:
         """Options of rope, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before it).
 
         Args:
-            theta: Base where none is given.
-            theta_name: Where transformers before 5 had it.
-            layers: Kind of layers whose parameters are read, where kinds have their own.
+            theta: Default of the base frequency.
+            theta_name: Its field in transformers before version 5.
+            layers: Kind of layers whose parameters are read, if kinds have their own.
         """
         old, new = self.get("rope_scaling", None), self.get("rope_parameters", None)
         if layers and new is not None:
@@ -107,7 +107,7 @@ class Fields:
                 raise self.refusal("rope_parameters", new, "must be an object")
             new = new.get(layers)
         if layers == "sliding_attention":
-            old = None  # the old spelling is of full layers
+            old = None  # the old field applies to full layers
         name = "rope_parameters" if old is None else "rope_scaling"
         rope = (new if old is None else old) or {}
         if not isinstance(rope, dict):
@@ -139,7 +139,7 @@ class Fields:
         return options
 
     def rope_fraction(self, head_width: int, default: float, name: str = "partial_rotary_factor") -> float:
-        """Share of a head that rope rotates."""
+        """Share of a head's channels that rope rotates."""
         nested = self.get("rope_scaling", None) or self.get("rope_parameters", None) or {}
         value = self._number(name, nested.get("partial_rotary_factor", self.get(name, default)))
         if int(value * head_width) != 2 * round(value * head_width / 2):
@@ -147,7 +147,7 @@ class Fields:
         return value
 
     def unread(self) -> list[str]:
-        """Fields that nothing has read and that are not known to be without effect."""
+        """Fields that were not read and may have an effect."""
         return sorted(name for name in self.raw.keys() - self.seen - NEUTRAL if self.raw[name] is not None)
 
     def refusal(self, name: str, value: Any, rule: str) -> UserError:
@@ -171,7 +171,7 @@ class Fields:
 
 
 def rope_fields(model, theta_name: str = "rope_theta") -> dict:
-    """The inverse of `Fields.rope`, as transformers before 5 spelled it, which all versions read."""
+    """Inverse of `Fields.rope`, in the fields of transformers before version 5, which all versions read."""
     scaling: dict | None = None
     if model.rope_scaling != "none":
         scaling = {"rope_type": model.rope_scaling, "factor": model.rope_factor}

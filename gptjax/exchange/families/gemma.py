@@ -1,4 +1,4 @@
-"""Gemma 1 to 3 (text): scaled embeddings, norms that store what exceeds one, and from the second on sandwich norms."""
+"""Gemma 1 to 3 (text): scaled embeddings, norm scales stored minus 1; Gemma 2 and 3 also have sandwich norms."""
 
 from collections.abc import Mapping
 
@@ -35,7 +35,7 @@ DEFAULTS_3 = DEFAULTS_2 | {"max_position_embeddings": 131_072, "vocab_size": 262
 
 def _read_gemma(fields: Fields) -> ModelConfig:
     common = read_common(fields, DEFAULTS) | {"activation": "gelu"}
-    # Older files say "gelu" and mean the tanh form.
+    # In older files "gelu" means the tanh approximation.
     fields.need("hidden_act", "gelu_pytorch_tanh", "gelu", "gelu_pytorch_tanh", "gelu_new")
     fields.need("hidden_activation", None, None, "gelu_pytorch_tanh")
     _check_causal(fields)
@@ -66,7 +66,7 @@ def _write_gemma2(model: ModelConfig) -> dict:
 
 def _read_gemma3(fields: Fields) -> ModelConfig:
     common = read_common(fields, DEFAULTS_3, "hidden_activation")
-    fields.need("attn_logit_softcapping", None, None)  # transformers keeps it and does not use it
+    fields.need("attn_logit_softcapping", None, None)  # transformers does not use it
     caps = {"logit_softcap": ("final_logit_softcapping", None)}
     fields.get("_sliding_window_pattern", None)  # written by transformers 5, which does not read it
     kinds, window = _kinds(fields, common, 4096, fields.size("sliding_window_pattern", 6))
@@ -113,7 +113,7 @@ def _write_sandwich(model: ModelConfig) -> dict:
         **write_common(model, "hidden_activation"),
         "head_dim": model.head_width,
         "attention_bias": False,
-        "query_pre_attn_scalar": max(1, round(scale**-2)),  # transformers takes whole numbers
+        "query_pre_attn_scalar": max(1, round(scale**-2)),  # transformers expects an integer
         "final_logit_softcapping": model.logit_softcap or None,
         "sliding_window": model.attention_window or model.block_size,
         "layer_types": layer_types(model),

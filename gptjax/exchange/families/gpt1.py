@@ -1,4 +1,4 @@
-"""GPT-1 (openai-gpt): norms behind the residual sums, and none at the end."""
+"""GPT-1 (openai-gpt): post-norm blocks without a final norm."""
 
 from typing import Any
 

@@ -31,7 +31,7 @@ SUMMARY = ("summary_type", "summary_use_proj", "summary_activation", "summary_pr
 
 
 def read_sizes(fields: Fields) -> dict:
-    """Sizes and rates that GPT and GPT-2 spell alike."""
+    """Reads sizes and dropout rates, whose fields are the same in GPT-1 and GPT-2."""
     for name in SUMMARY:
         fields.get(name, None)
     fields.get("n_ctx", None)
@@ -47,7 +47,7 @@ def read_sizes(fields: Fields) -> dict:
 
 
 def write_sizes(model: ModelConfig) -> dict:
-    """The inverse of `read_sizes`."""
+    """Inverse of `read_sizes`."""
     return {
         "vocab_size": model.vocab_size,
         "n_positions": model.block_size,

@@ -1,4 +1,4 @@
-"""Llama and its relatives: RMSNorm, rotary positions, gated MLPs, no biases but those of queries, keys and values."""
+"""Llama and similar families: RMSNorm, rotary embeddings, gated MLPs, biases only in queries, keys and values."""
 
 from collections.abc import Callable
 
@@ -34,13 +34,13 @@ BUFFERS = ("self_attn.rotary_emb.inv_freq",)
 def read_common(
     fields: Fields, defaults: dict, activation: str = "hidden_act", bias_fields: tuple[str, ...] = ("attention_bias",)
 ) -> dict:
-    """Options of the model that all relatives spell alike.
+    """Reads the options that all these families share.
 
     Args:
         fields: The config.json.
-        defaults: Of the family in transformers.
-        activation: Name of the field that holds the activation.
-        bias_fields: Fields that would add biases which the decoder has only all together.
+        defaults: The family's defaults in transformers.
+        activation: Name of the field with the activation.
+        bias_fields: Fields that add single biases. The decoder supports only all biases together, so they must be off.
     """
     n_embd = fields.size("hidden_size", defaults["hidden_size"])
     n_head = fields.size("num_attention_heads", defaults["num_attention_heads"])
@@ -66,7 +66,7 @@ def read_common(
 
 
 def write_common(model: ModelConfig, activation: str = "hidden_act") -> dict:
-    """The inverse of `read_common`."""
+    """Inverse of `read_common`."""
     return {
         "hidden_size": model.n_embd,
         "intermediate_size": model.mlp_size,
@@ -83,14 +83,14 @@ def write_common(model: ModelConfig, activation: str = "hidden_act") -> dict:
 
 
 def read_window(fields: Fields, kinds: tuple[str, ...], window: int, block_size: int, local_base: float = 0.0) -> dict:
-    """Options of attention for layers of such kinds; a window that no text fills is none.
+    """Attention options for layers of the given kinds. A window of at least `block_size` is the same as no window.
 
     Args:
-        fields: The config.json, for the error.
-        kinds: Of each layer.
-        window: Of the local ones.
-        block_size: Longest text.
-        local_base: Base of rope of the local ones, where it differs.
+        fields: The config.json, for error messages.
+        kinds: Kind of each layer.
+        window: Window of local layers.
+        block_size: Largest context length.
+        local_base: Base frequency of rope in local layers, if it differs.
     """
     local = {kind for kind in kinds if kind.startswith("local")}
     if not local or not window or (window >= block_size and not local_base):
@@ -105,13 +105,13 @@ def read_window(fields: Fields, kinds: tuple[str, ...], window: int, block_size:
 
 
 def layer_types(model: ModelConfig) -> list[str]:
-    """The kind of each layer, in their words."""
+    """The kind of each layer, in transformers' terms."""
     local = (model.layer_kind(layer).startswith("local") for layer in range(model.n_layer))
     return ["sliding_attention" if is_local else "full_attention" for is_local in local]
 
 
 def own_head_dim(model: ModelConfig) -> dict:
-    """`head_dim`, which some families have only where it is not hidden_size / num_attention_heads."""
+    """`head_dim`, which some families set only if it is not hidden_size / num_attention_heads."""
     return {} if model.head_width * model.n_head == model.n_embd else {"head_dim": model.head_width}
 
 
