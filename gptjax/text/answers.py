@@ -11,7 +11,7 @@ from gptjax.text.rows import field_value, text_field
 
 
 class Question(NamedTuple):
-    """A question about a text; `answers` is empty where there is none, or where none is known."""
+    """A question about a text. `answers` is empty if it has no answer or the answer is unknown."""
 
     text: str
     question: str
@@ -44,7 +44,7 @@ def parse_question(row: Row, task: TaskConfig, data: DataConfig, labelled: bool,
 
 
 def _answers(value: Any, row: Row, task: TaskConfig) -> list[tuple[str, int | None]]:
-    """Answers and where they begin; None: not told."""
+    """Answers and their starts; None if the row does not give the start."""
     if isinstance(value, dict):
         texts, starts = value.get("text"), value.get("answer_start")
         texts, starts = ([v] if isinstance(v, (str, int)) else v for v in (texts, starts))

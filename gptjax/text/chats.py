@@ -1,7 +1,7 @@
 """Chats: rows in the common layouts → messages → text with the spans that are targets, and prompts for sampling.
 
-Training and sampling write messages by the same functions, so that the text before a response has the same characters,
-and after `batches.packed.encode_chats` the same ids, in both.
+Training and sampling render messages with the same functions, so that the text before a response is the same, and has
+the same token ids, in both.
 """
 
 import re
@@ -33,8 +33,8 @@ class Chat(NamedTuple):
 
     text: str
     targets: tuple[tuple[int, int], ...]
-    """Spans of characters `[start, end)` that are targets: what the assistant says, up to the next message, and
-    what joins it to the text before, see `_before_join`."""
+    """Character spans `[start, end)` that are targets: the assistant's text up to the next message, and the white space
+    or punctuation before it, see `_before_join`."""
     where: str
 
     @property
@@ -44,7 +44,7 @@ class Chat(NamedTuple):
 
 
 def render_chat(messages: Sequence[Message], template: str, where: str) -> Chat:
-    """Writes messages by `task.template`."""
+    """Renders messages with `task.template`."""
     before, after = template.split("{content}")
     text, targets = "", []
     for message in messages:
@@ -57,27 +57,27 @@ def render_chat(messages: Sequence[Message], template: str, where: str) -> Chat:
 
 
 def render_prompt(messages: Sequence[Message], template: str) -> str:
-    """The text of `render_chat` up to where the assistant's answer to `messages` begins."""
+    """The text of `render_chat` up to the start of the assistant's answer to `messages`."""
     header = template.split("{content}")[0].replace("{role}", ASSISTANT)
     return render_chat(messages, template, "").text + _before_join(header)
 
 
 def _before_join(header: str) -> str:
-    """What stands before a response, without the spaces or punctuation at its end.
+    """The text before a response, without the white space or punctuation at its end.
 
-    Tokenizers join these to the word that follows (" It", ">It"), so a prompt that ended in them would have other ids
-    than the same text in training. So they belong to the target, and sampling leaves them to the model.
+    Tokenizers join these to the next word (" It", ">It"). So a prompt that ended with them would have other ids than
+    the same text in training. Therefore they belong to the target, and the model generates them.
     """
     return _JOINED.sub("", header)
 
 
 def parse_chat(row: Row, task: TaskConfig, counts: Counter[str]) -> Chat | None:
-    """Makes a chat of a row in one of the layouts of `read_messages`; None: no turn of the assistant has text.
+    """Parses a row in one of the layouts of `_read_turns`; None if no turn of the assistant has text.
 
     Args:
-        row: As it was read.
-        task: Names the fields, and the template.
-        counts: Gets "turns_without_text" (skipped) and "chats_without_target".
+        row: The row.
+        task: Names of the fields, and the template.
+        counts: Incremented at "turns_without_text" (skipped turns) and "chats_without_target".
 
     Raises:
         UserError: The row has none of the layouts, a turn is malformed, or there is no turn of the assistant.
@@ -94,11 +94,11 @@ def parse_chat(row: Row, task: TaskConfig, counts: Counter[str]) -> Chat | None:
 
 
 def _read_turns(row: Row, task: TaskConfig) -> list[tuple[str, str | None]]:
-    """Returns `(role, content)` of each turn; the content is None where a turn has no text, as one that calls a tool.
+    """Returns `(role, content)` of each turn. The content is None if a turn has no text, such as a tool call.
 
-    The layouts, of which the first that the row has is taken; a field that is null or an empty list counts as absent:
-    `task.messages_field` (role and content), "conversations" (ShareGPT: from and value), `task.prompt_field` and
-    `task.response_field`, and "instruction", "input" and "output" (Alpaca).
+    The first layout that the row has is used. Fields that are null or an empty list count as absent. The layouts are:
+    `task.messages_field` (role and content); "conversations" (ShareGPT: from and value); `task.prompt_field` and
+    `task.response_field`; "instruction", "input" and "output" (Alpaca).
     """
     values = row.values
     for name in (task.messages_field, SHAREGPT_FIELD):
@@ -134,7 +134,7 @@ def _turns_of(messages: Any, name: str, row: Row) -> list[tuple[str, str | None]
 
 
 def _content(content: Any, name: str, row: Row) -> str | None:
-    """A turn's text; None where it has none. A list of parts, as of the OpenAI API, is joined."""
+    """A turn's text, or None. A list of parts, as in the OpenAI API, is joined."""
     if isinstance(content, (list, tuple)) and all(isinstance(part, dict) for part in content):
         content = "".join(part["text"] for part in content if isinstance(part.get("text"), str))
     if content is not None and not isinstance(content, str):

@@ -1,4 +1,4 @@
-"""Normalises documents and leaves out those that a rule excludes."""
+"""Normalises documents and removes empty, short and duplicate ones."""
 
 import re
 import unicodedata
@@ -16,13 +16,13 @@ _CARRIAGE_RETURN = re.compile(r"\r\n?")
 def clean(documents: Iterable[Document], data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
     """Applies data.newlines, data.unicode, data.min_characters and data.drop_duplicates, in this order.
 
-    Duplicates are known by a 128-bit hash of the normalised text, which costs about 100 bytes of memory for
-    each document that is kept. Documents without any character are always left out.
+    Duplicates are found by a 128-bit hash of the normalised text, which costs about 100 bytes of memory for
+    each document that is kept. Empty documents are always removed.
 
     Args:
-        documents: In the order of the corpus; of equal ones the first is kept.
+        documents: In the order of the corpus; the first of equal documents is kept.
         data: The rules.
-        counts: Gets how many documents each rule left out: "empty", "short", "duplicate".
+        counts: Incremented at "empty", "short" and "duplicate" for each removed document.
     """
     seen: set[bytes] = set()
     for document in documents:

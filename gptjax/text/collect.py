@@ -13,7 +13,7 @@ from gptjax.errors import UserError
 _CHARSET = re.compile(rb"charset\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
 _ESCAPED = re.compile(rb">+From ")
 _META = 2048
-"""Bytes at the beginning of a page in which it may name its encoding."""
+"""Bytes at the start of a page that are searched for the name of its encoding."""
 _BATCH = 2**20
 
 Decode = Callable[[bytes, str], str | None]
@@ -40,7 +40,7 @@ def read_mbox(file: io.BufferedReader, name: str, decode: Decode) -> Iterator[tu
 def _mail(lines: list[bytes], where: str, decode: Decode) -> Iterator[tuple[str, str]]:
     if not any(line.strip() for line in lines):
         return
-    if not lines[-1].strip():  # it separates the mail from the next one
+    if not lines[-1].strip():  # the empty line separates mails
         lines = lines[:-1]
     lines = [line[1:] if _ESCAPED.match(line) else line for line in lines]
     message = email.message_from_bytes(b"".join(lines), policy=email.policy.default)
@@ -63,7 +63,7 @@ def read_warc(file: io.BufferedReader, name: str, decode: Decode, counts: Counte
         file: Decompressed.
         name: Of the file.
         decode: See `Decode`; a page is decoded by the encoding that it names.
-        counts: Gets "other_records": those that are no page, or a page that is stored compressed or in chunks.
+        counts: Incremented at "other_records" for records that are no page, or a page stored compressed or in chunks.
 
     Raises:
         UserError: It is not a WARC file.
@@ -96,7 +96,7 @@ def read_warc(file: io.BufferedReader, name: str, decode: Decode, counts: Counte
 
 
 def _page(content: bytes) -> tuple[bytes, str | None] | None:
-    """The body of an HTTP response and its encoding; None: it is no text, or cannot be read as it is."""
+    """The body of an HTTP response and its encoding; None if it is not text, or is compressed or chunked."""
     head, _, body = content.partition(b"\r\n\r\n")
     headers = _headers(io.BytesIO(head.partition(b"\r\n")[2] + b"\r\n\r\n"))
     kind = headers.get("content-type", "")
@@ -122,13 +122,13 @@ def _decoded(raw: bytes, charset: str | None, where: str, decode: Decode) -> str
         try:
             return raw.decode(charset)
         except (LookupError, UnicodeDecodeError):
-            pass  # pages often name a wrong encoding; what follows tells if it is not UTF-8 either
+            pass  # pages often name a wrong encoding; then UTF-8 is tried
     return decode(raw, where)
 
 
 def _read_exactly(file: io.BufferedReader, size: int) -> bytes:
     chunks = []
-    while size:  # in parts: a damaged length must not allocate it all
+    while size:  # in chunks: a damaged length must not allocate a huge buffer
         chunk = file.read(min(size, _BATCH))
         if not chunk:
             raise EOFError

@@ -1,8 +1,8 @@
-"""CoNLL files → sentences: a word a line with its tags in columns, sentences apart by blank lines.
+"""CoNLL files → sentences. Each line has a word and its tags in columns; blank lines separate sentences.
 
-Two conventions are known. CoNLL-2003 marks the beginning of a document by a line whose word is -DOCSTART-. CoNLL-U
-(https://universaldependencies.org/format.html) has ten columns, the first of which numbers the words, comments
-after "#", lines such as "1-2" for a token that is several words, and "8.1" for words that are not in the text.
+Two conventions are supported. In CoNLL-2003, a line with the word -DOCSTART- begins a document. CoNLL-U
+(https://universaldependencies.org/format.html) has ten columns, of which the first one numbers the words; comments
+after "#"; lines such as "1-2" for a token of several words, and "8.1" for words that are not in the text.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.text.unicode import InvalidText, has_surrogate
 
 TOKENS, TAGS, XPOS = "tokens", "tags", "xpos"
-SENTENCES = 32  # that make a document, in files that do not say where one begins
+SENTENCES = 32  # sentences of a document, in files without document boundaries
 
 _DOCSTART = "-DOCSTART-"
 _CONLLU_COLUMNS = 10
@@ -30,7 +30,7 @@ class Sentence(NamedTuple):
     words: list[list[str]]
     is_conllu: bool
     text: str
-    """As CoNLL-U gives it; empty: the words are apart by one space."""
+    """The text in CoNLL-U; empty: the words are joined by one space."""
     begins_document: bool
 
 
@@ -44,17 +44,16 @@ def conll_sentences(
 ) -> Iterator[Sentence]:
     """Yields the sentences of a file in their order.
 
-    Columns stand apart by tabs (or, in a line without a tab, by spaces).
+    Columns are separated by tabs (or, in a line without a tab, by spaces).
 
     Args:
-        lines: Of the file, as `formats` decodes them.
-        name: Of the file, for error messages.
-        policy: What to do with bytes that are no UTF-8.
-        must_be_conllu: Whether the file's ending says so.
+        lines: Lines of the file, decoded by `formats`.
+        name: Name of the file, for error messages.
+        policy: Policy for bytes that are not UTF-8.
+        must_be_conllu: Whether the file's ending is that of CoNLL-U.
 
     Raises:
-        UserError: A line has another number of columns than the first, or words are numbered in another format
-            than CoNLL-U.
+        UserError: A line has another number of columns than the first, or a file that is not CoNLL-U numbers words.
     """
     numbered, layout = _find_layout(lines, name, must_be_conllu)
     words, first, text, begins, valid, checked = [], 0, "", False, True, layout.is_conllu
@@ -87,10 +86,10 @@ def conll_sentences(
 
 
 def sentence_row(sentence: Sentence) -> dict[str, Any]:
-    """The fields of a sentence as a row: "tokens" and "tags", where the file has tags.
+    """The fields of a sentence as a row: "tokens", and "tags" if the file has tags.
 
-    They are the first and the last column; of CoNLL-U the columns FORM and UPOS, and XPOS as "xpos". "_", which means
-    that there is no tag, becomes None.
+    They are the first and the last column. In CoNLL-U they are FORM and UPOS, and XPOS is "xpos". "_" means "no tag"
+    and becomes None.
     """
     if sentence.is_conllu:
         columns = {TOKENS: 1, TAGS: 3, XPOS: 4}
@@ -101,9 +100,9 @@ def sentence_row(sentence: Sentence) -> dict[str, Any]:
 
 
 def sentence_documents(sentences: Iterable[Sentence]) -> Iterator[tuple[str, str]]:
-    """Yields `(text, where)` of documents: a sentence is a line, its tags are not read.
+    """Yields `(text, where)` of documents with one sentence per line, without tags.
 
-    A document is what the file marks as one, or `SENTENCES` sentences where it marks none.
+    Documents are those marked in the file, or `SENTENCES` sentences if it marks none.
     """
     lines: list[str] = []
     where, marked = "", False
@@ -119,7 +118,7 @@ def sentence_documents(sentences: Iterable[Sentence]) -> Iterator[tuple[str, str
 
 
 def _find_layout(lines: Iterable[str], name: str, must_be_conllu: bool) -> tuple[Iterator[tuple[int, str]], _Layout]:
-    """Returns the numbered lines, all of them, and what the first word's line says of the columns."""
+    """Returns all lines with their numbers, and the layout of columns, found from the first line with a word."""
     numbered = enumerate(lines, 1)
     head: list[tuple[int, str]] = []
     number, cells = 1, []
@@ -143,7 +142,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _is_comment(cells: list[str], line: str, layout: _Layout, inside: bool) -> bool:
-    """Whether a line is a comment; outside of CoNLL-U "#" may also be a sentence's first word."""
+    """Whether a line is a comment. Outside of CoNLL-U, "#" can also be the first word of a sentence."""
     return line.startswith("#") and (layout.is_conllu or (not inside and len(cells) != layout.columns))
 
 

@@ -1,4 +1,4 @@
-"""Counts of what a reader left out or changed, and the words in which they are reported."""
+"""Names and texts of the counters of documents and rows that were left out or changed."""
 
 from collections.abc import Mapping
 
@@ -33,18 +33,20 @@ COUNTED = {
     "equal_responses": "left out: both responses are the same",
     "chats_without_target": "chats left out: no turn of the assistant has text",
 }
-"""The text of each count, after its number."""
+"""The text that is printed after the number of each count."""
 UNREADABLE = "unreadable: "
-"""Begins the name of a count that has the error of one file."""
+"""Prefix of counts of unreadable files; the rest of the name is the error of one file."""
 _SHOWN = 3
 
 
 def counted(counts: Mapping[str, int]) -> list[str]:
-    """Each count that is not zero in words: "3 left out: empty". Of unreadable files, the first ones are named."""
+    """The text of each count that is not zero, such as "3 left out: empty", and the errors of the first unreadable
+    files.
+    """
     words = [f"{counts[name]:,} {text}" for name, text in COUNTED.items() if counts.get(name)]
     return words + [name for name in counts if name.startswith(UNREADABLE)][:_SHOWN]
 
 
 def leaves_out(name: str) -> bool:
-    """Whether a count is of documents that were read and left out."""
+    """Whether a counter counts documents that were read and left out."""
     return name != "invalid_utf8_skipped" and COUNTED.get(name, "").startswith("left out: ")

@@ -1,6 +1,6 @@
-"""The datasheet of prepared data: what it was made of and what was left out, as JSON and as a page.
+"""The datasheet of prepared data: its sources and what was left out, as JSON and as an HTML page.
 
-`data_report.json` and `data_report.html` stand beside the shards. They decide nothing.
+`data_report.json` and `data_report.html` are next to the shards. They are only for the reader.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ def write_datasheet(folder: Path, data: DataConfig, counts: Mapping[str, int], c
     """Writes both files.
 
     Args:
-        folder: Holds the shards and the manifest.
+        folder: Folder of the shards and the manifest.
         data: The options.
-        counts: As the manifest has them.
-        cleaning: As `store.store_report` returns it; None: no stage of `data.clean` was on.
+        counts: Counts of the manifest.
+        cleaning: Result of `store.store_report`; None: no stage of `data.clean` was on.
     """
     sheet = make_datasheet(folder, data, counts, cleaning)
     (folder / JSON_FILE).write_text(json.dumps(sheet, indent=2) + "\n", encoding="utf-8")
@@ -69,7 +69,7 @@ def make_datasheet(
 
 
 def render_page(sheet: dict[str, Any]) -> str:
-    """Returns the page. Text of documents is escaped: it may hold HTML and scripts."""
+    """Returns the page. Text of documents is escaped, because it can contain HTML and scripts."""
     documents, splits = sheet["documents"], sheet["splits"]
     reasons = [(_words(name), n) for name, n in sorted(documents["left_out"].items(), key=lambda item: -item[1])]
     sizes = [

@@ -1,4 +1,4 @@
-"""Which document of a split came from where: a compressed list beside the shards."""
+"""The origin of each document of a split, in a compressed list next to the shards."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -11,10 +11,10 @@ from gptjax.errors import UserError
 
 
 class Origin(NamedTuple):
-    """Where a document of a split came from."""
+    """The origin of a document."""
 
     where: str
-    """File and line, or file, as error messages name it."""
+    """File and line, or file, as in error messages."""
     text_hash: str
     """XXH3-64 of the cleaned text, 16 hexadecimal digits."""
 
@@ -62,8 +62,8 @@ def read_origins(folder: Path, split: str) -> Iterator[Origin]:
 
 
 def find_documents(folder: Path, split: str, names: Collection[str]) -> tuple[list[int], set[str]]:
-    """Returns the numbers of the documents that are named by their hash or by where they stand, and the names that
-    no document has.
+    """Returns the numbers of the documents that are named by their hash or their origin, and the names that match no
+    document.
 
     A name without a line ("a.jsonl") means every document of the file.
 

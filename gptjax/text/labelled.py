@@ -1,4 +1,4 @@
-"""Rows → the examples of a task, checked; and which of them are held out for validation."""
+"""Parses rows to examples of a task, checks them, and splits them into training and validation examples."""
 
 import json
 from collections import Counter
@@ -27,7 +27,7 @@ _NOT_A_NUMBER = ("nan", "<na>")  # as pandas writes them
 
 
 class Text(NamedTuple):
-    """A text or a pair of `classify`; without `labels` where none is known, with several only if `multi_label`."""
+    """A text or a pair for `classify`. `labels` is empty if unknown; it has several labels only with `multi_label`."""
 
     text: str
     labels: tuple[str, ...]
@@ -39,7 +39,7 @@ class Text(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """A text or a pair of `regress`; `values` is empty where none are known."""
+    """A text or a pair for `regress`; `values` is empty if unknown."""
 
     text: str
     values: tuple[float, ...]
@@ -49,7 +49,7 @@ class Numbers(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A text of `choose` and its candidates; `answer` is the number of the right one from 0, -1 where it is unknown."""
+    """A text for `choose` and its candidates; `answer` is the number of the correct one from 0, or -1 if unknown."""
 
     text: str
     candidates: tuple[str, ...]
@@ -58,7 +58,7 @@ class Choice(NamedTuple):
 
 
 class Words(NamedTuple):
-    """A sentence of `tag`; `tags` is empty where none are known."""
+    """A sentence for `tag`; `tags` is empty if unknown."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
@@ -66,7 +66,7 @@ class Words(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """A prompt of `reward` or `dpo` with two responses, each as a chat; of one to be scored `rejected` is None."""
+    """A prompt for `reward` or `dpo` with two responses, each as a chat; `rejected` is None for a response to score."""
 
     text: str
     """The prompt."""
@@ -86,20 +86,20 @@ class Examples(NamedTuple):
     labels: tuple[str, ...]
     multi_label: bool
     notes: tuple[str, ...] = ()
-    """What was left out or changed while reading, one line each."""
+    """Log lines about rows that were left out or changed."""
 
 
 ParseRow = Callable[[Row, TaskConfig, DataConfig, bool, Counter[str]], Any]
-"""Makes an example of a row, or None where the row is left out, which it counts. The fourth argument tells whether the
-row must have its label; if not, none is read."""
+"""Parses a row to an example, or returns None and counts the row if it is left out. The fourth argument says whether
+the row must have its label; otherwise the label is not read."""
 
 
 def read_examples(parse_row: ParseRow, task: TaskConfig, data: DataConfig) -> Examples:
     """Reads and splits a task's rows, and finds the names of its labels.
 
     Raises:
-        UserError: A row is wrong, a label has no training row, a validation row's label is unseen in training, or a
-            side has no row; the message names file and row.
+        UserError: A row is invalid, a label has no training row, a validation row has a label that is not in the
+            training rows, or one of the splits is empty; the message names file and row.
     """
     if not (data.path or data.hf_dataset):
         raise UserError("no rows: set one of data.path and data.hf_dataset")
@@ -143,12 +143,12 @@ def parse_rows(
     """Turns rows into examples.
 
     Args:
-        parse_row: Makes an example of a row.
-        rows: As read.
-        task: Names the fields.
-        data: Names the text field, and how text is normalised.
-        labelled: Whether a row must have its label; if not, none is read.
-        counts: Gets what was left out.
+        parse_row: Parses a row to an example.
+        rows: The rows.
+        task: Names of the fields.
+        data: Name of the text field, and options of normalisation.
+        labelled: Whether a row must have its label; otherwise the label is not read.
+        counts: Incremented for each row that is left out.
 
     Raises:
         UserError: A field is missing, empty or of another type.
@@ -161,15 +161,15 @@ def parse_rows(
 
 
 def example_labels(example: Text | Words) -> tuple[str, ...]:
-    """The labels of an example, one by one."""
+    """The labels of an example."""
     return example.labels if isinstance(example, Text) else example.tags
 
 
 def check_labels(example: Text | Words, labels: Sequence[str]) -> None:
-    """Refuses a label that training has not seen.
+    """Checks that the labels of an example occur in training.
 
     Raises:
-        UserError: Naming file, row and label.
+        UserError: A label does not; the message names file, row and label.
     """
     for label in example_labels(example):
         if label not in labels:
@@ -180,12 +180,12 @@ def check_labels(example: Text | Words, labels: Sequence[str]) -> None:
 
 
 def hash_text(example: Example) -> int:
-    """What decides on which side of the split an example is: equal texts are on the same, whatever their labels."""
+    """The hash that decides the split of an example: equal texts are in the same split, whatever their labels."""
     return xxhash.xxh3_64_intdigest(json.dumps(example[0]).encode())
 
 
 def _is_held_out(number: int, task: TaskConfig, data: DataConfig) -> bool:
-    """Whether an example with this hash is for validation."""
+    """Whether an example with this hash belongs to the validation split."""
     return number % task.folds == task.fold if task.folds else number < data.validation_fraction * 2**64
 
 
@@ -207,7 +207,7 @@ def _label_names(task: TaskConfig, train: Sequence[Text | Words], notes: Sequenc
 
 
 def text_and_second(row: Row, task: TaskConfig, data: DataConfig) -> tuple[str, str | None]:
-    """The text of a row, and the second one where `task.second_field` asks for pairs.
+    """The text of a row, and the second one if `task.second_field` is set.
 
     Raises:
         UserError: One of them is missing or empty.
@@ -229,14 +229,14 @@ def string_list(row: Row, name: str, option: str) -> tuple[Any, ...]:
 
 
 def label_name(value: object, row: Row, name: str) -> str:
-    """A label as text; numbers and truth values as JSON writes them.
+    """A label as text; numbers and booleans are formatted as in JSON.
 
     Raises:
-        UserError: It is something else.
+        UserError: The value has another type.
     """
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, float) and value.is_integer():  # as parquet has whole numbers beside nulls
+    if isinstance(value, float) and value.is_integer():  # parquet columns with nulls store integers as floats
         return json.dumps(int(value))
     if isinstance(value, (bool, int)):
         return json.dumps(value)
@@ -244,11 +244,11 @@ def label_name(value: object, row: Row, name: str) -> str:
 
 
 def is_missing(value: object, classes: Sequence[str]) -> bool:
-    """Whether a value stands for a label that is not known, as in public datasets: null, NaN, empty, -1 or -100.
+    """Whether a value means "no label", as in public datasets: null, NaN, empty, -1 or -100.
 
     Args:
         value: The label as it was read; in CSV, numbers and NaN are text.
-        classes: Names of labels that the user gave; a value among them is a class.
+        classes: Names of labels from the user; a value among them is a label.
     """
     if value is None:
         return True

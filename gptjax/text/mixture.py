@@ -1,4 +1,4 @@
-"""Prepares several sources of text with one tokenizer, each in a folder of its own."""
+"""Prepares several sources of text with one tokenizer, each in its own folder."""
 
 import dataclasses
 import hashlib
@@ -23,14 +23,14 @@ def prepare_sources(
     report: Report = print,
     tokenizer_override: Tokenizer | None = None,
 ) -> dict[str, Prepared]:
-    """Returns each source as tokens, see `prepare.prepare`. A tokenizer that is learned learns from all of them.
+    """Returns each source as tokens, see `prepare.prepare`. A new tokenizer is trained on all sources.
 
     Args:
-        sources: By name.
-        tokenizer: What to make or train.
+        sources: Options of each source, by name.
+        tokenizer: The tokenizer to make or train.
         cache_dir: Root of the cache.
-        report: Gets lines of progress.
-        tokenizer_override: Used instead of what `tokenizer` describes.
+        report: Receives lines of progress.
+        tokenizer_override: Used instead of `tokenizer`.
 
     Raises:
         UserError: As `prepare` does; the message begins with the name of the source.
@@ -57,7 +57,7 @@ def _of_source(name: str, function: Callable[[], Prepared]) -> Prepared:
 def _shared_tokenizer(
     sources: Mapping[str, DataConfig], config: TokenizerConfig, cache_dir: Path, report: Report
 ) -> Tokenizer:
-    """Makes the tokenizer, or loads the one that was learned from the same sources before."""
+    """Trains the tokenizer, or loads the one that was trained on the same sources before."""
     if config.kind in ("bytes", "tiktoken"):
         return make_tokenizer(config, lambda: iter(()), report)
     folders = [find_folder(data, config, cache_dir)[0].name for data in sources.values()]
@@ -75,6 +75,6 @@ def _shared_tokenizer(
 
 
 def _in_turn(texts: list[Iterator[str]]) -> Iterator[str]:
-    """A text of each source after another: only the beginning of a large corpus is learned from."""
+    """Takes a text of each source in turn, because a tokenizer is trained only on the first part of a large corpus."""
     for row in itertools.zip_longest(*texts):
         yield from (text for text in row if text is not None)

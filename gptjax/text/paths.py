@@ -13,23 +13,23 @@ from gptjax.text.streams import COMPRESSIONS
 
 
 def find_files(paths: Sequence[str], option: str, endings: Sequence[str], counts: Counter[str]) -> list[File]:
-    """Resolves files, folders (with what is below them), globs and addresses, each file once.
+    """Finds files from paths of files, folders (searched recursively), globs and addresses. Returns each file once.
 
-    Hidden files and folders inside folders are passed over. Files inside folders and from globs that have
-    another ending than those in `endings` are counted as "unknown_files"; a file that is named must have one.
-    Where `endings` has some of `NAMED_ENDINGS`, files inside folders do not count as having one.
+    Hidden files and folders inside folders are ignored. Files in folders and from globs whose ending is not in
+    `endings` are counted as "unknown_files"; a file that is named directly must have one of the endings. Files with an
+    ending of `NAMED_ENDINGS` are only read if they are named directly.
 
     Args:
-        paths: As the user gave them.
-        option: Where they come from ("data.path"), for error messages.
-        endings: Those that can be read.
-        counts: Gets "unknown_files".
+        paths: The user's paths.
+        option: The option of the paths ("data.path"), for error messages.
+        endings: Supported file endings.
+        counts: Incremented at "unknown_files".
 
     Returns:
         Files in the order of `paths`; those of one folder or pattern are sorted.
 
     Raises:
-        UserError: A path does not exist, is of no known kind, or no file is found.
+        UserError: A path does not exist or has an unknown kind, or no file is found.
     """
     found: dict[tuple[int, int] | str, File] = {}
     for given in paths:
@@ -62,10 +62,10 @@ def _identity(file: File) -> tuple[int, int] | str:
 
 
 def refuse_links_out(root: Path, paths: Iterable[Path]) -> None:
-    """Refuses links that lead out of the folder that was given: an unpacked archive may hold one to anywhere.
+    """Checks that links do not point outside the given folder: an unpacked archive can contain a link to anywhere.
 
     Raises:
-        UserError: The message names the first such link.
+        UserError: A link points outside; the message names the first one.
     """
     for path in paths:
         if path.is_symlink():
@@ -96,7 +96,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
     seen, root = set(), Path(os.path.realpath(folder))
     for parent, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
         identity = os.path.realpath(parent)
-        if identity in seen:  # a link to a folder above: it would never end
+        if identity in seen:  # a link to a parent folder, which would loop forever
             folders.clear()
             continue
         seen.add(identity)

@@ -4,18 +4,18 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
-# tiktoken panics on a million spaces, and one thread encodes one piece: so texts are cut.
+# Texts are split because tiktoken panics on a million spaces, and because one thread encodes one piece.
 _PIECE_CHARACTERS = 2**16
-# Where a cut cannot change the ids under any of the published patterns: after a single newline that does not
-# stand before "/" (o200k joins "/" to a newline), and before a single space between two letters.
+# Positions at which a split does not change the ids under any published pattern: after a single newline that is not
+# followed by "/" (o200k joins "/" to a newline), and before a single space between two letters.
 _SAFE_CUT = re.compile(r"(?<=\S\n)(?=[^\s/])|(?<=[A-Za-z])(?= [A-Za-z])")
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Cuts a long text into pieces of bounded size, where possible so that their ids are those of the whole.
+    """Splits a long text into pieces of bounded size, if possible such that the ids are those of the whole text.
 
-    Where no such place is near (a million spaces, a million letters), the cut changes which ids a few
-    characters get, not what they decode to.
+    If there is no such position nearby (a million spaces, a million letters), the split changes the ids of a few
+    characters, but they still decode to the same text.
     """
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
@@ -30,7 +30,7 @@ def split_text(text: str) -> Iterator[str]:
 
 
 def group_pieces(pieces: Iterable[str]) -> Iterator[list[str]]:
-    """Batches short pieces, so that the overhead of a thread's task is small."""
+    """Groups short pieces, to reduce the overhead per task of a thread."""
     group, size = [], 0
     for piece in pieces:
         group.append(piece)
@@ -43,5 +43,5 @@ def group_pieces(pieces: Iterable[str]) -> Iterator[list[str]]:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

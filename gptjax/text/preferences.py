@@ -14,9 +14,9 @@ from gptjax.text.rows import text_field
 def parse_preference(
     row: Row, task: TaskConfig, _data: DataConfig, labelled: bool, counts: Counter[str]
 ) -> Preference | None:
-    """See `text.labelled.ParseRow`; without labels, the row's response is read, to be scored.
+    """See `text.labelled.ParseRow`. Without labels, the row has one response, to be scored.
 
-    A row whose two responses are equal says nothing; it is left out and counted.
+    A row with two equal responses is left out and counted.
     """
     prompt = text_field(row, task.prompt_field, "task.prompt_field")
 

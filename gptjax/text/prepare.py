@@ -1,4 +1,4 @@
-"""Prepares a corpus: reads, cleans, tokenizes and writes shards into the cache, once per combination of options."""
+"""Prepares a corpus: reads, cleans, tokenizes and writes shards to the cache, once per combination of options."""
 
 import contextlib
 import dataclasses
@@ -36,12 +36,12 @@ from gptjax.text.tokenizers.base import Tokenizer
 TOKENIZER = "tokenizer.json"
 # Options that do not change which tokens are stored where.
 _NOT_STORED = ("path", "source", "hf_dataset", "streaming", "attend_across_documents", "verify", "skip")
-# Options that came later: at these values they are not part of the folder's name, so that older folders still fit.
+# Newer options: at these values they are not part of the folder's name, so that older folders are still found.
 _ADDED_OPTIONS = {
     **{"encoding": "utf-8", "quoting": "format", "template": ""},
     **{"license": "", "git_endings": (), "unreadable_files": "error"},
 }
-# Options that decide how the folder is split or described, not which documents are in it.
+# Options of the split or the description, which do not change the documents.
 _NOT_CLEANED = ("validation_fraction", "license")
 _RANKED_DOCUMENTS = 64
 _BATCH_CHARACTERS = 2**22
@@ -49,9 +49,9 @@ _REPORT_SECONDS = 5.0
 
 Report = Callable[[str], object]
 Corpus = Callable[[Counter[str]], Iterator[Document]]
-"""Yields the cleaned documents once more, and counts what is left out."""
+"""Yields the cleaned documents, and counts those that are left out; can be called several times."""
 Split = Callable[[str], list[tuple[str, str]]]
-"""Cuts a text into `(split, part)`: one part, except for a corpus of a single document."""
+"""Splits a text into `(split, part)`: one part, except for a corpus of a single document."""
 
 
 class Prepared(NamedTuple):
@@ -72,20 +72,20 @@ def prepare(
 ) -> Prepared:
     """Returns the corpus as tokens. Data that was prepared before is opened, not read again.
 
-    A folder below `cache_dir` gets its name from the sources, the tokenizer and every option that changes the
-    tokens. It is built under another name and renamed when it is complete, and one process at a time builds
-    it: a killed preparation leaves nothing that looks finished. The next one reads the text again, and makes the
-    tokenizer and the shards that were not finished.
+    The name of the folder below `cache_dir` depends on the sources, the tokenizer and every option that changes the
+    tokens. Only one process at a time builds the folder. It is built under another name and renamed when it is
+    complete, so a killed preparation leaves nothing that looks finished. The next preparation reads the text again,
+    and makes the tokenizer and shards that were not finished.
 
     Args:
-        data: Where the text is and how it is cleaned and split.
-        tokenizer: What to make or train.
+        data: Sources of text, cleaning and split.
+        tokenizer: The tokenizer to make or train.
         cache_dir: Root of the cache; `~` is the home folder.
-        report: Gets lines of progress.
-        tokenizer_override: Used instead of what `tokenizer` describes, when a run starts from another's weights.
+        report: Receives lines of progress.
+        tokenizer_override: Used instead of `tokenizer`, when a run starts from another run's weights.
 
     Raises:
-        UserError: No text is there, something cannot be read or encoded, or the cache cannot be written.
+        UserError: There is no text, something cannot be read or encoded, or the cache cannot be written.
     """
     folder, source = find_folder(data, tokenizer, cache_dir, tokenizer_override)
     if prepared := _open_finished(folder, data.verify, report=lambda _: None):
@@ -102,7 +102,7 @@ def prepare(
             try:
                 corpus = _open_corpus(data, cache_dir, report)
                 _build(folder, data, corpus, tokenizer, tokenizer_override, about, report)
-            except CorpusChanged:  # the shards of the killed process are removed by now
+            except CorpusChanged:  # the shards of the killed process have been removed
                 report(f"preparing: {folder.name} was begun with other text; it is made anew")
                 _build(
                     folder, data, _open_corpus(data, cache_dir, report), tokenizer, tokenizer_override, about, report
@@ -138,7 +138,7 @@ def find_store(data: DataConfig, cache_dir: Path) -> Path:
 
 
 def clean_share(data: DataConfig, cache_dir: Path, share: Share, report: Report = print) -> bool:
-    """Cleans some parts of the corpus; returns whether all of them are there. `prepare` uses them afterwards.
+    """Cleans some parts of the corpus; returns whether all parts are complete. `prepare` then uses them.
 
     Raises:
         UserError: No stage is on, or something cannot be read or cleaned.
@@ -149,7 +149,9 @@ def clean_share(data: DataConfig, cache_dir: Path, share: Share, report: Report 
 
 
 def _stored_options(data: DataConfig) -> dict:
-    """The options that decide the tokens. Those of cleaning count only where a stage is on, so older folders fit."""
+    """The options that affect the tokens. Cleaning options are included only if a stage is on, so that older folders
+    are still found.
+    """
     stored = {k: v for k, v in dataclasses.asdict(data).items() if k not in _NOT_STORED}
     options = {k: v for k, v in stored.items() if k not in _ADDED_OPTIONS or v != _ADDED_OPTIONS[k]}
     clean_options = options.pop("clean")
@@ -164,10 +166,10 @@ def _fingerprint(identity: list) -> str:
 
 
 def learned_texts(data: DataConfig, config: TokenizerConfig, cache_dir: Path, report: Report) -> Iterator[str]:
-    """Yields the texts of a corpus that a tokenizer learns from.
+    """Yields the texts of a corpus on which a tokenizer is trained.
 
     Raises:
-        UserError: No text is there, or something cannot be read.
+        UserError: There is no text, or something cannot be read.
     """
     corpus = _open_corpus(data, cache_dir, report)
     return _learned_from(corpus, config, _split_of(data, corpus))
@@ -202,18 +204,19 @@ def describe(prepared: Prepared) -> str:
 
 
 def choose_split(texts: Iterable[str], fraction: float) -> Split:
-    """Decides which text goes to "train" and which to "validation".
+    """Assigns texts to "train" or "validation".
 
-    One document is cut: its first `int(n * (1 - fraction))` characters train. Up to 64 documents are ranked
-    by the hash of their text, and the lowest are held out, at least one. Of more, those are held out whose
-    hash lies below `fraction`. So a document stays on its side when others are added, and so does its copy.
+    A single document is split: its first `int(n * (1 - fraction))` characters are for training. Up to 64 documents are
+    ranked by the hash of their text, and those with the lowest hashes (at least one) are for validation. With more
+    documents, those with a hash below `fraction` are for validation. So a document and its copies stay in their split
+    when other documents are added.
 
     Args:
         texts: The corpus; at most 65 documents are read.
-        fraction: Share to hold out.
+        fraction: Share of validation text.
 
     Raises:
-        UserError: There are not two different parts to make.
+        UserError: The corpus cannot be split into two different parts.
     """
     hashes = [_hash(text) for text in itertools.islice(texts, _RANKED_DOCUMENTS + 1)]
     if len(hashes) == 1:
@@ -262,7 +265,7 @@ def _build(
             about=about | {"counts": dict(counts)},
         )
         write_datasheet(building, data, counts, store_report(store) if store else None)
-        if folder.exists():  # it is damaged: otherwise it would have been opened
+        if folder.exists():  # it is damaged, otherwise it would have been opened
             shutil.rmtree(folder)
         for leftover in building.glob(".*"):
             leftover.unlink()
@@ -294,7 +297,7 @@ def _split_of(data: DataConfig, corpus: Corpus) -> Split:
 
 
 def _open_corpus(data: DataConfig, cache_dir: Path, report: Report) -> Corpus:
-    """Cleans the corpus, if a stage is on and it was not done before; the documents can then be read several times."""
+    """Cleans the corpus, if a stage is on and the result is not stored yet. The documents can be read several times."""
     if not data.clean.active:
         return lambda counts: clean(read_documents(data, counts), data, counts)
     store = find_store(data, cache_dir)
@@ -303,7 +306,7 @@ def _open_corpus(data: DataConfig, cache_dir: Path, report: Report) -> Corpus:
 
 
 def _learned_from(corpus: Corpus, config: TokenizerConfig, split: Split) -> Iterator[str]:
-    """The text that a tokenizer learns from: all of it for chars, the training text for bpe."""
+    """The text on which a tokenizer is trained: all text for chars, the training text for bpe."""
     for document in corpus(Counter()):
         if config.kind == "chars":
             yield document.text
@@ -326,7 +329,7 @@ def _write_shards(
         for name in ("train", "validation")
     }
     if finished := sum(writer.n_tokens for writer in writers.values()):
-        report(f"preparing: goes on after {finished:,} tokens in finished shards")
+        report(f"preparing: continues after {finished:,} tokens in finished shards")
     progress = _progress(report)
     origins = {name: OriginWriter(folder, name) for name in writers}
     try:
@@ -351,7 +354,7 @@ class _Part(NamedTuple):
 def _batches(
     documents: Iterable[Document], split: Split, writers: dict[str, ShardWriter], origins: dict[str, OriginWriter]
 ) -> Iterator[list[_Part]]:
-    """Batches the documents that finished shards do not hold yet, and lists where all of them come from."""
+    """Batches the documents that are not in finished shards yet, and records the origin of every document."""
     batch, size = [], 0
     for document in documents:
         for name, text in split(document.text):
@@ -368,7 +371,7 @@ def _batches(
 
 
 def _encoded(batches: Iterable[list[_Part]], tokenizer: Tokenizer) -> Iterator[tuple[list[_Part], list[np.ndarray]]]:
-    """Yields each batch with its ids. Meanwhile the next batch is encoded and another one is read."""
+    """Yields each batch with its ids, while the next batch is encoded and another one is read."""
     with ThreadPoolExecutor(1) as encoder:
         waiting: deque[tuple[list[_Part], Future[list[np.ndarray]]]] = deque()
         for parts in batches:
@@ -427,15 +430,15 @@ def _progress(report: Report) -> Callable[[int, int, int], None]:
 
 
 def _require_sum(counts: Counter[str], shards: dict[str, list[dict]]) -> None:
-    """Documents read = documents stored + those left out, by the reasons that are reported."""
+    """Checks that documents read = documents stored + documents left out for the reported reasons."""
     stored = sum(entry["n_documents"] for entries in shards.values() for entry in entries)
     left_out = sum(n for reason, n in counts.items() if leaves_out(reason))
-    if counts["read"] > 1:  # a single document is cut in two
+    if counts["read"] > 1:  # a single document is split in two
         assert counts["read"] == stored + left_out, f"{counts['read']} read, {stored} stored, {dict(counts)}"
 
 
 def _require_both(data: DataConfig, corpus: Corpus, counts: Counter[str], shards: dict[str, list[dict]]) -> None:
-    """Refuses an empty side of the split, which is possible with many documents and a small fraction."""
+    """Checks that no split is empty, which is possible with many documents and a small fraction."""
     for name, entries in shards.items():
         if not entries:
             raise UserError(
@@ -477,7 +480,7 @@ def _open_finished(folder: Path, verify: Verify, report: Report) -> Prepared | N
 
 @contextlib.contextmanager
 def _only_one(folder: Path, report: Report) -> Iterator[None]:
-    """Holds the folder's lock; the system releases it when the process ends, for whatever reason."""
+    """Holds the folder's lock. The operating system releases it when the process ends for any reason."""
     import fcntl
 
     with open(folder.with_name(f"{folder.name}.lock"), "w") as file:

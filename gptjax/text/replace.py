@@ -12,13 +12,13 @@ Synonyms = dict[str, tuple[str, ...]]
 
 
 def read_synonyms(path: str) -> Synonyms:
-    """Reads a file of lines of words with the same meaning, separated by tabs; upper and lower case count as equal.
+    """Reads a file of synonyms: each line has words with the same meaning, separated by tabs. Case is ignored.
 
     Returns:
-        The other words of its lines, by each word in lower case.
+        The synonyms of each word in lower case.
 
     Raises:
-        UserError: The file cannot be read, a line has a single word, or there is none.
+        UserError: The file cannot be read or is empty, or a line has a single word.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()

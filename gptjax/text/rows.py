@@ -14,7 +14,7 @@ from gptjax.text.paths import find_files
 from gptjax.text.unicode import InvalidText
 
 MISSING_NUMBERS = (-1, -100)
-"""Numbers that public datasets give as the label of a row or word that has none."""
+"""Numbers that mean "no label" in public datasets."""
 
 
 def read_rows(
@@ -30,8 +30,8 @@ def read_rows(
         paths: Files, folders and globs; files end in one of `ROW_ENDINGS`, each also compressed.
         option: Where the paths came from ("data.path"), for error messages.
         data: Encoding, quoting and what to do with bytes that are not valid; None: the defaults.
-        counts: Gets what was left out or replaced.
-        names: Columns of tables that do not name them, see `read_file_rows`.
+        counts: Incremented for rows that are left out or changed.
+        names: Columns of tables without a header, see `read_file_rows`.
 
     Raises:
         UserError: A file is missing, of another kind, or malformed; the message names file and row.
@@ -42,9 +42,9 @@ def read_rows(
 
 
 def read_dataset_rows(data: DataConfig, counts: Counter[str] | None = None) -> Iterator[Row]:
-    """Yields the rows of `data.hf_dataset`, numbers of class labels replaced by their names.
+    """Yields the rows of `data.hf_dataset`; replaces numbers of class labels by their names.
 
-    `counts` gets what was left out or replaced.
+    `counts` is incremented for rows that are left out or changed.
 
     Raises:
         UserError: The dataset cannot be loaded or read.
@@ -75,7 +75,7 @@ def text_field(row: Row, name: str, option: str = "data.text_field") -> str:
     """A row's text, in the field that `option` names.
 
     Raises:
-        UserError: It is missing, no string, or has nothing but spaces.
+        UserError: The field is missing, is no string, or has only white space.
     """
     text = text_value(field_value(row, name, option), row.where, name)
     if not text.strip():

@@ -28,14 +28,14 @@ SHARD_TOKENS = 2**27
 
 
 class CorpusChanged(Exception):
-    """Finished shards hold other text than the beginning of the corpus."""
+    """Finished shards contain other text than the beginning of the corpus."""
 
 
 class ShardWriter:
     """Appends documents to the shards of one split, `NAME-00000.bin` and so on.
 
-    Shards that a killed process finished in `folder` are kept: documents that lie in them whole are passed over
-    (`pass_over`), and of the one that reaches over their end only the rest is written.
+    Shards that a killed process finished in `folder` are kept. Documents that are completely in them are skipped
+    (`pass_over`); only the rest of a document that continues after them is written.
     """
 
     def __init__(
@@ -61,13 +61,14 @@ class ShardWriter:
         return sum(entry["n_tokens"] for entry in self._entries) + (self._n_tokens if self._file else 0)
 
     def pass_over(self, text_hash: int) -> bool:
-        """Call this for each document in order. True: finished shards hold all of it, so it must not be added.
+        """Call this for each document in order. If it returns True, finished shards contain the document: do not add
+        it.
 
         Args:
-            text_hash: The document's, as `add` takes it.
+            text_hash: Hash of the document, as for `add`.
 
         Raises:
-            CorpusChanged: The finished shards hold other documents.
+            CorpusChanged: The finished shards contain other documents.
         """
         if not self._documents_left:
             return False
@@ -82,9 +83,9 @@ class ShardWriter:
         """Appends documents.
 
         Args:
-            documents: Their ids, without end-of-text.
-            n_bytes: UTF-8 bytes of each.
-            text_hashes: 64-bit hash of each one's text, by which a preparation that goes on knows it again.
+            documents: Token ids of each document, without end-of-text.
+            n_bytes: UTF-8 bytes of each document.
+            text_hashes: 64-bit hash of each document's text, by which a resumed preparation recognises it.
 
         Raises:
             ValueError: An id lies outside the vocabulary.
@@ -106,7 +107,7 @@ class ShardWriter:
         return self._entries
 
     def abandon(self) -> None:
-        """Closes the open file without making a shard of it."""
+        """Closes the open file without finishing its shard."""
         if self._file:
             self._file.close()
             self._file = None
@@ -141,7 +142,7 @@ class ShardWriter:
                 break
             if header.tokenizer != self._tokenizer or header.n_tokens > self._shard_tokens:
                 break
-            # Tokens from the start of the newest document to the end come again; they are dropped then.
+            # Tokens from the start of the newest document to the end will be added again, and are dropped then.
             start = int(offsets[-1]) if len(offsets) else 0
             before = np.empty(0, np.int32) if len(offsets) else self._swallow
             self._swallow = np.concatenate([before, tokens[start:]], dtype=np.int32)
@@ -154,7 +155,7 @@ class ShardWriter:
                 path.unlink()
 
     def _without_finished(self, tokens: np.ndarray, starts: np.ndarray, n_bytes: np.ndarray, hashes: list[int]):
-        """Drops the leading tokens that finished shards hold; their document is counted there."""
+        """Drops the leading tokens that are in finished shards, which also count their document."""
         size = min(len(tokens), len(self._swallow))
         if not size:
             return tokens, starts, n_bytes, hashes
@@ -166,7 +167,7 @@ class ShardWriter:
 
     def _open_shard(self) -> BinaryIO:
         if self._entries and self._entries[-1]["n_tokens"] < self._shard_tokens:
-            raise CorpusChanged  # the stream had ended there
+            raise CorpusChanged  # the finished shard ended the stream
         self._path = self._folder / shard_name(self._name, len(self._entries))
         self._file = open(temporary_name(self._path), "wb")  # noqa: SIM115
         # The header is written last, so that an unfinished file never looks like a shard.
@@ -229,12 +230,12 @@ def write_manifest(
     """Writes the manifest, which makes the folder a dataset.
 
     Args:
-        folder: Holds the shards.
-        shards: What `ShardWriter.close` returned, for "train" and "validation".
+        folder: Folder of the shards.
+        shards: Results of `ShardWriter.close` for "train" and "validation".
         tokenizer: Fingerprint of the tokenizer.
-        vocab_size: Of the tokenizer.
-        end_of_text: Of the tokenizer.
-        about: Where the data came from and what was done to it, for the reader; no part of its identity.
+        vocab_size: Vocabulary size of the tokenizer.
+        end_of_text: End-of-text id of the tokenizer.
+        about: Sources and processing of the data, for the reader; not included in the content hash.
     """
     splits = {
         name: {key: sum(entry[key] for entry in entries) for key in ("n_tokens", "n_documents", "n_bytes")}

@@ -1,9 +1,9 @@
 """The shard format, and prepared data as two memory-mapped streams of tokens.
 
 A shard is a header of 128 bytes, tokens, zeros up to a multiple of 8, and the offsets (uint64, in tokens, in
-this shard) at which documents start. Everything is little-endian. A document may go on in the next shard.
-Each document is end-of-text and then its tokens, and one end-of-text closes the stream; a tokenizer without
-end-of-text gives just the tokens.
+this shard) at which documents start. Everything is little-endian. A document may continue in the next shard.
+Each document is end-of-text followed by its tokens, and one end-of-text ends the stream. Without an end-of-text token,
+the stream has only the tokens of the text.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _ENTRY_KEYS = ("n_tokens", "n_documents", "n_bytes", "checksum")
 # fingerprint, hash of the texts, zeros; then a checksum of all this.
 _HEADER = struct.Struct("<8sIIQQQQ16s32s16s8s")
 HEADER_SIZE = _HEADER.size + 8
-_CHUNK = 2**20  # stays in a core's cache between its checksum and its largest id
+_CHUNK = 2**20  # bytes; fits in a core's cache, which is read for the checksum and again for the largest id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Header:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the tokens."""
+        """Dtype of the tokens."""
         return token_dtype(self.vocab_size)
 
     @property
     def documents_at(self) -> int:
-        """Where the document offsets begin in the file."""
+        """Byte offset of the document offsets in the file."""
         return HEADER_SIZE + aligned(self.n_tokens * self.dtype.itemsize)
 
     @property
@@ -87,13 +87,13 @@ class TokenSplit:
     """Shards, memory-mapped, as one stream of tokens."""
 
     tokens: tuple[np.ndarray, ...]
-    """Of each shard."""
+    """Tokens of each shard."""
     documents: tuple[np.ndarray, ...]
     """Offsets at which documents start, of each shard."""
     n_bytes: int
     """UTF-8 bytes of the text."""
     end_of_text: int | None
-    """Id that starts each document; None: the tokenizer has none."""
+    """Id that starts each document; None if the tokenizer has none."""
 
     @property
     def n_tokens(self) -> int:
@@ -128,7 +128,7 @@ class TokenSplit:
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def document_at(self, position: int) -> int:
-        """Returns the number, in the stream from 0, of the document that a position lies in."""
+        """Returns the number, in the stream from 0, of the document at a position."""
         [(shard, low, _)] = self._ranges(position, position + 1)
         before = sum(len(offsets) for offsets in self.documents[:shard])
         return before + int(np.searchsorted(self.documents[shard], np.uint64(low), side="right")) - 1
@@ -162,12 +162,12 @@ class Dataset:
 
     @property
     def hash(self) -> str:
-        """Identity of the content: equal for equal tokens in equal order, wherever they are kept."""
+        """Hash of the content: equal for equal tokens in equal order, wherever they are stored."""
         return self.manifest["hash"]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type of a shard that holds every id."""
+    """The smallest dtype that can store every id."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
@@ -175,9 +175,9 @@ def open_dataset(folder: Path, verify: Verify = "full") -> Dataset:
     """Opens prepared data.
 
     Args:
-        folder: Holds `manifest.json` and the shards.
-        verify: "header" checks the manifest, and each shard's header and size; "full" also reads every shard:
-            its checksum, that every id is in the vocabulary, and that document offsets ascend.
+        folder: Folder of `manifest.json` and the shards.
+        verify: "header" checks the manifest, and each shard's header and size. "full" also reads every shard, and
+            checks its checksum, that every id is in the vocabulary, and that document offsets increase.
 
     Raises:
         UserError: Something is missing, damaged, or does not belong together; the message names the file.
@@ -215,7 +215,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _wrong_in_manifest(manifest: dict[str, Any]) -> str:
-    """Says what is not as `write_manifest` writes it; an empty string: nothing. A right hash proves no good will."""
+    """The first violation of the manifest's format; empty if it is valid. It is checked although the hash is correct,
+    because anybody can write a manifest with a correct hash.
+    """
     size, end, splits = manifest["vocab_size"], manifest["end_of_text"], manifest["splits"]
     if not _is_count(size) or not (end is None or (_is_count(end) and end < size)):
         return "vocab_size and end_of_text must be whole numbers, the second one below the first or null"
@@ -248,7 +250,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 def content_hash(manifest: dict[str, Any]) -> str:
-    """Hashes what decides the tokens: not where they came from, nor when, nor where they are kept."""
+    """Hash of everything that determines the tokens, without their origin, time and place of storage."""
     keys = ("format", "version", "tokenizer", "vocab_size", "end_of_text", "splits")
     content = {key: manifest.get(key) for key in keys}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -322,7 +324,7 @@ def _verify_payload(path: Path, header: Header, payload: np.ndarray, tokens: np.
         largest = max(largest, int(ids.max(initial=0)))
     if checksum.hexdigest() != header.checksum:
         raise UserError(f"{path}: damaged: the checksum of its content does not match its header")
-    # A model's embedding silently takes its last row for an id outside the vocabulary, so none may pass here.
+    # An embedding lookup silently clips ids outside the vocabulary, so they must be detected here.
     if largest >= header.vocab_size:
         raise UserError(f"{path}: holds token id {largest}, must be below the vocabulary's {header.vocab_size}")
     if len(documents) and (np.any(documents[1:] <= documents[:-1]) or documents[-1] >= header.n_tokens):

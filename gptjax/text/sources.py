@@ -24,22 +24,22 @@ from gptjax.text.remote import File, file_identity, file_size
 
 _NOT_STDLIB = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
-    *("encodings", "pydoc_data"),  # tables of characters and of help texts: a quarter of the bytes, and no code
+    *("encodings", "pydoc_data"),  # tables of characters and help texts, no code: a quarter of the bytes
 }
 _LIBRARIES = {".xml": "mwparserfromhell", ".pdf": "pypdf", ".epub": "selectolax"}
 """What makes text of a kind of file: another version can make another text."""
 
 
 def read_documents(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
-    """Yields the whole corpus in an order that depends on the sources alone.
+    """Yields the whole corpus, in an order that depends only on the sources.
 
     Args:
         data: Exactly one of path, source and hf_dataset is set.
-        counts: Gets "read" (documents yielded), "unknown_files", "invalid_utf8_skipped",
-            "invalid_utf8_replaced", and what a kind of file counts.
+        counts: Incremented at "read" (documents yielded), "unknown_files", "invalid_utf8_skipped",
+            "invalid_utf8_replaced", and counts of single file formats.
 
     Raises:
-        UserError: Nothing is there to read, or something cannot be read; the message names file and row.
+        UserError: There is nothing to read, or something cannot be read; the message names file and row.
     """
     documents = itertools.chain.from_iterable(_readers(data, counts))
     for document in itertools.islice(documents, data.max_documents or None):
@@ -48,13 +48,13 @@ def read_documents(data: DataConfig, counts: Counter[str]) -> Iterator[Document]
 
 
 def source_fingerprint(data: DataConfig) -> str:
-    """Identifies the sources cheaply, without reading text: 32 hexadecimal digits.
+    """Identifies the sources without reading text: 32 hexadecimal digits.
 
-    Files count by path, size and modification time, the standard library by Python's version and its files'
-    sizes, a dataset by its name and (unless streamed) the datasets library's own fingerprint.
+    Files are identified by path, size and modification time; the standard library by Python's version and its files'
+    sizes; a dataset by its name and (unless streamed) the datasets library's own fingerprint.
 
     Raises:
-        UserError: Nothing is there to read.
+        UserError: There is nothing to read.
     """
     if data.source:
         root = _stdlib()
@@ -106,7 +106,7 @@ def _read_repository(repository: Repository, data: DataConfig, counts: Counter[s
 
 
 def corpus_bytes(paths: Sequence[str]) -> int:
-    """Bytes of the files that `data.path` names, compressed ones as they are.
+    """Total size in bytes of the files in `data.path`; compressed files count with their compressed size.
 
     Raises:
         UserError: A path does not exist, or no file is found.
@@ -115,9 +115,8 @@ def corpus_bytes(paths: Sequence[str]) -> int:
 
 
 def given_files(data: DataConfig, counts: Counter[str]) -> list[File]:
-    """The files of `data.path` in the order in which they are read; `counts` gets those of other kinds.
-
-    Files of git repositories are not among them.
+    """The files of `data.path` in reading order, without those of git repositories; `counts` is incremented for files
+    of other kinds.
     """
     if not data.path:
         raise UserError("no text: set one of data.path, data.source and data.hf_dataset")
@@ -131,7 +130,7 @@ def _stdlib() -> Path:
 
 
 def _stdlib_files() -> list[Path]:
-    """The standard library's modules: no tests, no tables, no installed packages."""
+    """The standard library's modules, without tests, tables and installed packages."""
     found = []
     for parent, folders, names in os.walk(_stdlib()):
         folders[:] = [name for name in folders if name not in _NOT_STDLIB]
@@ -142,5 +141,5 @@ def _stdlib_files() -> list[Path]:
 
 
 def _read_stdlib_file(path: Path, counts: Counter[str]) -> Iterator[Document]:
-    # A few modules of some Pythons are in other encodings, whatever the user's policy for their own text.
+    # Some Python versions have a few modules in other encodings; `data.invalid_utf8` does not apply to them.
     return read_file(path, DataConfig(invalid_utf8="skip"), counts)

@@ -1,24 +1,24 @@
-"""Learns the merges of a byte-pair encoding from a corpus, with the trainer of the tokenizers library."""
+"""Trains a byte-pair encoding on a corpus, with the trainer of the tokenizers library."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gptjax.errors import UserError
 
-# Text is cut into words, runs of up to three digits, punctuation and white space, as GPT-4 does, before merging.
+# Pre-tokenization as in GPT-4: words, up to three digits, punctuation, white space.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MAX_CHARACTERS = 2**28
-"""Merges are learned from this many characters; the rest of a larger corpus is not read."""
+"""The encoding is trained on at most this many characters at the start of the corpus."""
 
 
 def train_ranks(texts: Iterable[str], n_tokens: int, report: Callable[[str], object]) -> dict[bytes, int]:
-    """Returns the bytes of each token with its rank: the 256 bytes first, then merges as they were learned.
+    """Returns the rank of each token's bytes: first the 256 bytes, then the merges in order.
 
-    A small corpus can have fewer than `n_tokens`, which `report` is told, as it is of a corpus that was read
-    in part. Pairs that occur only once are not merged.
+    Pairs that occur only once are not merged, so a small corpus can give fewer than `n_tokens`. `report` receives a
+    line in that case, and one if only a part of the corpus is used.
 
     Raises:
         UserError: The corpus is empty.
@@ -61,7 +61,7 @@ def leading_part(texts: Iterable[str], report: Callable[[str], object], read: li
 
 
 def make_byte_level(model: Any = None):
-    """A tokenizer of the tokenizers library that cuts text by `PATTERN`; without a model, an untrained BPE."""
+    """A tokenizer of the tokenizers library with `PATTERN` as its pre-tokenization; by default an untrained BPE."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE() if model is None else model)
@@ -75,7 +75,7 @@ def make_byte_level(model: Any = None):
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's names of bytes: printable Latin-1 characters name themselves, the others follow from U+0100."""
+    """GPT-2's characters for bytes: printable Latin-1 characters are unchanged, the others are numbered from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

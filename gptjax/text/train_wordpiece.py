@@ -1,7 +1,7 @@
-"""Learns a WordPiece vocabulary (arXiv:1609.08144, section 4.1) from a corpus, with the tokenizers library.
+"""Trains a WordPiece vocabulary (arXiv:1609.08144, section 4.1) on a corpus, with the tokenizers library.
 
-Words are of bytes, as in byte-level BPE, so every text can be encoded and decodes to the same bytes. BERT's own
-vocabularies are not of this kind: they lower text and drop white space.
+It works on bytes, like byte-level BPE, so every text can be encoded and decodes to the same bytes. BERT's vocabularies
+are different: they convert text to lower case and drop white space.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,17 +10,17 @@ from gptjax.errors import UserError
 from gptjax.text.train_bpe import byte_of_character, leading_part, make_byte_level
 
 CONTINUES = "\u2581"
-"""Begins the name of a token that continues a word; no byte has this name."""
+"""Prefix of tokens that continue a word; it is not the character of a byte."""
 LONGEST_WORD = 10**6
 
 
 def train_wordpiece(texts: Iterable[str], n_tokens: int, end_token: str, report: Callable[[str], object]) -> str:
-    """Returns the tokenizer.json of a vocabulary of at most `n_tokens`, `end_token` included, which is the last one.
+    """Returns the tokenizer.json of a vocabulary of at most `n_tokens`, of which the last one is `end_token`.
 
-    A small corpus can have fewer, which `report` is told.
+    A small corpus can give fewer tokens; `report` then receives a line.
 
     Raises:
-        UserError: The corpus is empty, or `n_tokens` has no room for every byte at the start and inside of a word.
+        UserError: The corpus is empty, or `n_tokens` is too small for every byte at the start and inside of a word.
     """
     from tokenizers import decoders, models
     from tokenizers.trainers import WordPieceTrainer

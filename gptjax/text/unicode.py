@@ -1,7 +1,7 @@
-"""Text that is no valid Unicode, and what `data.invalid_utf8` does with it.
+"""Applies `data.invalid_utf8` to text that is not valid Unicode.
 
-Readers decode with "surrogateescape": a byte that is no UTF-8 becomes one of U+DC80 to U+DCFF. So one check for lone
-surrogates finds such bytes and the halves of surrogate pairs that JSON can spell.
+Readers decode with "surrogateescape": an invalid byte becomes one of U+DC80 to U+DCFF. So one check for lone surrogates
+finds invalid bytes and also unpaired surrogates from JSON escapes.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ class InvalidText:
     counts: Counter[str]
 
     def text(self, text: str, where: str) -> str | None:
-        """Returns text that was decoded with "surrogateescape", made valid; None: leave the document out.
+        """Makes text valid that was decoded with "surrogateescape"; None: leave the document out.
 
         Raises:
-            UserError: It is not valid, under policy "error"; the message names the first byte.
+            UserError: The text is invalid and the policy is "error"; the message names the first invalid byte.
         """
         raw = text.encode("utf-8", "surrogateescape")
         try:
@@ -36,7 +36,7 @@ class InvalidText:
             return raw.decode("utf-8", "replace") if self._accepts(self._describe(raw, error.start), where) else None
 
     def accepts_surrogate(self, text: str, place: int, where: str) -> bool:
-        """Whether a row stays whose text has half of a surrogate pair at `place`.
+        """Whether to keep a row whose text has an unpaired surrogate at `place`.
 
         Raises:
             UserError: Under policy "error".
@@ -59,7 +59,7 @@ class InvalidText:
 
 
 def has_surrogate(text: str) -> bool:
-    """Whether a text has a lone surrogate, so that it has no UTF-8."""
+    """Whether a text has a lone surrogate, so that it cannot be encoded as UTF-8."""
     if text.isascii():
         return False
     try:
@@ -70,7 +70,7 @@ def has_surrogate(text: str) -> bool:
 
 
 def find_surrogate(value: Any) -> tuple[str, int] | None:
-    """The first text with a lone surrogate in nested plain values, and where in it the surrogate stands."""
+    """The first text with a lone surrogate in nested values, and the surrogate's position."""
     if isinstance(value, str):
         found = _SURROGATE.search(value) if has_surrogate(value) else None
         return None if found is None else (value, found.start())
@@ -84,7 +84,7 @@ def find_surrogate(value: Any) -> tuple[str, int] | None:
 
 
 def replace_invalid(value: Any) -> Any:
-    """Nested plain values with U+FFFD in place of what is no valid Unicode."""
+    """Replaces invalid characters in nested values by U+FFFD."""
     if isinstance(value, str):
         if not has_surrogate(value):
             return value

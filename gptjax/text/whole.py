@@ -1,4 +1,4 @@
-"""All of a text as tokens in memory, for measuring a model on it; nothing is split off and nothing is learned."""
+"""Encodes a whole text in memory, to measure a model on it. There is no split and no tokenizer training."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from gptjax.text.sources import given_files, read_documents
 from gptjax.text.tokenizers.base import Tokenizer
 
 BATCH = 2**22
-"""Characters that are encoded at once."""
+"""Number of characters that are encoded at once."""
 MOST_BYTES = 2**28
-"""Files that are larger together are not read again to compare texts."""
+"""Files of more bytes in total are not read again to compare texts."""
 
 
 class WholeText(NamedTuple):
@@ -29,11 +29,11 @@ class WholeText(NamedTuple):
     documents: frozenset[int]
     """Hashes of the documents."""
     counts: Counter[str]
-    """What was read and what was left out, see `read_documents` and `clean`."""
+    """Counts of documents that were read and left out, see `read_documents` and `clean`."""
 
 
 def read_whole(data: DataConfig, tokenizer: Tokenizer) -> WholeText:
-    """Reads, cleans and encodes all documents, each as in training data: end-of-text and then its tokens.
+    """Reads, cleans and encodes all documents as in training data: each is end-of-text followed by its tokens.
 
     Raises:
         UserError: Something cannot be read or encoded (the message names the document), or there is no text.
@@ -57,7 +57,7 @@ def read_whole(data: DataConfig, tokenizer: Tokenizer) -> WholeText:
 
 
 def document_hashes(data: DataConfig) -> frozenset[int] | None:
-    """Hashes of all documents of a text; None: it is not there, or too large to be read again."""
+    """Hashes of all documents of a text; None if it is missing or too large to be read again."""
     if data.hf_dataset:
         return None
     try:
@@ -74,7 +74,7 @@ def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndar
     try:
         return tokenizer.encode_batch([document.text for document in documents])
     except UserError:
-        for document in documents:  # once more, to find the one that cannot be encoded
+        for document in documents:  # again one by one, to find the one that cannot be encoded
             try:
                 tokenizer.encode(document.text)
             except UserError as error:

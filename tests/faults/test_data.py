@@ -199,7 +199,7 @@ def finished_shards(building: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    43, "preparation killed with SIGKILL at random moments", "goes on after the finished shards; none half"
+    43, "preparation killed with SIGKILL at random moments", "continues after the finished shards; none half"
 )
 @pytest.mark.parametrize(
     ("kind", "kills"), [("bytes", 4), ("chars", 2), pytest.param("bpe", 30, marks=pytest.mark.slow)]
@@ -271,4 +271,4 @@ def test_what_a_killed_preparation_left_is_not_trusted(tmp_path, monkeypatch):
             again = prepare(data, BYTES, cache, report=told.append)
             whole = prepare(data, BYTES, cache / "whole", report=told.append)
         assert again.dataset.hash == whole.dataset.hash, name
-        assert "goes on after" in told[0]
+        assert "continues after" in told[0]

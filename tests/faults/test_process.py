@@ -268,10 +268,10 @@ def test_a_signal_while_data_is_prepared(tmp_path, number, seen):
     with script(PREPARES, path, GPTJAX_NATIVE="0") as process:
         output, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    [goes_on] = [text for text in output.splitlines() if "goes on after" in text]
+    [resumed] = [text for text in output.splitlines() if "continues after" in text]
     seen(f"{line.partition(';')[0]}: status {128 + number}")
     if number == signal.SIGTERM:
-        seen(goes_on)
+        seen(resumed)
 
 
 @pytest.mark.fault(3, "a signal while train compiles", EARLY)

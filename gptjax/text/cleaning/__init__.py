@@ -1,1 +1,1 @@
-"""Cleans documents before they are tokenized: stages, duplicates, and the parts on disk that make it restartable."""
+"""Cleans documents before tokenization: filters, deduplication, and restartable work in parts on disk."""

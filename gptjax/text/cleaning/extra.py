@@ -1,4 +1,4 @@
-"""Libraries of the extras `clean` and `collect`, imported where a stage or a reader needs one."""
+"""Imports the libraries of the extras `clean` and `collect` when a stage or a reader needs one."""
 
 import importlib
 from importlib import metadata
@@ -26,7 +26,7 @@ def require(module: str, user: str = "data.clean", extra: str = "clean") -> Modu
 
 
 def version(library: str) -> str:
-    """Version of an installed library; empty: it is not installed."""
+    """Version of an installed library; empty if it is not installed."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

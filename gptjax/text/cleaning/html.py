@@ -18,13 +18,13 @@ _BLOCKS = (
     "p, div, br, hr, h1, h2, h3, h4, h5, h6, ul, ol, li, dl, dt, dd, table, tr, pre, blockquote, section, article,"
     " header, footer, nav, main, aside, form, center"
 )
-_BREAK = "\u2029"  # a character of its own, because white space in HTML is not text
+_BREAK = "\u2029"  # a separate character, because white space in HTML is not significant
 _SPACE = re.compile(r"[ \t\r\n\f]+")
 _BREAKS = re.compile(f" *(?:{_BREAK} *)+")
 
 
 def is_html(text: str) -> bool:
-    """Whether a text begins as an HTML document does, or a tenth of its characters are tags of HTML."""
+    """Whether a text begins like an HTML document, or at least a tenth of its characters are HTML tags."""
     if "<" not in text:
         return False
     if _BEGINNING.match(text):
@@ -33,7 +33,7 @@ def is_html(text: str) -> bool:
 
 
 def visible_text(html: str) -> str:
-    """The text that a browser would show, each block on a line of its own."""
+    """The text that a browser would show, each block on a separate line."""
     tree = _parser()(html)
     for node in tree.css(_NOT_SEEN):
         node.decompose()
@@ -47,7 +47,7 @@ def visible_text(html: str) -> str:
 
 
 def main_text(html: str) -> str:
-    """The main text as the trafilatura library finds it; empty: it finds none."""
+    """The main text of a page (trafilatura); empty if there is none."""
     trafilatura = require("trafilatura")
     return trafilatura.extract(html, include_comments=False, include_tables=True, fast=True) or ""
 

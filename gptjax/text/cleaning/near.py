@@ -20,9 +20,11 @@ _SEEDS_H = mix(np.arange(1, N_HASHES + 1, dtype=np.uint64) * np.uint64(0x9E3779B
 
 
 def signature(text: str) -> np.ndarray:
-    """Returns uint32 `[H]`: for each hash function its lowest value over the word 5-grams of the text."""
+    """Returns the MinHash signature, uint32 `[H]`: the lowest value of each hash function over the text's word
+    5-grams.
+    """
     shingles = np.unique(word_ngrams(text, NGRAM))
-    if not len(shingles):  # without words, only the very same text is a duplicate
+    if not len(shingles):  # a text without words is a duplicate only of an identical text
         shingles = np.array([xxhash.xxh3_64_intdigest(text.encode())], np.uint64)
     lowest_H = np.full(N_HASHES, np.iinfo(np.uint64).max, np.uint64)
     for start in range(0, len(shingles), _CHUNK):
@@ -34,7 +36,7 @@ def signature(text: str) -> np.ndarray:
 
 
 def rows_per_band(threshold: float) -> int:
-    """The most rows with which pairs at the threshold still become candidates with a probability of 0.99."""
+    """The largest number of rows such that pairs at the threshold become candidates with a probability of 0.99."""
     choices = [r for r in (1, 2, 4, 8, 16, 32) if 1 - (1 - threshold**r) ** (N_HASHES // r) >= _RECALL]
     return max(choices, default=1)
 
@@ -42,9 +44,9 @@ def rows_per_band(threshold: float) -> int:
 def find_near_duplicates(signatures_NH: np.ndarray, threshold: float) -> np.ndarray:
     """Returns bool `[N]`: True for every document of a group of near duplicates except the first.
 
-    Documents that agree in all rows of a band are compared with the first and with the previous document of their
-    bucket. Two of them belong to one group if the share of equal hashes is at least `threshold`; a chain of such pairs
-    is one group.
+    Documents with equal hashes in all rows of a band are in one bucket. Each is compared with the first and with the
+    previous document of its bucket. Two documents are in one group if the share of equal hashes is at least
+    `threshold`; groups that share a document are merged.
 
     Args:
         signatures_NH: uint32.

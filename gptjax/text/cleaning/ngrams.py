@@ -1,4 +1,4 @@
-"""Hashes of the runs of n words in a text."""
+"""Hashes of the word n-grams of a text."""
 
 import re
 
@@ -10,9 +10,9 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def word_ngrams(text: str, n: int) -> np.ndarray:
-    """Returns uint64 hashes of all runs of n words, in order; of fewer than n words, one hash of them all.
+    """Returns uint64 hashes of all word n-grams, in order. A text of fewer than n words has one hash, of all its words.
 
-    Words are runs of letters, digits and underscores in lower case; punctuation and white space do not count.
+    Words are sequences of letters, digits and underscores, in lower case; punctuation and white space are ignored.
     """
     words = _WORD.findall(text.lower())
     if not words:

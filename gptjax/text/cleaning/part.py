@@ -1,6 +1,6 @@
-"""A part of the corpus: some documents, cleaned, in one compressed file with the counts of what was left out.
+"""A part of the cleaned corpus: documents in one compressed file, with counts of the removed documents.
 
-`part-00000.jsonl.zst` has a line of JSON about the part and then a line `[text, where]` for each document that is kept.
+`part-00000.jsonl.zst` has a line of JSON about the part, then a line `[text, where]` for each document that is kept.
 `part-00000.npy` has the MinHash signatures of these documents.
 """
 
@@ -23,7 +23,7 @@ from gptjax.text.cleaning.stages import Stage
 from gptjax.text.formats import Document
 
 EXAMPLES = 3
-"""Documents that are shown of each reason in a part."""
+"""Number of example documents for each reason in a part."""
 _SHOWN = 300
 
 
@@ -33,7 +33,7 @@ def part_path(folder: Path, number: int) -> Path:
 
 
 def documents_hash(documents: Iterable[Document]) -> str:
-    """Identity of the documents that a part was made of."""
+    """Hash of the documents of a part before cleaning."""
     digest = xxhash.xxh3_128()
     for text, where in documents:
         for value in (text, where):
@@ -47,16 +47,16 @@ def clean_part(
     stages: Sequence[Stage],
     with_signatures: bool,
 ) -> None:
-    """Cleans documents and writes the part; the file is complete or not there.
+    """Cleans documents and writes the part atomically.
 
     Args:
-        path: `part_path` of it.
+        path: Result of `part_path`.
         documents: In the order of the corpus.
-        stages: As `make_stages` returns them.
-        with_signatures: Whether near duplicates are looked for.
+        stages: Result of `make_stages`.
+        with_signatures: Whether to compute signatures for near duplicates.
 
     Raises:
-        UserError: A stage refuses a document; the message names it.
+        UserError: A stage fails on a document; the message names the document.
     """
     counts: Counter[str] = Counter()
     examples: dict[str, list[list[str]]] = {}
@@ -114,7 +114,7 @@ def clean_part(
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """What `clean_part` wrote about the part; None: it is not there, or damaged."""
+    """The header that `clean_part` wrote; None if the part is missing or damaged."""
     try:
         return json.loads(_lines(path)[0])
     except (OSError, ValueError, zstandard.ZstdError):
@@ -122,10 +122,10 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def read_part(path: Path) -> tuple[dict[str, Any], Iterator[Document]]:
-    """Returns what `clean_part` wrote about the part, and the documents that were kept.
+    """Returns the header that `clean_part` wrote, and the documents that were kept.
 
     Raises:
-        UserError: Missing or damaged.
+        UserError: The part is missing or damaged.
     """
     try:
         header, *lines = _lines(path)
@@ -135,12 +135,12 @@ def read_part(path: Path) -> tuple[dict[str, Any], Iterator[Document]]:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """The lines of a part, whose frame has a checksum."""
+    """The lines of a part. The zstd frame has a checksum."""
     return zstandard.ZstdDecompressor().decompress(path.read_bytes()).splitlines()
 
 
 def _difference(before: str, after: str) -> list[str]:
-    """Both texts from shortly before the first character in which they differ."""
+    """Both texts from shortly before the first character that differs."""
     same = next(
         (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
     )

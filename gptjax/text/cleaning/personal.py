@@ -1,4 +1,6 @@
-"""Personal data → typed placeholders. Where a number has a checksum, it must be right."""
+"""Replaces personal data by typed placeholders. Numbers with a checksum are replaced only if the checksum is
+correct.
+"""
 
 import ipaddress
 import re
@@ -18,8 +20,9 @@ _SECRET = re.compile(
     r")(?![A-Za-z0-9_])",
     re.DOTALL,
 )
-# The look-behind lets a search begin only where a run of such characters begins: otherwise a long run without "@" would
-# take quadratic time.
+# The look-behind allows a match to begin only at the start of a run of such characters. Otherwise a long run without
+# "@"
+# would take quadratic time.
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}"
     r"[A-Za-z]{2,24}(?![A-Za-z0-9-])"
@@ -59,9 +62,9 @@ def replace_personal_data(text: str, kinds: Sequence[str], counts: Counter[str])
     """Replaces each match by `<EMAIL>`, `<PHONE>`, `<IP>`, `<CARD>`, `<IBAN>` or `<SECRET>`.
 
     Args:
-        text: Any.
-        kinds: Some of the keys of `FINDERS`.
-        counts: Gets "replaced_email" and so on.
+        text: The text of a document.
+        kinds: Keys of `FINDERS`.
+        counts: Incremented at "replaced_email" and so on.
     """
     for kind, replace in FINDERS.items():
         if kind in kinds:
@@ -78,7 +81,7 @@ def _all_of(pattern: re.Pattern[str]) -> Finder:
 
 
 def _checked(pattern: re.Pattern[str], length: Callable[[str], int]) -> Finder:
-    """Replaces the first `length(match)` characters of each match; 0: it stays."""
+    """Replaces the first `length(match)` characters of each match; a length of 0 means no replacement."""
 
     def replace(text: str, placeholder: str) -> tuple[str, int]:
         count = 0
@@ -96,7 +99,7 @@ def _checked(pattern: re.Pattern[str], length: Callable[[str], int]) -> Finder:
 
 
 def _ip_length(text: str) -> int:
-    """Addresses of private networks, of the machine itself and of documentation name nobody."""
+    """Length to replace; 0 for addresses of private networks, loopback and documentation, which identify nobody."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -110,7 +113,7 @@ def _card_length(text: str) -> int:
 
 
 def _is_issued(digits: str) -> bool:
-    """Whether an issuer has numbers with this beginning and length."""
+    """Whether a card issuer uses numbers with this prefix and length."""
     first2, first3, first4, size = int(digits[:2]), int(digits[:3]), int(digits[:4]), len(digits)
     return (
         (digits[0] == "4" and size in (13, 16, 19))
@@ -158,4 +161,4 @@ FINDERS: dict[str, Finder] = {
     "ip": _ip,
     "phone": _checked(_PHONE, _phone_length),
 }
-"""In the order in which they are replaced: a card number is not to be taken for a telephone number."""
+"""In order of replacement, so that a card number is not taken for a phone number."""

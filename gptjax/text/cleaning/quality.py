@@ -1,7 +1,7 @@
-"""Rules for the quality of a document. The sources are at the options of `QualityConfig`.
+"""Heuristic quality filters. `QualityConfig` cites their sources.
 
-Words are separated by white space; gopher does not count those of punctuation alone. A rule set returns the name of the
-first limit that a document breaks, which is that of its option where it has one.
+Words are separated by white space; gopher ignores words of punctuation only. A rule set returns the name of the first
+limit that a document violates: the name of the option, if there is one.
 """
 
 import re
@@ -25,11 +25,11 @@ _FINEWEB_ENDS = (".", "?", "!", "\u3002", "\uff0e", "\uff1f", "\uff01", "\u061f"
 _SHORT_LINE = 30
 
 Verdict = tuple[str, str]
-"""The text, and the limit that it breaks; empty: none."""
+"""The text, and the name of the violated limit (empty: none)."""
 
 
 def apply_rules(text: str, quality: QualityConfig) -> Verdict:
-    """Applies the chosen sets of rules in the order of `RULES`; only c4 changes the text."""
+    """Applies the selected rule sets in the order of `RULES`. Only c4 changes the text."""
     for name, rule in RULES.items():
         if name in quality.rules:
             text, broken = rule(text, quality)
@@ -65,7 +65,7 @@ def gopher(text: str, q: QualityConfig) -> Verdict:
 
 
 def gopher_repetition(text: str, q: QualityConfig) -> Verdict:
-    """Repeated lines and paragraphs, the most frequent short n-gram, and repeated long n-grams, by their characters."""
+    """Limits on the share of characters in repeated lines and paragraphs, frequent short and repeated long n-grams."""
     for pieces in (_PARAGRAPHS.split(text.strip()), [line for line in text.split("\n") if line]):
         n_repeated, characters = _repeated(pieces)
         if n_repeated > q.max_repeated_lines * len(pieces):
@@ -86,7 +86,7 @@ def gopher_repetition(text: str, q: QualityConfig) -> Verdict:
 
 
 def c4(text: str, q: QualityConfig) -> Verdict:
-    """Keeps lines that are sentences, and leaves out documents with too few, with code, or with placeholder text."""
+    """Keeps lines that are sentences; rejects documents with too few of them, with code, or with placeholder text."""
     if "lorem ipsum" in text.lower():
         return text, "lorem_ipsum"
     if "{" in text:
@@ -107,7 +107,7 @@ def c4(text: str, q: QualityConfig) -> Verdict:
 
 
 def fineweb(text: str, q: QualityConfig) -> Verdict:
-    """Punctuation, short lines, repeated lines, and lists."""
+    """Limits on punctuation, short lines, repeated lines and lists."""
     lines = [line for line in text.split("\n") if line.strip()]
     if sum(line.endswith(_FINEWEB_ENDS) for line in lines) < q.min_punctuated_lines * len(lines):
         return text, "min_punctuated_lines"
@@ -121,7 +121,7 @@ def fineweb(text: str, q: QualityConfig) -> Verdict:
 
 
 def _repeated(pieces: list[str]) -> tuple[int, int]:
-    """How many pieces came before, and their characters."""
+    """Number of pieces that occur earlier, and their characters."""
     seen: set[str] = set()
     n = characters = 0
     for piece in pieces:
@@ -132,7 +132,7 @@ def _repeated(pieces: list[str]) -> tuple[int, int]:
 
 
 def _repeated_ngrams(words: list[str], n: int) -> int:
-    """Characters of the n-grams that came before and do not overlap each other."""
+    """Characters of non-overlapping n-grams that occur earlier."""
     seen: set[tuple[str, ...]] = set()
     characters = place = 0
     while place <= len(words) - n:
@@ -161,4 +161,4 @@ LIMITS = (
     *("lorem_ipsum", "curly_bracket", "min_sentences"),
     *("min_punctuated_lines", "max_short_lines", "max_repeated_characters", "max_newlines_per_word"),
 )
-"""Every name that a rule returns."""
+"""All names that rules can return."""

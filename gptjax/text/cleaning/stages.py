@@ -1,4 +1,4 @@
-"""The stages that look at one document at a time, in their order."""
+"""The cleaning stages that process one document at a time, in order."""
 
 import inspect
 import re
@@ -23,7 +23,9 @@ from gptjax.text.paths import find_files
 from gptjax.text.unicode import has_surrogate
 
 LANGUAGE_CHARACTERS = 2000
-"""The language is judged by the beginning of a document: the library reads byte by byte in Python."""
+"""Characters of a document that are used to detect its language: the library is slow, because it is written in
+Python.
+"""
 FILTER = "data.clean.filter"
 _LIBRARIES = {"html": ("selectolax", "trafilatura"), "repair": ("ftfy",), "languages": ("py3langid",)}
 
@@ -33,11 +35,11 @@ class Stage(NamedTuple):
 
     name: str
     apply: Callable[[str, Counter[str]], tuple[str, str]]
-    """From a text, and the counts of what is replaced, to the new text and the reason to leave it out (empty: none)."""
+    """Maps a text and the counts of replacements to the new text and the reason to remove it (empty: keep)."""
 
 
 def make_stages(data: DataConfig) -> list[Stage]:
-    """Returns the stages that the options turn on. Documents that become empty or too short are left out at the end.
+    """Returns the stages that the options turn on. The last one removes documents that are empty or too short.
 
     Raises:
         UserError: A library is missing, a language is unknown, the user's function cannot be imported, or a file of
@@ -69,7 +71,7 @@ def make_stages(data: DataConfig) -> list[Stage]:
 
 
 def stages_identity(data: DataConfig) -> dict[str, Any]:
-    """What decides the result besides the options: versions of libraries, and the content of files that stages read.
+    """Everything besides the options that affects the result: versions of libraries, content of files that stages read.
 
     Raises:
         UserError: The user's function cannot be imported, or a file is missing.
@@ -85,7 +87,7 @@ def evaluation_files(data: DataConfig) -> list[Path]:
     """The files of `data.clean.decontaminate`.
 
     Raises:
-        UserError: One is missing or of no known kind.
+        UserError: A file is missing or of an unknown kind.
     """
     paths = data.clean.decontaminate
     return find_files(paths, "data.clean.decontaminate", ENDINGS, Counter()) if paths else []
@@ -128,18 +130,18 @@ def _filter_stage(path: str) -> Callable[[str, Counter[str]], tuple[str, str]]:
 
 
 def _source_of(path: str) -> str:
-    """The text of the module that holds the user's function, so that a change of it prepares the data again."""
+    """The source of the module with the user's function, so that the data is prepared again if it changes."""
     module = inspect.getmodule(load_function(path, FILTER))
     try:
         return inspect.getsource(module) if module else ""
-    except (OSError, TypeError):  # a module in C
+    except (OSError, TypeError):  # a module without Python source
         return ""
 
 
 def _decontamination_stage(data: DataConfig) -> Callable[[str, Counter[str]], tuple[str, str]]:
-    """Documents that share one run of n words with the evaluation data are left out.
+    """Removes documents that share a word n-gram with the evaluation data.
 
-    A shorter evaluation text is looked for only as a whole document, because a few words occur everywhere.
+    An evaluation text of fewer than n words removes only documents that equal it, because a few words occur everywhere.
     """
     n = data.clean.decontaminate_ngram
     known = np.unique(np.concatenate([np.empty(0, np.uint64), *(word_ngrams(t, n) for t in _evaluation_texts(data))]))
@@ -154,7 +156,7 @@ def _decontamination_stage(data: DataConfig) -> Callable[[str, Counter[str]], tu
 
 
 def _evaluation_texts(data: DataConfig) -> Iterator[str]:
-    """Every text in the files: of rows, that of each field and each item of a list."""
+    """Every text in the files: in rows, the text of each field and of each list item."""
     plain = DataConfig(invalid_utf8="replace")
     for path in evaluation_files(data):
         if ending(path) in ROW_ENDINGS:

@@ -1,7 +1,8 @@
 """A process that cleans parts: `python -m gptjax.text.cleaning.worker`.
 
-It reads one line of JSON with the options, then one line for each part, and answers each with one line. It is a process
-of its own, not a fork: the parent may hold the threads of JAX, and its main module may not be one to import twice.
+It reads one line of JSON with the options, then one line for each part, and answers each with one line. It is a new
+process and not a fork, because the parent can have threads of JAX, and importing its main module again could have side
+effects.
 """
 
 import json
@@ -15,7 +16,7 @@ from gptjax.text.cleaning.pool import clean_task
 def main() -> None:
     """Cleans parts until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a user's filter prints is no answer
+    os.dup2(2, 1)  # output of the user's filter must not mix with the answers
     options = sys.stdin.readline()
     for line in sys.stdin:
         try:

@@ -1,4 +1,4 @@
-"""What every tokenizer does: text to ids and back."""
+"""The interface of tokenizers."""
 
 import abc
 import functools
@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 
 
 class Tokenizer(abc.ABC):
-    """Turns text into ids in `[0, vocab_size)` and back; what is encoded decodes to the same bytes."""
+    """Converts text to ids in `[0, vocab_size)` and back. Every text decodes to the same bytes."""
 
     kind: str
     end_token = END_OF_TEXT
@@ -31,11 +31,11 @@ class Tokenizer(abc.ABC):
     @property
     @abc.abstractmethod
     def end_of_text(self) -> int | None:
-        """Id of the token that starts every document and ends the last; None: the tokenizer has none."""
+        """Id of the token that starts every document and ends the last one; None if there is no such token."""
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Returns int32 ids of `text`, in which <|endoftext|> is plain text.
+        """Returns int32 ids of `text`. <|endoftext|> in it is encoded as plain text.
 
         Raises:
             UserError: The text has a character that cannot be encoded.
@@ -59,7 +59,8 @@ class Tokenizer(abc.ABC):
         return {} if self.end_of_text is None else {self.end_token: self.end_of_text}
 
     def encode_with_special(self, text: str) -> np.ndarray:
-        """Returns int32 ids of a text in which names of special tokens are these; of two that overlap, the first.
+        """Returns int32 ids of a text; names of special tokens are encoded as these tokens. If two overlap, the first
+        one is used.
 
         Raises:
             UserError: The text has a character that cannot be encoded.
@@ -72,7 +73,7 @@ class Tokenizer(abc.ABC):
         return np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes each text, on all cores where that is faster."""
+        """Encodes each text, on all cores if that is faster."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -81,12 +82,12 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
-        """int32 `[vocab_size]`: bytes that each id decodes to; those of a text add up to its UTF-8."""
+        """int32 `[vocab_size]`: number of bytes of each id; the ids of a text sum to the length of its UTF-8."""
         return np.array([len(self.decode_bytes([i])) for i in range(self.vocab_size)], np.int32)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the saved form, 64 hexadecimal digits: equal for equal tokenizers alone."""
+        """SHA-256 of the saved tokenizer, 64 hexadecimal digits: equal only for equal tokenizers."""
         return hashlib.sha256(tokenizer_to_json(self).encode()).hexdigest()
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
@@ -101,7 +102,7 @@ class Tokenizer(abc.ABC):
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> str:
-    """Returns the tokenizer as JSON that needs nothing else to be used; equal tokenizers give equal text."""
+    """Returns the tokenizer as self-contained JSON; equal tokenizers give equal text."""
     content = {"format": FORMAT, "version": FORMAT_VERSION, **tokenizer.to_dict()}
     return json.dumps(content, separators=(",", ":")) + "\n"
 
