@@ -1,11 +1,12 @@
 # make demo · make test · make slow · make native · make cluster · make faults · make lint · make mutants · make bench ·
-# make finetune-report: each makes the environment that it needs in .venv
+# make finetune-report · make ablations TEXT=FILE: each makes the environment that it needs in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist worksteal
+TEXT ?= ../shared/data/tinyshakespeare.txt
 
-.PHONY: demo test slow native cluster faults lint mutants bench finetune-report clean
+.PHONY: demo test slow native cluster faults lint mutants bench ablations finetune-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py configs/demo.yaml
@@ -38,6 +39,9 @@ lint: $(VENV)/installed-dev
 
 mutants: $(VENV)/installed-dev
 	$(BIN)/python bench/mutants.py
+
+ablations: $(VENV)/installed
+	$(BIN)/python bench/ablations.py $(TEXT)
 
 finetune-report: $(VENV)/installed-dev
 	$(BIN)/python bench/finetune_report.py

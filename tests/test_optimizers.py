@@ -86,7 +86,7 @@ def test_queries_keys_and_values_are_orthogonalised_apart_and_layers_too():
 def test_muon_trains_the_matrices_of_blocks_and_adam_the_rest_each_at_its_rate():
     state, losses = run_steps(MUON, 8, make_batch())
     assert losses[-1] < losses[0] - 0.2
-    factors = rate_factors(MUON.optim, state.params)
+    factors = rate_factors(MUON, state.params)
     assert factors is not None
     flat = {jax.tree_util.keystr(p, simple=True, separator="/"): float(f)
             for p, f in jax.tree_util.tree_leaves_with_path(factors)}  # fmt: skip

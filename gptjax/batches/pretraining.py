@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.batches.permutation import draw_keys, permute
+from gptjax.batches.ramps import Ramp, sum_before, value_at
 from gptjax.batches.rows import ALL, Rows
 from gptjax.errors import UserError
 from gptjax.text.shards import TokenSplit
@@ -57,6 +58,8 @@ class PackedWindows:
     attend_across_documents: bool
     skipped: frozenset[int] = frozenset()
     """Numbers (in the stream, from 0) of documents without loss."""
+    ramp: Ramp = ()
+    """Sequences of each step, in place of a fixed number; empty: none."""
 
     def __post_init__(self):
         if self.split.n_tokens < self.block_size + 1:
@@ -77,14 +80,21 @@ class PackedWindows:
         return self.windows_per_epoch * self.block_size
 
     def batch(self, step: int, batch_size: int, rows: Rows = ALL) -> Batch:
-        """Returns rows of the batch of `step`, whose row r is window `step * batch_size + r`.
+        """Returns rows of the batch of `step`, whose row r is window `step * batch_size + r`; with a ramp, the windows
+        after those of the steps before.
 
         Args:
             step: From 0.
-            batch_size: Rows of the global batch.
+            batch_size: Rows of the global batch; a ramp has its own.
             rows: Rows to make; a process makes only its own.
         """
-        return self.windows(np.arange(step * batch_size, (step + 1) * batch_size)[rows])
+        return self.windows(self._numbers(step, batch_size)[rows])
+
+    def _numbers(self, step: int, batch_size: int) -> np.ndarray:
+        first, size = step * batch_size, batch_size
+        if self.ramp:
+            first, size = sum_before(self.ramp, step), value_at(self.ramp, step)
+        return np.arange(first, first + size)
 
     def windows(self, numbers: np.ndarray) -> Batch:
         """Returns the windows of these numbers, counted over all epochs, as arrays [B, T]."""
@@ -104,7 +114,7 @@ class PackedWindows:
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
         """Returns the first and the last document in each row of the batch of `step`, numbered in the stream from 0."""
-        return self.documents_of(np.arange(step * batch_size, (step + 1) * batch_size))
+        return self.documents_of(self._numbers(step, batch_size))
 
     def documents_of(self, numbers: np.ndarray) -> list[tuple[int, int]]:
         """Returns the first and the last document in each of these windows."""
@@ -161,6 +171,19 @@ def read_windows(split: TokenSplit, starts: Iterable[int], block_size: int, atte
         segments=np.cumsum(begins_BT, axis=1, dtype=np.int32) - np.int32(1) if apart else None,
         positions=t_T - np.maximum.accumulate(np.where(begins_BT, t_T, np.int32(0)), axis=1),
     )
+
+
+def cut_windows(batch: Batch, length: int) -> Batch:
+    """Cuts windows `[B, T]` into pieces of `length` tokens, `[B T / length, length]`, each with positions from 0.
+
+    The pieces have the targets of the windows, but a token attends only to those of its own piece.
+    """
+    inputs, targets, positions = (x.reshape(-1, length) for x in (batch.inputs, batch.targets, batch.positions))
+    segments = None if batch.segments is None else batch.segments.reshape(-1, length)
+    begins, t_T = positions == 0, np.arange(length, dtype=np.int32)
+    begins[:, 0] = True
+    positions = t_T - np.maximum.accumulate(np.where(begins, t_T, np.int32(0)), axis=1)
+    return Batch(inputs, targets, segments, positions)
 
 
 def evaluation_batches(

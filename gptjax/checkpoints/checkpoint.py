@@ -284,4 +284,6 @@ def _items(state: Any) -> dict[str, Any]:
     """The arrays of a state (or their shapes), by item. Frozen parameters are left out; the base run has them."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "frozen"}
     items: dict[str, Any] = {"params": fields.pop("params"), "ema": fields.pop("ema"), "rest": fields}
+    if fields["noise"] is None:  # checkpoints of runs without it have no such field
+        del fields["noise"]
     return {name: item for name, item in items.items() if item is not None}

@@ -103,7 +103,7 @@ def load_run(
             f"{run_dir}: average={average} needs as many checkpoints, {len(folders)} verify; train.save_every and"
             " train.keep_checkpoints decide how many there are"
         )
-    item = "ema" if config.train.ema else "params"
+    item = "ema" if config.averages_params else "params"
     abstract = _abstract_params(config)
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     reader = checkpointer(for_all=False, at_once=largest)  # reads leaf by leaf, without a second copy of all

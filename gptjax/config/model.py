@@ -123,6 +123,9 @@ class ModelConfig:
     """Weight of the squared log-normalizer of the router's logits (arXiv:2202.08906, section 3.1)."""
     init: Literal["gpt2", "uniform"] = "gpt2"
     """gpt2: normal, deviation 0.02; uniform: within sqrt(3 / n_embd), and output projections start at zero."""
+    mup_base_width: int = 0
+    """muP (arXiv:2203.03466, table 8): the n_embd at which learning rates were tuned. Matrices of blocks start smaller
+    and learn more slowly in proportion to the width, and logits are divided by it; 0: off."""
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
     def __post_init__(self):
@@ -130,6 +133,7 @@ class ModelConfig:
         not_negative(
             "model", self, "n_kv_head", "head_dim", "mlp_width", "vocab_size", "attention_window", "encoder_layers"
         )
+        not_negative("model", self, "mup_base_width")
         not_negative("model", self, "attention_scale", "attention_softcap", "logit_softcap", "rope_original_length")
         not_negative("model", self, "rope_local_base", "rope_low_frequency_factor")
         not_negative("model", self, "n_expert", "expert_width", "n_shared_expert", "expert_capacity")
@@ -237,6 +241,16 @@ class ModelConfig:
             raise UserError(f"model.positions=rope rotates pairs of channels, and a head has {self.head_width}")
         if self.rope_high_frequency_factor <= self.rope_low_frequency_factor:
             raise UserError("model.rope_high_frequency_factor must be larger than model.rope_low_frequency_factor")
+
+    @property
+    def width_ratio(self) -> float:
+        """The base width of muP over the width; 1: muP is off, or this is the base."""
+        return self.mup_base_width / self.n_embd if self.mup_base_width else 1.0
+
+    @property
+    def logit_factor(self) -> float:
+        """Factor of the output logits, that of muP included."""
+        return self.logit_scale * self.width_ratio
 
     @property
     def kv_heads(self) -> int:

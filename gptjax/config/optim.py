@@ -15,9 +15,10 @@ EXTENSION = re.compile(r"(continue|restart) at (\d{1,10}) of (\d{1,10})")
 class OptimConfig:
     """The optimizer and its learning rate."""
 
-    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    """adamw (arXiv:1711.05101), lion (arXiv:2302.06675), adafactor (arXiv:1804.04235), or muon: orthogonalised momentum
-    for the matrices of blocks, adam for the rest (kellerjordan.github.io/posts/muon)."""
+    name: Literal["adamw", "lion", "adafactor", "muon", "schedule_free"] = "adamw"
+    """adamw (arXiv:1711.05101), lion (arXiv:2302.06675), adafactor (arXiv:1804.04235), muon: orthogonalised momentum
+    for the matrices of blocks, adam for the rest (kellerjordan.github.io/posts/muon), or schedule_free: adamw without
+    decay of the rate, which evaluates an average of its iterates (arXiv:2405.15682)."""
     learning_rate: float = 6e-4
     """Peak, reached after warmup_steps."""
     min_learning_rate: float = 6e-5
@@ -43,7 +44,8 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decoupled, on matrices and embeddings only."""
     beta1: float = 0.9
-    """Decay of the running mean of gradients; lion: weight of that mean in the update."""
+    """Decay of the running mean of gradients; lion: weight of that mean in the update; schedule_free: weight of the
+    average in the parameters at which gradients are taken."""
     beta2: float = 0.95
     """Decay of the running mean of squared gradients; lion: decay of the running mean of gradients."""
     eps: float = 1e-8
@@ -97,14 +99,28 @@ class OptimConfig:
                 raise UserError(f"optim.extended: {change!r} must be like 'continue at 1000 of 1000'")
         ends = self.schedule in ("cosine", "linear", "wsd")
         no_effect("optim", self, "min_learning_rate", ends, "optim.schedule=cosine, linear or wsd")
-        no_effect("optim", self, "eps", self.name in ("adamw", "muon"), "optim.name=adamw or muon")
+        adam = self.name in ("adamw", "muon", "schedule_free")
+        no_effect("optim", self, "eps", adam, "optim.name=adamw, muon or schedule_free")
         for name in ("muon_learning_rate", "muon_beta"):
             no_effect("optim", self, name, self.name == "muon", "optim.name=muon")
         no_effect("optim", self, "factored_decay", self.name == "adafactor", "optim.name=adafactor")
         for name in ("beta1", "beta2"):
             no_effect("optim", self, name, self.name != "adafactor", "moments that decay by a constant")
+        if self.name == "schedule_free":
+            self._check_schedule_free()
         if self.name == "muon" and not self.learning_rate:
             raise UserError("optim.learning_rate=0 with optim.name=muon: the rate of embeddings must be above 0")
+
+    def _check_schedule_free(self) -> None:
+        if self.schedule != "constant":
+            raise UserError(
+                f"optim.name=schedule_free does not decay the learning rate, and optim.schedule={self.schedule} does;"
+                " set optim.schedule=constant"
+            )
+        if not self.beta1:
+            raise UserError("optim.beta1=0 with optim.name=schedule_free: must lie above 0, such as 0.9")
+        for name in ("embedding_rate", "head_rate"):
+            no_effect("optim", self, name, False, "another optim.name: schedule_free has one rate for all parameters")
 
     @property
     def depends_on_length(self) -> bool:

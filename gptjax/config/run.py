@@ -9,6 +9,7 @@ from gptjax.config.mesh import MeshConfig
 from gptjax.config.mixtures import PartConfig, SourceConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.optim import OptimConfig
+from gptjax.config.ramps import check_ramp
 from gptjax.config.rules import LARGEST_COUNT, local_folders, no_effect, not_negative, usable_paths
 from gptjax.config.task import HEADED, LABELLED, FinetuneConfig, TaskConfig
 from gptjax.config.tokenizer import TokenizerConfig
@@ -93,6 +94,11 @@ class Config:
         return dataclasses.replace(self, task=part.task, data=part.data, parts=(), finetune=FinetuneConfig(train=train))
 
     @property
+    def averages_params(self) -> bool:
+        """Whether evaluation and sampling use averaged parameters, which a checkpoint then holds too."""
+        return self.train.ema > 0 or self.optim.name == "schedule_free"
+
+    @property
     def why_no_sample(self) -> str:
         """Why the run's model cannot continue text; empty: it can."""
         bidirectional = "model.bidirectional=true, so it does not predict the next token"
@@ -173,6 +179,8 @@ class Config:
                 )
         self._check_objective()
         self._check_encoder()
+        self._check_average()
+        self._check_ramps()
         if self.finetune.train != "all" and not self.init_from:
             raise UserError(
                 f"finetune.train={self.finetune.train} would freeze parameters that were drawn at random; name the run"
@@ -194,6 +202,25 @@ class Config:
                 " set the learning rate; leave one out"
             )
         no_effect("finetune", self.finetune, "head_learning_rate", labelled, "a task.kind with a head")
+
+    def _check_average(self) -> None:
+        if self.optim.name != "schedule_free":
+            return
+        no_effect("train", self.train, "ema", False, "another optim.name: schedule_free has an average of its own")
+        for name in ("layer_decay", "head_learning_rate"):
+            no_effect("finetune", self.finetune, name, False, "another optim.name: schedule_free has one rate")
+        no_effect("model", self.model, "mup_base_width", False, "another optim.name: schedule_free has one rate")
+
+    def _check_ramps(self) -> None:
+        train, length = self.train, self.model.block_size
+        plain = self.task.kind == "pretrain" and not self.task.objective.rearranges and not self.sources
+        for name in ("batch_ramp", "length_ramp"):
+            no_effect("train", train, name, plain, "task.kind=pretrain on one text, with the next token as objective")
+        if train.lengths:
+            check_ramp("train.length_ramp", train.lengths, "model.block_size", length)
+            for _, tokens in train.lengths:
+                if length % tokens:
+                    raise UserError(f"train.length_ramp: {tokens} tokens must divide model.block_size={length}")
 
     def _check_encoder(self) -> None:
         pairs, layers = self.task.kind == "seq2seq", self.model.encoder_layers

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from gptjax.config.ramps import check_ramp, parse_ramp
 from gptjax.config.rules import fraction, no_effect, not_negative, positive
 from gptjax.errors import UserError
 
@@ -18,6 +19,12 @@ class TrainConfig:
     steps."""
     batch_size: int = 16
     """Sequences per step, over all devices."""
+    batch_ramp: tuple[str, ...] = ()
+    """Smaller batches at first, as STEP:SEQUENCES, the first from step 0 and the last with batch_size: 0:4 500:16. Each
+    size compiles a program."""
+    length_ramp: tuple[str, ...] = ()
+    """Shorter sequences at first, as STEP:TOKENS, the last with model.block_size: 0:64 500:256. Sequences are cut into
+    pieces, so a step has as many tokens as without."""
     micro_batch_size: int = 0
     """Sequences per forward pass, over all devices; gradients add up to batch_size. 0: batch_size."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -33,6 +40,9 @@ class TrainConfig:
     """Skip the update of a step whose loss or gradient norm is this many deviations above its mean; 0: never."""
     max_skipped_in_a_row: int = 10
     """Stop after this many skipped updates in a row, and write diverged.json."""
+    noise_scale: bool = False
+    """Log the gradient noise scale, in sequences: a larger batch than this saves few steps (arXiv:1812.06162). Needs
+    train.micro_batch_size below batch_size, and computes the norm of each micro-batch's gradient."""
     ema: float = 0.0
     """Decay of an exponential moving average of the parameters, used for evaluation and sampling; 0: none."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -85,6 +95,20 @@ class TrainConfig:
                 f"train.batch_size={self.batch_size} must be divisible by"
                 f" train.micro_batch_size={self.micro_batch_size}"
             )
+        if self.batch_ramp:
+            check_ramp("train.batch_ramp", self.batch_sizes, "train.batch_size", self.batch_size)
+            for _, size in self.batch_sizes:
+                if size % (self.micro_batch_size or size):
+                    raise UserError(
+                        f"train.batch_ramp: {size} sequences must be divisible by"
+                        f" train.micro_batch_size={self.micro_batch_size}"
+                    )
+            no_effect("train", self, "num_epochs", False, "train.batch_ramp=(); give train.num_steps")
+        if self.noise_scale and self.micro_batch == self.batch_size:
+            raise UserError(
+                "train.noise_scale=true compares gradients of two batch sizes: set train.micro_batch_size to less than"
+                f" train.batch_size={self.batch_size}"
+            )
         if self.sample_tokens and not self.sample_prompt:
             raise UserError("train.sample_prompt is empty; give a text, or train.sample_tokens=0 for no samples")
 
@@ -92,3 +116,13 @@ class TrainConfig:
     def micro_batch(self) -> int:
         """Sequences per forward pass, with the default resolved."""
         return self.micro_batch_size or self.batch_size
+
+    @property
+    def batch_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sequences per step: pairs of a step and the number from that step on."""
+        return parse_ramp("train.batch_ramp", self.batch_ramp) or ((0, self.batch_size),)
+
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """Tokens per sequence: pairs of a step and the number from that step on; empty: always model.block_size."""
+        return parse_ramp("train.length_ramp", self.length_ramp)

@@ -394,8 +394,8 @@ def finish_logits(config: ModelConfig, params: dict, logits: jax.Array) -> jax.A
     if config.output_bias:
         bias_V = params["head"]["bias"][: config.vocab_size].astype(jnp.float32)
         logits = logits + bias_V.reshape((1,) * (logits.ndim - 1) + (-1,))
-    if config.logit_scale != 1.0:
-        logits = logits * config.logit_scale
+    if config.logit_factor != 1.0:
+        logits = logits * config.logit_factor
     return config.logit_softcap * jnp.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
 
 

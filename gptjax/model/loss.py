@@ -48,10 +48,10 @@ def batch_loss(
 def token_loss(model: ModelConfig, options: LossOptions, params: dict, x_BTD: jax.Array, batch: AnyBatch) -> Loss:
     """Sums the next-token loss, given final hidden states."""
     w_VD = shared_rows(unembedding(params))
-    if model.logit_scale != 1.0:
-        x_BTD = x_BTD * jnp.asarray(model.logit_scale, x_BTD.dtype)
+    if model.logit_factor != 1.0:
+        x_BTD = x_BTD * jnp.asarray(model.logit_factor, x_BTD.dtype)
     if model.output_bias:  # as a weight of one more channel, which is 1 in all hidden states
-        bias_V1 = shared_rows(params["head"]["bias"][:, None]) * model.logit_scale
+        bias_V1 = shared_rows(params["head"]["bias"][:, None]) * model.logit_factor
         w_VD = jnp.concatenate([w_VD, bias_V1.astype(w_VD.dtype)], axis=1)
         x_BTD = jnp.concatenate([x_BTD, jnp.ones((*x_BTD.shape[:-1], 1), x_BTD.dtype)], axis=-1)
     return cross_entropy(options, x_BTD, w_VD, constrain_batch(batch.targets))

@@ -19,7 +19,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 def weight_init(config: ModelConfig) -> Initializer:
     """Initializer of matrices that read the residual stream."""
     if config.init == "gpt2":
-        return normal(INIT_STD)
+        return normal(INIT_STD * config.width_ratio**0.5)
     bound = (3 / config.n_embd) ** 0.5
     return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
@@ -28,7 +28,9 @@ def output_init(config: ModelConfig) -> Initializer:
     """Initializer of matrices whose output is added to the residual stream. GPT-2 scales it by the square root of the
     number of these additions, two per block.
     """
-    return normal(INIT_STD / (2 * config.n_layer) ** 0.5) if config.init == "gpt2" else jax.nn.initializers.zeros
+    if config.init != "gpt2":
+        return jax.nn.initializers.zeros
+    return normal(INIT_STD * config.width_ratio**0.5 / (2 * config.n_layer) ** 0.5)
 
 
 def zeros(*shape: int) -> nnx.Param:

@@ -22,6 +22,12 @@ def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"train.{name}={train.micro_batch} must be divisible by the {batch_shards(mesh)} devices that share a"
             " batch (mesh.data x mesh.fsdp)"
         )
+    for step, size_then in train.batch_sizes:
+        if (train.micro_batch_size or size_then) % batch_shards(mesh):
+            raise UserError(
+                f"train.batch_ramp: {size_then} sequences, from step {step} on, must be divisible by the"
+                f" {batch_shards(mesh)} devices that share a batch (mesh.data x mesh.fsdp)"
+            )
     heads = "n_kv_head" if model.n_kv_head else "n_head"
     if model.kv_heads % size["tensor"]:
         raise UserError(f"mesh.tensor={size['tensor']} does not divide model.{heads}={model.kv_heads}")
@@ -42,6 +48,7 @@ def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
 def _lengths(config: Config) -> list[tuple[str, int]]:
     """Lengths that sequences may have, each with the option that sets it."""
     found = [(f"model.block_size={config.model.block_size}", config.model.block_size)]
+    found += [(f"train.length_ramp: {length} tokens", length) for _, length in config.train.lengths]
     for task in (config.task, *(part.task for part in config.parts)):
         longest = task.max_tokens or config.model.block_size
         name = f"task.max_tokens={task.max_tokens}" if task.max_tokens else found[0][0]
@@ -59,6 +66,8 @@ def _check_stages(config: Config, stages: str, layers: int) -> None:
             f"{stages}: each stage has {layers} layers, which must be a multiple of the {len(pattern)} that"
             " model.attention_pattern names"
         )
+    if config.train.noise_scale:
+        raise UserError(f"{stages} does not go with train.noise_scale=true: stages sum gradients over micro-batches")
     if config.task.objective.kind == "multi_token":
         raise UserError(f"{stages} does not go with task.objective.kind=multi_token: its heads follow the last stage")
     if config.model.encoder_layers:

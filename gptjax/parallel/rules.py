@@ -38,8 +38,8 @@ RULES = (
     (r"norm_((out_)?[12]|cross)/(scale|bias)$", PartitionSpec("stage")),
     (r"blocks/mix$", PartitionSpec("stage")),
     (r"norm_f/(scale|bias)$", PartitionSpec()),
-    (r"(^|/)(step|skipped|count|good_steps|loss_scale/scale)$", PartitionSpec()),
-    (r"^watch/\w+$", PartitionSpec()),
+    (r"(^|/)(step|skipped|count|good_steps|loss_scale/scale|b1|weight_sum|step_count|max_lr)$", PartitionSpec()),
+    (r"^(watch|noise)/\w+$", PartitionSpec()),
 )
 
 

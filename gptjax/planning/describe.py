@@ -3,11 +3,19 @@
 import dataclasses
 from typing import Any
 
+from gptjax.config.train import TrainConfig
 from gptjax.config.verbs.plan import PlanConfig
 from gptjax.machine.chips import CHIPS, Chip
 from gptjax.planning import estimate
 from gptjax.planning.plan import USABLE, Plan, Sent
 from gptjax.report.cost import readable_bytes, readable_count
+
+
+def _ramps(train: TrainConfig) -> list[tuple[str, str]]:
+    """What differs in steps before the last sizes of a ramp."""
+    ramps = {"batch_ramp": train.batch_ramp, "length_ramp": train.length_ramp}
+    named = ", ".join(f"train.{name} {' '.join(ramp)}" for name, ramp in ramps.items() if ramp)
+    return [("ramp", f"{named}: this plan is of the steps with the last sizes")] if named else []
 
 
 def describe(given: Plan, suggested: Plan | None, options: PlanConfig) -> str:
@@ -18,6 +26,7 @@ def describe(given: Plan, suggested: Plan | None, options: PlanConfig) -> str:
     lines = [
         ("model", f"{readable_count(given.parameter_count)} parameters, vocabulary {model.vocab_size:,}"),
         ("step", f"{step} micro-batches, {train.compute_dtype}, remat {train.remat}"),
+        *_ramps(train),
         ("mesh", f"{_layout(given)} on {options.devices} x {options.chip}"),
         ("memory", f"{_of_chip(given, chip)} per device:"),
         *(("", f"{_bytes(getattr(memory, name))}  {words}") for name, words in PARTS),

@@ -1,6 +1,7 @@
 """Finds meshes and micro-batches that should fit, by formula; `plan.py` compiles the best ones."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from jax.sharding import AbstractMesh, AxisType
@@ -41,10 +42,11 @@ def suggestions(
 
 
 def _rated(config, chip, devices, limit, ratio, model_flops) -> Iterator[tuple[tuple[float, ...], Config]]:
+    batch_size = math.gcd(*(size for _, size in config.train.batch_sizes))
     for sizes in _meshes(devices, len(AXES)):
         mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        if mesh.shape["tensor"] > chip.node or config.train.batch_size % shards:
+        if mesh.shape["tensor"] > chip.node or batch_size % shards:
             continue
         one = _with_layout(config, sizes, shards)
         try:
@@ -53,8 +55,8 @@ def _rated(config, chip, devices, limit, ratio, model_flops) -> Iterator[tuple[t
         except UserError:
             continue
         parameters, optimizer = device_bytes((state.params, state.frozen)), device_bytes(state.opt_state)
-        for local in range(1, min(MAX_LOCAL_BATCH, config.train.batch_size // shards) + 1):
-            if config.train.batch_size % (local * shards) == 0:
+        for local in range(1, min(MAX_LOCAL_BATCH, batch_size // shards) + 1):
+            if batch_size % (local * shards) == 0:
                 one = _with_layout(config, sizes, local * shards)
                 on_mesh = estimate.Sizes(one, dict(mesh.shape))
                 needs = device_bytes(state) + estimate.activations(on_mesh)

@@ -38,7 +38,8 @@ def build(config: Config, _name: str, source: Source, compute: Compute, compiled
         )
     )
     skipped = source.skipped.get("", frozenset())
-    windows: Windows = PackedWindows(dataset.train, model.block_size, config.seed, across, skipped)
+    ramp = train.batch_sizes if train.batch_ramp else ()
+    windows: Windows = PackedWindows(dataset.train, model.block_size, config.seed, across, skipped, ramp)
     notes = ()
     if objective.rearranges:
         vocabulary = vocabulary_of(source.tokenizer, SPECIAL_TOKENS.get(objective.kind, ()))

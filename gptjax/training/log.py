@@ -138,11 +138,11 @@ class Log:
         self._sinks = Sinks(config.log.sinks, run, self.progress.line)
 
     def _row(self, step: int, values: dict) -> None:
-        tokens = self._parts.tokens_per_step
         now, (last_step, last_time) = time.monotonic(), self._clock
         seconds = max(now - last_time, 1e-9)
-        speed = (step - last_step) * tokens / seconds
-        row = {"step": step, **values, "tokens": step * tokens, "tokens_per_s": round(speed, 1)}
+        tokens = self._parts.tokens_before(step)
+        speed = (tokens - self._parts.tokens_before(last_step)) / seconds
+        row = {"step": step, **values, "tokens": tokens, "tokens_per_s": round(speed, 1)}
         self._clock = (step, now)
         self.write(row)
         self.progress.step(row, min(1.0, self._waited / seconds), memory_in_use())

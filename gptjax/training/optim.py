@@ -7,18 +7,33 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.config.optim import OptimConfig
+from gptjax.config.run import Config
 from gptjax.training.muon import scale_by_muon
+from gptjax.training.schedules import Schedule
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Returns clipping, moments and decoupled decay; the caller multiplies its updates by minus the learning rate."""
+def make_optimizer(config: OptimConfig, schedule: Schedule = lambda _: jnp.zeros(())) -> optax.GradientTransformation:
+    """Returns clipping, moments and decoupled decay; the caller multiplies its updates by minus the learning rate.
+
+    Updates of schedule_free have the rate of `schedule` in them already, and the caller multiplies by -1.
+    """
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
     moments = OPTIMIZERS[config.name](config)
-    return optax.chain(clip, moments, optax.add_decayed_weights(config.weight_decay, mask=decayed))
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
+    if config.name != "schedule_free":
+        return optax.chain(clip, moments, decay)
+    base = optax.chain(moments, decay, optax.scale_by_learning_rate(lambda n: schedule(jnp.asarray(n))))
+    # schedule_free counts updates from 1, scale_by_learning_rate from 0.
+    free = optax.contrib.schedule_free(base, lambda n: schedule(jnp.asarray(n) - 1), config.beta1)
+    return optax.chain(clip, free, optax.scale(-1.0))
 
 
 def _adam(config: OptimConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+
+
+def _schedule_free_adam(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(0.0, config.beta2, config.eps)
 
 
 def _lion(config: OptimConfig) -> optax.GradientTransformation:
@@ -45,6 +60,7 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
     "lion": _lion,
     "adafactor": _adafactor,
     "muon": _muon,
+    "schedule_free": _schedule_free_adam,
 }
 """By `optim.name`: what turns gradients into updates, before decay and learning rate."""
 
@@ -54,18 +70,24 @@ def in_block_matrix(path: tuple) -> bool:
     return any(getattr(key, "key", None) == "blocks" for key in path) and path[-1].key.startswith("w_")
 
 
-def rate_factors(config: OptimConfig, params: dict) -> dict | None:
-    """Factor of the learning rate of each parameter, by its group; None: all are 1."""
-    matrices = config.muon_learning_rate / config.learning_rate if config.name == "muon" else 1.0
-    if matrices == config.embedding_rate == config.head_rate == 1.0:
+def rate_factors(config: Config, params: dict) -> dict | None:
+    """Factor of the learning rate of each parameter, by its group; None: all are 1.
+
+    With muP, matrices of blocks learn at a rate in proportion to 1 / width (arXiv:2203.03466, table 8, Adam). Updates
+    of muon have a norm that suits every width.
+    """
+    optim = config.optim
+    muon = optim.muon_learning_rate / optim.learning_rate if optim.name == "muon" else None
+    matrices = config.model.width_ratio if muon is None else muon
+    if matrices == optim.embedding_rate == optim.head_rate == 1.0:
         return None
 
     def one(path, _leaf):
         if in_block_matrix(path):
             return jnp.float32(matrices)
         if path[0].key == "embed" and path[-1].key == "tokens":
-            return jnp.float32(config.embedding_rate)
-        return jnp.float32(config.head_rate if path[0].key == "head" else 1.0)
+            return jnp.float32(optim.embedding_rate)
+        return jnp.float32(optim.head_rate if path[0].key == "head" else 1.0)
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from gptjax.batches.ramps import sum_before
 from gptjax.checkpoints.checkpoint import Checkpoints
 from gptjax.config.run import Config
 from gptjax.tasks.task import Task
@@ -33,3 +34,8 @@ class Parts:
     def tokens_per_step(self) -> int:
         """Tokens in a batch; on average, where batches differ."""
         return tokens_per_step(self.config, self.task)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens in the batches of all steps before `step`, counted from 0."""
+        sizes = self.config.train.batch_sizes
+        return sum_before([(first, round(size * self.task.tokens_per_row)) for first, size in sizes], step)

@@ -22,6 +22,7 @@ from gptjax.parallel.place import get
 from gptjax.tasks.registry import make_loss, make_states_loss
 from gptjax.tasks.trainable import forward_params, init_split, join, rates
 from gptjax.training.by_layer import by_layer, group_names
+from gptjax.training.noise import SMALL_SQUARE, Noise, init_noise, update_noise
 from gptjax.training.optim import make_optimizer, rate_factors
 from gptjax.training.precision import LossScale, compute_dtype, init_loss_scale, next_loss_scale
 from gptjax.training.schedules import Schedule, make_schedule
@@ -46,11 +47,13 @@ class TrainState:
     loss_scale: LossScale | None
     """Only for float16."""
     ema: dict | None
-    """Average of the parameters over steps, where the config asks for it."""
+    """Average of the parameters over steps, where the config asks for it, or the iterates' of schedule_free."""
     watch: Watch
     """What tells a spike."""
     frozen: dict
     """Parameters that stay as they are."""
+    noise: Noise | None = None
+    """Only where the config asks for the noise scale."""
 
 
 def init_state(config: Config, given: dict | None = None) -> TrainState:
@@ -62,9 +65,10 @@ def init_state(config: Config, given: dict | None = None) -> TrainState:
         params=params,
         opt_state=make_optimizer(config.optim).init(params),
         loss_scale=init_loss_scale() if config.train.compute_dtype == "float16" else None,
-        ema=jax.tree.map(jnp.copy, params) if config.train.ema else None,
+        ema=jax.tree.map(jnp.copy, params) if config.averages_params else None,
         watch=init_watch(),
         frozen=frozen,
+        noise=init_noise() if config.train.noise_scale else None,
     )
 
 
@@ -91,6 +95,9 @@ def make_gradient(config: Config) -> Callable[[TrainState, Any], tuple[Loss, dic
             micro_key = None if key is None else jax.random.fold_in(key, number)
             grad = jax.value_and_grad(scaled_loss, has_aux=True)
             (_, loss), grads = grad(state.params, state.frozen, micro_batch, micro_key, scale)
+            if config.train.noise_scale:
+                norm = optax.tree.norm(grads) / (scale * jnp.maximum(loss.count, 1.0))
+                loss = dataclasses.replace(loss, extras=loss.extras | {SMALL_SQUARE: jnp.square(norm)})
             return loss, grads
 
         if axis_size(STAGES) > 1:
@@ -115,8 +122,9 @@ def make_train_step(
     that of the config.
     """
     gradient = make_gradient(config)
-    optimizer = make_optimizer(config.optim)
     schedule = schedule or make_schedule(config.optim, config.train.num_steps)
+    optimizer = make_optimizer(config.optim, schedule)
+    schedule_free = config.optim.name == "schedule_free"
     sigma, limit = config.train.spike_sigma, config.train.max_skipped_in_a_row
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -126,19 +134,31 @@ def make_train_step(
         accepted = verdict == ACCEPTED
         learning_rate = schedule(state.step - state.skipped)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        for factors in (rates(config, state.params), rate_factors(config.optim, state.params)):
+        for factors in (rates(config, state.params), rate_factors(config, state.params)):
             if factors is not None:
                 updates = jax.tree.map(jnp.multiply, updates, factors)
-        params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
+        rate = 1.0 if schedule_free else learning_rate
+        params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), state.params, updates)
         params, opt_state = _where(accepted, (params, opt_state), (state.params, state.opt_state))
-        # Moments wait for the parameters that are made of them; unordered, XLA would copy all moments before.
-        opt_state = optax.tree.map_params(optimizer, _after_params, opt_state, params, is_leaf=_is_masked)
         ema = state.ema
-        if ema is not None:
+        if schedule_free:
+            ema = optax.contrib.schedule_free_eval_params(opt_state[1], params)
+        else:
+            # Moments wait for the parameters that are made of them; unordered, XLA would copy all moments before.
+            opt_state = optax.tree.map_params(optimizer, _after_params, opt_state, params, is_leaf=_is_masked)
+        if ema is not None and not schedule_free:
             decay = config.train.ema
             ema = jax.tree.map(lambda a, p: jnp.where(accepted, decay * a + (1.0 - decay) * p, a), ema, params)
+        noise, extras = state.noise, dict(sums.extras)
+        if noise is not None:
+            M, B = jax.tree.leaves(batch)[0].shape[:2]
+            small = extras.pop(SMALL_SQUARE) / M
+            if M > 1:  # else the batch of this step of a ramp is a single micro-batch
+                noise = update_noise(noise, accepted, small, jnp.square(grad_norm), (B, M * B))
         metrics: Metrics = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, "targets": sums.count}
-        metrics |= {name: total / jnp.maximum(sums.count, 1.0) for name, total in sums.extras.items()}
+        metrics |= {name: total / jnp.maximum(sums.count, 1.0) for name, total in extras.items()}
+        if noise is not None:
+            metrics["noise_scale"] = noise.scale
         loss_scale, counts = state.loss_scale, verdict != HALTED
         if loss_scale is not None:
             metrics["loss_scale"] = loss_scale.scale
@@ -148,9 +168,10 @@ def make_train_step(
         watch = update_watch(state.watch, verdict, counts, loss, grad_norm, sums.count)
         metrics |= {"skipped": skipped, "verdict": verdict, "in_a_row": watch.in_a_row}
         if config.log.by_layer:
-            changes = jax.tree.map(lambda u: jnp.where(accepted, learning_rate * u, 0.0), updates)
+            changes = jax.tree.map(lambda u: jnp.where(accepted, rate * u, 0.0), updates)
             metrics["by_layer"] = _where_logged(config, state.step + 1, grads, changes, state.params)
-        return TrainState(state.step + 1, skipped, params, opt_state, loss_scale, ema, watch, state.frozen), metrics
+        new_state = TrainState(state.step + 1, skipped, params, opt_state, loss_scale, ema, watch, state.frozen, noise)
+        return new_state, metrics
 
     return train_step
 

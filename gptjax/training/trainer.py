@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from gptjax.batches.prefetch import prefetch
+from gptjax.batches.pretraining import cut_windows
+from gptjax.batches.ramps import value_at
 from gptjax.config.run import Config
 from gptjax.config.task import PADDED
 from gptjax.config.train import TrainConfig
@@ -221,16 +223,27 @@ def device_batches(parts: Parts, first: int, stop: int) -> Generator[Any]:
     """Batches of steps `first` to `stop - 1` as micro-batches `[M, B, ...]`, on their way to the devices."""
     options = parts.config.train
     sharding = batch_sharding(parts.mesh, leading_axes=1)
-    rows = rows_of_process(parts.mesh, options.batch_size, options.micro_batch)
-    micro_batches = options.batch_size // options.micro_batch
+
+    def pieces(step: int) -> int:
+        """Pieces into which the step's sequences are cut."""
+        return parts.config.model.block_size // value_at(options.lengths, step) if options.lengths else 1
+
+    def micro_batch(step: int) -> int:
+        """Sequences in a forward pass of the step."""
+        return options.micro_batch_size or value_at(options.batch_sizes, step)
 
     def make(step: int) -> Any:
-        batch = parts.task.windows.batch(step, options.batch_size, rows)
-        return jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+        size = value_at(options.batch_sizes, step)
+        rows = rows_of_process(parts.mesh, size, micro_batch(step))
+        batch = parts.task.windows.batch(step, size, rows)
+        if pieces(step) > 1:
+            batch = cut_windows(batch, value_at(options.lengths, step))
+        return jax.tree.map(lambda x: x.reshape(size // micro_batch(step), -1, *x.shape[1:]), batch)
 
     steps = range(first, stop)
-    for batch in prefetch(make, first, stop) if parts.task.follow is None else map(make, steps):
-        yield put_rows(batch, sharding, options.micro_batch)
+    made = prefetch(make, first, stop) if parts.task.follow is None else map(make, steps)
+    for step, batch in zip(steps, made, strict=True):
+        yield put_rows(batch, sharding, micro_batch(step) * pieces(step))
 
 
 def _follow(parts: Parts, state: TrainState) -> None:
@@ -364,7 +377,7 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> list[tuple[
     needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     pages = ", huge pages" if allocator.uses_huge_pages() else ""
     pages += ", cache of large buffers" if allocator.caches_buffers() else ""
-    epochs = config.train.num_steps * tokens / task.windows.tokens_per_epoch
+    epochs = parts.tokens_before(config.train.num_steps) / task.windows.tokens_per_epoch
     trainable, frozen = (cost.parameter_count(params) for params in (state.params, state.frozen))
     count = cost.readable_count(trainable + frozen)
     if frozen:
@@ -381,6 +394,9 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> list[tuple[
     facts.append(("data", f"{task.windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step"))
     facts += [("mixture" if config.sources else "examples", note) for note in task.notes]
     facts.append(("steps", f"{config.train.num_steps:,} = {epochs:.2f} epochs"))
+    for name, ramp in (("batches", config.train.batch_ramp), ("lengths", config.train.length_ramp)):
+        if ramp:
+            facts.append((name, f"{' '.join(ramp)} (step:size); memory is that of the first size"))
     facts.append(("memory", f"{cost.readable_bytes(needs)} per device for a training step{pages}"))
     facts.append(("attention", _explain_attention(parts)))
     if jax.default_backend() == "cpu":
