@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from work import GENERATION, NEW_TOKENS, PROMPT_TOKENS, TRAINING, WHOLE_STEPS
+from work import GENERATION, NEW_TOKENS, PROMPT_TOKENS, TRAINING, WHOLE_STEPS, Training
 
 from gptjax.machine.allocator import restart
 from gptjax.machine.compile_cache import start
@@ -40,6 +40,7 @@ def train(name: str, dtype: str, steps: int) -> dict:
             block_size=work.block_size,
             vocab_size=work.vocab_size,
             vocab_multiple=1 if on_cpu or work.vocab_size < 1000 else 128,
+            **modern_options(work),
         ),
         optim=OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, beta2=0.99),
         train=TrainConfig(num_steps=steps + 3, batch_size=work.batch_size, compute_dtype=dtype),
@@ -64,6 +65,14 @@ def train(name: str, dtype: str, steps: int) -> dict:
     if not on_cpu:  # no fetch between steps: as the trainer runs, which reads a step's metrics one step later
         times = _pipelined(step, state, make_batch, steps)
     return {"times": times[-steps:], "work": work.tokens, "losses": losses, "peak_bytes": _peak_bytes()}
+
+
+def modern_options(work: Training) -> dict[str, Any]:
+    """Options of the block of Llama; none for GPT-2."""
+    if not work.modern:
+        return {}
+    block = {"norm": "rms", "activation": "silu", "gated": True, "positions": "rope", "bias": False}
+    return block | {"mlp_width": work.mlp_width, "n_kv_head": work.n_kv_head}
 
 
 def _pipelined(step, state, make_batch, steps: int) -> list[float]:

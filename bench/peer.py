@@ -1,4 +1,7 @@
-"""Times `transformers` GPT-2 on PyTorch with the same arguments as ours.py, and eager|compile as the last one."""
+"""Times PyTorch with the same arguments as ours.py.
+
+The last argument is the way: eager or compile (of `transformers`), plain_eager or plain_compile (of plain_torch.py).
+"""
 
 import json
 import math
@@ -12,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from plain_torch import Decoder
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from work import (
     GENERATION,
     NEW_TOKENS,
@@ -26,6 +30,26 @@ from work import (
 
 warnings.filterwarnings("ignore")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_llama(work: Training) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=work.n_layer,
+        num_attention_heads=work.n_head,
+        num_key_value_heads=work.n_kv_head,
+        hidden_size=work.n_embd,
+        intermediate_size=work.mlp_width,
+        max_position_embeddings=work.block_size,
+        rms_norm_eps=1e-5,
+        vocab_size=work.vocab_size,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).to(DEVICE)
 
 
 def make_model(work: Training) -> GPT2LMHeadModel:
@@ -48,18 +72,23 @@ def make_model(work: Training) -> GPT2LMHeadModel:
 
 
 def next_token_loss(run, windows):
-    logits = run(input_ids=windows[:, :-1]).logits
+    logits = run(input_ids=windows[:, :-1])
+    logits = logits if isinstance(logits, torch.Tensor) else logits.logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 def make_training(work: Training, dtype: str, mode: str):
     """Model, optimizer, the model as it is called, and `step(windows [B, T + 1]) -> loss`."""
-    model = make_model(work)
+    if mode.startswith("plain"):
+        torch.manual_seed(0)
+        model = Decoder(work).to(DEVICE)
+    else:
+        model = make_llama(work) if work.modern else make_model(work)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
-    run = torch.compile(model) if mode == "compile" else model
+    run = torch.compile(model) if mode.endswith("compile") else model
 
     def step(windows):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):

@@ -1,4 +1,6 @@
-"""make bench: gptjax and `transformers` on PyTorch in turn, A B A B, each run a process of its own.
+"""make bench: gptjax and PyTorch in turn, A B A B, each run a process of its own.
+
+The peer is the fastest of `transformers` and a plain PyTorch model, eager and compiled.
 
 Prints the table of docs/performance.md and writes every time measured to bench/results/. Arguments choose rows by the
 beginning of their names: `python bench/run.py small medium_bfloat16 --rounds 5`. Nothing else should run meanwhile.
@@ -20,15 +22,16 @@ from work import GENERATION, TRAINING
 HERE = Path(__file__).parent
 # The user has chosen an allocator setting, so gptjax does not restart itself (`gptjax/machine/allocator.py`).
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-STEPS = {"small": 100, "medium": 8, "124m": 4}
+STEPS = {"small": 100, "medium": 8, "124m": 4, "llama": 4}
 DTYPES = ("bfloat16", "float32")
+MODES = ("eager", "compile", "plain_eager", "plain_compile")
 
 
 def rows(on_gpu: bool) -> dict[str, tuple]:
     """Name of a row → (verb, work, our dtype, the peer's dtypes, repetitions, environment of both sides)."""
     table = {}
     if on_gpu:
-        for name in ("124m_gpu", "350m_gpu"):
+        for name in ("124m_gpu", "350m_gpu", "llama_gpu"):
             table[f"{name}_bfloat16"] = ("train", name, "bfloat16", ["bfloat16"], 20, {})
         for sequences in (1, 8, 32):
             table[f"generate_{sequences}_bfloat16"] = ("generate", str(sequences), "bfloat16", list(DTYPES), 3, {})
@@ -71,7 +74,11 @@ def compare(rounds: int, modes: list[str], row: tuple) -> dict:
     """
     verb, work, dtype, peer_dtypes, count, environment = row
     ours, peers, ratios = [], [], []
-    ways = [(peer_dtype, mode) for peer_dtype in peer_dtypes for mode in (modes if verb != "tokenize" else [""])]
+    if verb == "tokenize":
+        modes = [""]
+    elif verb == "generate":  # the plain model has no cache
+        modes = [mode for mode in modes if not mode.startswith("plain")]
+    ways = [(peer_dtype, mode) for peer_dtype in peer_dtypes for mode in modes]
     for _ in range(rounds):
         tried = {way: one_side(False, verb, work, way[0], count, way[1], environment) for way in ways}
         ways = [min(tried, key=lambda way: statistics.median(tried[way]["times"]))]
@@ -114,11 +121,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", default=[""])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--modes", nargs="+", default=["eager", "compile"], help="of the peer; the faster one counts")
+    parser.add_argument("--modes", nargs="+", default=MODES, help="of the peer; the fastest counts")
     options = parser.parse_args()
     if "compile" in options.modes and not (shutil.which("g++") or shutil.which("clang++")):
-        options.modes = ["eager"]
-        print("torch.compile needs a C++ compiler and there is none, so the peer runs eager alone")
+        options.modes = [mode for mode in options.modes if mode.endswith("eager")]
+        print("torch.compile needs a C++ compiler and there is none, so the peers run eager alone")
     peaks = run("peak.py", environment={})
     chosen = {name: row for name, row in rows("gpu" in peaks).items() if name.startswith(tuple(options.rows))}
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
