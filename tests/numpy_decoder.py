@@ -24,9 +24,10 @@ ACTIVATIONS = {
 
 
 class NumpyDecoder:
-    def __init__(self, config, params, prefix=0):
-        """`prefix`: so many tokens are visible to all."""
-        self.c, self.prefix = config, prefix
+    def __init__(self, config, params, prefix=0, slides=False):
+        """`prefix`: so many tokens are visible to all. `slides`: a token sees the newest `block_size` alone, its first
+        tokens included, whose distances are those in a text of `block_size`."""
+        self.c, self.prefix, self.slides = config, prefix, slides
         self.p = {}
         self._flatten("", params)
 
@@ -64,9 +65,12 @@ class NumpyDecoder:
             x = x + np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
         if c.embedding_norm:
             x = self.norm(x, "embed/norm")
-        first = x
+        first, outputs, self.first_values = x, [], None
         for layer in range(c.n_layer):
+            if c.learned_skips and layer > c.n_layer - 1 - layer:
+                x = x + self.get("blocks/skip", layer) * outputs[c.n_layer - 1 - layer]
             x = self.block(x, first, positions, layer)
+            outputs.append(x)
         x = x if c.norm_position == "post" else self.norm(x, "norm_f")
         head = self.p.get("head/w", self.p["embed/tokens"])[: c.vocab_size]
         logits = x @ head.T
@@ -139,6 +143,10 @@ class NumpyDecoder:
         bias = self.get("blocks/attn/b_qkv", layer)
         qkv = qkv if bias is None else qkv + bias
         q, k, v = qkv[:, :, :R], qkv[:, :, R], qkv[:, :, R + 1]
+        if c.value_residual:
+            self.first_values = v if layer == 0 else self.first_values
+            own, shared = self.get("blocks/attn/value_mix", layer)
+            v = own * v + shared * self.first_values
         if c.qk_norm == "head":
             q, k = self.norm(q, "blocks/attn/norm_q", layer), self.norm(k, "blocks/attn/norm_k", layer)
         if c.qk_norm == "all":
@@ -148,28 +156,62 @@ class NumpyDecoder:
         if c.positions == "rope" and kind != "full_nope":
             own = kind == "local" and c.rope_local_base
             base, factor = (c.rope_local_base, 1.0) if own else (c.rope_base, c.rope_factor)
+            capped = self.rotate(q, np.minimum(positions, c.block_size - 1), base, factor)
             q, k = self.rotate(q, positions, base, factor), self.rotate(k, positions, base, factor)
+        else:
+            capped = q
         y = np.zeros((T, H, C))
         for head in range(H):
             g, r = divmod(head, R)
             scores = q[:, g, r] @ k[:, g].T * (c.attention_scale or C**-0.5)
+            if self.slides and c.attention_sinks:
+                first = slice(c.attention_sinks)
+                scores[:, first] = capped[:, g, r] @ k[first, g].T * (c.attention_scale or C**-0.5)
             if c.attention_softcap:
                 scores = c.attention_softcap * np.tanh(scores / c.attention_softcap)
             for t in range(T):
                 for s in range(T):
-                    window = c.attention_window if kind == "local" else 0
+                    if c.positions == "shaw":
+                        vector = self.get("blocks/attn/distances", layer)[0][self.vector(t, s)]
+                        scores[t, s] += q[t, g, r] @ vector * (c.attention_scale or C**-0.5)
                     hidden = s > t and s >= self.prefix and not c.bidirectional
-                    if hidden or (window and abs(t - s) >= window):
+                    sink = s < c.attention_sinks and (self.slides or kind == "local")
+                    distance = min(t, c.block_size - 1) - s if sink and self.slides else t - s
+                    if hidden or not (sink or self.in_pattern(kind, t, s)):
                         scores[t, s] = -np.inf
                     elif c.positions == "alibi":
-                        scores[t, s] -= abs(t - s) * 2.0 ** (-8.0 * (head + 1) / H)
+                        scores[t, s] -= abs(distance) * 2.0 ** (-8.0 * (head + 1) / H)
                     elif c.positions == "t5":
-                        scores[t, s] += self.get("blocks/attn/distances", layer)[bucket(t - s, c.bidirectional), head]
+                        scores[t, s] += self.get("blocks/attn/distances", layer)[
+                            bucket(distance, c.bidirectional), head
+                        ]
             weights = np.exp(scores - scores.max(-1, keepdims=True))
-            y[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, g]
+            weights /= weights.sum(-1, keepdims=True)
+            y[:, head] = weights @ v[:, g]
+            if c.relative_values:
+                vectors = self.get("blocks/attn/distances", layer)[1]
+                y[:, head] += [sum(weights[t, s] * vectors[self.vector(t, s)] for s in range(T)) for t in range(T)]
         out = y.reshape(T, H * C) @ self.get("blocks/attn/w_out", layer)
         bias = self.get("blocks/attn/b_out", layer)
         return out if bias is None else out + bias
+
+    def vector(self, t, s):
+        """Index of the vector that belongs to a distance (Shaw et al.)."""
+        limit = self.c.relative_distance
+        return max(-limit, min(limit, t - s)) + limit
+
+    def in_pattern(self, kind, t, s):
+        """Whether the token at t attends to the one at s, later ones aside."""
+        c, length = self.c, self.c.attention_stride
+        if self.slides and t - s >= c.block_size - c.attention_sinks:
+            return False
+        if kind == "local" and c.attention_window:
+            return abs(t - s) < c.attention_window
+        if kind == "strided":
+            return t - s < length or (t - s) % length == 0
+        if kind == "fixed":
+            return t // length == s // length or s % length in range(length - c.attention_summary, length)
+        return True
 
     def rotate(self, x, positions, base, factor):
         """Channel i with channel i + half of those that rotate."""

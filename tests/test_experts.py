@@ -8,10 +8,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model.experts import Experts
-from tests.tiny import CONFIG, init_state, make_batch, replace, run_steps, train_step
+from gptjax.model.gpt import Compute
+from gptjax.model.loss import batch_loss, loss_options
+from gptjax.parallel.fits import check_fits
+from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
+from gptjax.parallel.rules import shardings
+from tests.tiny import (
+    CONFIG,
+    assert_trees_close,
+    init_params,
+    init_state,
+    make_batch,
+    replace,
+    run_steps,
+    train_step,
+)
 
 MODEL = ModelConfig(
     vocab_size=37, block_size=16, n_layer=1, n_head=2, n_embd=8, bias=False, n_expert=4, experts_per_token=2,
@@ -69,6 +84,32 @@ def test_the_weights_of_the_routers_losses_change_what_is_learned():
     assert losses[-1] < losses[0]
     for change in ({"router_z_loss": 0.0}, {"balance_loss": 0.0}):
         assert (routers(replace(MOE, model=change))[0] != base).any()
+
+
+@pytest.mark.parametrize("capacity", [0.0, pytest.param(1.5, marks=pytest.mark.slow)])
+def test_experts_on_several_devices_learn_the_same(capacity):
+    """Losses and gradients are those of one device, and each device has its own experts only."""
+    config = dataclasses.replace(MODEL, expert_capacity=capacity, gated=True, n_embd=16)
+    params, batch = init_params(config, jax.random.key(0)), make_batch(1, 4, config)
+    batch = jax.tree.map(lambda x: x[0] % 37, batch)
+
+    def objective(params, batch):
+        loss = batch_loss(config, loss_options(config), Compute(unroll=1), params, batch, None)
+        return loss.nll + 0.01 * sum(loss.extras.values())
+
+    mesh = make_mesh(MeshConfig(data=1, expert=2, tensor=2))
+    where = shardings(mesh, params)
+    placed = jax.device_put(params, where)
+    for name in ("w_in", "w_gate", "w_out"):
+        leaf = placed["blocks"]["experts"][name]
+        assert leaf.addressable_shards[0].data.size == leaf.size // 4
+    expected, gradients = jax.jit(jax.value_and_grad(objective))(params, batch)
+    sharded = jax.jit(traced_in(mesh, jax.value_and_grad(objective)), out_shardings=(None, where))
+    found, sharded_gradients = sharded(placed, jax.device_put(batch, batch_sharding(mesh)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert_trees_close(jax.device_get(sharded_gradients), gradients, atol=1e-5 * float(expected))
+    with pytest.raises(UserError, match=r"mesh.expert=2 does not divide model.n_expert=0"):
+        check_fits(CONFIG, mesh)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ MODELS = {
     "modern": ModelConfig(
         **SMALL, n_kv_head=1, positions="rope", norm="rms", qk_norm="head", bias=False, attention_window=3,
         attention_pattern=("local", "full"), attention_softcap=5.0, residual_mix=True, tied_embeddings=False,
+        value_residual=True, learned_skips=True,
     ),
     "post": ModelConfig(**SMALL, norm_position="post"),
     "parallel": ModelConfig(**SMALL, parallel="one_norm", positions="alibi"),

@@ -90,9 +90,12 @@ ELSEWHERE = {
         *("model.rope_fraction", "model.rope_scaling", "model.rope_factor", "model.attention_pattern"),
         *("model.attention_scale", "model.attention_softcap", "model.logit_softcap", "model.embedding_scale"),
         *("model.residual_scale", "model.logit_scale", "model.embedding_norm", "model.residual_mix"),
+        *("model.attention_stride", "model.attention_summary", "model.attention_sinks", "model.relative_distance"),
+        *("model.relative_values", "model.value_residual", "model.learned_skips"),
         *("model.n_expert", "model.experts_per_token", "model.n_shared_expert", "model.expert_width"),
     ),
     "test_experts::test_an_expert_that_is_full_drops_later_tokens_and_counts_them": ("model.expert_capacity",),
+    "test_experts::test_experts_on_several_devices_learn_the_same": ("mesh.expert",),
     "test_experts::test_the_weights_of_the_routers_losses_change_what_is_learned": (
         *("model.balance_loss", "model.router_z_loss"),
     ),

@@ -165,6 +165,7 @@ def test_every_rule_matches_a_parameter():
     variants = [
         {"tied_embeddings": False, "embedding_norm": True, "output_bias": True, "positions": "t5", "gated": True},
         {"bias": False, "qk_norm": "head", "norm_position": "sandwich", "residual_mix": True, "n_expert": 2},
+        {"value_residual": True, "learned_skips": True, "positions": "shaw"},
     ]
     runs = [
         *({"model": variant} for variant in variants),

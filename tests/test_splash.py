@@ -46,9 +46,7 @@ def test_splash_attention(kv_heads, segmented, window):
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 def test_splash_attention_on_a_mesh():
     q, k, v, segments = arrays(4)
-    mesh = jax.make_mesh(
-        (2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:4]
-    )
+    mesh = jax.make_mesh((2, 1, 1, 2), (*BATCH, HEADS), axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:4])
     spec = PartitionSpec(BATCH, None, HEADS)
 
     def call(q, k, v, segments):

@@ -14,6 +14,8 @@ class MeshConfig:
     """Data parallel: each device has its own sequences."""
     fsdp: int = 1
     """Data parallel with parameters and optimizer state sharded over the devices."""
+    expert: int = 1
+    """Data parallel with the experts of a mixture sharded over the devices."""
     tensor: int = 1
     """Heads, MLP width and vocabulary sharded over the devices."""
     context: int = 1

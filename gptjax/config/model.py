@@ -64,9 +64,14 @@ class ModelConfig:
     """Bias of the logits."""
     tied_embeddings: bool = True
     """Use the token embedding as output projection."""
-    positions: Literal["learned", "none", "sinusoidal", "rope", "alibi", "t5"] = "learned"
+    positions: Literal["learned", "none", "sinusoidal", "rope", "alibi", "t5", "shaw"] = "learned"
     """Position method: learned (GPT-2), none, sinusoidal (arXiv:1706.03762), rope (arXiv:2104.09864), alibi
-    (arXiv:2108.12409), t5 (arXiv:1910.10683, a table in each layer)."""
+    (arXiv:2108.12409), t5 (arXiv:1910.10683, a table in each layer), shaw (arXiv:1803.02155, vectors of distances that
+    are added to keys)."""
+    relative_distance: int = 16
+    """shaw: tokens that are further away share a vector."""
+    relative_values: bool = False
+    """shaw: vectors of distances are added to values too."""
     rope_base: float = 10000.0
     """Base of rope's frequencies."""
     rope_local_base: float = 0.0
@@ -88,9 +93,17 @@ class ModelConfig:
     """
     attention_window: int = 0
     """Tokens that each token attends to, itself included (arXiv:2004.05150, section 3.1); 0: all before it."""
-    attention_pattern: tuple[Literal["full", "local", "full_nope"], ...] = ()
-    """Kinds of layers, repeated over the depth: local ones have attention_window, full ones none, and full_nope ones
-    do not rotate either (SmolLM 3); empty: all alike."""
+    attention_pattern: tuple[Literal["full", "local", "full_nope", "strided", "fixed"], ...] = ()
+    """Kinds of layers, repeated over the depth: local ones have attention_window, full ones none, full_nope ones do not
+    rotate either (SmolLM 3), strided and fixed ones are those of arXiv:1904.10509, section 4.3; empty: all alike."""
+    attention_stride: int = 0
+    """strided layers attend to so many newest tokens, and to every token whose distance is a multiple of it; fixed ones
+    to the tokens of their own block of so many."""
+    attention_summary: int = 0
+    """fixed layers: tokens at the end of every block that all later tokens attend to."""
+    attention_sinks: int = 0
+    """First tokens of a text that stay visible past attention_window, and when a full context slides
+    (arXiv:2309.17453)."""
     attention_scale: float = 0.0
     """Factor of the attention logits; 0: 1 / sqrt(head_dim)."""
     attention_softcap: float = 0.0
@@ -107,6 +120,12 @@ class ModelConfig:
     """Norm of the embeddings before the first block."""
     residual_mix: bool = False
     """Blocks read r x + s x0 with learned r and s of each layer, x0 the embeddings (modded-nanogpt)."""
+    value_residual: bool = False
+    """Values of a layer are a v + b v1 with learned a and b of each layer, v1 the values of the first layer
+    (arXiv:2410.17897, section 3)."""
+    learned_skips: bool = False
+    """Layers of the upper half add s y to what they read, with a learned s of each layer, y the output of the layer as
+    far below the middle (modded-nanogpt)."""
     n_expert: int = 0
     """Experts of a mixture in place of the MLP (arXiv:1701.06538); 0: one MLP."""
     experts_per_token: int = 2
@@ -130,10 +149,12 @@ class ModelConfig:
 
     def __post_init__(self):
         positive("model", self, "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple", "norm_epsilon")
+        positive("model", self, "relative_distance")
         not_negative(
             "model", self, "n_kv_head", "head_dim", "mlp_width", "vocab_size", "attention_window", "encoder_layers"
         )
         not_negative("model", self, "mup_base_width")
+        not_negative("model", self, "attention_stride", "attention_summary", "attention_sinks")
         not_negative("model", self, "attention_scale", "attention_softcap", "logit_softcap", "rope_original_length")
         not_negative("model", self, "rope_local_base", "rope_low_frequency_factor")
         not_negative("model", self, "n_expert", "expert_width", "n_shared_expert", "expert_capacity")
@@ -142,32 +163,21 @@ class ModelConfig:
         fraction("model", self, "dropout")
         self._check_sizes()
         self._check_rope()
+        for name in ("relative_distance", "relative_values"):
+            no_effect("model", self, name, self.positions == "shaw", "model.positions=shaw")
         self._check_experts()
         self._check_encoder()
         no_effect("model", self, "qkv_bias", not self.bias, "model.bias=false")
         no_effect("model", self, "parallel", self.norm_position == "pre", "model.norm_position=pre")
-        if self.attention_pattern:
-            if ("local" in self.attention_pattern) != bool(self.attention_window):
-                raise UserError(
-                    f"model.attention_pattern={' '.join(self.attention_pattern)} and"
-                    f" model.attention_window={self.attention_window}: local layers need a window, and a window local"
-                    " layers"
-                )
-            if "full_nope" in self.attention_pattern and self.positions != "rope":
-                raise UserError(
-                    f"model.attention_pattern={' '.join(self.attention_pattern)}: full_nope layers are those without"
-                    " rotation; they need model.positions=rope"
-                )
-            if self.n_layer < len(self.attention_pattern):
-                raise UserError(
-                    f"model.attention_pattern names {len(self.attention_pattern)} layers, model.n_layer={self.n_layer}"
-                    " has fewer"
-                )
-        if self.adapter.kind in ("prompt", "prefix") and self.positions in ("alibi", "t5"):
+        self._check_pattern()
+        if self.adapter.kind in ("prompt", "prefix") and self.positions in ("alibi", "t5", "shaw"):
             raise UserError(
                 f"model.adapter.kind={self.adapter.kind} has no distances to texts, which"
                 f" model.positions={self.positions} needs; use lora or bottleneck"
             )
+        for name in ("value_residual", "learned_skips"):
+            no_effect("model", self, name, self.n_layer > 1, "model.n_layer above 1")
+            no_effect("model", self, name, self.adapter.kind != "prompt", "another adapter than prompt")
         mlp = (3 if self.gated else 2) * self.n_embd * self.mlp_size
         if self.n_expert:
             mlp = (3 if self.gated else 2) * self.n_embd * self.expert_size * (self.n_expert + self.n_shared_expert)
@@ -196,10 +206,50 @@ class ModelConfig:
                 " give less, or 0 for all"
             )
 
+    def _check_pattern(self) -> None:
+        kinds, pattern = set(self.attention_pattern), f"model.attention_pattern={' '.join(self.attention_pattern)}"
+        if kinds and ("local" in kinds) != bool(self.attention_window):
+            raise UserError(
+                f"{pattern} and model.attention_window={self.attention_window}: local layers need a window, and a"
+                " window local layers"
+            )
+        for name, users in (("attention_stride", {"strided", "fixed"}), ("attention_summary", {"fixed"})):
+            if bool(kinds & users) != bool(getattr(self, name)):
+                raise UserError(
+                    f"{pattern} and model.{name}={getattr(self, name)}: {' and '.join(sorted(users))} layers need it,"
+                    " and others do not have it"
+                )
+        if self.attention_stride >= self.block_size or 0 < self.attention_stride <= self.attention_summary:
+            raise UserError(
+                f"model.attention_stride={self.attention_stride} must be less than model.block_size={self.block_size}"
+                f" and more than model.attention_summary={self.attention_summary}"
+            )
+        if self.attention_sinks + max(1, self.attention_window) > self.block_size:
+            raise UserError(
+                f"model.attention_sinks={self.attention_sinks} and model.attention_window={self.attention_window}"
+                f" together must be at most model.block_size={self.block_size}"
+            )
+        no_effect("model", self, "attention_sinks", not self.bidirectional or bool(self.attention_window), "a window")
+        if "full_nope" in kinds and self.positions != "rope":
+            raise UserError(f"{pattern}: full_nope layers are those without rotation; they need model.positions=rope")
+        if self.n_layer < len(self.attention_pattern):
+            raise UserError(
+                f"model.attention_pattern names {len(self.attention_pattern)} layers, model.n_layer={self.n_layer}"
+                " has fewer"
+            )
+
     def _check_encoder(self) -> None:
         if not self.encoder_layers:
             return
-        for name in ("norm_position", "parallel", "residual_mix", "n_expert", "bidirectional"):
+        for name in (
+            "norm_position",
+            "parallel",
+            "residual_mix",
+            "n_expert",
+            "bidirectional",
+            "value_residual",
+            "learned_skips",
+        ):
             if getattr(self, name) not in (getattr(ModelConfig, name), "post"):
                 raise UserError(f"model.{name}={getattr(self, name)} does not go with model.encoder_layers")
         if self.adapter.kind != "none":
@@ -285,7 +335,16 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def layer_kind(self, layer: int) -> str:
-        """The kind of a layer's attention: full, local or full_nope."""
+        """The kind of a layer's attention, as `attention_pattern` names it."""
         if not self.attention_pattern:
             return "local" if self.attention_window else "full"
         return self.attention_pattern[layer % len(self.attention_pattern)]
+
+    def attended_keys(self, layer: int) -> int:
+        """Most keys that a token attends to in a layer."""
+        kind, blocks = self.layer_kind(layer), self.block_size // max(1, self.attention_stride)
+        return {
+            "local": min(self.attention_window + self.attention_sinks, self.block_size),
+            "strided": self.attention_stride + blocks - 1,
+            "fixed": self.attention_stride + (blocks - 1) * self.attention_summary,
+        }.get(kind, self.block_size)

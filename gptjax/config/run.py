@@ -257,4 +257,5 @@ class Config:
                     f"model.positions={model.positions}: task.objective.kind=permutation shuffles tokens, so it needs"
                     " positions of tokens: learned, sinusoidal or rope"
                 )
-            no_effect("model", model, "attention_window", False, "tokens in their order: permutation shuffles them")
+            for name in ("attention_window", "attention_stride", "attention_sinks"):
+                no_effect("model", model, name, False, "tokens in their order: permutation shuffles them")

@@ -11,6 +11,7 @@ context would become longer than `block_size`, it slides:
 Shape suffixes: B sequence (one sample of one prompt), T position, N new token, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -151,6 +152,8 @@ def stream(
 def prepare(config: ModelConfig, params: dict, options: SampleConfig, rows: int, prefix: bool = False) -> DecodingModel:
     """Converts a model to its layout for decoding `rows` sequences at once, in the precision of the options."""
     config, params = for_decoding(config, params)
+    if options.attention_sinks:
+        config = dataclasses.replace(config, attention_sinks=options.attention_sinks)
     weight_dtype = options.compute_dtype if options.quantize == "none" else options.quantize
     dtype = "float32" if target_platform() == "cpu" else options.compute_dtype
     stored = options.compute_dtype if kernels.usable_for_a_cache(options.compute_dtype, config.head_width) else dtype
@@ -176,7 +179,8 @@ def _stream(
     while number < options.max_new_tokens and not done_B.all():
         room = min(config.block_size + 1 - len(c) for c, done in zip(contexts, done_B, strict=True) if not done)
         if room < 1 and not told:
-            how = "by a token at a time" if slides else f"to its last {_kept(config)} tokens"
+            how = "by a token at a time" if slides else f"to its last {_kept(config) - config.attention_sinks} tokens"
+            how += f"; its first {config.attention_sinks} stay" if config.attention_sinks else ""
             notify(f"the context is full (model.block_size={config.block_size}): it slides {how}")
             told = True
         # Slots were counted for the longest context. After it ends, the others may need more, and are prefilled again.
@@ -355,24 +359,31 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _kept(config: ModelConfig) -> int:
-    return max(1, config.block_size // 2)
+    return max(1 + config.attention_sinks, config.block_size // 2)
 
 
 def _window(config: ModelConfig, context: np.ndarray, done: bool) -> np.ndarray:
     """The context to prefill: all of it if it fits, else its newest half; the last token of a finished sequence."""
     if done:
         return context[-1:]
-    return context if len(context) <= config.block_size else context[-_kept(config) :]
+    return context if len(context) <= config.block_size else _shortened(config, context, _kept(config))
+
+
+def _shortened(config: ModelConfig, context: np.ndarray, length: int) -> np.ndarray:
+    """The first tokens that stay, and the newest, up to so many in total."""
+    first = config.attention_sinks if len(context) > length else 0
+    return np.concatenate([context[:first], context[first:][-(length - first) :]])
 
 
 def _cut(config: ModelConfig, prompts, notify) -> list[np.ndarray]:
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) > config.block_size:
             which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
-            notify(
-                f"{which} has {len(prompt):,} tokens; the model reads its last {config.block_size:,} (model.block_size)"
-            )
-    return [np.asarray(prompt, np.int32)[-config.block_size :] for prompt in prompts]
+            read = f"its last {config.block_size - config.attention_sinks:,}"
+            if config.attention_sinks:
+                read = f"its first {config.attention_sinks:,} and {read}"
+            notify(f"{which} has {len(prompt):,} tokens; the model reads {read} (model.block_size)")
+    return [_shortened(config, np.asarray(prompt, np.int32), config.block_size) for prompt in prompts]
 
 
 @functools.partial(jax.jit, static_argnums=2)

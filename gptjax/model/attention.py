@@ -17,7 +17,7 @@ from gptjax.model.inputs import BlockInputs
 from gptjax.model.norms import NORMS, Norm
 from gptjax.model.parameters import linear, output_init, value, weight_init, zeros
 from gptjax.model.positions import POSITIONS
-from gptjax.ops.attention import cached_attention, explain, self_attention, split_heads
+from gptjax.ops.attention import FirstTokens, cached_attention, explain, self_attention, split_heads
 from gptjax.ops.attention_spec import AttentionSpec, Bias, Request
 
 
@@ -26,6 +26,9 @@ def attention_spec(config: ModelConfig, kind: str) -> AttentionSpec:
     return AttentionSpec(
         causal=not config.bidirectional,
         window=config.attention_window if kind == "local" else 0,
+        sinks=config.attention_sinks if kind == "local" else 0,
+        stride=config.attention_stride if kind in ("strided", "fixed") else 0,
+        summary=config.attention_summary if kind == "fixed" else 0,
         scale=config.attention_scale,
         softcap=config.attention_softcap,
         dropout=config.dropout,
@@ -90,6 +93,7 @@ class Attention(nnx.Module):
         self.norm_k = None if config.qk_norm == "none" else norm(config, G * C if together else C)
         method = POSITIONS[config.positions]
         self.distances = None if method.layer_table is None else zeros(*method.layer_table(config))
+        self.value_mix = nnx.Param(jnp.array([0.5, 0.5])) if config.value_residual else None
         self.config, self.shape_GEC = config, (G, E, C)
 
     def __call__(
@@ -102,29 +106,37 @@ class Attention(nnx.Module):
         adapter: BlockAdapter | None = None,
         prefix: Prefix | None = None,
         residual: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Returns the float32 output of the layer, plus `residual` if it is given; and the new cache.
+        first_values: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """Returns the float32 output of the layer, plus `residual` if it is given; the new cache; and with
+        `model.value_residual` the values of the first layer, which this one is if `first_values` is None.
 
         With a cache, the tokens follow those in it; without one, `x_BTD` holds whole sequences.
         """
         spec = attention_spec(self.config, kind)
         keys = (None, None) if adapter is None or key is None else jax.random.split(jax.random.fold_in(key, 1))
-        qkv_BTGEC = self.qkv(x_BTD, inputs.positions_BT, kind, adapter and adapter.attn_w_qkv, keys[0])
-        if cache is not None:
+        projected_BTGEC = self._projected(x_BTD, adapter and adapter.attn_w_qkv, keys[0])
+        if self.value_mix is not None:
+            projected_BTGEC, first_values = self._with_first_values(projected_BTGEC, first_values)
+        qkv_BTGEC = self._rotated(projected_BTGEC, inputs.positions_BT, kind)
+        mask = inputs.mask._replace(positions_BT=inputs.positions_BT) if spec.sparse else inputs.mask
+        if (slots := inputs.slots) is not None:
             q_BTHC, k_BTGC, v_BTGC = split_heads(qkv_BTGEC)
-            assert inputs.used is not None  # `Decoder` sets it with every cache
-            cache = kv.write(cache, inputs.used, k_BTGC, v_BTGC)
-            k_BGSC, v_BGSC, visible_BTS = *cache, inputs.visible(kind)
-            S = k_BGSC.shape[2]
-            bias, token_NS = self._bias(S), kv.slot_tokens(inputs.used, x_BTD.shape[1], S)
+            assert cache is not None  # `Decoder` sets the slots of a cache
+            cache = kv.write(cache, slots, self.config.attention_sinks, k_BTGC, v_BTGC)
+            k_BGSC, v_BGSC, visible_BTS, first = *cache, slots.visible_BTS, None
             if prefix is not None:
                 k_BGSC, v_BGSC, visible_BTS = with_prefix(prefix, k_BGSC, v_BGSC, visible_BTS)
-            y_BTHC = cached_attention(q_BTHC, k_BGSC, v_BGSC, visible_BTS, spec, bias, inputs.used, token_NS)
+            elif slots.capped_BT is not None and self._rotation(kind) is not None:
+                q_capped_BTHC, *_ = split_heads(self._rotated(projected_BTGEC, slots.capped_BT, kind))
+                first = FirstTokens(q_capped_BTHC, self.config.attention_sinks)
+            bias = self._bias(max(k_BGSC.shape[2], self.config.block_size))
+            y_BTHC = cached_attention(q_BTHC, k_BGSC, v_BGSC, visible_BTS, spec, bias, slots.distance_NTS, first)
         elif prefix is None:
-            y_BTHC = self_attention(spec, qkv_BTGEC, inputs.mask, self._bias(x_BTD.shape[1]), key)
+            y_BTHC = self_attention(spec, qkv_BTGEC, mask, self._bias(x_BTD.shape[1]), key)
         else:
-            y_BTHC = prefixed_attention(*split_heads(qkv_BTGEC), inputs.mask, spec, prefix)
-        return self._out(y_BTHC, adapter and adapter.attn_w_out, keys[1], residual), cache
+            y_BTHC = prefixed_attention(*split_heads(qkv_BTGEC), mask, spec, prefix)
+        return self._out(y_BTHC, adapter and adapter.attn_w_out, keys[1], residual), cache, first_values
 
     def qkv(
         self,
@@ -135,10 +147,26 @@ class Attention(nnx.Module):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Queries, keys and values `[B, T, G, E, C]`, after QK norm and rotary embedding if the config has them."""
+        return self._rotated(self._projected(x_BTD, low_rank, key), positions_BT, kind)
+
+    def _projected(self, x_BTD: jax.Array, low_rank: LowRank | None, key: jax.Array | None) -> jax.Array:
         qkv_BTGEC = linear(x_BTD, self.w_qkv, self.b_qkv, x_BTD.dtype).reshape(*x_BTD.shape[:-1], *self.shape_GEC)
-        if low_rank is not None:
-            qkv_BTGEC = qkv_BTGEC + low_rank(x_BTD, key, x_BTD.dtype)
-        rotate = None if kind == "full_nope" else POSITIONS[self.config.positions].rotate
+        return qkv_BTGEC if low_rank is None else qkv_BTGEC + low_rank(x_BTD, key, x_BTD.dtype)
+
+    def _with_first_values(self, qkv_BTGEC: jax.Array, first_values: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Queries, keys and values with those of the first layer mixed in, and these."""
+        assert self.value_mix is not None
+        own, mix = qkv_BTGEC[:, :, :, -1:], self.value_mix[...].astype(qkv_BTGEC.dtype)
+        first_values = own if first_values is None else first_values
+        values = mix[0] * own + mix[1] * first_values
+        return jnp.concatenate([qkv_BTGEC[:, :, :, :-1], values], axis=3), first_values
+
+    def _rotation(self, kind: str):
+        return None if kind == "full_nope" else POSITIONS[self.config.positions].rotate
+
+    def _rotated(self, qkv_BTGEC: jax.Array, positions_BT: jax.Array, kind: str) -> jax.Array:
+        """Normed and rotated queries and keys."""
+        rotate = self._rotation(kind)
         if self.norm_q is None and rotate is None:
             return qkv_BTGEC
         q_BTGRC, k_BTGC, v_BTG1C = jnp.split(qkv_BTGEC, (self.shape_GEC[1] - 2, self.shape_GEC[1] - 1), axis=3)

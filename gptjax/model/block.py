@@ -16,7 +16,7 @@ from gptjax.model.attention import Attention
 from gptjax.model.cache import LayerCache
 from gptjax.model.cross import CrossAttention
 from gptjax.model.experts import Experts, Extras
-from gptjax.model.inputs import BlockInputs, Memory
+from gptjax.model.inputs import NOTHING_EARLIER, BlockInputs, Earlier, Memory
 from gptjax.model.norms import NORMS
 from gptjax.model.parameters import has_decoding_layout, linear, output_init, value, weight_init, zeros
 from gptjax.ops.activations import ACTIVATIONS
@@ -94,6 +94,7 @@ class Block(nnx.Module):
         self.norm_out_1 = norm(config) if place in ("output", "sandwich") else None
         self.norm_out_2 = norm(config) if place in ("output", "sandwich") else None
         self.mix = nnx.Param(jnp.array([1.0, 0.0])) if config.residual_mix else None
+        self.skip = nnx.Param(jnp.ones(())) if config.learned_skips else None
         self.config = config
 
     def __call__(
@@ -106,10 +107,10 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         adapter: BlockAdapter | None = None,
         prefix: Prefix | None = None,
-        embedded_BTD: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, Extras]:
+        earlier: Earlier = NOTHING_EARLIER,
+    ) -> tuple[jax.Array, LayerCache | None, Extras, jax.Array | None]:
         """Applies the block to the float32 residual stream. Returns the new stream, the extended cache if one is given,
-        and named scalars for the loss.
+        named scalars for the loss, and the values of the first layer if the config uses them.
 
         Args:
             x_BTD: The residual stream.
@@ -120,17 +121,18 @@ class Block(nnx.Module):
             cache: Keys and values of earlier tokens; None: `x_BTD` holds whole sequences.
             adapter: Adapter parameters of this block.
             prefix: Keys and values before every sequence. With them, attention weights have no dropout.
-            embedded_BTD: The embeddings, for `model.residual_mix`.
+            earlier: Arrays of earlier layers.
         """
         keys = _keys(key, adapter)
-        if self.mix is not None and embedded_BTD is not None:
-            r, s = self.mix[...]
-            x_BTD = r * x_BTD + s * embedded_BTD
-        new_cache, extras = cache, {}
+        x_BTD = self.combined(x_BTD, earlier)
+        new_cache, extras, values = cache, {}, None
 
         def attention(h_BTD: jax.Array, residual: jax.Array | None) -> jax.Array:
-            nonlocal new_cache
-            y_BTD, new_cache = self.attn(h_BTD, inputs, kind, keys.attention, cache, adapter, prefix, residual)
+            nonlocal new_cache, values
+            found = self.attn(
+                *(h_BTD, inputs, kind, keys.attention, cache, adapter, prefix, residual), earlier.values_BTGEC
+            )
+            y_BTD, new_cache, values = found
             return y_BTD
 
         def mlp_layer(h_BTD: jax.Array, residual: jax.Array | None) -> jax.Array:
@@ -155,7 +157,7 @@ class Block(nnx.Module):
             x_BTD = self._add(x_BTD, h_BTD, attention, transform_1)
             if self.norm_2 is not None:
                 stream_BTD, h_BTD = self._read(stream_BTD, self.norm_2, dtype)
-            return self._add(x_BTD, h_BTD, mlp_layer, transform_2), new_cache, extras
+            return self._add(x_BTD, h_BTD, mlp_layer, transform_2), new_cache, extras, values
         sublayers = [(attention, self.norm_1, transform_1), (mlp_layer, self.norm_2, transform_2)]
         if self.cross is not None and inputs.memory is not None:
             sublayers.insert(1, self._cross_sublayer(self.cross, inputs.memory, key, dtype))
@@ -166,7 +168,16 @@ class Block(nnx.Module):
             else:
                 x_BTD, h_BTD = self._read(x_BTD, norm, dtype)
                 x_BTD = self._add(x_BTD, h_BTD, sublayer, transform)
-        return x_BTD, new_cache, extras
+        return x_BTD, new_cache, extras, values
+
+    def combined(self, x_BTD: jax.Array, earlier: Earlier) -> jax.Array:
+        """The residual stream plus the terms of earlier layers that the block adds to it."""
+        if self.skip is not None and earlier.skipped_BTD is not None:
+            x_BTD = x_BTD + self.skip[...] * earlier.skipped_BTD
+        if self.mix is not None and earlier.embedded_BTD is not None:
+            r, s = self.mix[...]
+            x_BTD = r * x_BTD + s * earlier.embedded_BTD
+        return x_BTD
 
     def _cross_sublayer(self, cross: CrossAttention, memory: Memory, key: jax.Array | None, dtype):
         """Cross-attention, its norm, and the transform of its output."""

@@ -2,7 +2,7 @@
 
 Each layer has its own arrays. If they were stacked, XLA would copy a layer's slice for every token.
 
-Shape suffixes: B batch, G key and value heads, S slot, C head_dim, T new positions.
+Shape suffixes: B batch, G key and value heads, S slot, C head_dim, T new positions, K slots of first tokens.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.model.inputs import Memory
+from gptjax.model.inputs import Memory, Slots
+from gptjax.ops.attention_spec import AttentionSpec, outside_pattern
 
 
 class LayerCache(NamedTuple):
@@ -26,7 +27,8 @@ class Cache(NamedTuple):
     """Each layer is a ring buffer: token t of a sequence (counting padding) is in slot t modulo the number of slots.
 
     A new token overwrites one to which no later token may attend. So layers with a window need few slots, and for
-    position methods that allow it, a full context slides by one token.
+    position methods that allow it, a full context slides by one token. With `model.attention_sinks` a layer has as many
+    slots in front, for the first tokens of each sequence.
 
     Either all sequences write the same slots: that is faster, and shorter prompts are padded on the left. Or each
     sequence has its own number of filled slots, so that sequences can begin and end at different times.
@@ -61,13 +63,15 @@ def init_cache(
             have only the slots that the window needs. 0: all layers have all slots.
     """
     B, G, C = padding_B.shape[0], config.kv_heads, config.head_width
-    shapes = [(B, G, layer_slots(config, n, slots, chunk), C) for n in range(config.n_layer)]
+    shapes = [(B, G, layer_slots(config, n, slots, chunk) + config.attention_sinks, C) for n in range(config.n_layer)]
     layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes)
     return Cache(layers, jnp.zeros(padding_B.shape if own_lengths else (), jnp.int32), padding_B)
 
 
 def layer_slots(config: ModelConfig, layer: int, slots: int, chunk: int) -> int:
-    """Number of slots of a layer, see `init_cache`: a multiple of the chunk, so that no chunk wraps around."""
+    """Number of slots of a layer without those of first tokens, see `init_cache`: a multiple of the chunk, so that no
+    chunk wraps around.
+    """
     if not chunk or config.layer_kind(layer) != "local":
         return slots
     return min(slots, -(-(config.attention_window + chunk - 1) // chunk) * chunk)
@@ -77,7 +81,8 @@ def grow_cache(config: ModelConfig, cache: Cache, slots: int, chunk: int = 0) ->
     """Returns a copy of the cache with more slots; `chunk` is that of `init_cache`."""
 
     def pad(old_BGSC, more):
-        return jnp.pad(old_BGSC, ((0, 0), (0, 0), (0, more - old_BGSC.shape[2]), (0, 0)))
+        more += config.attention_sinks - old_BGSC.shape[2]
+        return jnp.pad(old_BGSC, ((0, 0), (0, 0), (0, more), (0, 0)))
 
     layers = (
         LayerCache(*(pad(x, layer_slots(config, n, slots, chunk)) for x in layer))
@@ -99,21 +104,58 @@ def replace_rows(cache: Cache, rows: jax.Array, others: Cache) -> Cache:
     return cache._replace(layers=layers, used=cache.used.at[rows].set(others.used, mode="drop"))
 
 
-def visible_slots(config: ModelConfig, cache: Cache, new: int, kind: str, prefix: bool = False) -> jax.Array:
-    """The mask `[B, T, S]` of slots to which each of `new` new positions may attend in layers of a kind.
+def layer_view(config: ModelConfig, cache: Cache, new: int, layer: int, spec: AttentionSpec, prefix: bool) -> Slots:
+    """The slots of a layer for `new` new tokens; `spec` is the layer's attention."""
+    slides = config.attention_sinks > 0 and not cache.used.ndim  # sequences with their own number of slots do not slide
+    return Slots(
+        visible_slots(config, cache, new, layer, spec, prefix),
+        distances(config, cache, new, layer),
+        cache.used,
+        cache.padding_B,
+        jnp.minimum(positions(cache, new), config.block_size - 1) if slides else None,
+    )
+
+
+def visible_slots(
+    config: ModelConfig, cache: Cache, new: int, layer: int, spec: AttentionSpec, prefix: bool = False
+) -> jax.Array:
+    """The mask `[B, T, S]` of slots of a layer to which each of `new` new positions may attend.
 
     A position attends to as many tokens as the window or the context has, including itself. With `prefix`, the new
     positions also attend to later ones.
     """
-    here = [n for n in range(config.n_layer) if (config.layer_kind(n) == "local") == (kind == "local")]
-    slots = cache.layers[here[0] if here else 0].k_BGSC.shape[2]
-    window = config.attention_window if kind == "local" else config.block_size
+    sinks, slots = config.attention_sinks, cache.layers[layer].k_BGSC.shape[2] - config.attention_sinks
+    window = spec.window or config.block_size - sinks
     token_N1S = slot_tokens(cache.used, new, slots)[:, None]
     last_NT1 = _next_slots(cache, new)[:, :, None]
+    padding_B11 = jnp.maximum(cache.padding_B, 0)[:, None, None]
     visible = (token_N1S <= last_NT1) & (token_N1S > last_NT1 - window)
     if prefix:
         visible = jnp.abs(token_N1S - last_NT1) < window
-    return visible & (token_N1S >= jnp.maximum(cache.padding_B, 0)[:, None, None])
+    visible = visible & (token_N1S >= padding_B11 + sinks)
+    if spec.stride:
+        visible &= ~outside_pattern(spec, last_NT1 - padding_B11, token_N1S - padding_B11)
+    if not sinks:
+        return visible
+    first_11K, position_BT1 = jnp.arange(sinks)[None, None], last_NT1 - padding_B11
+    seen = first_11K <= (position_BT1[:, -1:] if prefix else position_BT1)
+    if spec.stride:
+        seen &= ~outside_pattern(spec, position_BT1, first_11K)
+    return jnp.concatenate([jnp.broadcast_to(seen, (*visible.shape[:2], sinks)), visible], axis=2)
+
+
+def distances(config: ModelConfig, cache: Cache, new: int, layer: int) -> jax.Array:
+    """How far each of `new` positions after the used ones is behind the token in each slot, `[1 or B, T, S]`.
+
+    That to a first token stops growing when the context is full (arXiv:2309.17453, section 3.2).
+    """
+    sinks, slots = config.attention_sinks, cache.layers[layer].k_BGSC.shape[2] - config.attention_sinks
+    distance_NTS = _next_slots(cache, new)[:, :, None] - slot_tokens(cache.used, new, slots)[:, None]
+    if not sinks:
+        return distance_NTS
+    position_BT1 = jnp.minimum(positions(cache, new), config.block_size - 1)[:, :, None]
+    first = position_BT1 - jnp.arange(sinks)[None, None]
+    return jnp.concatenate([first, jnp.broadcast_to(distance_NTS, (*first.shape[:2], slots))], axis=2)
 
 
 def slot_tokens(used: jax.Array, new: int, slots: int) -> jax.Array:
@@ -132,8 +174,12 @@ def _next_slots(cache: Cache, new: int) -> jax.Array:
     return jnp.atleast_1d(cache.used)[:, None] + jnp.arange(new)[None]
 
 
-def write(layer: LayerCache, used: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array) -> LayerCache:
-    """Stores new keys and values of one layer after the used slots; a full layer overwrites its oldest slots."""
+def write(layer: LayerCache, slots: Slots, sinks: int, k_BTGC: jax.Array, v_BTGC: jax.Array) -> LayerCache:
+    """Stores new keys and values of one layer after the used slots; a full layer overwrites its oldest slots.
+
+    The first `sinks` slots hold the first tokens of each sequence.
+    """
+    used = slots.used
 
     def put(old_BGSC, new_BTGC):
         new_BGTC = new_BTGC.transpose(0, 2, 1, 3).astype(old_BGSC.dtype)
@@ -144,9 +190,18 @@ def write(layer: LayerCache, used: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Arr
         return jax.lax.bitcast_convert_type(update(old_BGSC, new_BGTC), jnp.bfloat16)
 
     def update(old_BGSC, new_BGTC):
+        if sinks:
+            old_BGSC = jax.lax.dynamic_update_slice(old_BGSC, first_tokens(old_BGSC, new_BGTC), (0, 0, 0, 0))
+        at = sinks + (used if used.ndim else jnp.mod(used, old_BGSC.shape[2] - sinks))
         if not used.ndim:
-            return jax.lax.dynamic_update_slice(old_BGSC, new_BGTC, (0, 0, jnp.mod(used, old_BGSC.shape[2]), 0))
+            return jax.lax.dynamic_update_slice(old_BGSC, new_BGTC, (0, 0, at, 0))
         update_row = jax.lax.dynamic_update_slice
-        return jax.vmap(lambda old, new, at: update_row(old, new, (0, at, 0)))(old_BGSC, new_BGTC, used)
+        return jax.vmap(lambda old, new, at: update_row(old, new, (0, at, 0)))(old_BGSC, new_BGTC, at)
+
+    def first_tokens(old_BGSC, new_BGTC):
+        number_BK = jnp.maximum(slots.padding_B, 0)[:, None] + jnp.arange(sinks)[None] - used.reshape(-1, 1)
+        is_new_BK = (number_BK >= 0) & (number_BK < new_BGTC.shape[2])
+        found_BGKC = jnp.take_along_axis(new_BGTC, jnp.where(is_new_BK, number_BK, 0)[:, None, :, None], axis=2)
+        return jnp.where(is_new_BK[:, None, :, None], found_BGKC, old_BGSC[:, :, :sinks])
 
     return LayerCache(put(layer.k_BGSC, k_BTGC), put(layer.v_BGSC, v_BTGC))

@@ -27,11 +27,12 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.task import AdapterConfig
 from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, Prefix, Prompt, merge_lora
+from gptjax.model.attention import attention_spec
 from gptjax.model.block import Block
 from gptjax.model.cache import Cache
 from gptjax.model.experts import Extras
-from gptjax.model.inputs import BlockInputs, Memory
-from gptjax.model.layer_scan import scan_layers
+from gptjax.model.inputs import BlockInputs, Earlier, Memory
+from gptjax.model.layer_scan import scan_layers, unstack_layers
 from gptjax.model.norms import NORMS, Norm
 from gptjax.model.parameters import INIT_STD, normal, zeros
 from gptjax.model.positions import POSITIONS
@@ -133,21 +134,31 @@ class GPT(nnx.Module):
         """
         dtype, embedded_BTD = jnp.dtype(compute.dtype), x_BTD if self.config.residual_mix else None
 
-        def apply(kind, x_BTD, numbered_block):
+        def apply(kind, x_BTD, numbered_block, values=None, skipped_BTD=None):
             block, layer, adapter, prefix = numbered_block
             block_key = None if key is None else jax.random.fold_in(key, layer)
-            y_BTD, _, extras = block(x_BTD, dtype, inputs, kind, block_key, None, adapter, prefix, embedded_BTD)
+            earlier = Earlier(embedded_BTD, values, skipped_BTD)
+            y_BTD, _, extras, values = block(x_BTD, dtype, inputs, kind, block_key, None, adapter, prefix, earlier)
+            if self.config.value_residual or self.config.learned_skips:
+                return constrain_batch(y_BTD), extras, values
             return constrain_batch(y_BTD), extras
 
         if compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat], static_argnums=0)
-        prefix, totals = self.prefix(dtype), []
+        prefix, totals, outputs, values = self.prefix(dtype), [], [], None
         for blocks in (*lower, self.blocks):
             count = blocks.attn.w_qkv.shape[0]
             numbered = (blocks, first + jnp.arange(count), self.adapters, prefix)
-            x_BTD, total = scan_layers(apply, x_BTD, numbered, self._kinds(first, count), compute.unroll)
+            kinds = self._kinds(first, count)
             first += count
-            totals.append(total)
+            if not (self.config.value_residual or self.config.learned_skips):
+                x_BTD, total = scan_layers(apply, x_BTD, numbered, kinds, compute.unroll)
+                totals.append(total)
+                continue
+            for kind, layer in zip(kinds, unstack_layers(numbered, count), strict=True):
+                x_BTD, total, values = apply(kind, x_BTD, layer, values, skipped(self.config, outputs))
+                outputs.append(x_BTD)
+                totals.append(total)
         return x_BTD, jax.tree.map(lambda *parts: sum(parts) / self.config.n_layer, *totals)
 
     def prefix(self, dtype: jax.typing.DTypeLike) -> Prefix | None:
@@ -187,23 +198,28 @@ class Decoder(nnx.Module):
         """Returns final hidden states `[B, T, D]` of tokens that follow those in `cache`, and the extended cache."""
         T, config = tokens_BT.shape[1], self.config
         positions_BT = kv.positions(cache, T)
-        inputs = BlockInputs(
-            positions_BT,
-            used=cache.used,
-            full_BTS=kv.visible_slots(config, cache, T, "full", prefix),
-            local_BTS=kv.visible_slots(config, cache, T, "local", prefix),
-        )
+        inputs, views = BlockInputs(positions_BT), {}
+        for number in range(config.n_layer):
+            if (kind := config.layer_kind(number)) not in views:
+                views[kind] = kv.layer_view(config, cache, T, number, attention_spec(config, kind), prefix)
         x_BTD = embedded_BTD = self.embed(tokens_BT, positions_BT)
-        layers, adapters = [], self.adapters or [None] * config.n_layer
+        layers, outputs, values, adapters = [], [], None, self.adapters or [None] * config.n_layer
         for number, (block, layer, adapter) in enumerate(zip(self.blocks, cache.layers, adapters, strict=True)):
             learned = None if adapter is None else adapter.prefix(dtype)
-            inputs = inputs._replace(memory=None if cache.memory is None else cache.memory[number])
-            x_BTD, layer, _ = block(
-                x_BTD, dtype, inputs, config.layer_kind(number), None, layer, adapter, learned, embedded_BTD
-            )
+            memory, kind = None if cache.memory is None else cache.memory[number], config.layer_kind(number)
+            inputs = inputs._replace(memory=memory, slots=views[kind])
+            earlier = Earlier(embedded_BTD, values, skipped(config, outputs))
+            x_BTD, layer, _, values = block(x_BTD, dtype, inputs, kind, None, layer, adapter, learned, earlier)
             layers.append(layer)
+            outputs.append(x_BTD)
         x_BTD = x_BTD.astype(dtype) if self.norm_f is None else self.norm_f(x_BTD, dtype)
         return x_BTD, cache._replace(layers=tuple(layers), used=cache.used + T)
+
+
+def skipped(config: ModelConfig, outputs: list[jax.Array]) -> jax.Array | None:
+    """The output of a lower layer that the layer after these outputs adds to what it reads; None: it adds none."""
+    paired = config.n_layer - 1 - len(outputs)
+    return outputs[paired] if config.learned_skips and paired < len(outputs) else None
 
 
 def final_norm_module(config: ModelConfig) -> Norm | None:

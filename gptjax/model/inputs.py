@@ -28,26 +28,44 @@ class Memory(NamedTuple):
     """Keys and values that the current layer computed from them, when decoding with a cache."""
 
 
+class Slots(NamedTuple):
+    """Of a cache, for the new tokens in one layer."""
+
+    visible_BTS: jax.Array
+    """Whether a new token may attend to a slot."""
+    distance_NTS: jax.Array
+    """How far it is behind the token in the slot; N is 1, or B where rows differ."""
+    used: jax.Array
+    """Tokens that were written, see `Cache`."""
+    padding_B: jax.Array
+    """Slots at the left of each row that hold no token."""
+    capped_BT: jax.Array | None
+    """Positions of the new tokens by which they attend to slots of first tokens, see `model.attention_sinks`; None: the
+    same as for other slots."""
+
+
+class Earlier(NamedTuple):
+    """What a block reads of earlier layers; what the config does not use is None."""
+
+    embedded_BTD: jax.Array | None = None
+    """The embeddings, for `model.residual_mix`."""
+    values_BTGEC: jax.Array | None = None
+    """Values of the first layer, for `model.value_residual`; None in the first layer itself."""
+    skipped_BTD: jax.Array | None = None
+    """Output of the layer that is paired with this one, for `model.learned_skips`; None in the lower half."""
+
+
+NOTHING_EARLIER = Earlier()
+
+
 class BlockInputs(NamedTuple):
-    """Positions, masks, and the source of an encoder-decoder. `used`, `full_BTS` and `local_BTS` are set only when
-    decoding with a cache.
-    """
+    """Positions, masks, and the source of an encoder-decoder. `slots` is set only when decoding with a cache."""
 
     positions_BT: jax.Array
     """Position of each token in its text."""
     mask: Mask = Mask()
     """Which keys of whole sequences a query may attend to."""
-    used: jax.Array | None = None
-    """Number of filled slots of the cache."""
-    full_BTS: jax.Array | None = None
-    """Slots to which each new token may attend in layers without a window."""
-    local_BTS: jax.Array | None = None
-    """The same in layers with a window."""
+    slots: Slots | None = None
+    """Slots of the cache in the current layer."""
     memory: Memory | None = None
     """The encoded source; None for a decoder-only model."""
-
-    def visible(self, kind: str) -> jax.Array:
-        """Slots to which new tokens may attend in layers of a kind."""
-        visible_BTS = self.local_BTS if kind == "local" else self.full_BTS
-        assert visible_BTS is not None  # `Decoder` sets it with every cache
-        return visible_BTS

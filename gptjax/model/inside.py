@@ -13,8 +13,8 @@ from flax import nnx
 from gptjax.config.model import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model.attention import attention_spec
-from gptjax.model.gpt import GPT, for_decoding
-from gptjax.model.inputs import BlockInputs
+from gptjax.model.gpt import GPT, for_decoding, skipped
+from gptjax.model.inputs import BlockInputs, Earlier
 from gptjax.ops.attention import split_heads
 from gptjax.ops.attention_spec import NO_MASK
 from gptjax.ops.plain_attention import attention_weights
@@ -45,19 +45,18 @@ def look_inside(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> Insi
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     inputs = BlockInputs(positions_BT)
     x_BTD = embedded_BTD = model.embedded(tokens_BT, positions_BT, None)
-    streams, weights = [x_BTD], []
+    streams, weights, values = [x_BTD], [], None
     for layer in range(config.n_layer):
         block, adapter = jax.tree.map(lambda leaf, layer=layer: leaf[layer], (model.blocks, model.adapters))
         kind = config.layer_kind(layer)
-        read_BTD = x_BTD
-        if block.mix is not None:
-            read_BTD = block.mix[0] * x_BTD + block.mix[1] * embedded_BTD
+        earlier = Earlier(embedded_BTD, values, skipped(config, streams[1:]))
+        read_BTD = block.combined(x_BTD, earlier)
         if config.norm_position != "post" and block.norm_1 is not None:
             read_BTD = block.norm_1(read_BTD, jnp.float32)
         q_BTHC, k_BSGC, _ = split_heads(block.attn.qkv(read_BTD, positions_BT, kind))
         bias = block.attn._bias(tokens_BT.shape[1])
         weights_BGRTS = attention_weights(attention_spec(config, kind), q_BTHC, k_BSGC, NO_MASK, bias)
         weights.append(weights_BGRTS.reshape(tokens_BT.shape[0], config.n_head, *weights_BGRTS.shape[-2:]))
-        x_BTD, _, _ = block(x_BTD, jnp.float32, inputs, kind, None, None, adapter, None, embedded_BTD)
+        x_BTD, _, _, values = block(x_BTD, jnp.float32, inputs, kind, None, None, adapter, None, earlier)
         streams.append(x_BTD)
     return Inside(jnp.stack(streams), jnp.stack(weights))

@@ -55,6 +55,12 @@ def scan_layers(
     return x, total
 
 
+def unstack_layers(stacks: Any, count: int) -> list[Any]:
+    """The leaves of each layer. The gradient of a split is one concatenation, that of slices a sum of padded arrays."""
+    parts = jax.tree.map(lambda leaf: [x[0] for x in jax.lax.split(leaf, (1,) * count)], stacks)
+    return [jax.tree.map(lambda leaf, n=n: leaf[n], parts, is_leaf=lambda x: isinstance(x, list)) for n in range(count)]
+
+
 def _period(kinds: tuple[str, ...]) -> int:
     """The smallest period of the sequence of kinds."""
     return next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))

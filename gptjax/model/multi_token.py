@@ -74,6 +74,8 @@ def _head_model(model: ModelConfig) -> ModelConfig:
     """The config of a head's block: the decoder's, with full attention and a dense MLP."""
     default = ModelConfig()
     dense = ("n_expert", "experts_per_token", "expert_width", "n_shared_expert", "expert_capacity", "balance_loss")
-    reset = {name: getattr(default, name) for name in (*dense, "router_z_loss", "attention_pattern", "residual_mix")}
-    pattern = {"attention_window": 0, "rope_local_base": 0.0} if model.attention_pattern else {}
+    across_layers = ("attention_pattern", "residual_mix", "value_residual", "learned_skips")
+    reset = {name: getattr(default, name) for name in (*dense, "router_z_loss", *across_layers)}
+    pattern = {"attention_window": 0, "rope_local_base": 0.0, "attention_stride": 0, "attention_summary": 0}
+    pattern = pattern if model.attention_pattern else {}
     return dataclasses.replace(model, n_layer=1, dropout=0.0, adapter=AdapterConfig(), **reset, **pattern)

@@ -2,7 +2,8 @@
 
 A method adds vectors to the embeddings, rotates queries and keys, or adds a bias to the attention logits.
 
-Shape suffixes: B batch, T position, D n_embd, C head_dim, H query heads, N distance, F frequency of a pair of channels.
+Shape suffixes: B batch, T position, D n_embd, C head_dim, H query heads, N distance, M clipped distance, F frequency of
+a pair of channels.
 """
 
 import math
@@ -138,12 +139,22 @@ def _t5(config: ModelConfig, table_NH: jax.Array | None, keys: int) -> Bias:
     return Bias(by_distance_HN=table_NH[t5_bucket(distances_N, config.bidirectional)].T)
 
 
+def _shaw(config: ModelConfig, tables_2MC: jax.Array | None, _keys: int) -> Bias:
+    """Vectors of clipped distances (arXiv:1803.02155, section 3), the same for all heads."""
+    assert tables_2MC is not None
+    return Bias(key_vectors_MC=tables_2MC[0], value_vectors_MC=tables_2MC[1] if config.relative_values else None)
+
+
 POSITIONS: dict[str, PositionMethod] = {
     "learned": PositionMethod(embedding_table=True, slides=False),
     "none": PositionMethod(),
     "sinusoidal": PositionMethod(add=sinusoidal, slides=False),
     "rope": PositionMethod(rotate=rotate),
     "alibi": PositionMethod(bias=_alibi),
+    "shaw": PositionMethod(
+        bias=_shaw,
+        layer_table=lambda config: (1 + config.relative_values, 2 * config.relative_distance + 1, config.head_width),
+    ),
     "t5": PositionMethod(bias=_t5, layer_table=lambda config: (T5_BUCKETS, config.n_head)),
 }
 """The method for each value of `model.positions`."""

@@ -5,6 +5,7 @@ value of one key head.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from gptjax.ops.attention_spec import (
     Mask,
     Request,
     bias_HTS,
+    distance_logits,
+    distance_values,
     make_request,
 )
 from gptjax.ops.axes import BATCH, HEADS, POSITIONS, STAGES, axis_size, partition_spec, per_device
@@ -119,11 +122,20 @@ def _per_device(implementation, spec, q_BTHC, k_BSGC, v_BSGC, mask, bias, key):
     sharded = partition_spec(q_BTHC.shape, batch, positions, heads)
     mask_specs = jax.tree.map(lambda x: partition_spec(x.shape, BATCH), mask)
     bias_specs = jax.tree.map(lambda x: partition_spec(x.shape, heads), bias)
+    if bias is not None and bias.key_vectors_MC is not None:  # all heads share them
+        bias_specs = jax.tree.map(lambda x: PartitionSpec(), bias)
     numbers = partition_spec((B, T, H), BATCH, None, heads)
     dropped = None if drops is None else DroppedWeights(PartitionSpec(), numbers)  # pyright: ignore[reportArgumentType]
     run = functools.partial(implementation.run, spec)
     call = per_device(run, (sharded, sharded, sharded, mask_specs, bias_specs, dropped), sharded)
     return call(q_BTHC, k_BSGC, v_BSGC, mask, bias, drops)
+
+
+class FirstTokens(NamedTuple):
+    """Queries that attend to the first slots of a cache, as by other positions than to the rest."""
+
+    q_BTHC: jax.Array
+    slots: int
 
 
 def cached_attention(
@@ -133,8 +145,8 @@ def cached_attention(
     visible_BTS: jax.Array,
     spec: AttentionSpec = CAUSAL,
     bias: Bias | None = None,
-    first: jax.Array | int = 0,
-    places_NS: jax.Array | None = None,
+    distance_NTS: jax.Array | None = None,
+    first: FirstTokens | None = None,
 ) -> jax.Array:
     """Attends a few new queries to a cache of keys and values; returns `[B, T, H, C]`.
 
@@ -142,19 +154,19 @@ def cached_attention(
     of the reference.
 
     Args:
-        q_BTHC: Queries of the tokens `first`, `first + 1`, …
+        q_BTHC: Queries.
         k_BGSC: Keys of all slots.
         v_BGSC: Values of all slots.
         visible_BTS: True for slots that a query may attend to. It already includes the window and the segments.
         spec: Scale and soft cap; its other fields are not read.
         bias: Added to the logits, by distance.
-        first: Token of the first query, a scalar or `[B]`.
-        places_NS: Token in each slot, `[1 or B, S]`; None: slot s has token s.
+        distance_NTS: How far a query is behind the token in each slot, `[1 or B, T, S]`, which a bias needs.
+        first: Other queries for the first slots; None: the same for all.
     """
-    plain_logits = bias is None and not spec.softcap and not spec.scale
+    plain_logits = bias is None and first is None and not spec.softcap and not spec.scale
     if q_BTHC.shape[1] == 1 and plain_logits and kernels.usable_for_a_cache(k_BGSC.dtype, q_BTHC.shape[3]):
         return _cached_by_kernel(q_BTHC, k_BGSC, v_BGSC, visible_BTS)
-    return cached_attention_reference(q_BTHC, k_BGSC, v_BGSC, visible_BTS, spec, bias, first, places_NS)
+    return cached_attention_reference(q_BTHC, k_BGSC, v_BGSC, visible_BTS, spec, bias, distance_NTS, first)
 
 
 @jax.custom_vjp
@@ -183,29 +195,42 @@ def cached_attention_reference(
     visible_BTS: jax.Array,
     spec: AttentionSpec = CAUSAL,
     bias: Bias | None = None,
-    first: jax.Array | int = 0,
-    places_NS: jax.Array | None = None,
+    distance_NTS: jax.Array | None = None,
+    first: FirstTokens | None = None,
 ) -> jax.Array:
     """Computes `cached_attention` with XLA's matmuls; differentiable."""
     B, T, H, C = q_BTHC.shape
     G, S = k_BGSC.shape[1:3]
     R = H // G
-    q_BGRTC = q_BTHC.reshape(B, T, G, R, C).transpose(0, 2, 3, 1, 4)
-    q_BGNC = q_BGRTC.reshape(B, G, R * T, C)
-    if target_platform() == "cpu":  # otherwise XLA copies the keys and values of a single sequence at every token
-        q_BGNC, k_BGSC, v_BGSC = (row_major(x) for x in (q_BGNC, k_BGSC, v_BGSC))
-    logits = jnp.einsum("bgnc,bgsc->bgns", q_BGNC, k_BGSC, preferred_element_type=jnp.float32) * spec.logit_scale(C)
+
+    def logits_of(q_BTHC, k_BGSC, distance_NTS):
+        q_BGRTC = q_BTHC.reshape(B, T, G, R, C).transpose(0, 2, 3, 1, 4)
+        q_BGNC = q_BGRTC.reshape(B, G, R * T, C)
+        if target_platform() == "cpu":  # otherwise XLA copies the keys of a single sequence at every token
+            q_BGNC, k_BGSC = row_major(q_BGNC), row_major(k_BGSC)
+        logits = jnp.einsum("bgnc,bgsc->bgns", q_BGNC, k_BGSC, preferred_element_type=jnp.float32)
+        if bias is not None and bias.key_vectors_MC is not None:
+            logits = logits + distance_logits(bias.key_vectors_MC, q_BGRTC, distance_NTS).reshape(logits.shape)
+        return logits * spec.logit_scale(C)
+
+    logits = logits_of(q_BTHC, k_BGSC, distance_NTS)
+    if first is not None:
+        of_first = logits_of(first.q_BTHC, k_BGSC[:, :, : first.slots], distance_NTS)
+        logits = jax.lax.dynamic_update_slice(logits, of_first, (0, 0, 0, 0))
+    if target_platform() == "cpu":
+        v_BGSC = row_major(v_BGSC)
     if spec.softcap:
         logits = spec.softcap * jnp.tanh(logits / spec.softcap)
     logits = logits.reshape(B, G, R, T, S)
     if bias is not None:
-        query_NT = jnp.atleast_1d(first)[:, None] + jnp.arange(T)[None]  # N: 1, or B where rows differ
-        N = query_NT.shape[0]
-        key_NS = jnp.broadcast_to(jnp.arange(S)[None] if places_NS is None else places_NS, (N, S))
-        added = jax.vmap(lambda query_T, key_S: bias_HTS(bias, query_T, key_S))(query_NT, key_NS)
-        logits = logits + jnp.broadcast_to(added, (N, H, T, S)).reshape(N, G, R, T, S)
+        assert distance_NTS is not None  # a bias is one by distance
+        added_NHTS = jax.vmap(lambda distance_TS: bias_HTS(bias, distance_TS))(distance_NTS)
+        N = added_NHTS.shape[0]
+        logits = logits + jnp.broadcast_to(added_NHTS, (N, H, T, S)).reshape(N, G, R, T, S)
     weights = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], logits, HIDDEN), axis=-1)
-    weights = weights.astype(q_BTHC.dtype).reshape(B, G, R * T, S)
-    y_BGNC = jnp.einsum("bgns,bgsc->bgnc", weights, v_BGSC, preferred_element_type=jnp.float32)
+    weights_BGNS = weights.astype(q_BTHC.dtype).reshape(B, G, R * T, S)
+    y_BGNC = jnp.einsum("bgns,bgsc->bgnc", weights_BGNS, v_BGSC, preferred_element_type=jnp.float32)
+    if bias is not None and bias.value_vectors_MC is not None:
+        y_BGNC = y_BGNC + distance_values(bias.value_vectors_MC, weights, distance_NTS).reshape(y_BGNC.shape)
     y_BTGRC = y_BGNC.astype(q_BTHC.dtype).reshape(B, G, R, T, C).transpose(0, 3, 1, 2, 4)
     return y_BTGRC.reshape(B, T, H, C)

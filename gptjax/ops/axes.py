@@ -10,7 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-BATCH = ("data", "fsdp")
+EXPERTS = "expert"
+"""Shards the experts of a mixture."""
+BATCH = ("data", "fsdp", EXPERTS)
 """Shard the sequences of a batch."""
 POSITIONS = "context"
 """Shards the positions of a sequence."""

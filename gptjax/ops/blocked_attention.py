@@ -12,7 +12,16 @@ import jax.numpy as jnp
 
 from gptjax.machine.platform import target_platform
 from gptjax.ops.attention_heads import DroppedWeights, drop_weights, group_queries, merge_rows, ungroup_queries
-from gptjax.ops.attention_spec import HIDDEN, AttentionSpec, Bias, Implementation, Mask, Request, needs_dense_weights
+from gptjax.ops.attention_spec import (
+    HIDDEN,
+    AttentionSpec,
+    Bias,
+    Implementation,
+    Mask,
+    Request,
+    needs_dense_weights,
+    outside_pattern,
+)
 from gptjax.ops.matmul import dot, row_major, transpose_last_axes
 from gptjax.ops.scheduling import schedule_after
 
@@ -43,7 +52,8 @@ class Blocks:
         """The blocks: at least 128 queries each, 512 on a GPU, and at most 16 of them."""
         size = max(512 if target_platform() == "gpu" else 128, -(-self.length // 16))
         starts = range(0, self.length, size)
-        first = [max(0, start - self.spec.window + 1) if self.spec.window else 0 for start in starts]
+        ranged = self.spec.window and not self.spec.sparse
+        first = [max(0, start - self.spec.window + 1) if ranged else 0 for start in starts]
         return [Block(s, min(s + size, self.length), f) for s, f in zip(starts, first, strict=True)]
 
 
@@ -53,7 +63,7 @@ def blocked_attention(
     q_BTHC: jax.Array,
     k_BSGC: jax.Array,
     v_BSGC: jax.Array,
-    segments_BT: jax.Array | None,
+    mask: Mask,
     slopes_H: jax.Array | None,
     drops: DroppedWeights | None,
 ) -> jax.Array:
@@ -63,17 +73,17 @@ def blocked_attention(
     attends to. Each block waits for the previous one, since XLA would otherwise run all blocks at once and hold all
     their weights.
     """
-    return _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, slopes_H, drops)[0]
+    return _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, mask, slopes_H, drops)[0]
 
 
-def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, slopes_H, drops):
+def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, mask, slopes_H, drops):
     dtype = q_BTHC.dtype
     k_BGSC, v_BGSC = _heads_first(k_BSGC), _heads_first(v_BSGC)
     q_BGRTC = group_queries(q_BTHC, k_BSGC.shape[2])
     outputs, log_sums, done = [], [], None
     for block in blocks.ranges():
         q_BGNC = schedule_after(merge_rows(q_BGRTC[:, :, :, block.start : block.stop]), done)
-        scores, _ = _scores(blocks, block, q_BGNC, _visible_keys(k_BGSC, block), segments_BT, slopes_H)
+        scores, _ = _scores(blocks, block, q_BGNC, _visible_keys(k_BGSC, block), mask, slopes_H)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -84,11 +94,11 @@ def _blocked_forward(blocks, q_BTHC, k_BSGC, v_BSGC, segments_BT, slopes_H, drop
         outputs.append(y_BGNC.reshape(*q_BGRTC.shape[:3], block.stop - block.start, -1))
         log_sums.append(None if _fuses(q_BGNC) else jnp.log(total) + largest)
     y_BGRTC = jnp.concatenate(outputs, axis=3)
-    return ungroup_queries(y_BGRTC), (q_BGRTC, k_BGSC, v_BGSC, segments_BT, slopes_H, drops, outputs, log_sums)
+    return ungroup_queries(y_BGRTC), (q_BGRTC, k_BGSC, v_BGSC, mask, slopes_H, drops, outputs, log_sums)
 
 
 def _blocked_backward(blocks, saved, dy_BTHC):
-    q_BGRTC, k_BGSC, v_BGSC, segments_BT, slopes_H, drops, outputs, log_sums = saved
+    q_BGRTC, k_BGSC, v_BGSC, mask, slopes_H, drops, outputs, log_sums = saved
     dtype, C = q_BGRTC.dtype, q_BGRTC.shape[-1]
     dy_BGRTC = group_queries(dy_BTHC.astype(dtype), k_BGSC.shape[1])
     unused = 16 if k_BGSC.shape[2] % ALIASING == 0 else 0  # one line of a cache
@@ -101,7 +111,7 @@ def _blocked_backward(blocks, saved, dy_BTHC):
         k, v = _visible_keys(k_BGSC, block), _visible_keys(v_BGSC, block)
         if dtype == jnp.float32:  # XLA copies float32 slices and would keep the forward pass's copies; not in bfloat16
             k, v = schedule_after(k, done), schedule_after(v, done)
-        scores, slope = _scores(blocks, block, q_BGNC, k, segments_BT, slopes_H)
+        scores, slope = _scores(blocks, block, q_BGNC, k, mask, slopes_H)
         if log_sum is None:
             weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
             weights = (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(dtype)
@@ -152,13 +162,16 @@ def _threaded_matmul(spec, a, b):
     return y + jnp.max(a, axis=-1, keepdims=True).astype(jnp.float32) * 0 if _fuses(a) else y
 
 
-def _scores(blocks, block, q_BGNC, k_BGSC, segments_BT, slopes_H):
+def _scores(blocks, block, q_BGNC, k_BGSC, mask, slopes_H):
     """Returns logits `[B, G, N, S]`, with `HIDDEN` where masked, and the derivative of the soft cap (None: no cap)."""
     spec, R = blocks.spec, q_BGNC.shape[2] // (block.stop - block.start)
     t, s = jnp.arange(block.start, block.stop)[:, None], jnp.arange(block.first, block.stop)[None]
-    outside = (t < s) | (s <= t - spec.window) if spec.window else t < s
-    hidden = jnp.where(outside, HIDDEN, 0.0)[None]  # added to the logits, which is faster than a select
-    if segments_BT is not None:
+    if spec.sparse:
+        hidden = jnp.where((t < s)[None] | _outside_pattern(spec, block, mask.positions_BT, t, s), HIDDEN, 0.0)
+    else:
+        outside = (t < s) | (s <= t - spec.window) if spec.window else t < s
+        hidden = jnp.where(outside, HIDDEN, 0.0)[None]  # added to the logits, which is faster than a select
+    if (segments_BT := mask.segments_BT) is not None:
         other = segments_BT[:, block.start : block.stop, None] != segments_BT[:, None, block.first : block.stop]
         hidden = jnp.where(other, HIDDEN, hidden)
     scale, hidden = jnp.full((1,) * 4, spec.logit_scale(q_BGNC.shape[-1])), hidden[:, None]
@@ -174,6 +187,14 @@ def _scores(blocks, block, q_BGNC, k_BGSC, segments_BT, slopes_H):
         slopes_GR = slopes_H.reshape(q_BGNC.shape[1], R, 1, 1)
         logits += (slopes_GR * (s - t)[None, None]).reshape(1, q_BGNC.shape[1], -1, k_BGSC.shape[2])
     return logits + jnp.tile(hidden, (1, 1, R, 1)), derivative
+
+
+def _outside_pattern(spec, block, positions_BT, t, s):
+    """True where the sparse pattern hides a key of the block, `[B or 1, T, S]`."""
+    if positions_BT is None:
+        return outside_pattern(spec, t, s)[None]
+    queries, keys = positions_BT[:, block.start : block.stop, None], positions_BT[:, None, block.first : block.stop]
+    return outside_pattern(spec, queries, keys)
 
 
 def _drop(blocks, weights, drops, block):
@@ -214,7 +235,7 @@ def _run(
 ) -> jax.Array:
     slopes_H = None if bias is None else bias.slopes_H
     blocks = Blocks(q_BTHC.shape[1], spec)
-    return blocked_attention(blocks, q_BTHC, k_BSGC, v_BSGC, mask.segments_BT, slopes_H, drops)
+    return blocked_attention(blocks, q_BTHC, k_BSGC, v_BSGC, mask, slopes_H, drops)
 
 
 BLOCKED = Implementation("blocked", _unsupported, _run)

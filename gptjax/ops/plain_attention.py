@@ -16,6 +16,8 @@ from gptjax.ops.attention_spec import (
     Implementation,
     Mask,
     bias_HTS,
+    distance_logits,
+    distance_values,
     hidden_BTS,
 )
 
@@ -50,6 +52,8 @@ def plain_attention(
     if drops is not None:
         weights = drop_weights(drops, spec.dropout, weights.reshape(B, G, -1, S), 0).reshape(weights.shape)
     y = jnp.einsum("bgrts,bsgc->btgrc", weights.astype(q_BTHC.dtype), v_BSGC, preferred_element_type=jnp.float32)
+    if bias is not None and bias.value_vectors_MC is not None:
+        y = y + distance_values(bias.value_vectors_MC, weights, _distances(T, S)[None]).transpose(0, 3, 1, 2, 4)
     return y.astype(q_BTHC.dtype).reshape(B, T, H, C)
 
 
@@ -61,13 +65,19 @@ def attention_weights(
     S, G = k_BSGC.shape[1:3]
     q_BGRTC = q_BTHC.reshape(B, T, G, H // G, C).transpose(0, 2, 3, 1, 4)
     logits = jnp.einsum("bgrtc,bsgc->bgrts", q_BGRTC, k_BSGC, preferred_element_type=jnp.float32)
+    if bias is not None and bias.key_vectors_MC is not None:
+        logits = logits + distance_logits(bias.key_vectors_MC, q_BGRTC, _distances(T, S)[None])
     logits = logits * spec.logit_scale(C)
     if spec.softcap:
         logits = spec.softcap * jnp.tanh(logits / spec.softcap)
     if bias is not None:
-        added = jnp.broadcast_to(bias_HTS(bias, jnp.arange(T), jnp.arange(S)), (H, T, S))
+        added = jnp.broadcast_to(bias_HTS(bias, _distances(T, S)), (H, T, S))
         logits = logits + added.reshape(1, G, H // G, T, S)
     return jax.nn.softmax(jnp.where(hidden_BTS(spec, mask, T, S)[:, None, None], HIDDEN, logits), axis=-1)
+
+
+def _distances(T: int, S: int) -> jax.Array:
+    return jnp.arange(T)[:, None] - jnp.arange(S)[None]
 
 
 PLAIN = Implementation("plain", lambda _: None, plain_attention)

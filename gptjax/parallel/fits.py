@@ -20,14 +20,16 @@ def check_fits(config: Config, mesh: jax.sharding.Mesh) -> None:
         name = "micro_batch_size" if train.micro_batch_size else "batch_size"
         raise UserError(
             f"train.{name}={train.micro_batch} must be divisible by the {batch_shards(mesh)} devices that share a"
-            " batch (mesh.data x mesh.fsdp)"
+            " batch (mesh.data x mesh.fsdp x mesh.expert)"
         )
     for step, size_then in train.batch_sizes:
         if (train.micro_batch_size or size_then) % batch_shards(mesh):
             raise UserError(
                 f"train.batch_ramp: {size_then} sequences, from step {step} on, must be divisible by the"
-                f" {batch_shards(mesh)} devices that share a batch (mesh.data x mesh.fsdp)"
+                f" {batch_shards(mesh)} devices that share a batch (mesh.data x mesh.fsdp x mesh.expert)"
             )
+    if size["expert"] > 1 and (model.n_expert == 0 or model.n_expert % size["expert"]):
+        raise UserError(f"mesh.expert={size['expert']} does not divide model.n_expert={model.n_expert}")
     heads = "n_kv_head" if model.n_kv_head else "n_head"
     if model.kv_heads % size["tensor"]:
         raise UserError(f"mesh.tensor={size['tensor']} does not divide model.{heads}={model.kv_heads}")
@@ -74,10 +76,12 @@ def _check_stages(config: Config, stages: str, layers: int) -> None:
         raise UserError(f"{stages} does not go with model.encoder_layers: all stages would need the encoder's output")
     if config.model.n_expert:
         raise UserError(f"{stages} cannot be combined with model.n_expert: stages do not pass on the router's losses")
-    if config.model.residual_mix:
-        raise UserError(
-            f"{stages} cannot be combined with model.residual_mix=true: later stages do not have the embeddings"
-        )
+    earlier = {"residual_mix": "the embeddings", "value_residual": "values", "learned_skips": "outputs"}
+    for name, what in earlier.items():
+        if getattr(config.model, name):
+            raise UserError(
+                f"{stages} cannot be combined with model.{name}=true: later stages do not have {what} of earlier ones"
+            )
     if config.task.kind == "multi":
         raise UserError(
             f"{stages} cannot be combined with task.kind=multi: its batches are not a single list of micro-batches"

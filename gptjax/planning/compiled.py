@@ -8,7 +8,7 @@ import numpy as np
 
 from gptjax.batches.pretraining import Batch
 from gptjax.config.run import Config
-from gptjax.parallel.mesh import batch_sharding
+from gptjax.parallel.mesh import batch_sharding, batch_shards
 from gptjax.parallel.rules import shardings
 from gptjax.planning import hlo
 from gptjax.planning.activations import activation_bytes
@@ -94,5 +94,5 @@ def _stage_input_bytes(config: Config, mesh: jax.sharding.Mesh) -> int:
     size = mesh.shape
     if size["stage"] == 1:
         return 0
-    tokens = config.train.micro_batch * config.model.block_size // (size["data"] * size["fsdp"] * size["context"])
+    tokens = config.train.micro_batch * config.model.block_size // (batch_shards(mesh) * size["context"])
     return (2 * size["stage"] - 1) * tokens * config.model.n_embd * 4

@@ -43,7 +43,7 @@ class Sizes:
     @property
     def tokens(self) -> float:
         """Tokens of a micro-batch."""
-        shared = self.mesh["data"] * self.mesh["fsdp"] * self.mesh["context"]
+        shared = self.mesh["data"] * self.mesh["fsdp"] * self.mesh["expert"] * self.mesh["context"]
         return self.config.train.micro_batch * self.config.model.block_size / shared
 
     @property
@@ -119,6 +119,7 @@ def sent(sizes: Sizes) -> dict[str, float]:
     return {
         "data": ticks * 2 * ring["data"] * 4 * blocks / mesh["fsdp"],
         "fsdp": ticks * ring["fsdp"] * (passes * sizes.width + 4) * blocks,
+        "expert": ticks * ring["expert"] * (2 * 4 * blocks / mesh["fsdp"] + 2 * sizes.layers * passes * stream),
         "tensor": ticks * sizes.layers * 4 * ring["tensor"] * passes * stream,
         "context": ticks * sizes.layers * (mesh["context"] - 1) * (3 + sizes.recomputations) * keys,
         "stage": ticks * 2 * stream if mesh["stage"] > 1 else 0.0,

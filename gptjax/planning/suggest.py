@@ -45,7 +45,7 @@ def _rated(config, chip, devices, limit, ratio, model_flops) -> Iterator[tuple[t
     batch_size = math.gcd(*(size for _, size in config.train.batch_sizes))
     for sizes in _meshes(devices, len(AXES)):
         mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
         if mesh.shape["tensor"] > chip.node or batch_size % shards:
             continue
         one = _with_layout(config, sizes, shards)

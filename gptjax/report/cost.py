@@ -13,8 +13,7 @@ def flops_per_token(config: ModelConfig, params: Any) -> float:
 
     Six per parameter of a matmul, plus attention over the whole context or window. As in PaLM, masked keys are counted.
     """
-    kinds = [config.layer_kind(layer) for layer in range(config.n_layer)]
-    keys = sum(config.attention_window if kind == "local" else config.block_size for kind in kinds)
+    keys = sum(config.attended_keys(layer) for layer in range(config.n_layer))
     return 6.0 * matmul_parameters(config, params) + 12.0 * config.n_head * config.head_width * keys
 
 

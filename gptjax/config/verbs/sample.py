@@ -28,6 +28,9 @@ class SampleConfig(DecodingConfig):
     """Give the prompt as it is to a run with task.kind=instruct, instead of as the user's message in its template."""
     num_samples: int = 1
     """Continuations of each prompt."""
+    attention_sinks: int = 0
+    """First tokens of a text that stay visible when a full context slides (arXiv:2309.17453); 0: as many as
+    model.attention_sinks of the run."""
     no_repeat_ngram: int = 0
     """Never repeat an n-gram of this many tokens, prompt included; 0: n-grams may repeat."""
     bad_words: tuple[str, ...] = ()
@@ -46,7 +49,7 @@ class SampleConfig(DecodingConfig):
     def __post_init__(self):
         super().__post_init__()
         positive("", self, "num_samples", "num_beams")
-        not_negative("", self, "no_repeat_ngram", "logprobs")
+        not_negative("", self, "no_repeat_ngram", "logprobs", "attention_sinks")
         usable_paths("", self, "prompt_file", "out")
         positive("", self, "batch_size")
         no_effect("", self, "out", bool(self.prompt_file), "prompt_file")
@@ -66,5 +69,5 @@ class SampleConfig(DecodingConfig):
                 raise UserError(f"num_beams={self.num_beams} needs temperature=0: beam search draws nothing")
             if self.num_samples > self.num_beams:
                 raise UserError(f"num_samples={self.num_samples} must be at most num_beams={self.num_beams}")
-            for name in ("stop", "logprobs"):
+            for name in ("stop", "logprobs", "attention_sinks"):
                 no_effect("", self, name, False, "num_beams=1")
