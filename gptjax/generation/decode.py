@@ -8,6 +8,8 @@ context would become longer than `block_size`, it slides:
 - With other methods, the newest `block_size // 2` tokens (at least one) are kept and prefilled again. This costs one
   prefill for every `block_size // 2` new tokens.
 
+With `attention_sinks`, the first tokens stay in both cases, instead of some of the newest (arXiv:2309.17453).
+
 Shape suffixes: B sequence (one sample of one prompt), T position, N new token, V vocabulary.
 """
 

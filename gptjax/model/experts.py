@@ -3,8 +3,8 @@
 Shape suffixes: B batch, T position, N tokens (B times T), D n_embd, F width of an expert, E experts, K experts of a
 token, M = N K assignments, C capacity of an expert.
 
-`mesh.expert` shards the experts. With a capacity, the compiler sends tokens to their experts by all-to-all; without one,
-each device gathers the tokens of the axis and computes its own experts.
+`mesh.expert` shards the experts. With a capacity, the compiler sends tokens to their experts by all-to-all; without
+one, each device gathers the tokens of the axis and computes its own experts.
 """
 
 import functools
