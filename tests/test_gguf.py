@@ -52,7 +52,31 @@ CASES = {
     ),
     "qwen2": ("qwen2", SMALL | {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", SMALL | {"head_dim": 16}),
+    "gemma": ("gemma", SMALL | {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        SMALL
+        | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9, "tie_word_embeddings": True}
+        | {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        SMALL
+        | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9, "tie_word_embeddings": True}
+        | {"num_hidden_layers": 7},
+    ),
+    "phi3": ("phi3", SMALL | {"sliding_window": 9, "original_max_position_embeddings": 40}),
+    "olmo2": ("olmo2", SMALL),
+    "granite": (
+        "granite",
+        SMALL
+        | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
+        | {"logits_scaling": 2.0},
+    ),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 40}),
 }
+
+SLOW = ("gemma", "gemma3", "phi3", "olmo2", "granite")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -170,20 +194,35 @@ def their_model(name):
 
 def write_as_llama_cpp(model, to):
     """What convert_hf_to_gguf.py writes: names of llama.cpp, and in its llama architecture other rows of q and k."""
-    config, arch = model.config, model.config.model_type
+    config, arch = model.config, model.config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(to, arch)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = config.rope_parameters
-    writer.add_rope_freq_base(rope["rope_theta"])
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    writer.add_feed_forward_length(4 * config.hidden_size if arch == "gpt2" else config.intermediate_size)
+    if arch == "gpt2":
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        rope = {"rope_type": "none"}
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        rope = config.rope_parameters
+        rope = rope.get("full_attention", rope)
+        writer.add_rope_freq_base(rope["rope_theta"])
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if arch in ("gemma2", "gemma3", "phi3"):
+        writer.add_sliding_window(config.sliding_window)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if arch == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if rope["rope_type"] == "llama3":
         wavelengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
         factors = []
@@ -196,10 +235,14 @@ def write_as_llama_cpp(model, to):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         x = tensor.numpy()
-        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-        if arch == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
+        heads = {"q": config.num_attention_heads, "k": getattr(config, "num_key_value_heads", 0)}
+        if arch in ("llama", "granite") and name.split(".")[-2] in ("q_proj", "k_proj"):
             count = heads[name.split(".")[-2][0]]
             x = x.reshape(count, 2, x.shape[0] // count // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            x = x + 1
+        if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            x = x.T
         writer.add_tensor(table.get_name(name, (".weight", ".bias")), np.ascontiguousarray(x))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -207,7 +250,9 @@ def write_as_llama_cpp(model, to):
     writer.close()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+)
 def test_logits_are_those_of_transformers_in_and_out(name, tmp_path):
     model, expected = their_model(name)
     write_as_llama_cpp(model, tmp_path / "in.gguf")
@@ -284,7 +329,7 @@ def test_damaged_and_unknown_files_are_errors(tmp_path):
         with pytest.raises(UserError, match="no whole GGUF file"):
             import_gguf_model(tmp_path / "cut.gguf", print)
     (tmp_path / "cut.gguf").write_bytes(whole.replace(b"llama", b"bloom"))
-    with pytest.raises(UserError, match="architecture='bloom' is not supported; supported: llama, qwen2, qwen3"):
+    with pytest.raises(UserError, match="architecture='bloom' is not supported; supported: llama, qwen2, qwen3, gemma"):
         import_gguf_model(tmp_path / "cut.gguf", print)
 
 
@@ -293,6 +338,9 @@ def test_what_cannot_be_written_is_an_error(tmp_path):
         export(export(tmp_path / "x.gguf"))
     with pytest.raises(UserError, match="cannot be exported as one"):
         export(tmp_path / "y.gguf", dataclasses.replace(MODEL, norm_position="sandwich"))
+    windowed = dataclasses.replace(MODEL, qkv_bias=True, attention_window=9)
+    with pytest.raises(UserError, match=r"model.attention_window=9: .* has attention_window=0"):
+        export(tmp_path / "y.gguf", windowed)  # llama.cpp has no window in this architecture
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.gguf"]
     with pytest.raises(UserError, match="gguf_type='q8_0' has no effect without"):
         ExportConfig(to="folder", gguf_type="q8_0")

@@ -6,7 +6,7 @@ channels of the two halves. So the rows of queries and keys have a different ord
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.exchange.families import FAMILIES
 from gptjax.exchange.families.family import Family, choose_family
+from gptjax.exchange.families.gpt2 import DROPOUTS
 from gptjax.exchange.gguf_file import GgufFile, import_gguf, open_gguf
 from gptjax.exchange.gguf_tokenizer import gguf_tokenizer_files, write_tokenizer
 from gptjax.exchange.hf_model import Imported, read_model_config, read_params, tensor_shapes, tensors_of
@@ -28,16 +29,66 @@ class Architecture:
     """An architecture of llama.cpp."""
 
     name: str
+    model_type: str
+    """Of the family at Hugging Face."""
     neighbours: bool = False
     """Whether rotary embeddings pair adjacent channels."""
+    norms_above_one: bool = False
+    """Whether the file holds the scale of norms, and Hugging Face only what exceeds one."""
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """More fields of config.json and the keys that hold them; a key that is missing is null."""
+    fixed: Callable[[dict], dict] = lambda config: {}
+    """Fields that llama.cpp derives from the others."""
 
 
+def _gemma_scale(config: dict) -> dict:
+    """Attention of the models of 27 B is scaled by the width of the stream."""
+    large = {("gemma2", 46), ("gemma3_text", 62)}
+    by_stream = config["hidden_size"] // config["num_attention_heads"]
+    is_large = (config["model_type"], config["num_hidden_layers"]) in large
+    return {"query_pre_attn_scalar": by_stream if is_large else config["head_dim"]}
+
+
+WINDOW = {"sliding_window": "attention.sliding_window"}
 ARCHITECTURES = {
-    "llama": Architecture("LLAMA", neighbours=True),
-    "qwen2": Architecture("QWEN2"),
-    "qwen3": Architecture("QWEN3"),
+    "llama": Architecture("LLAMA", "llama", neighbours=True),
+    "qwen2": Architecture("QWEN2", "qwen2"),
+    "qwen3": Architecture("QWEN3", "qwen3"),
+    "gemma": Architecture("GEMMA", "gemma", norms_above_one=True),
+    "gemma2": Architecture(
+        *("GEMMA2", "gemma2"),
+        norms_above_one=True,
+        keys=WINDOW
+        | {
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        fixed=_gemma_scale,
+    ),
+    "gemma3": Architecture(
+        *("GEMMA3", "gemma3_text"),
+        norms_above_one=True,
+        keys=WINDOW | {"final_logit_softcapping": "final_logit_softcapping"},
+        fixed=lambda config: _gemma_scale(config) | {"rope_local_base_freq": 10_000.0},
+    ),
+    "phi3": Architecture("PHI3", "phi3", keys=WINDOW),
+    "olmo2": Architecture("OLMO2", "olmo2"),
+    "granite": Architecture(
+        *("GRANITE", "granite"),
+        neighbours=True,
+        keys={
+            "embedding_multiplier": "embedding_scale",
+            "residual_multiplier": "residual_scale",
+            "attention_multiplier": "attention.scale",
+            "logits_scaling": "logit_scale",
+        },
+    ),
+    "gpt2": Architecture(
+        *("GPT2", "gpt2"),
+        fixed=lambda config: {"activation_function": "gelu_new"} | dict.fromkeys(DROPOUTS, 0.0),
+    ),
 }
-"""By `general.architecture`, which is also the family's `model_type`."""
+"""By `general.architecture`."""
 SIZES = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -46,6 +97,11 @@ SIZES = {
     "max_position_embeddings": "context_length",
 }
 """Fields of config.json and their keys in a GGUF file."""
+GPT2_NAMES = {
+    **{"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer"},
+    **{"num_attention_heads": "n_head", "max_position_embeddings": "n_positions"},
+}
+"""The same fields as GPT-2 spells them."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE_FACTORS = "rope_freqs.weight"
 WITHOUT_EFFECT = ("vocab_size", "rope.dimension_count", "attention.value_length")
@@ -67,17 +123,16 @@ def import_gguf_model(path: Path, notify: Callable[[str], None]) -> Imported:
         )
     family, model = read_model_config(_hf_config(file, name), str(path), notify)
     theirs = _gguf_names(family, model, name)
-    shapes = {hf_name: file.shapes[their] for hf_name, their in theirs.items() if their in file.shapes}
+    shapes = {hf: _hf_shape(family, hf, file.shapes[their]) for hf, their in theirs.items() if their in file.shapes}
     if unknown := sorted(file.shapes.keys() - theirs.values() - {ROPE_FACTORS}):
         raise UserError(f"{path}: tensor {unknown[0]} is not part of a {name} model that is supported")
     expected = tensor_shapes(family, model)
     if missing := next((hf_name for hf_name in theirs if hf_name not in shapes), None):
         raise UserError(f"{path}: tensor {theirs[missing]} {list(expected[missing])} is missing")
-    permuted = _permutation(model) if ARCHITECTURES[name].neighbours else {}
+    to_hf = _tensor_change(family, model, ARCHITECTURES[name], to_file=False)
 
     def read(hf_name: str) -> np.ndarray:
-        x = file.read(theirs[hf_name])
-        return x[_inverse(permuted[part])] if (part := hf_name.split(".")[-2]) in permuted else x
+        return to_hf(hf_name, file.read(theirs[hf_name]))
 
     params = read_params(family, model, shapes, read, str(path))
     files = gguf_tokenizer_files(file, notify)
@@ -111,17 +166,20 @@ def export_gguf_model(
         UserError: No architecture is equivalent to the model, or the file exists.
     """
     gguf = import_gguf()
-    if family_name and family_name not in ARCHITECTURES:
-        raise UserError(f"family={family_name!r} must be one of {', '.join(ARCHITECTURES)} for a GGUF file")
+    names = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
+    if family_name and family_name not in names:
+        raise UserError(f"family={family_name!r} must be one of {', '.join(names)} for a GGUF file")
     if to.exists():
         raise UserError(f"{to}: exists already; name another file")
-    family = choose_family({name: FAMILIES[name] for name in ARCHITECTURES}, model, family_name)
-    name, partial = family.model_type, to.with_name(f"{to.name}.partial")
+    family = FAMILIES[
+        choose_family({name: _as_in_a_file(names[name]) for name in names}, model, family_name).model_type
+    ]
+    name, partial = names[family.model_type], to.with_name(f"{to.name}.partial")
     types = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
     writer = gguf.GGUFWriter(partial, name)
     writer.add_file_type(types.get(kind, gguf.LlamaFileType.MOSTLY_Q8_0))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    factors = _write_config(gguf, writer, family.write(model), model, str(to))
+    factors = _write_config(gguf, writer, name, family.write(model), model, str(to))
     if tokenizer is not None:
         write_tokenizer(gguf, writer, tokenizer, model.vocab_size, str(to), notify)
     if chat_template:
@@ -157,15 +215,26 @@ def _hf_config(file: GgufFile, name: str) -> dict:
     if missing or "token_embd.weight" not in file.shapes:
         what = f"key {name}.{missing[0]}" if missing else "tensor token_embd.weight"
         raise UserError(f"{file.where}: {what} is missing")
-    config: dict = {"model_type": name} | {field: get(key) for field, key in SIZES.items()}
+    architecture = ARCHITECTURES[name]
+    config: dict = {"model_type": architecture.model_type} | {field: get(key) for field, key in SIZES.items()}
     heads = config["num_attention_heads"]
     config |= {
-        "num_key_value_heads": get("attention.head_count_kv", heads),
         "vocab_size": file.shapes["token_embd.weight"][0],
-        "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon", 1e-6)),
-        "rope_theta": _shortest(get("rope.freq_base", 10000.0)),
         "tie_word_embeddings": "output.weight" not in file.shapes,
     }
+    if name == "gpt2":
+        epsilon = _shortest(get("attention.layer_norm_epsilon", 1e-5))
+        get("attention.head_count_kv")  # as many as queries have
+        config = {GPT2_NAMES.get(field, field): value for field, value in config.items()}
+        return _all_read(file, name, own, seen, config | {"layer_norm_epsilon": epsilon} | architecture.fixed(config))
+    config |= {
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon", 1e-6)),
+        "rope_theta": _shortest(get("rope.freq_base", 10000.0)),
+    }
+    for field, key in architecture.keys.items():
+        if key in own:
+            config[field] = _shortest(value) if isinstance(value := get(key) or None, float) else value
     width = config["hidden_size"] // heads if isinstance(heads, int) and heads else 0
     head_dim = get("attention.key_length", own.get("rope.dimension_count", width))
     config["head_dim"] = head_dim
@@ -175,6 +244,13 @@ def _hf_config(file: GgufFile, name: str) -> dict:
                 f"{file.where}: {name}.{key}={own[key]!r} is not supported; must be {head_dim}, as keys are"
             )
     config["rope_scaling"] = _rope_scaling(file, config, get)
+    if name == "phi3":
+        config["original_max_position_embeddings"] = config["max_position_embeddings"]
+    return _all_read(file, name, own, seen, config | architecture.fixed(config))
+
+
+def _all_read(file: GgufFile, name: str, own: dict, seen: set[str], config: dict) -> dict:
+    """The config, if it depends on all keys of the file's architecture."""
     if unread := [key for key in own if key not in seen and own[key] not in (0, False, "", "none")]:
         raise UserError(f"{file.where}: {name}.{unread[0]}={str(own[unread[0]])[:40]} is not supported")
     return config
@@ -199,10 +275,36 @@ def _rope_scaling(file: GgufFile, config: dict, get: Callable) -> dict | None:
     return {"rope_type": "linear", "factor": factor} if factor != 1.0 and (kind == "linear" or factor > 0) else None
 
 
-def _write_config(gguf: Any, writer: Any, config: dict, model: ModelConfig, where: str) -> np.ndarray | None:
+def _as_in_a_file(name: str) -> Family:
+    """A family whose config.json is what a GGUF file of the architecture holds of it, to find what is lost."""
+    architecture = ARCHITECTURES[name]
+    family = FAMILIES[architecture.model_type]
+    common = {"num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "head_dim", "layer_norm_epsilon"}
+    kept = SIZES.keys() | set(GPT2_NAMES.values()) | common | architecture.keys.keys()
+    kept |= {"vocab_size", "tie_word_embeddings", "rope_parameters", "original_max_position_embeddings"}
+
+    def write(model: ModelConfig) -> dict:
+        config = {"model_type": architecture.model_type} | family.write(model)
+        held = {field: value for field, value in config.items() if field in kept}
+        held = {field: value for field, value in held.items() if value is not None or field not in architecture.keys}
+        return held | architecture.fixed({"head_dim": model.head_width} | config)
+
+    return dataclasses.replace(family, write=write)
+
+
+def _write_config(gguf: Any, writer: Any, name: str, config: dict, model: ModelConfig, where: str) -> np.ndarray | None:
     """Writes the keys of a config.json; returns the factors of Llama 3's rope scaling if the model uses it."""
+    if name == "gpt2":
+        for field, key in SIZES.items():
+            writer.add_uint32(f"{writer.arch}.{key}", config[GPT2_NAMES[field]] or model.mlp_size)
+        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+        return None
     for field, key in SIZES.items():
         writer.add_uint32(f"{writer.arch}.{key}", config[field])
+    for field, key in ARCHITECTURES[name].keys.items():
+        if (value := config[field]) is not None:
+            add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+            add(f"{writer.arch}.{key}", value)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
@@ -243,11 +345,34 @@ def _gguf_names(family: Family, model: ModelConfig, name: str) -> dict[str, str]
 
 
 def _tensors(family: Family, model: ModelConfig, params: dict, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    names = _gguf_names(family, model, name)
-    permuted = _permutation(model) if ARCHITECTURES[name].neighbours else {}
+    names, change = _gguf_names(family, model, name), _tensor_change(family, model, ARCHITECTURES[name], to_file=True)
     for hf_name, x in tensors_of(family, model, params):
-        part = hf_name.split(".")[-2]
-        yield names[hf_name], np.ascontiguousarray(x[permuted[part]] if part in permuted else x)
+        yield names[hf_name], np.ascontiguousarray(change(hf_name, x))
+
+
+def _tensor_change(
+    family: Family, model: ModelConfig, architecture: Architecture, to_file: bool
+) -> Callable[[str, np.ndarray], np.ndarray]:
+    """From a tensor of Hugging Face to that of the file, or back."""
+    permuted = _permutation(model) if architecture.neighbours else {}
+
+    def change(hf_name: str, x: np.ndarray) -> np.ndarray:
+        if (part := hf_name.split(".")[-2]) in permuted:
+            return x[permuted[part] if to_file else _inverse(permuted[part])]
+        if architecture.norms_above_one and x.ndim == 1:
+            return x + 1.0 if to_file else x - 1.0
+        return x.T if _is_conv1d(family, hf_name) else x
+
+    return change
+
+
+def _is_conv1d(family: Family, hf_name: str) -> bool:
+    """Whether a matrix has its inputs first at Hugging Face; in files outputs are first."""
+    return family.conv1d and hf_name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+
+
+def _hf_shape(family: Family, hf_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if _is_conv1d(family, hf_name) else shape
 
 
 def _add_tensor(gguf: Any, writer: Any, name: str, x: np.ndarray, kind: str) -> bool:
