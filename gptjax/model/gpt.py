@@ -139,9 +139,7 @@ class GPT(nnx.Module):
             block_key = None if key is None else jax.random.fold_in(key, layer)
             earlier = Earlier(embedded_BTD, values, skipped_BTD)
             y_BTD, _, extras, values = block(x_BTD, dtype, inputs, kind, block_key, None, adapter, prefix, earlier)
-            if self.config.value_residual or self.config.learned_skips:
-                return constrain_batch(y_BTD), extras, values
-            return constrain_batch(y_BTD), extras
+            return constrain_batch(y_BTD), (extras, values)
 
         if compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat], static_argnums=0)
@@ -152,11 +150,11 @@ class GPT(nnx.Module):
             kinds = self._kinds(first, count)
             first += count
             if not (self.config.value_residual or self.config.learned_skips):
-                x_BTD, total = scan_layers(apply, x_BTD, numbered, kinds, compute.unroll)
+                x_BTD, (total, _) = scan_layers(apply, x_BTD, numbered, kinds, compute.unroll)
                 totals.append(total)
                 continue
             for kind, layer in zip(kinds, unstack_layers(numbered, count), strict=True):
-                x_BTD, total, values = apply(kind, x_BTD, layer, values, skipped(self.config, outputs))
+                x_BTD, (total, values) = apply(kind, x_BTD, layer, values, skipped(self.config, outputs))
                 outputs.append(x_BTD)
                 totals.append(total)
         return x_BTD, jax.tree.map(lambda *parts: sum(parts) / self.config.n_layer, *totals)

@@ -231,6 +231,7 @@ def cached_attention_reference(
     weights_BGNS = weights.astype(q_BTHC.dtype).reshape(B, G, R * T, S)
     y_BGNC = jnp.einsum("bgns,bgsc->bgnc", weights_BGNS, v_BGSC, preferred_element_type=jnp.float32)
     if bias is not None and bias.value_vectors_MC is not None:
+        assert distance_NTS is not None
         y_BGNC = y_BGNC + distance_values(bias.value_vectors_MC, weights, distance_NTS).reshape(y_BGNC.shape)
     y_BTGRC = y_BGNC.astype(q_BTHC.dtype).reshape(B, G, R, T, C).transpose(0, 3, 1, 2, 4)
     return y_BTGRC.reshape(B, T, H, C)
