@@ -250,9 +250,7 @@ def write_as_llama_cpp(model, to):
     writer.close()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
 def test_logits_are_those_of_transformers_in_and_out(name, tmp_path):
     model, expected = their_model(name)
     write_as_llama_cpp(model, tmp_path / "in.gguf")
