@@ -36,6 +36,7 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.config.verbs.scaling_fit import ScalingFitConfig
 from gptjax.config.verbs.serve import ServeConfig
 from gptjax.config.verbs.sweep import SweepConfig
+from gptjax.config.verbs.tokenizer import TokenizerVerbConfig
 from gptjax.config.verbs.verify_resume import VerifyResumeConfig
 from gptjax.errors import UserError, one_line
 from gptjax.machine.accelerator import has_accelerator
@@ -77,6 +78,15 @@ def data(args: Sequence[str]) -> int:
     from gptjax.verbs.data import run_data
 
     return run_data(run_dir, config)
+
+
+def tokenizer(args: Sequence[str]) -> int:
+    """Measures tokenizers on text, or extends or prunes a run's vocabulary: gptjax tokenizer RUN_DIR --data.path ..."""
+    place, rest = _positional(args, "tokenizer RUN_DIR|tokenizer.json|NAME --data.path FILES [--extend N --to RUN_DIR]")
+    config = _flags(TokenizerVerbConfig, rest)
+    from gptjax.verbs.tokenizer import run_tokenizer
+
+    return run_tokenizer(place, config)
 
 
 def sample(args: Sequence[str], restart: Restart = stay) -> int:
@@ -247,6 +257,7 @@ VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "prepare": (prepare, Config),
     "train": (train, Config),
     "data": (data, DataVerbConfig),
+    "tokenizer": (tokenizer, TokenizerVerbConfig),
     "sample": (sample, SampleConfig),
     "chat": (chat, ChatConfig),
     "serve": (serve, ServeConfig),

@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 
 from gptjax.batches.permutation import draw_keys, permute
-from gptjax.batches.pretraining import Batch, PackedWindows, evaluation_batches
+from gptjax.batches.pretraining import MAKERS, Batch, PackedWindows, evaluation_batches
 from gptjax.errors import UserError
-from gptjax.text.shards import TokenSplit
+from gptjax.tasks.pretrain import KIND
+from gptjax.tasks.task import Source
+from gptjax.text.packing import pack_best_fit
+from gptjax.text.shards import Dataset, TokenSplit
+from gptjax.text.tokenizers.plain import ByteTokenizer
+from gptjax.training.step import compute_options
+from tests.tiny import CONFIG, replace
 
 END = 0
 
@@ -185,3 +191,71 @@ def test_evaluation_of_less_than_a_window_is_one_padded_window():
     assert batch.targets.tolist() == [[2, 3, 4, -1, -1, -1, -1, -1], [-1] * 8]
     with pytest.raises(UserError, match="1 tokens"):
         evaluation_batches(make_split([1], end_of_text=None), 8, 16, 2, False)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_best_fit_packs_as_one_document_after_another_would(seed):
+    rng = np.random.default_rng(seed)
+    T, lengths = int(rng.integers(2, 40)), rng.integers(1, 60, int(rng.integers(1, 90)))
+    packing = pack_best_fit(np.cumsum(lengths) - lengths, lengths, T)
+    spaces = [0] * int((lengths // T).sum())
+    for rest in sorted((n % T for n in lengths.tolist() if n % T), reverse=True):
+        fits = [space for space in spaces if space >= rest]
+        space = min(fits, default=T)
+        if fits:
+            spaces.remove(space)
+        spaces.append(space - rest)
+    used = [int(packing.length_P[a:b].sum()) for a, b in itertools.pairwise(packing.first_W.tolist())]
+    assert sorted(T - n for n in used) == sorted(spaces)
+    assert packing.padding_share(T) == pytest.approx(sum(spaces) / (T * len(spaces)))
+    assert packing.n_cut == (lengths > T).sum()
+
+
+@pytest.mark.parametrize("end_of_text", [END, None])
+def test_best_fit_cuts_only_long_documents_and_uses_every_token_once(end_of_text):
+    T, split = 8, make_split(LENGTHS, end_of_text)
+    stream, starts = split.slice(0, split.n_tokens), split.document_starts(0, split.n_tokens)
+    last = len(stream) - (end_of_text is not None)
+    orders = []
+    for epoch in (0, 1):
+        packed = MAKERS["best_fit"](split, T, 3, False)
+        n = packed.windows_per_epoch
+        batch = packed.windows(np.arange(epoch * n, (epoch + 1) * n))
+        assert equal(batch, packed.batch(epoch, n))
+        found = []  # positions in the stream
+        for row, ranges in enumerate(packed.documents_of(number) for number in range(epoch * n, (epoch + 1) * n)):
+            inputs, targets, segments, positions = (field[row] for field in batch)
+            for segment, (document, _) in enumerate(ranges):
+                (places,) = np.nonzero(segments == segment)
+                begin, end = starts[document], [*starts, last][document + 1]
+                tokens = inputs[places]
+                start = next(i for i in range(begin, end) if (stream[i : i + len(tokens)] == tokens).all())
+                stop = start + len(tokens)
+                assert stop == end or len(tokens) == T  # only a full window cuts a document
+                assert start == begin or end - begin > T
+                ends = end_of_text is None and stop == end
+                assert targets[places].tolist() == [*stream[start + 1 : stop], -1 if ends else stream[stop]]
+                assert positions[places].tolist() == list(range(len(tokens)))
+                found += range(start, stop)
+            assert (targets[segments >= len(ranges)] == -1).all()
+        assert sorted(found) == list(range(last))
+        orders.append(batch.inputs.tolist())
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    together = MAKERS["best_fit"](split, T, 3, True).batch(0, n)
+    assert together.segments is None
+    assert np.array_equal(together.inputs, orders[0])
+
+
+def test_a_run_packs_as_its_config_says_and_tells_what_that_costs():
+    split = make_split(LENGTHS)
+    source = Source(ByteTokenizer(), Dataset(split, split, {"hash": "0"}), {})
+    made = {}
+    for packing in MAKERS:
+        config = replace(CONFIG, data={"packing": packing}, model={"block_size": 8})
+        made[packing] = KIND.build(config, "", source, compute_options(config), lambda function: function)
+    assert made["stream"].notes == ()
+    [note] = made["best_fit"].notes
+    windows = made["best_fit"].windows
+    share = 1 - (split.n_tokens - 1) / windows.tokens_per_epoch
+    assert f"{windows.tokens_per_epoch // 8} windows, {share:.2%} padding, 4 of 13 documents cut" in note
+    assert not equal(windows.batch(0, 4), made["stream"].windows.batch(0, 4))

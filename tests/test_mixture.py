@@ -101,7 +101,7 @@ def test_documents_are_numbered_over_all_sources():
     n = [one.split.n_documents for one in windows.sources.values()]
     for k, window, (first, last) in zip(source_B, window_B, windows.documents(2, 12), strict=True):
         assert sum(n[:k]) <= first <= last < sum(n[: k + 1])
-        [(own, _)] = list(windows.sources.values())[k].documents_of(np.array([window]))
+        [(own, _)] = list(windows.sources.values())[k].documents_of(int(window))
         assert first == sum(n[:k]) + own
 
 
@@ -129,7 +129,7 @@ def test_shares_follow_weights_epochs_or_temperature():
         ([{"name": "a", "weight": 0.0}, {"name": "b", "changes": ("5:0",)}], {}, "0 from step 5"),
         ([{"name": "a", "epochs": 1.0}, {"name": "b"}], {}, "epochs for every source"),
         ([{"name": "a", "weight": 2.0}, {"name": "b"}], {"mixture_temperature": 2.0}, "replaces the weights"),
-        ([{"name": "a"}, {"name": "b"}], {"data": DataConfig(path=("x",))}, "only attend_across_documents"),
+        ([{"name": "a"}, {"name": "b"}], {"data": DataConfig(path=("x",))}, "only packing, attend_across_documents"),
         ([{"name": "a", "changes": ("x",)}, {"name": "b"}], {}, "must be like 1000:0.5"),
     ],
 )

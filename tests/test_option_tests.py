@@ -57,6 +57,10 @@ ELSEWHERE = {
     "test_clean::test_each_rule_counts_what_it_leaves_out": ("data.min_characters", "data.drop_duplicates"),
     "test_mixture::test_the_skip_list_names_documents_by_hash_line_or_file": ("data.skip",),
     "test_mixture::test_a_template_puts_fields_together": ("data.template",),
+    "test_vocabulary::test_a_tokenizer_learns_from_the_share_of_documents_that_is_asked_for": (
+        "tokenizer.sample_fraction",
+    ),
+    "test_batches::test_a_run_packs_as_its_config_says_and_tells_what_that_costs": ("data.packing",),
     "test_cleaning::test_a_killed_worker_of_a_cluster_loses_nothing_and_does_nothing_twice": ("data.clean.dask",),
     "test_collect::test_a_repository_gives_the_text_of_its_last_commit": ("data.git_endings",),
     "test_collect::test_unreadable_files_stop_or_are_counted_and_named": ("data.unreadable_files",),

@@ -78,12 +78,13 @@ class MixtureWindows:
         return Batch(*(None if arrays[0] is None else np.concatenate(arrays)[order] for arrays in fields))
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """Returns the first and the last document of each sequence, numbered over all sources in their order."""
+        """Returns the ranges of documents of each sequence, numbered over all sources in their order."""
         source_B, window_B = self.choose(step, batch_size)
         windows = list(self.sources.values())
         starts = np.cumsum([0, *(one.split.n_documents for one in windows)])
-        pairs = [windows[k].documents_of(np.array([window]))[0] for k, window in zip(source_B, window_B, strict=True)]
-        return [(int(starts[k]) + a, int(starts[k]) + b) for k, (a, b) in zip(source_B, pairs, strict=True)]
+        chosen = zip(source_B, window_B, strict=True)
+        ranges = ((int(starts[k]), pair) for k, window in chosen for pair in windows[k].documents_of(int(window)))
+        return [(start + first, start + last) for start, (first, last) in ranges]
 
     @property
     def _needs_segments(self) -> bool:

@@ -22,7 +22,7 @@ class Windows(Protocol):
         ...
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """Returns the first and the last document of rows of the batch of `step`, as numbered in the data from 0."""
+        """Returns first and last documents of ranges that make up the batch of `step`, numbered in the data from 0."""
         ...
 
 

@@ -4,6 +4,7 @@ B is the batch size, T the window's length in tokens.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from gptjax.batches.permutation import draw_keys, permute
 from gptjax.batches.ramps import Ramp, sum_before, value_at
 from gptjax.batches.rows import ALL, Rows
 from gptjax.errors import UserError
+from gptjax.text.packing import Packing, pack_split
 from gptjax.text.shards import TokenSplit
 
 
@@ -113,16 +115,13 @@ class PackedWindows:
         return batch._replace(targets=targets_BT)
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """Returns the first and the last document in each row of the batch of `step`, numbered in the stream from 0."""
-        return self.documents_of(self._numbers(step, batch_size))
+        """Returns the ranges of documents in each row of the batch of `step`, numbered in the stream from 0."""
+        return [pair for n in self._numbers(step, batch_size) for pair in self.documents_of(int(n))]
 
-    def documents_of(self, numbers: np.ndarray) -> list[tuple[int, int]]:
-        """Returns the first and the last document in each of these windows."""
-        starts = self.starts(numbers)
-        return [
-            (self.split.document_at(int(start)), self.split.document_at(int(start) + self.block_size - 1))
-            for start in starts
-        ]
+    def documents_of(self, number: int) -> list[tuple[int, int]]:
+        """Returns the first and the last document of each range of the stream that this window holds."""
+        start = int(self.starts(np.array([number]))[0])
+        return [(self.split.document_at(start), self.split.document_at(start + self.block_size - 1))]
 
     def row(self, index: int) -> Batch:
         """Returns window `index`, counted over all epochs, as arrays [T]."""
@@ -140,6 +139,71 @@ class PackedWindows:
             windows = permute(numbers[epochs == epoch], self.windows_per_epoch, keys[1:])
             starts[epochs == epoch] = int(keys[0]) % offsets + windows * self.block_size
         return starts
+
+
+@dataclasses.dataclass(frozen=True)
+class BestFitWindows(PackedWindows):
+    """Windows into which whole documents are packed, see `text.packing`; only longer ones than a window are cut.
+
+    Every token is an input once in each epoch. The rest of a window is padding without targets. The packing follows
+    from the stream and `block_size` alone, the order of windows from `(seed, epoch)`.
+    """
+
+    def __post_init__(self):
+        if self.split.n_tokens < 2:
+            raise UserError(f"the corpus has {self.split.n_tokens} tokens to train on, must have 2; give it more text")
+
+    @functools.cached_property
+    def packing(self) -> Packing:
+        """The pieces of each window."""
+        return pack_split(self.split, self.block_size)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return self.packing.n_windows
+
+    def windows(self, numbers: np.ndarray) -> Batch:
+        B, T = len(numbers), self.block_size
+        apart = self.split.n_documents > 1 and not self.attend_across_documents
+        inputs_BT, targets_BT = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
+        segments_BT, positions_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+        for b, number in enumerate(self._permuted(numbers)):
+            at = 0
+            for segment, (start, length) in enumerate(self._pieces(number)):
+                stop, after = at + length, min(start + length + 1, self.split.n_tokens)
+                tokens = self.split.slice(start, after)
+                inputs_BT[b, at:stop] = tokens[:length]
+                if self.split.document_at(start) not in self.skipped:
+                    targets_BT[b, at : at + len(tokens) - 1] = tokens[1:]
+                if self.split.end_of_text is None and len(self.split.document_starts(start + length, after)):
+                    targets_BT[b, stop - 1] = -1  # the first token of another document
+                segments_BT[b, at:] = segment
+                positions_BT[b, at:stop] = np.arange(length)
+                at = stop
+            segments_BT[b, at:] += 1
+        if not apart:
+            positions_BT[:] = np.arange(T)
+        return Batch(inputs_BT, targets_BT, segments_BT if apart else None, positions_BT)
+
+    def documents_of(self, number: int) -> list[tuple[int, int]]:
+        [window] = self._permuted(np.array([number]))
+        return [(document, document) for document in (self.split.document_at(at) for at, _ in self._pieces(window))]
+
+    def _permuted(self, numbers: np.ndarray) -> list[int]:
+        epochs, numbers = np.divmod(numbers, self.windows_per_epoch)
+        keys = {int(epoch): draw_keys(self.seed, int(epoch))[1:] for epoch in np.unique(epochs)}
+        pairs = zip(epochs, numbers, strict=True)
+        return [int(permute(number[None], self.windows_per_epoch, keys[int(epoch)])[0]) for epoch, number in pairs]
+
+    def _pieces(self, window: int) -> list[tuple[int, int]]:
+        first, last = self.packing.first_W[window : window + 2]
+        return list(
+            zip(self.packing.start_P[first:last].tolist(), self.packing.length_P[first:last].tolist(), strict=True)
+        )
+
+
+MAKERS: dict[str, type[PackedWindows]] = {"stream": PackedWindows, "best_fit": BestFitWindows}
+"""The windows of each `data.packing`."""
 
 
 def read_windows(split: TokenSplit, starts: Iterable[int], block_size: int, attend_across_documents: bool) -> Batch:

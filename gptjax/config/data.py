@@ -58,6 +58,9 @@ class DataConfig:
     skip: str = ""
     """File with a document on each line (its hash, or file and line, as `gptjax data` prints them): they are no longer
     trained on, and every other sequence stays the same."""
+    packing: Literal["stream", "best_fit"] = "stream"
+    """How documents fill windows. stream: one after another, cut where a window ends; best_fit: whole, with padding;
+    only those longer than a window are cut (arXiv:2404.10830)."""
     attend_across_documents: bool = False
     """Let tokens attend to earlier documents in the same window."""
     verify: Literal["full", "header"] = "full"

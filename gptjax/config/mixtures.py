@@ -55,7 +55,7 @@ class SourceConfig:
                 raise UserError(f"{where}: changes={change!r} must be like 1000:0.5, a step above 0 and a weight")
         if self.epochs and (self.weight != 1 or self.changes):
             raise UserError(f"{where}: weight and changes have no effect with epochs={self.epochs}; give one of them")
-        for name in ("attend_across_documents", "verify"):
+        for name in ("packing", "attend_across_documents", "verify"):
             no_effect(f"{where}: data", self.data, name, False, "a run of one source; set it in the run's own data")
 
     @property

@@ -120,9 +120,9 @@ class Config:
             raise UserError("sources must be two or more, each with another name; for one, give data")
         if self.task.kind != "pretrain":
             raise UserError(f"sources have no effect with task.kind={self.task.kind}; leave them out, or use parts")
-        shared = DataConfig(attend_across_documents=self.data.attend_across_documents, verify=self.data.verify)
-        if self.data != shared:
-            raise UserError("data: only attend_across_documents and verify have an effect beside sources")
+        shared = {name: getattr(self.data, name) for name in ("packing", "attend_across_documents", "verify")}
+        if self.data != DataConfig(**shared):
+            raise UserError("data: only packing, attend_across_documents and verify have an effect beside sources")
         weighted = any(source.weight != 1 or source.changes for source in self.sources)
         with_epochs = [source.epochs > 0 for source in self.sources]
         if any(with_epochs) and (not all(with_epochs) or self.mixture_temperature):
@@ -156,6 +156,7 @@ class Config:
                 "unreadable_files",
                 "license",
                 "skip",
+                "packing",
                 "attend_across_documents",
             ):
                 no_effect("data", self.data, name, False, "task.kind=pretrain")
@@ -239,6 +240,7 @@ class Config:
         objective, model = self.task.objective, self.model
         if self.sources and objective.rearranges:
             raise UserError(f"task.objective.kind={objective.kind} does not go with sources; give one text as data")
+        no_effect("data", self.data, "packing", not objective.rearranges, "task.objective.kind=causal or multi_token")
         if objective.why_no_sample:
             no_effect("train", self.train, "sample_prompt", False, f"a model that continues text: {objective.kind} not")
         if objective.kind == "masked" and not model.bidirectional and not self.init_from:

@@ -19,6 +19,8 @@ class TokenizerConfig:
     """Encoding for kind tiktoken: gpt2, r50k_base, p50k_base, cl100k_base or o200k_base."""
     vocab_size: int = 4096
     """Tokens that kinds bpe and wordpiece learn, single bytes and <|endoftext|> included."""
+    sample_fraction: float = 1.0
+    """Share of the documents that kinds bpe and wordpiece learn from, chosen by the hash of their text."""
 
     def __post_init__(self):
         if self.kind == "tiktoken" and self.name not in TIKTOKEN_NAMES:
@@ -30,4 +32,15 @@ class TokenizerConfig:
             raise UserError(f"tokenizer.vocab_size={self.vocab_size} must be at least 257: 256 bytes and <|endoftext|>")
         no_effect("tokenizer", self, "name", self.kind == "tiktoken", "tokenizer.kind=tiktoken")
         learned = self.kind in ("bpe", "wordpiece")
-        no_effect("tokenizer", self, "vocab_size", learned, "tokenizer.kind=bpe or wordpiece")
+        for name in ("vocab_size", "sample_fraction"):
+            no_effect("tokenizer", self, name, learned, "tokenizer.kind=bpe or wordpiece")
+        if not 0 < self.sample_fraction <= 1:
+            raise UserError(f"tokenizer.sample_fraction={self.sample_fraction} must lie in (0, 1]")
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What names prepared data. An option that came later counts only where it is set."""
+        options = dataclasses.asdict(self)
+        if self.sample_fraction == 1:
+            del options["sample_fraction"]
+        return options

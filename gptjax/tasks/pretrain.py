@@ -1,13 +1,13 @@
 """Pretraining on prepared text: predicts the next token, or the targets of `task.objective`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 
 from gptjax.batches.mixture import MixtureWindows, Stage
 from gptjax.batches.multi import Windows
 from gptjax.batches.objectives import ArrangedWindows, vocabulary_of
-from gptjax.batches.pretraining import Batch, PackedWindows, PrefixBatch, evaluation_batches
+from gptjax.batches.pretraining import MAKERS, Batch, BestFitWindows, PrefixBatch, evaluation_batches
 from gptjax.config.objective import SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.config.run import Config
 from gptjax.evaluation.loss import MixtureEvaluation, make_eval_step, mean_evaluation, measure
@@ -39,8 +39,8 @@ def build(config: Config, _name: str, source: Source, compute: Compute, compiled
     )
     skipped = source.skipped.get("", frozenset())
     ramp = train.batch_sizes if train.batch_ramp else ()
-    windows: Windows = PackedWindows(dataset.train, model.block_size, config.seed, across, skipped, ramp)
-    notes = ()
+    windows: Windows = MAKERS[config.data.packing](dataset.train, model.block_size, config.seed, across, skipped, ramp)
+    notes = packing_notes({"": windows})
     if objective.rearranges:
         vocabulary = vocabulary_of(source.tokenizer, SPECIAL_TOKENS.get(objective.kind, ()))
         windows = ArrangedWindows(dataset.train, model.block_size, config.seed, across, objective, vocabulary, skipped)
@@ -81,7 +81,9 @@ def _build_mixture(config: Config, source: Source, compute: Compute, compiled: C
 
     identity = hash_texts([*(one.hash for one in sources.values()), repr(stages)])
     windows = {
-        name: PackedWindows(one.train, model.block_size, config.seed, across, source.skipped.get(name, frozenset()))
+        name: MAKERS[config.data.packing](
+            one.train, model.block_size, config.seed, across, source.skipped.get(name, frozenset())
+        )
         for name, one in sources.items()
     }
     n_targets = sum(int((batch.targets >= 0).sum()) for each in batches.values() for batch in each)
@@ -90,9 +92,23 @@ def _build_mixture(config: Config, source: Source, compute: Compute, compiled: C
         model.block_size,
         identity,
         evaluate,
-        notes=tuple(describe_stages(config, stages, {name: one.train.n_tokens for name, one in sources.items()})),
+        notes=(
+            *describe_stages(config, stages, {name: one.train.n_tokens for name, one in sources.items()}),
+            *packing_notes(windows),
+        ),
         evaluation_batches=sum(map(len, batches.values())),
         measured_on=f"{n_targets} targets of {identity}",
+    )
+
+
+def packing_notes(windows: Mapping[str, Windows]) -> tuple[str, ...]:
+    """A log line for each source whose documents are packed by best fit."""
+    return tuple(
+        f"packing{f' of {name}' if name else ''}: {one.packing.n_windows:,} windows,"
+        f" {one.packing.padding_share(one.block_size):.2%} padding, {one.packing.n_cut:,} of"
+        f" {one.split.n_documents:,} documents cut (longer than {one.block_size:,} tokens)"
+        for name, one in windows.items()
+        if isinstance(one, BestFitWindows)
     )
 
 

@@ -18,6 +18,7 @@ import xxhash
 from gptjax.config.data import DataConfig
 from gptjax.text.counts import COUNTED, UNREADABLE, leaves_out
 from gptjax.text.git import PREFIX, find_repositories
+from gptjax.text.packing import pack_split
 from gptjax.text.remote import file_size
 from gptjax.text.shards import TokenSplit, open_dataset
 from gptjax.text.sources import given_files
@@ -25,6 +26,7 @@ from gptjax.text.streams import named_errors, open_raw
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 _ROWS = 200
+_BLOCK_SIZES = (256, 1024, 4096)
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.15rem .7rem;text-align:left;"
@@ -63,6 +65,7 @@ def make_datasheet(
         "documents": {"read": counts["read"], "kept": counts["read"] - sum(reasons.values()), "left_out": reasons},
         "changed": {name: n for name, n in counts.items() if name in COUNTED and name not in reasons and n},
         "splits": {"train": _describe(dataset.train), "validation": _describe(dataset.validation)},
+        "packing": {str(size): _packing(dataset.train, size) for size in _BLOCK_SIZES},
         "stages": cleaning["stages"] if cleaning else [],
         "examples": cleaning["examples"] if cleaning else {},
     }
@@ -107,6 +110,14 @@ def render_page(sheet: dict[str, Any]) -> str:
         _table(("Split", "#Documents", "#Tokens", "#Bytes", "#Bytes per token"), sizes),
         "<h2>Length of training documents in tokens</h2>",
         _histogram(splits["train"]["length_histogram"]),
+        "<h2>Packing of training documents</h2>",
+        _table(
+            ("#Window in tokens", "#Windows", "#Padding with best_fit", "#Documents cut by best_fit", "#Cut by stream"),
+            [
+                (size, f"{p['windows']:,}", f"{p['padding']:.2%}", f"{p['cut']:.2%}", f"{p['cut_by_stream']:.2%}")
+                for size, p in sheet["packing"].items()
+            ],
+        ),
         "<h2>Stages</h2>" if speed else "",
         _table(("Stage", "#Characters in", "#Left out", "#Changed", "#M characters per CPU second"), speed),
         "<h2>Sources</h2>",
@@ -151,6 +162,19 @@ def _describe(split: TokenSplit) -> dict[str, Any]:
         "bytes": split.n_bytes,
         "bytes_per_token": split.n_bytes / max(1, int(lengths.sum())),
         "length_histogram": {str(2**power): int(n) for power, n in enumerate(powers)},
+    }
+
+
+def _packing(split: TokenSplit, block_size: int) -> dict[str, Any]:
+    """What `data.packing` would do at a window's length: padding, and the shares of documents that are cut."""
+    packing = pack_split(split, block_size)
+    starts = split.document_starts(0, split.n_tokens)
+    ends = np.append(starts[1:], split.n_tokens - (split.end_of_text is not None)) - 1
+    return {
+        "windows": packing.n_windows,
+        "padding": packing.padding_share(block_size),
+        "cut": packing.n_cut / len(starts),
+        "cut_by_stream": float((starts // block_size != ends // block_size).mean()),
     }
 
 

@@ -1,6 +1,5 @@
 """Prepares several sources of text with one tokenizer, each in its own folder."""
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -61,7 +60,7 @@ def _shared_tokenizer(
     if config.kind in ("bytes", "tiktoken"):
         return make_tokenizer(config, lambda: iter(()), report)
     folders = [find_folder(data, config, cache_dir)[0].name for data in sources.values()]
-    identity = json.dumps([folders, dataclasses.asdict(config)], sort_keys=True)
+    identity = json.dumps([folders, config.identity], sort_keys=True)
     name = f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
     path = Path(cache_dir).expanduser() / "data" / name
     if path.exists():

@@ -35,7 +35,7 @@ from gptjax.text.tokenizers.base import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 # Options that do not change which tokens are stored where.
-_NOT_STORED = ("path", "source", "hf_dataset", "streaming", "attend_across_documents", "verify", "skip")
+_NOT_STORED = ("path", "source", "hf_dataset", "streaming", "packing", "attend_across_documents", "verify", "skip")
 # Newer options: at these values they are not part of the folder's name, so that older folders are still found.
 _ADDED_OPTIONS = {
     **{"encoding": "utf-8", "quoting": "format", "template": ""},
@@ -121,7 +121,7 @@ def find_folder(
         UserError: No text is there.
     """
     source = source_fingerprint(data)
-    made_with = tokenizer_override.fingerprint if tokenizer_override else dataclasses.asdict(tokenizer)
+    made_with = tokenizer_override.fingerprint if tokenizer_override else tokenizer.identity
     fingerprint = _fingerprint([FORMAT_VERSION, source, made_with, _stored_options(data)])
     return Path(cache_dir).expanduser() / "data" / f"{_short_name(data)}-{fingerprint}", source
 
@@ -172,7 +172,7 @@ def learned_texts(data: DataConfig, config: TokenizerConfig, cache_dir: Path, re
         UserError: There is no text, or something cannot be read.
     """
     corpus = _open_corpus(data, cache_dir, report)
-    return _learned_from(corpus, config, _split_of(data, corpus))
+    return _learned_from(corpus, config, _split_of(data, corpus), report)
 
 
 def open_folder(folder: Path, verify: Verify = "full") -> Prepared:
@@ -246,7 +246,7 @@ def _build(
     try:
         split = _split_of(data, corpus)
         tokenizer = tokenizer or _kept_tokenizer(building)
-        tokenizer = tokenizer or make_tokenizer(config, lambda: _learned_from(corpus, config, split), report)
+        tokenizer = tokenizer or make_tokenizer(config, lambda: _learned_from(corpus, config, split, report), report)
         save_tokenizer(tokenizer, building / TOKENIZER)
         counts: Counter[str] = Counter()
         shards = _write_shards(building, corpus(counts), split, tokenizer, report)
@@ -305,13 +305,21 @@ def _open_corpus(data: DataConfig, cache_dir: Path, report: Report) -> Corpus:
     return lambda counts: read_store(store, data, counts)
 
 
-def _learned_from(corpus: Corpus, config: TokenizerConfig, split: Split) -> Iterator[str]:
-    """The text on which a tokenizer is trained: all text for chars, the training text for bpe."""
+def _learned_from(corpus: Corpus, config: TokenizerConfig, split: Split, report: Report) -> Iterator[str]:
+    """The text that a tokenizer learns from: all of it for chars, a sample of the training text for bpe."""
+    documents = characters = 0
     for document in corpus(Counter()):
         if config.kind == "chars":
             yield document.text
         else:
-            yield from (text for name, text in split(document.text) if name == "train")
+            for name, text in split(document.text):
+                # Another hash than that of the split, which would choose all or none of the training text.
+                number = xxhash.xxh3_64_intdigest(text.encode(), seed=1)
+                if name == "train" and number < config.sample_fraction * 2**64:
+                    documents, characters = documents + 1, characters + len(text)
+                    yield text
+    if config.sample_fraction < 1:
+        report(f"tokenizer: learns from a sample of {documents:,} documents, {characters / 1e6:,.1f} M characters")
 
 
 def _write_shards(

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from gptjax.batches.mixture import MixtureWindows
-from gptjax.batches.pretraining import PackedWindows, read_windows
+from gptjax.batches.pretraining import MAKERS, read_windows
 from gptjax.checkpoints.run_dir import CONFIG_FILE, load_run
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config
@@ -74,24 +73,28 @@ def step_lines(config: Config, run_dir: Path, step: int) -> list[str]:
     """
     prepared, B = _prepared(config, run_dir), config.train.batch_size
     across, T = config.data.attend_across_documents, config.model.block_size
-    windows = {name: PackedWindows(one.dataset.train, T, config.seed, across) for name, one in prepared.items()}
+    make = MAKERS[config.data.packing]
+    windows = {name: make(one.dataset.train, T, config.seed, across) for name, one in prepared.items()}
     if config.sources:
         stages = mixture_stages(config, {name: one.split.n_tokens for name, one in windows.items()})
         source_B, window_B = MixtureWindows(windows, stages).choose(step - 1, B)
         chosen = [(list(windows)[k], int(number)) for k, number in zip(source_B, window_B, strict=True)]
     else:
         chosen = [("", number) for number in range((step - 1) * B, step * B)]
-    ranges = [windows[name].documents_of(np.array([number]))[0] for name, number in chosen]
+    documents = [
+        [document for first, last in windows[name].documents_of(number) for document in range(first, last + 1)]
+        for name, number in chosen
+    ]
     wanted: dict[str, set[int]] = {}
-    for (name, _), (first, last) in zip(chosen, ranges, strict=True):
-        wanted.setdefault(name, set()).update(range(first, last + 1))
+    for (name, _), numbers in zip(chosen, documents, strict=True):
+        wanted.setdefault(name, set()).update(numbers)
     origins = {name: _origins(prepared[name], "train", numbers) for name, numbers in wanted.items()}
     lines = [f"step {step:,}: sequences {(step - 1) * B:,} to {step * B - 1:,} of the run"]
-    for row, ((name, number), (first, last)) in enumerate(zip(chosen, ranges, strict=True)):
+    for row, ((name, number), numbers) in enumerate(zip(chosen, documents, strict=True)):
         tokens = windows[name].row(number).inputs[:_SHOWN]
         text = " ".join(prepared[name].tokenizer.decode(tokens).split())[:_SHOWN]
-        lines.append(f"sequence {row}{f' of {name}' if name else ''}: documents {first:,} to {last:,}: {text!r}")
-        lines += [f"  {document:,}  {_line(origins[name][document])}" for document in range(first, last + 1)]
+        lines.append(f"sequence {row}{f' of {name}' if name else ''}: {_count(numbers)}: {text!r}")
+        lines += [f"  {document:,}  {_line(origins[name][document])}" for document in numbers]
     return lines
 
 
@@ -145,6 +148,12 @@ def _origins(prepared: Prepared, split: str, numbers: Iterable[int]) -> dict[int
     wanted = set(numbers)
     listed = itertools.islice(read_origins(prepared.folder, split), max(wanted) + 1)
     return {number: origin for number, origin in enumerate(listed) if number in wanted}
+
+
+def _count(numbers: list[int]) -> str:
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"documents {numbers[0]:,} to {numbers[-1]:,}"
+    return f"{len(numbers):,} documents"
 
 
 def _line(origin: Origin) -> str:

@@ -97,9 +97,23 @@ def _with_reason(text: str, broken: str) -> tuple[str, str]:
     return text, f"quality_{broken}" if broken else ""
 
 
-def _language_stage(languages: tuple[str, ...], confidence: float) -> Callable[[str, Counter[str]], tuple[str, str]]:
+def make_language_of() -> Callable[[str], str]:
+    """Returns the function that names the language of a text, as ISO 639.
+
+    Raises:
+        UserError: py3langid is missing.
+    """
+    identifier = _identifier()
+    return lambda text: identifier.classify(text[:LANGUAGE_CHARACTERS])[0]
+
+
+def _identifier() -> Any:
     library = require("py3langid.langid")
-    identifier = library.LanguageIdentifier.from_model_file(library.MODEL_FILE, norm_probs=True)
+    return library.LanguageIdentifier.from_model_file(library.MODEL_FILE, norm_probs=True)
+
+
+def _language_stage(languages: tuple[str, ...], confidence: float) -> Callable[[str, Counter[str]], tuple[str, str]]:
+    identifier = _identifier()
     for language in languages:
         if language not in identifier.labels:
             known = " ".join(identifier.labels)
