@@ -68,6 +68,21 @@ def test_orthogonalizing_brings_singular_values_near_one_and_keeps_singular_vect
         assert (np.diag(inside) > 0.6).all() and (np.diag(inside) < 1.3).all()
 
 
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16)])
+@pytest.mark.parametrize("rank", [2, 16])
+def test_five_steps_on_gram_matrices_are_five_newton_schulz_steps(shape, rank):
+    """In float64, also of matrices with singular values near zero."""
+    random = np.random.default_rng(3)
+    x = random.normal(size=(shape[0], rank)) @ random.normal(size=(rank, shape[1]))
+    x += 1e-3 * random.normal(size=shape)
+    y = (x if shape[0] < shape[1] else x.T) / np.linalg.norm(x)
+    for _ in range(5):
+        gram = y @ y.T
+        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
+    found = np.asarray(orthogonalize(jnp.asarray(x, "float32")))
+    np.testing.assert_allclose(found, y if shape[0] < shape[1] else y.T, atol=2e-3)  # of singular values of about 1
+
+
 def test_queries_keys_and_values_are_orthogonalised_apart_and_layers_too():
     random = np.random.default_rng(2)
     gradient = random.normal(size=(2, 16, 2, 4, 4)).astype(np.float32)  # two layers; two query heads of a key head

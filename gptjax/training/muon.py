@@ -61,8 +61,30 @@ def orthogonalize(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     x = x if wide else x.swapaxes(-1, -2)
     x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)) + 1e-7)
+    x = _iterate_on_gram(x) if x.shape[-1] >= 2 * x.shape[-2] else _iterate(x)
+    return (x if wide else x.swapaxes(-1, -2)).astype(dtype)
+
+
+def _iterate(x: jax.Array) -> jax.Array:
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):
         gram = jnp.einsum("...ik,...jk->...ij", x, x)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.swapaxes(-1, -2)).astype(dtype)
+    return x
+
+
+def _iterate_on_gram(x: jax.Array) -> jax.Array:
+    """Computes `_iterate` with fewer multiplications where `x` is wide.
+
+    A step multiplies `x` by a polynomial of its Gram matrix, and the next Gram matrix is a polynomial of this one. So
+    all steps are made on Gram matrices `[M, M]`, and their product is applied to `x` once.
+    """
+    a, b, c = COEFFICIENTS
+    gram = jnp.einsum("...ik,...jk->...ij", x, x)
+    identity = jnp.broadcast_to(jnp.eye(x.shape[-2], dtype=x.dtype), gram.shape)
+    product = None
+    for _ in range(STEPS):
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
+    return product @ x
