@@ -14,10 +14,12 @@ from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.optim import OptimConfig
 from gptjax.errors import UserError
+from gptjax.machine.chips import CHIPS
 from gptjax.model.gpt import finish_logits
 from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.rules import shardings
+from gptjax.planning.suggest import suggestions
 from gptjax.training import trainer
 from gptjax.training.noise import init_noise, update_noise
 from gptjax.training.optim import make_optimizer, rate_factors
@@ -206,6 +208,12 @@ def test_every_size_of_a_ramp_must_fit_the_mesh():
     check_fits(replace(CONFIG, train={"batch_ramp": ("0:4", "3:8")}), mesh)
     with pytest.raises(UserError, match="batch_ramp: 2 sequences, from step 0 on, must be divisible by the 4 devices"):
         check_fits(replace(CONFIG, train={"batch_ramp": ("0:2", "3:8")}), mesh)
+
+
+def test_a_plan_suggests_micro_batches_that_divide_every_size_of_a_ramp():
+    config = replace(CONFIG, train={"batch_ramp": ("0:4", "3:8")})
+    found = suggestions(config, CHIPS["h100"], 2, 1e9, 1.0, 1e12)
+    assert found and {4 % one.train.micro_batch for one in found} == {0}
 
 
 @pytest.mark.slow

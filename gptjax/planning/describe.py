@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from gptjax.batches.ramps import sum_before
 from gptjax.config.train import TrainConfig
 from gptjax.config.verbs.plan import PlanConfig
 from gptjax.machine.chips import CHIPS, Chip
@@ -105,8 +106,11 @@ def _time(plan: Plan, chip: Chip) -> str:
 
 
 def _hours(plan: Plan, seconds: float) -> float | None:
-    """Hours of all training steps; None: their number depends on the data."""
-    return None if plan.config.train.num_epochs else plan.config.train.num_steps * seconds / 3600
+    """Hours of all training steps, smaller ones of a ramp in proportion; None: their number depends on the data."""
+    train = plan.config.train
+    if train.num_epochs:
+        return None
+    return sum_before(train.batch_sizes, train.num_steps) / train.batch_size * seconds / 3600
 
 
 def _run(plan: Plan, options: PlanConfig) -> str:
