@@ -9,6 +9,7 @@ the seeds. Runs that are trained already are not trained again, so an interrupte
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -44,6 +45,8 @@ PARTS: dict[str, dict[str, dict]] = {
     },
     "rates of embedding x 10, output x 3": {"optim": {"learning_rate": 3e-3, "embedding_rate": 10.0, "head_rate": 3.0}},
     "Muon for the matrices of blocks": {"optim": {"name": "muon", "muon_learning_rate": 0.06}},
+    "value residuals": {"model": {"value_residual": True}},
+    "learned skips": {"model": {"learned_skips": True}},
     "SwiGLU in place of squared ReLU": {"model": {"activation": "silu", "gated": True}},
 }
 """What each line of the table adds to the one before."""
@@ -60,8 +63,7 @@ def configs() -> dict[str, dict]:
 
 def train(name: str, options: dict, text: Path, runs: Path, steps: int, seed: int) -> float:
     """Trains a run, unless its result is stored; returns its last validation loss."""
-    number = list(PARTS).index(name)
-    folder = runs / f"{number:02}-{seed}-{steps}"
+    folder = runs / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{seed}-{steps}"
     result = folder / "result.json"
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))["val_loss"]
