@@ -1,7 +1,8 @@
 """The HTTP server under load, over loopback: `python -m bench.serve speed`, `python -m bench.serve soak`.
 
 The model has random weights and a byte tokenizer; texts have a fixed length, so that all runs do the same work. `speed`
-prints throughput and latency for several numbers of clients, with many slots and with one (one sequence at a time).
+prints throughput and latency for several numbers of clients: of a plain loop over one prompt at a time
+(`bench/loop_server.py`), of one slot, and of many slots.
 `soak` sends good and bad requests and leaves streams, then checks that no slot stays taken, that answers are the same
 as at the beginning, and that the process has not grown; its exit status is 1 where one of these fails.
 """
@@ -96,17 +97,23 @@ async def load(url: str, clients: int, requests: int, options: argparse.Namespac
 
 def speed(folder: Path, options: argparse.Namespace) -> int:
     run_dir = write_model(folder / "run", options)
-    print("| slots | clients | tokens/s | first token, ms: median, 99 % | between tokens, ms: median, 99 % |")
+    print("| server | clients | tokens/s | first token, ms: median, 99 % | between tokens, ms: median, 99 % |")
     print("|---|---|---|---|---|")
-    for slots in (1, options.slots):
-        with served(run_dir, "--slots", str(slots), "--max_queue", "1000", seconds=600) as server:
-            asyncio.run(load(server.url, options.clients[-1], 2 * slots, options))  # compiles
+    rates: dict[str, float] = {}
+    for name, slots in (("a plain loop", 0), ("1 slot", 1), (f"{options.slots} slots", options.slots)):
+        module = "gptjax serve" if slots else "bench.loop_server"
+        flags = ("--slots", str(slots), "--max_queue", "1000") if slots else ()
+        with served(run_dir, *flags, seconds=600, module=module) as server:
+            asyncio.run(load(server.url, options.clients[-1], 2 * max(1, slots), options))  # compiles
             for clients in options.clients:
                 found = asyncio.run(load(server.url, clients, options.requests, options))
                 times = (f"{1000 * found[f'{what}_{p}']:,.1f}" for what in ("first", "between") for p in (50, 99))
                 first, first_99, between, between_99 = times
-                rate = f"{found['tokens_per_s']:,.0f}"
-                print(f"| {slots} | {clients} | {rate} | {first}, {first_99} | {between}, {between_99} |", flush=True)
+                rates[name] = found["tokens_per_s"]
+                row = f"| {name} | {clients} | {rates[name]:,.0f} | {first}, {first_99} | {between}, {between_99} |"
+                print(row, flush=True)
+    ratio = rates[f"{options.slots} slots"] / rates["a plain loop"]
+    print(f"\nthroughput at {options.clients[-1]} clients: {ratio:.2f} times that of a plain loop")
     return 0
 
 

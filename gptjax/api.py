@@ -33,7 +33,7 @@ from gptjax.tasks.registry import TASKS, parse
 from gptjax.text.formats import Row
 from gptjax.text.tokenizers.base import Tokenizer
 from gptjax.verbs.evaluate import one_task, predict_labels
-from gptjax.verbs.sample import check_continues, in_template, prompt_template, write_targets
+from gptjax.verbs.sample import check_continues, in_template, load_draft, prompt_template, write_targets
 from gptjax.verbs.train import run_train
 
 WIDTHS = 64
@@ -200,6 +200,7 @@ class Model:
             *(self.config.model, self.params, self.tokenizer, prompts, config),
             at_start=at_start,
             prefix=self.config.task.objective.kind == "prefix",
+            draft=load_draft(config, self.tokenizer),
             notify=notify,
         )
 

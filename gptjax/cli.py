@@ -4,6 +4,7 @@ Heavy imports are inside these functions, so that help and errors are printed at
 """
 
 import contextlib
+import gc
 import io
 import itertools
 import os
@@ -283,6 +284,9 @@ def run(*verb: str) -> None:
     """The program's entry: `gptjax VERB ...`, or `train.py ...` with the verb given."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # samples hold characters that the terminal may not have
+    # Imports and tracing make a million objects that stay. At Python's thresholds, a fifth of the time until the first
+    # token of `sample` went into looking for garbage among them.
+    gc.set_threshold(50_000, 20, 50)
     sys.exit(main([*verb, *sys.argv[1:]], _restart))
 
 

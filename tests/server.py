@@ -22,9 +22,11 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def served(run_dir: Path, *flags: str, seconds: float = 120) -> Iterator[Served]:
-    """Starts `gptjax serve` on a free port of loopback, and kills it at the end where it still runs."""
-    command = [sys.executable, "-m", "gptjax", "serve", "--run_dir", str(run_dir), "--port", "0", "--no-restart"]
+def served(run_dir: Path, *flags: str, seconds: float = 120, module: str = "gptjax serve") -> Iterator[Served]:
+    """Starts a server on a free port of loopback, and kills it at the end where it still runs."""
+    command = [sys.executable, "-m", *module.split(), "--run_dir", str(run_dir)]
+    if module == "gptjax serve":
+        command += ["--port", "0", "--no-restart"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None

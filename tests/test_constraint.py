@@ -1,7 +1,9 @@
 """Texts of a given form: regular expressions and JSON schemas."""
 
+import dataclasses
 import json
 import re
+import string
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.constraint import Constrainer, Form
 from gptjax.generation.decode import prepare
+from gptjax.generation.sample import samples
 from gptjax.generation.slots import Row, SlotDecoder
 from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
 from tests.test_decode import make_params
@@ -24,6 +27,7 @@ PERSON = {
     "required": ["name", "tall"],
     "additionalProperties": False,
 }
+LETTERS = f'{string.ascii_letters}{string.digits}-{{}}":,'
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=128, vocab_size=257)
 
 
@@ -78,8 +82,41 @@ def test_constrained_rows_match_and_others_are_as_alone():
 
 @pytest.mark.parametrize(
     ("form", "message"),
-    [(Form(regex="(a"), r"regex: .*unclosed group"), (Form(schema={"type": "cat"}), "response_format: .*Invalid type")],
+    [(Form(regex="(a"), r"regex: .*unclosed group"), (Form(schema={"type": "cat"}), "JSON schema: .*Invalid type")],
 )
 def test_a_malformed_form_is_refused(form, message):
     with pytest.raises(UserError, match=message):
         Constrainer(ByteTokenizer()).check(form)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer(LETTERS, False)], ids=["end", "no end"])
+def test_samples_match_their_regex_or_schema_whatever_else_is_asked(tokenizer, tmp_path):
+    (tmp_path / "schema.json").write_text(json.dumps(PERSON))
+    model = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
+    shared = {"max_new_tokens": 60, "num_samples": 2, "repetition_penalty": 1.2}
+
+    def write(**options):
+        config = SampleConfig(**shared, **options)
+        return samples(model, make_params(model), tokenizer, ["ab", "a"], config)
+
+    found = write(regex="[ab]{3,5}-[0-9]{2}", logit_bias=(f"{tokenizer.encode('b')[0]}=3",))
+    assert all(re.fullmatch("[ab]{3,5}-[0-9]{2}", sample.text) for row in found for sample in row)
+    assert {sample.finish for row in found for sample in row} == {"stop"}
+    people = [json.loads(sample.text) for row in write(json_schema=str(tmp_path / "schema.json")) for sample in row]
+    assert all(set(person) == {"name", "tall"} and isinstance(person["tall"], bool) for person in people)
+    assert len({person["name"] for person in people}) > 1
+
+
+def test_forms_that_cannot_be_read_are_named(tmp_path):
+    def write(**options):
+        return samples(MODEL, make_params(MODEL), ByteTokenizer(), ["a"], SampleConfig(max_new_tokens=4, **options))
+
+    (tmp_path / "list.json").write_text("[1]")
+    for name, message in (("missing.json", "cannot be read"), ("list.json", "must hold a JSON object")):
+        with pytest.raises(UserError, match=f"json_schema=.*{message}"):
+            write(json_schema=str(tmp_path / name))
+    with pytest.raises(UserError, match=r"regex: .*unclosed group"):
+        write(regex="(a")
+    for unfit in ({"bad_words": ("x",)}, {"num_beams": 2, "temperature": 0}, {"json_schema": "x"}):
+        with pytest.raises(UserError, match=r"has no effect|both set"):
+            SampleConfig(regex="a", **unfit)

@@ -15,12 +15,15 @@ from gptjax.generation.choose import choice_numbers, choice_rule, choose
 from gptjax.generation.controls import History, Tables
 from gptjax.generation.decode import DecodingModel, generate, prefilled, stream
 from gptjax.generation.sample import sample_texts
-from gptjax.generation.weights import decoding_weights
+from gptjax.generation.weights import decoding_weights, rounded_weights
+from gptjax.model.block import Block
+from gptjax.model.cache import init_cache
+from gptjax.model.gpt import extend as extend_layers
 from gptjax.model.gpt import hidden_states, logits
 from gptjax.ops.projection import project
 from gptjax.text.tokenizers.byte_pair import bpe_tokenizer_from_ranks
 from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
-from tests.tiny import extend, init_params
+from tests.tiny import extend, init_params, layer_by_layer
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=37)
 VARIANTS = {
@@ -282,12 +285,47 @@ def last_logits(model, params, dtype, lengths):
     return np.asarray(project(x_B1D, weights.readout)[:, 0])
 
 
-@pytest.mark.parametrize("options", [{"compute_dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_evaluation_has_the_rounded_weights_of_decoding(dtype):
+    model, params = VARIANTS["tied and padded"], make_params(VARIANTS["tied and padded"])
+    [context] = [np.append(prompt, 0) for prompt in make_prompts(9)]
+    rounded, weights = rounded_weights(model, params, dtype)
+    x_1TD = hidden_states(rounded, weights, context[None], np.arange(10)[None])
+    expected = logits(rounded, weights, x_1TD)[0, -1]
+    # int8 activations are rounded to 16 bits
+    np.testing.assert_allclose(last_logits(model, params, dtype, (9,))[0], expected, atol=2e-3, rtol=1e-4)
+    exact = logits(model, params, hidden_states(model, params, context[None], np.arange(10)[None]))[0, -1]
+    assert np.abs(exact - expected).max() > 0.02
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"compute_dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}],
+    ids=["bfloat16", "int8", "int4"],
+)
 def test_rounded_weights_decode(options):
     samples = generate(
         MODEL, make_params(MODEL), make_prompts(4, 9), SampleConfig(max_new_tokens=40, seed=1, **options)
     )
     assert all(len(row[0]) == 40 and row[0].max() < 37 for row in samples)
+
+
+def test_equal_layers_are_traced_once(monkeypatch):
+    """Tracing took most of the time until the first token of a deep model."""
+    kinds = ("local", "local", "full")
+    model = ModelConfig(
+        **{"n_layer": 6, "n_head": 2, "n_embd": 16, "block_size": 20, "vocab_size": 37},
+        attention_window=5,
+        attention_pattern=kinds,
+    )
+    traced, call = [], Block.__call__
+    monkeypatch.setattr(Block, "__call__", lambda self, *inputs: traced.append(inputs[3]) or call(self, *inputs))
+    params = jax.eval_shape(lambda key: layer_by_layer(model, init_params(model, key)), jax.random.key(0))
+    cache = jax.eval_shape(lambda: init_cache(model, jnp.zeros(3, jnp.int32), 20, "float32"))
+    jax.eval_shape(
+        lambda p, c, tokens: extend_layers(model, p, tokens, c, "float32"), params, cache, jnp.zeros((3, 2), int)
+    )
+    assert sorted(traced) == sorted(set(map(model.layer_kind, range(6)))) and len(traced) == 2
 
 
 def test_params_that_lie_on_several_devices_decode_the_same():

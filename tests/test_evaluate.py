@@ -238,3 +238,17 @@ def test_sliding_windows_have_the_targets_of_other_windows(stride, end, across):
     for span in spans:
         if end is not None and not across:
             assert (span.tokens[:1] == end).all() or len(span.tokens) - span.scored >= 8 - stride + 1
+
+
+def test_rounded_weights_and_another_precision_are_measured(tmp_path, capsys):
+    config = untrained_run(tmp_path)
+    path = tmp_path / "other.txt"
+    path.write_text("aaa 1\nbbb 2\n" * 3, encoding="utf-8")
+    loss = {
+        precision: numbers(evaluate(capsys, config, "--data.path", path, *precision.split())[0])[0]
+        for precision in ("", "--compute_dtype bfloat16", "--quantize int8", "--quantize int4")
+    }
+    exact = loss.pop("")
+    errors = {precision: abs(rounded - exact) for precision, rounded in loss.items()}
+    assert 0 < errors["--quantize int8"] < errors["--quantize int4"] / 3
+    assert errors["--compute_dtype bfloat16"] > 0

@@ -281,3 +281,16 @@ def test_a_row_does_not_get_the_bias_of_the_one_before_it_in_its_slot():
     plain = Row(prompt, SampleConfig(max_new_tokens=8, temperature=0))
     found, other = run(slot_decoder, [plain, Row(prompt, SampleConfig(**biased | {"max_new_tokens": 9}))])
     assert found == alone(MODEL, plain) and found != other[:8]
+
+
+def test_contexts_slide_by_a_token_and_what_was_replaced_is_not_reused():
+    model = dataclasses.replace(MODEL, n_layer=1, block_size=32, positions="rope")
+    shared = {"temperature": 0, "ignore_end_of_text": True}
+    long = Row(np.arange(7, dtype=np.int32), SampleConfig(max_new_tokens=200, **shared))
+    short = Row(np.arange(3, 30, dtype=np.int32), SampleConfig(max_new_tokens=20, **shared))
+    slot_decoder = decoder(model, 2)
+    assert run(slot_decoder, [long, short]) == [alone(model, long), alone(model, short)]
+    again = Row(np.array(long.tokens[:30], np.int32), SampleConfig(max_new_tokens=9, **shared))
+    assert run(slot_decoder, [again]) == [alone(model, again)]
+    with pytest.raises(UserError, match=r"the prompt has 33 tokens"):
+        slot_decoder.start(Row(np.zeros(33, np.int32), SampleConfig(max_new_tokens=1)))

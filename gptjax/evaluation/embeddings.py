@@ -15,12 +15,16 @@ import numpy as np
 from gptjax.batches.labelled import TextBatch, TextSet, ordered_batches
 from gptjax.config.model import ModelConfig
 from gptjax.errors import UserError
-from gptjax.model.gpt import Compute, apply_blocks, embed_tokens
+from gptjax.generation.decode import DecodingModel
+from gptjax.model.cache import init_cache
+from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, extend
 from gptjax.model.heads import pool
 from gptjax.model.loss import batch_states, inputs_of
 from gptjax.text.tokenizers.base import Tokenizer
 
 Pooling = Literal["mean", "last"]
+LISTS = ("blocks", "adapters")
+"""Parameters that decoding holds layer by layer."""
 BATCH = 16
 """Default number of texts in a batch."""
 
@@ -77,12 +81,28 @@ def embed_ids(
         UserError: The model does not have this layer.
     """
     check_layer(model, options.layer)
+    return _in_batches(model, functools.partial(_compiled(model, options, compute), params), texts, batch_size)
+
+
+def embed_decoding(model: DecodingModel, texts: Sequence[np.ndarray], options: EmbeddingOptions) -> np.ndarray:
+    """Returns the vectors of `embed_ids`, with the weights of a model in its layout for decoding.
+
+    Raises:
+        UserError: The model has no such layer.
+    """
+    check_layer(model.config, options.layer)
+    embed = functools.partial(_embed_decoding, model.config, model.dtype, options, model.weights.params)
+    return _in_batches(model.config, embed, texts, BATCH)
+
+
+def _in_batches(
+    model: ModelConfig, embed: Callable[[TextBatch], jax.Array], texts: Sequence[np.ndarray], batch_size: int
+) -> np.ndarray:
     count = len(texts)
     text_set = TextSet(texts, np.full(count, -1, np.int32), np.zeros(count, bool), model.block_size)
     vectors_ED = np.zeros((count, model.n_embd), np.float32)
-    embed = _compiled(model, options, compute)
     for numbers, batch in ordered_batches(text_set, batch_size if count > 1 else 1):
-        found_BD = np.asarray(embed(params, batch))
+        found_BD = np.asarray(embed(batch))
         vectors_ED[numbers[numbers >= 0]] = found_BD[numbers >= 0]
     return vectors_ED
 
@@ -106,6 +126,26 @@ def _embed(
             lower = dataclasses.replace(model, n_layer=options.layer)
             kept = _first_layers(params, options.layer)
             x_BTD, _ = apply_blocks(lower, kept, x_BTD, inputs, compute=compute)
+    return _pooled(x_BTD, batch, options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _embed_decoding(
+    model: ModelConfig, dtype: str, options: EmbeddingOptions, params: dict, batch: TextBatch
+) -> jax.Array:
+    count = model.n_layer if options.layer == -1 else options.layer
+    tokens_BT = batch.inputs
+    if count:
+        kept = {name: {n: part[n] for n in range(count)} for name, part in params.items() if name in LISTS}
+        lower = dataclasses.replace(model, n_layer=count)
+        cache = init_cache(lower, jnp.zeros(tokens_BT.shape[0], jnp.int32), tokens_BT.shape[1], dtype)
+        x_BTD, _ = extend(lower, params | kept, tokens_BT, cache, dtype, final_norm=options.layer == -1)
+    else:
+        x_BTD = embed_tokens(model, params, tokens_BT, inputs_of(model, batch).positions_BT)
+    return _pooled(x_BTD, batch, options)
+
+
+def _pooled(x_BTD: jax.Array, batch: TextBatch, options: EmbeddingOptions) -> jax.Array:
     vectors_BD = pool(x_BTD, batch.lengths, options.pooling)
     if options.normalized:
         vectors_BD = vectors_BD / jnp.maximum(jnp.linalg.norm(vectors_BD, axis=1, keepdims=True), 1e-12)

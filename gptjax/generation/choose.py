@@ -136,6 +136,22 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, rule: Rule, numbers: Numbers
     return jnp.where(numbers.temperature > 0, next_B, _most_likely(logits_BV)) if rule.mixed else next_B
 
 
+def probabilities(logits_BV: jax.Array, rule: Rule, numbers: Numbers) -> jax.Array:
+    """The distribution from which `choose` draws, `[B, V]`; one of a greedy rule has a single token.
+
+    A rule with `top_k` keeps all tokens as likely as the last one that stays.
+    """
+    if rule.greedy:
+        return jax.nn.one_hot(_most_likely(logits_BV), logits_BV.shape[1])
+    rule = rule._replace(row_top_k=rule.row_top_k or rule.top_k > 0)
+    return jax.nn.softmax(_filtered(logits_BV / numbers.temperature[:, None], rule, numbers), axis=-1)
+
+
+def draw(probs_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """Draws a token of each row, `[B]`, int32, from probabilities that need not sum to 1."""
+    return _draw(jnp.log(probs_BV), keys_B)
+
+
 def _filtered(scores_BN: jax.Array, rule: Rule, numbers: Numbers) -> jax.Array:
     """Scores in which excluded tokens are minus infinity."""
     if rule.row_top_k:

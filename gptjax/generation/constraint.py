@@ -4,15 +4,19 @@ Shape suffixes: V vocabulary.
 """
 
 import dataclasses
+import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
+from gptjax.generation.controls import BANNED
 from gptjax.text.tokenizers.base import Tokenizer
 
-NO_PACKAGE = "regex and response_format need llguidance; install it with pip install 'gptjax[constrain]'"
+NO_PACKAGE = "regex and JSON schemas need llguidance; install it with pip install 'gptjax[constrain]'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Constraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
 
+    def biases(self, bias_V: np.ndarray) -> np.ndarray | None:
+        """A bias of each token that also bans those that may not follow, float32 `[V]`; None: none may."""
+        allowed_V = self.allowed()
+        return np.where(allowed_V, bias_V, np.float32(BANNED)) if allowed_V.any() else None
+
     def add(self, tokens: list[int]) -> None:
         """Adds chosen tokens, which must be allowed; end-of-text must not be added."""
         self._matcher.consume_tokens(tokens)
@@ -76,7 +85,7 @@ class Constrainer:
         """
         problem = self._llguidance.LLMatcher.validate_grammar(form.grammar(before), self._tokenizer)
         if problem:
-            name = "regex" if form.schema is None else "response_format"
+            name = "regex" if form.schema is None else "JSON schema"
             message, _, _ = " ".join(str(problem).split()).partition(" 1 | start:")
             raise UserError(f"{name}: {message[:300]}")
 
@@ -84,6 +93,45 @@ class Constrainer:
         """A constraint for a text that follows `before`."""
         matcher = self._llguidance.LLMatcher(self._tokenizer, form.grammar(before), log_level=0)
         return Constraint(matcher, self._vocab_size)
+
+
+@functools.lru_cache(maxsize=1)
+def constrainer_of(tokenizer: Tokenizer) -> Constrainer:
+    """The constrainer of a tokenizer, which is made once: it reads the whole vocabulary.
+
+    Raises:
+        UserError: llguidance is missing.
+    """
+    return Constrainer(tokenizer)
+
+
+def make_constraints(tokenizer: Tokenizer, options: SampleConfig, rows: int) -> list[Constraint]:
+    """A constraint for each row, where `regex` or `json_schema` asks for one.
+
+    Raises:
+        UserError: The regular expression or the schema is malformed or cannot be read, or llguidance is missing.
+    """
+    if not (options.regex or options.json_schema):
+        return []
+    form = Form(options.regex, read_schema(options.json_schema) if options.json_schema else None)
+    constrainer = constrainer_of(tokenizer)
+    constrainer.check(form)
+    return [constrainer.make(form) for _ in range(rows)]
+
+
+def read_schema(path: str) -> dict[str, Any]:
+    """The JSON schema of a file.
+
+    Raises:
+        UserError: It cannot be read, or holds no object.
+    """
+    try:
+        schema = json.loads(Path(path).expanduser().read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"json_schema={path}: cannot be read: {error}") from None
+    if not isinstance(schema, dict):
+        raise UserError(f'json_schema={path}: must hold a JSON object, such as {{"type": "object"}}')
+    return schema
 
 
 def _wrapped(llguidance: Any, tokenizer: Tokenizer) -> Any:

@@ -76,14 +76,15 @@ def make_history(rule: Rule, prompts: Sequence[np.ndarray], new: int, vocab_size
     return history
 
 
-def remember(history: History, next_B: jax.Array) -> History:
-    """Adds one token to each sequence. A finished sequence has no room left and stays the same."""
-    rows_B = jnp.arange(next_B.shape[0])
+def remember(history: History, next_B: jax.Array, taken_B: jax.Array | bool = True) -> History:
+    """Adds one token to each sequence that takes it. A finished sequence has no room left and stays the same."""
+    rows_B, taken_B = jnp.arange(next_B.shape[0]), jnp.broadcast_to(taken_B, next_B.shape)
     if history.counts_BV is not None:
-        history = history._replace(counts_BV=history.counts_BV.at[rows_B, next_B].add(1))
+        history = history._replace(counts_BV=history.counts_BV.at[rows_B, next_B].add(taken_B.astype(jnp.int32)))
     if history.tokens_BL is not None and history.length_B is not None:
-        tokens_BL = history.tokens_BL.at[rows_B, history.length_B].set(next_B, mode="drop")
-        history = history._replace(tokens_BL=tokens_BL, length_B=history.length_B + 1)
+        place_B = jnp.where(taken_B, history.length_B, history.tokens_BL.shape[1])
+        tokens_BL = history.tokens_BL.at[rows_B, place_B].set(next_B, mode="drop")
+        history = history._replace(tokens_BL=tokens_BL, length_B=history.length_B + taken_B)
     return history
 
 

@@ -27,6 +27,7 @@ from gptjax.config.verbs.decoding import token_biases
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import Numbers, Rule, choice_numbers, choice_rule, choose, log_probabilities
+from gptjax.generation.constraint import Constraint
 from gptjax.generation.controls import History, Tables, control, make_history, make_tables, remember
 from gptjax.generation.weights import DecodingWeights, decoding_weights
 from gptjax.machine.platform import target_platform
@@ -115,6 +116,7 @@ def stream(
     *,
     end_of_text: int | None = None,
     bad_words: Sequence[Sequence[int]] = (),
+    constraints: Sequence[Constraint] = (),
     numbers: Sequence[int] | None = None,
     is_finished: Callable[[int], bool] = lambda row: False,
     notify: Callable[[str], None] = lambda message: None,
@@ -134,6 +136,7 @@ def stream(
         options: Number and length of samples, choice of tokens, precision. Fields that hold texts are not used.
         end_of_text: Id that ends a sequence; None: no such id. `options.ignore_end_of_text` overrides it.
         bad_words: Sequences of token ids that are never completed.
+        constraints: The required form of the new tokens of each sequence; empty: any text.
         numbers: Numbers of the prompts; None: 0, 1, 2 ...
         is_finished: Called with the number of each sequence after each piece; True ends the sequence.
         notify: Receives one line when a prompt is cut and, once, when contexts slide.
@@ -146,7 +149,7 @@ def stream(
     check_prompts(config, prompts, options)
     numbers = range(len(prompts)) if numbers is None else numbers
     return _stream(
-        *(config, params, prompts, options, end_of_text, bad_words, numbers, is_finished, notify),
+        *(config, params, prompts, options, end_of_text, bad_words, constraints, numbers, is_finished, notify),
         *(min(piece_length, BUFFER), prefix),
     )
 
@@ -163,20 +166,33 @@ def prepare(config: ModelConfig, params: dict, options: SampleConfig, rows: int,
 
 
 def _stream(
-    config, params, prompts, options, end_of_text, bad_words, prompt_numbers, is_finished, notify, piece_length, prefix
+    config,
+    params,
+    prompts,
+    options,
+    end_of_text,
+    bad_words,
+    constraints,
+    prompt_numbers,
+    is_finished,
+    notify,
+    piece_length,
+    prefix,
 ):
     rows = len(prompts) * options.num_samples
     model = prepare(config, params, options, rows, prefix)
     config = model.config
     rule = choice_rule(options, words=bool(bad_words))
+    rule = rule._replace(bias=rule.bias or bool(constraints))
     stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
     contexts = [context for context in _cut(config, prompts, notify) for _ in range(options.num_samples)]
-    keys_B = _row_keys(np.uint32(options.seed), np.array(prompt_numbers, np.int32), options.num_samples)
+    keys_B = row_keys(np.uint32(options.seed), np.array(prompt_numbers, np.int32), options.num_samples)
     tables = make_tables(rule, token_biases(options), bad_words, config.vocab_size)
+    biases_BV = np.repeat(np.asarray(tables.bias_BV), rows, axis=0) if constraints else None
     history = make_history(rule, contexts, options.max_new_tokens, config.vocab_size)
     numbers = choice_numbers(options, rows)
     done_B = np.zeros(rows, bool)
-    slides = POSITIONS[config.positions].slides and config.adapter.kind not in ("prompt", "prefix")
+    slides = slides_by_token(config)
     cache, number, used, slots, most, told = None, 0, 0, 0, 0, False
     while number < options.max_new_tokens and not done_B.all():
         room = min(config.block_size + 1 - len(c) for c, done in zip(contexts, done_B, strict=True) if not done)
@@ -188,7 +204,7 @@ def _stream(
         # Slots were counted for the longest context. After it ends, the others may need more, and are prefilled again.
         if cache is None or (not slides and (room < 1 or used == most)):
             contexts = [_window(config, c, done) for c, done in zip(contexts, done_B, strict=True)]
-            used = _prefill_length(contexts)
+            used = prefill_length(contexts)
             new = options.max_new_tokens - number
             most = max(most, sliding_slots(config, used, new) if slides else window_slots(config, contexts, new))
             slots = max(slots, _first_slots(config, model.stored, len(contexts), used, most))
@@ -202,6 +218,14 @@ def _stream(
             limit = min(limit, slots - used)
         if room >= 1:  # stop when a context becomes full, to report it
             limit = min(limit, room)
+        if biases_BV is not None:
+            limit = 1  # the next token decides what may follow
+            allowed = [None if done else c.biases(b) for c, b, done in zip(constraints, biases_BV, done_B, strict=True)]
+            done_B = np.array([row is None for row in allowed])
+            if done_B.all():
+                return
+            stacked_BV = [b if row is None else row for row, b in zip(allowed, biases_BV, strict=True)]
+            tables = tables._replace(bias_BV=jnp.asarray(np.stack(stacked_BV)))
         last_B = np.array([c[-1] for c in contexts], np.int32)
         places = np.full(rows, number, np.int32), np.int32(limit), np.full(rows, stop, np.int32)
         cache, history, new_BN, logprobs = decode(
@@ -211,11 +235,18 @@ def _stream(
         new_BN = np.asarray(new_BN)[:, :limit]
         pieces = split_rows(new_BN, jax.device_get(logprobs))
         contexts = [np.concatenate([c, piece.tokens_N]) for c, piece in zip(contexts, pieces, strict=True)]
+        for constraint, piece in zip(constraints, pieces, strict=False):
+            constraint.add(piece.tokens_N.tolist())
         done_B = new_BN[:, -1] == NOTHING
         number += limit
         used += limit
         yield pieces
         done_B |= [is_finished(row) for row in range(rows)]
+
+
+def slides_by_token(config: ModelConfig) -> bool:
+    """Whether a new token may replace the oldest one of a full context in the cache; see the module."""
+    return POSITIONS[config.positions].slides and config.adapter.kind not in ("prompt", "prefix")
 
 
 def split_rows(new_BN: np.ndarray, logprobs: Logprobs | None) -> list[Piece]:
@@ -309,18 +340,19 @@ def _extend_cache(
 _grown = jax.jit(grow_cache, static_argnums=(0, 2, 3))
 
 
-def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int) -> Cache:
+def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int, own_lengths: bool = False) -> Cache:
     """Returns a cache with every context except its last token, which the decoding loop runs.
 
-    With `model.prefix`, the last token also runs here, because the others attend to it; the loop runs it again.
+    With `own_lengths`, each sequence then fills its slots separately, see `Cache`. With `model.prefix`, the last token
+    also runs here, because the others attend to it; the loop runs it again.
     """
-    length = _prefill_length(contexts)
+    length = prefill_length(contexts)
     padding_B = np.array([length - (len(c) - 1) for c in contexts], np.int32)
     tokens_BT = np.zeros((len(contexts), length), np.int32)
     for row, context, padding in zip(tokens_BT, contexts, padding_B, strict=True):
         row[padding:] = context[:-1]
     chunk = length + 1 if model.prefix else PREFILL
-    cache = init_cache(model.config, jnp.asarray(padding_B), slots, model.stored, chunk=chunk)
+    cache = init_cache(model.config, jnp.asarray(padding_B), slots, model.stored, chunk=0 if own_lengths else chunk)
     if model.prefix and length:
         whole_BT = np.concatenate([tokens_BT, [[context[-1]] for context in contexts]], axis=1).astype(np.int32)
         cache = _extend_cache(model.config, model.dtype, model.weights, whole_BT, cache, prefix=True)
@@ -328,35 +360,36 @@ def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int) 
     for start in range(0, length, PREFILL):
         chunk_BT = tokens_BT[:, start : start + PREFILL]
         cache = _extend_cache(model.config, model.dtype, model.weights, chunk_BT, cache)
-    return cache
+    return cache._replace(used=jnp.full(len(contexts), cache.used)) if own_lengths else cache
 
 
-def _prefill_length(contexts) -> int:
+def prefill_length(contexts) -> int:
     """Slots for the longest context without its last token, rounded up so that few programs compile."""
     longest = max(len(c) for c in contexts) - 1
     if longest > PREFILL:
-        return _round_up(longest, PREFILL)
+        return round_up(longest, PREFILL)
     return max(16, 1 << (longest - 1).bit_length()) if longest else 0
 
 
 def window_slots(config: ModelConfig, contexts, new: int) -> int:
     """Slots that are needed up to the last new token, or until the first context is full."""
     longest = max(len(c) for c in contexts)
-    return _round_up(_prefill_length(contexts) + min(new, config.block_size + 1 - longest), SLOTS_MULTIPLE)
+    return round_up(prefill_length(contexts) + min(new, config.block_size + 1 - longest), SLOTS_MULTIPLE)
 
 
 def sliding_slots(config: ModelConfig, used: int, new: int) -> int:
     """Slots that are needed up to the last new token, at most those of a full context, which then slides."""
-    return _round_up(min(used + new, max(used, config.block_size)), SLOTS_MULTIPLE)
+    return round_up(min(used + new, max(used, config.block_size)), SLOTS_MULTIPLE)
 
 
 def _first_slots(config: ModelConfig, dtype: str, rows: int, used: int, most: int) -> int:
     """Slots at the start, of which the prefill uses `used`: `most` for a small cache, few for a large one."""
     size = 2 * config.n_layer * config.kv_heads * config.head_width * jnp.dtype(dtype).itemsize
-    return most if rows * most * size <= LARGE else _round_up(used + 1, SLOTS_MULTIPLE)
+    return most if rows * most * size <= LARGE else round_up(used + 1, SLOTS_MULTIPLE)
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-number // multiple) * multiple
 
 
@@ -389,7 +422,8 @@ def _cut(config: ModelConfig, prompts, notify) -> list[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _row_keys(seed: jax.Array, numbers_P: jax.Array, samples: int) -> jax.Array:
+def row_keys(seed: jax.Array, numbers_P: jax.Array, samples: int) -> jax.Array:
+    """The random keys of all rows, `[P * samples]`, from the numbers of their prompts."""
     rows = jnp.arange(numbers_P.shape[0] * samples)
     return jax.vmap(lambda row: row_key(seed, numbers_P[row // samples], row % samples))(rows)
 

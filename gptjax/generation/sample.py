@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -10,7 +10,9 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.beam import beam_search
-from gptjax.generation.decode import BUFFER, Logprobs, Piece, stream
+from gptjax.generation.constraint import make_constraints
+from gptjax.generation.decode import BUFFER, Logprobs, Piece, prepare, stream
+from gptjax.generation.speculative import speculate
 from gptjax.generation.stream import StopFilter, make_text_stream
 from gptjax.text.tokenizers.base import Tokenizer
 
@@ -39,6 +41,7 @@ def sample_texts(
     *,
     at_start: bool = False,
     prefix: bool = False,
+    draft: tuple[ModelConfig, dict] | None = None,
     on_text: Callable[[int, int, str], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[list[str]]:
@@ -47,6 +50,7 @@ def sample_texts(
         *(config, params, tokenizer, prompts, options),
         at_start=at_start,
         prefix=prefix,
+        draft=draft,
         on_text=on_text,
         notify=notify,
     )
@@ -63,6 +67,7 @@ def samples(
     at_start: bool = False,
     prefix: bool = False,
     numbers: Sequence[int] | None = None,
+    draft: tuple[ModelConfig, dict] | None = None,
     on_text: Callable[[int, int, str], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[list[Sample]]:
@@ -77,6 +82,7 @@ def samples(
         at_start: Whether each prompt begins a document; end-of-text is then put before it, as in training.
         prefix: Whether the tokens of a prompt also attend to later ones, as in a prefix LM.
         numbers: Numbers of the prompts, which select their random keys; None: 0, 1, 2 ...
+        draft: Config and params of the model of `options.draft_run_dir`, which has the same tokenizer.
         on_text: Called with prompt number, sample number (both from 0) and the next piece of text, as soon as it is
             certain. A piece has only whole characters; joined, the pieces are the returned text.
         notify: Receives one line about a prompt that is cut or a context that slides.
@@ -87,8 +93,7 @@ def samples(
     ids = encode_prompts(tokenizer, prompts, options.allow_special)
     if at_start and tokenizer.end_of_text is not None:
         ids = [np.concatenate([[tokenizer.end_of_text], tokens]) for tokens in ids]
-    if tokenizer.vocab_size < config.vocab_size:  # never choose ids that the tokenizer does not have
-        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    config = without_unnamed_tokens(config, tokenizer)
     bad_words = bad_word_ids(tokenizer, options.bad_words)
     if options.num_beams > 1:
         end = tokenizer.end_of_text
@@ -103,25 +108,39 @@ def samples(
         if text and on_text:
             on_text(*divmod(row, options.num_samples), text)
 
-    for pieces in stream(
-        config,
-        params,
-        ids,
-        options,
-        end_of_text=tokenizer.end_of_text,
-        bad_words=bad_words,
-        numbers=numbers,
-        is_finished=lambda row: rows[row].stopped,
-        notify=notify,
-        piece_length=piece_length,
-        prefix=prefix,
-    ):
+    shared: dict[str, Any] = {
+        **{"end_of_text": tokenizer.end_of_text, "bad_words": bad_words, "numbers": numbers, "notify": notify},
+        "is_finished": lambda row: rows[row].stopped,
+    }
+    if options.speculates:
+        if prefix:
+            raise UserError("task.objective.kind=prefix: a draft needs a run that reads a prompt from left to right")
+        model = prepare(config, params, options, len(rows))
+        drafter = None
+        if draft is not None:
+            drafter = prepare(without_unnamed_tokens(draft[0], tokenizer), draft[1], options, len(rows))
+        found = speculate(model, drafter, ids, options, **shared)
+    else:
+        constraints = make_constraints(tokenizer, options, len(rows))
+        found = stream(
+            *(config, params, ids, options),
+            constraints=constraints,
+            piece_length=piece_length,
+            prefix=prefix,
+            **shared,
+        )
+    for pieces in found:
         for row, piece in enumerate(pieces):
             take(row, rows[row].add(piece))
     for number, row in enumerate(rows):
         take(number, row.end())
-    found = [row.sample() for row in rows]
-    return [found[i : i + options.num_samples] for i in range(0, len(found), options.num_samples)]
+    ended = [row.sample() for row in rows]
+    return [ended[i : i + options.num_samples] for i in range(0, len(ended), options.num_samples)]
+
+
+def without_unnamed_tokens(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model without ids that its tokenizer lacks: they have no text, so they are never chosen."""
+    return dataclasses.replace(config, vocab_size=min(config.vocab_size, tokenizer.vocab_size))
 
 
 def _whole(tokenizer: Tokenizer, tokens: np.ndarray, options: SampleConfig) -> Sample:

@@ -2,7 +2,8 @@
 
 Prompts are prefilled in chunks between decoding steps, so a long prompt delays other sequences by one chunk at a time.
 When a sequence ends, its slot keeps the tokens; a later prompt with the same prefix prefills only the rest (prefix
-caching). Contexts do not slide: a prompt and its new tokens must fit in `block_size`.
+caching). A prompt must fit in `block_size`. With position methods that depend only on distances, new tokens then
+replace the oldest ones, as in `decode`; with others, a prompt and its new tokens must fit.
 
 Shape suffixes: B slot, P prompt of a chunk, T position, V vocabulary, K most likely tokens.
 """
@@ -21,7 +22,7 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import Rule, choice_numbers, log_probabilities
 from gptjax.generation.constraint import Constraint
-from gptjax.generation.controls import BANNED, History, Tables, make_history, make_tables
+from gptjax.generation.controls import History, Tables, make_history, make_tables
 from gptjax.generation.decode import (
     NOTHING,
     PREFILL,
@@ -31,6 +32,7 @@ from gptjax.generation.decode import (
     check_prompts,
     decode,
     row_key,
+    slides_by_token,
     split_rows,
 )
 from gptjax.generation.weights import DecodingWeights
@@ -107,13 +109,20 @@ def check_options(options: SampleConfig) -> None:
         raise UserError(f"logprobs={options.logprobs} must be at most {MOST_LOGPROBS}")
 
 
+def fits(config: ModelConfig, prompt: int, new: int) -> bool:
+    """Whether so many new tokens can follow a prompt of so many tokens."""
+    return (slides_by_token(config) and not config.attention_sinks) or prompt + new <= config.block_size + 1
+
+
 class SlotDecoder:
     """Decodes up to `slots` sequences together. Not thread-safe."""
 
     def __init__(self, model: DecodingModel, slots: int):
         config = model.config
         self._model, self._slots, self.prompt_tokens_read = model, slots, 0
-        size = -(-(config.block_size + PREFILL) // SLOTS_MULTIPLE) * SLOTS_MULTIPLE  # a last chunk may be padded
+        self._size = size = (
+            -(-(config.block_size + PREFILL) // SLOTS_MULTIPLE) * SLOTS_MULTIPLE
+        )  # a last chunk may be padded
         self._cache = init_cache(config, jnp.zeros(slots, jnp.int32), size, model.stored, own_lengths=True)
         self._keys_B = jax.random.split(jax.random.key(0), slots)
         self._numbers = choice_numbers(SampleConfig(), slots)
@@ -145,7 +154,7 @@ class SlotDecoder:
         check_prompts(config, [row.prompt], options)
         check_options(options)
         new = 0 if row.score_only else options.max_new_tokens
-        if len(row.prompt) + new > config.block_size + 1:
+        if len(row.prompt) > config.block_size or not fits(config, len(row.prompt), new):
             raise UserError(
                 f"the prompt has {len(row.prompt):,} tokens, and {new:,} new ones do not fit in"
                 f" model.block_size={config.block_size}"
@@ -162,11 +171,15 @@ class SlotDecoder:
     def stop(self, row: Row) -> None:
         """Frees a sequence's slot; its tokens stay in the cache until another sequence needs the slot."""
         if row.slot >= 0 and self._rows[row.slot] is row:
-            self._kept[row.slot] = row.tokens[: row.read]
+            self._kept[row.slot] = self._held(row)
             self._clock += 1
             self._freed[row.slot] = self._clock
             self._rows[row.slot] = None
             self._fresh.discard(row)
+
+    def _held(self, row: Row) -> list[int]:
+        """The tokens in a row's slot that a prompt with the same prefix can reuse: none once the first are replaced."""
+        return row.tokens[: row.read] if row.read <= self._size else []
 
     def step(self) -> list[Event]:
         """Prefills one chunk of waiting prompts, if there are any, and adds tokens to the other sequences.
@@ -235,7 +248,7 @@ class SlotDecoder:
         if row.score_prompt:
             return
         lengths = [
-            _common(kept if other is None or other is row else other.tokens[: other.read], row.prompt)
+            _common(kept if other is None or other is row else self._held(other), row.prompt)
             for kept, other in zip(self._kept, self._rows, strict=True)
         ]
         best = int(np.argmax(lengths))
@@ -304,11 +317,11 @@ class SlotDecoder:
 
     def _constrain(self, row: Row, constraint: Constraint) -> bool:
         """Bans all tokens that the constraint does not allow next; returns whether any token is allowed."""
-        allowed_V = constraint.allowed()
-        [bias_V] = np.asarray(make_tables(BIAS, token_biases(row.options), (), len(allowed_V)).bias_BV)
-        new_rows = Tables(jnp.asarray(np.where(allowed_V, bias_V, np.float32(BANNED)))[None])
-        self._tables = _set_row(self._tables, row.slot, new_rows)
-        return bool(allowed_V.any())
+        [bias_V] = np.asarray(make_tables(BIAS, token_biases(row.options), (), self._model.config.vocab_size).bias_BV)
+        biases_V = constraint.biases(bias_V)
+        if biases_V is not None:
+            self._tables = _set_row(self._tables, row.slot, Tables(jnp.asarray(biases_V)[None]))
+        return biases_V is not None
 
     def _set_controls(self, row: Row) -> None:
         B, V = self._slots, self._model.config.vocab_size

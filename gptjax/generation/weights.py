@@ -3,14 +3,15 @@
 Shape suffixes: V vocabulary, D n_embd.
 """
 
+import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from gptjax.config.model import ModelConfig
-from gptjax.model.gpt import unembedding
-from gptjax.ops.projection import Projection, make_projection
+from gptjax.model.gpt import for_decoding, unembedding
+from gptjax.ops.projection import Projection, WeightDtype, dequantized, make_projection
 
 # Matrices of a block; True: stored as `[F, K]`, see `block.MLP`.
 MATRICES = {
@@ -30,9 +31,7 @@ class DecodingWeights(NamedTuple):
     readout: Projection
 
 
-def decoding_weights(
-    config: ModelConfig, params: dict, dtype: Literal["float32", "bfloat16", "int8"], one_row: bool
-) -> DecodingWeights:
+def decoding_weights(config: ModelConfig, params: dict, dtype: WeightDtype, one_row: bool) -> DecodingWeights:
     """Converts the `params` of `for_decoding` for decoding one or several sequences at once. Call it outside `jit`.
 
     Each layer gets its own arrays, because slices of stacked blocks would be copied for every token. Matrices are
@@ -70,3 +69,32 @@ def _layers(blocks: dict, n_layer: int, dtype: Any, one_row: bool) -> list[dict]
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _readout(w_VD: jax.Array, vocab_size: int, dtype: Any, one_row: bool) -> Projection:
     return make_projection(w_VD[:vocab_size], dtype, one_row, outputs_first=True)
+
+
+def rounded_weights(config: ModelConfig, params: dict, dtype: WeightDtype) -> tuple[ModelConfig, dict]:
+    """The model whose matrices are those that decoding in `dtype` multiplies by, as float32: to measure what they cost.
+
+    The readout has a matrix of its own then, as embeddings are not rounded.
+    """
+    config, params = for_decoding(config, params)
+    head = dict(params.get("head", {})) | {"w": _rounded(unembedding(params), dtype, True)}
+    blocks = _rounded_blocks(params["blocks"], dtype)
+    return dataclasses.replace(config, tied_embeddings=False), params | {"head": head, "blocks": blocks}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rounded_blocks(blocks: dict, dtype: WeightDtype) -> dict:
+    rounded = {part: dict(blocks[part]) for part in blocks}
+    for (part, name), outputs_first in MATRICES.items():
+        if name in blocks[part]:
+            rounded[part][name] = jax.lax.map(
+                lambda w, first=outputs_first: _rounded(w, dtype, first), blocks[part][name]
+            )
+    return rounded
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _rounded(w: jax.Array, dtype: WeightDtype, outputs_first: bool) -> jax.Array:
+    flat = w.reshape(w.shape[0], -1)
+    w_KF = dequantized(make_projection(flat, dtype, False, outputs_first), flat.shape[1 if outputs_first else 0])
+    return (w_KF.T if outputs_first else w_KF).reshape(w.shape)

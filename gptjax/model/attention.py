@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         mask = inputs.mask._replace(positions_BT=inputs.positions_BT) if spec.sparse else inputs.mask
         if (slots := inputs.slots) is not None:
             q_BTHC, k_BTGC, v_BTGC = split_heads(qkv_BTGEC)
-            assert cache is not None  # `Decoder` sets the slots of a cache
+            assert cache is not None  # `extend` sets the slots of a cache
             cache = kv.write(cache, slots, self.config.attention_sinks, k_BTGC, v_BTGC)
             k_BGSC, v_BGSC, visible_BTS, first = *cache, slots.visible_BTS, None
             if prefix is not None:

@@ -192,7 +192,7 @@ def write(layer: LayerCache, slots: Slots, sinks: int, k_BTGC: jax.Array, v_BTGC
     def update(old_BGSC, new_BGTC):
         if sinks:
             old_BGSC = jax.lax.dynamic_update_slice(old_BGSC, first_tokens(old_BGSC, new_BGTC), (0, 0, 0, 0))
-        at = sinks + (used if used.ndim else jnp.mod(used, old_BGSC.shape[2] - sinks))
+        at = sinks + jnp.mod(used, old_BGSC.shape[2] - sinks)
         if not used.ndim:
             return jax.lax.dynamic_update_slice(old_BGSC, new_BGTC, (0, 0, at, 0))
         update_row = jax.lax.dynamic_update_slice

@@ -29,7 +29,7 @@ from gptjax.model import cache as kv
 from gptjax.model.adapters import BlockAdapter, Prefix, Prompt, merge_lora
 from gptjax.model.attention import attention_spec
 from gptjax.model.block import Block
-from gptjax.model.cache import Cache
+from gptjax.model.cache import Cache, LayerCache
 from gptjax.model.experts import Extras
 from gptjax.model.inputs import BlockInputs, Earlier, Memory
 from gptjax.model.layer_scan import scan_layers, unstack_layers
@@ -179,39 +179,12 @@ class GPT(nnx.Module):
         return tuple(self.config.layer_kind(start + layer) for layer in range(count))
 
 
-class Decoder(nnx.Module):
-    """The decoder with a list of blocks and a KV cache, for decoding."""
+class DecoderEnds(nnx.Module):
+    """What decoding runs before and after the blocks."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs=rngs)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)])
         self.norm_f = final_norm_module(config)
-        adapters = [BlockAdapter(config, rngs=rngs) for _ in range(config.n_layer)]
-        self.adapters = None if config.adapter.kind == "none" else nnx.List(adapters)
-        self.config = config
-
-    def __call__(
-        self, tokens_BT: jax.Array, cache: Cache, dtype: jax.typing.DTypeLike, prefix: bool = False
-    ) -> tuple[jax.Array, Cache]:
-        """Returns final hidden states `[B, T, D]` of tokens that follow those in `cache`, and the extended cache."""
-        T, config = tokens_BT.shape[1], self.config
-        positions_BT = kv.positions(cache, T)
-        inputs, views = BlockInputs(positions_BT), {}
-        for number in range(config.n_layer):
-            if (kind := config.layer_kind(number)) not in views:
-                views[kind] = kv.layer_view(config, cache, T, number, attention_spec(config, kind), prefix)
-        x_BTD = embedded_BTD = self.embed(tokens_BT, positions_BT)
-        layers, outputs, values, adapters = [], [], None, self.adapters or [None] * config.n_layer
-        for number, (block, layer, adapter) in enumerate(zip(self.blocks, cache.layers, adapters, strict=True)):
-            learned = None if adapter is None else adapter.prefix(dtype)
-            memory, kind = None if cache.memory is None else cache.memory[number], config.layer_kind(number)
-            inputs = inputs._replace(memory=memory, slots=views[kind])
-            earlier = Earlier(embedded_BTD, values, skipped(config, outputs))
-            x_BTD, layer, _, values = block(x_BTD, dtype, inputs, kind, None, layer, adapter, learned, earlier)
-            layers.append(layer)
-            outputs.append(x_BTD)
-        x_BTD = x_BTD.astype(dtype) if self.norm_f is None else self.norm_f(x_BTD, dtype)
-        return x_BTD, cache._replace(layers=tuple(layers), used=cache.used + T)
 
 
 def skipped(config: ModelConfig, outputs: list[jax.Array]) -> jax.Array | None:
@@ -370,15 +343,55 @@ def extend(
     cache: Cache,
     dtype: jax.typing.DTypeLike,
     prefix: bool = False,
+    final_norm: bool = True,
 ) -> tuple[jax.Array, Cache]:
     """Runs tokens that follow those in `cache`; returns their final hidden states `[B, T, D]` and the extended cache.
-    With `prefix`, the tokens also attend to later ones.
+    With `prefix`, the tokens also attend to later ones. Without `final_norm`, the states are those of the last block.
 
     `config` and `params` are those of `for_decoding`, with lists of blocks and adapters instead of stacks; their
     matrices may be `Projection`s.
     """
-    trunk = {name: part for name, part in params.items() if name not in ("head", "heads", "encoder")}
-    return nnx.merge(_decoder_graphdef(config), trunk)(tokens_BT, cache, dtype, prefix)
+    T = tokens_BT.shape[1]
+    positions_BT = kv.positions(cache, T)
+    inputs, views = BlockInputs(positions_BT), {}
+    for number in range(config.n_layer):
+        if (kind := config.layer_kind(number)) not in views:
+            views[kind] = kv.layer_view(config, cache, T, number, attention_spec(config, kind), prefix)
+    ends = nnx.merge(_ends_graphdef(config), {name: params[name] for name in ("embed", "norm_f") if name in params})
+    x_BTD = embedded_BTD = ends.embed(tokens_BT, positions_BT)
+    layers, outputs, values, adapters = [], [], None, params.get("adapters")
+    for number, layer in enumerate(cache.layers):
+        memory, kind = None if cache.memory is None else cache.memory[number], config.layer_kind(number)
+        x_BTD, layer, values = _extend_block(
+            *(config, kind, dtype, params["blocks"][number], None if adapters is None else adapters[number]),
+            *(x_BTD, inputs._replace(memory=memory, slots=views[kind]), layer),
+            Earlier(embedded_BTD if config.residual_mix else None, values, skipped(config, outputs)),
+        )
+        layers.append(layer)
+        outputs.append(x_BTD)
+    x_BTD = ends.norm_f(x_BTD, dtype) if final_norm and ends.norm_f is not None else x_BTD.astype(dtype)
+    return x_BTD, cache._replace(layers=tuple(layers), used=cache.used + T)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _extend_block(
+    config: ModelConfig,
+    kind: str,
+    dtype: jax.typing.DTypeLike,
+    params: dict,
+    adapter_params: dict | None,
+    x_BTD: jax.Array,
+    inputs: BlockInputs,
+    layer: LayerCache,
+    earlier: Earlier,
+) -> tuple[jax.Array, LayerCache, jax.Array | None]:
+    """Applies one block. JAX traces it once for all layers of a kind, so deep models start about as fast as others."""
+    block = nnx.merge(_block_graphdef(config), params)
+    adapter = None if adapter_params is None else nnx.merge(_adapter_graphdef(config), adapter_params)
+    learned = None if adapter is None else adapter.prefix(dtype)
+    x_BTD, new_layer, _, values = block(x_BTD, dtype, inputs, kind, None, layer, adapter, learned, earlier)
+    assert new_layer is not None  # as one was given
+    return x_BTD, new_layer, values
 
 
 def unembedding(params: dict) -> jax.Array:
@@ -440,5 +453,15 @@ def _graphdef(config: ModelConfig) -> nnx.GraphDef[GPT]:
 
 
 @functools.cache
-def _decoder_graphdef(config: ModelConfig) -> nnx.GraphDef[Decoder]:
-    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+def _ends_graphdef(config: ModelConfig) -> nnx.GraphDef[DecoderEnds]:
+    return nnx.graphdef(nnx.eval_shape(lambda: DecoderEnds(config, rngs=nnx.Rngs(0))))
+
+
+@functools.cache
+def _block_graphdef(config: ModelConfig) -> nnx.GraphDef[Block]:
+    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+
+
+@functools.cache
+def _adapter_graphdef(config: ModelConfig) -> nnx.GraphDef[BlockAdapter]:
+    return nnx.graphdef(nnx.eval_shape(lambda: BlockAdapter(config, rngs=nnx.Rngs(0))))

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.checkpoints.run_dir import LoadedRun
+from gptjax.config.model import ModelConfig
 from gptjax.config.verbs.decoding import DecodingConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
-from gptjax.generation.decode import DecodingModel, prepare
-from gptjax.generation.sample import TextCollector
-from gptjax.generation.slots import Row, SlotDecoder
+from gptjax.generation.decode import DecodingModel, Piece, prepare
+from gptjax.generation.sample import TextCollector, without_unnamed_tokens
+from gptjax.generation.slots import Row, SlotDecoder, fits
+from gptjax.generation.speculative import shared_block_size, speculate
 from gptjax.serving.chat_format import SYSTEM, AnswerFilter, ChatFormat, chat_format
 from gptjax.text.chats import ASSISTANT, USER, Message
 from gptjax.text.tokenizers.base import Tokenizer
@@ -27,9 +29,14 @@ class Conversation:
     """
 
     def __init__(
-        self, run: LoadedRun, options: DecodingConfig, system: str, notify: Callable[[str], None] = lambda message: None
+        self,
+        run: LoadedRun,
+        options: DecodingConfig,
+        system: str,
+        notify: Callable[[str], None] = lambda message: None,
+        draft: tuple[ModelConfig, dict] | None = None,
     ):
-        """See the class.
+        """See the class; `draft` is that of `generation.sample.samples`.
 
         Raises:
             UserError: The run has no tokenizer, or a system message has no effect because it has no template.
@@ -42,8 +49,13 @@ class Conversation:
         self._options = sampling(options)
         self._tokenizer: Tokenizer = run.tokenizer
         self._model = for_texts(run, self._options, 1)
-        self._decoder = SlotDecoder(self._model, 1)
+        self._decoder = None if options.speculates else SlotDecoder(self._model, 1)
+        self._draft: DecodingModel | None = None
+        if draft is not None:
+            self._draft = prepare(without_unnamed_tokens(draft[0], self._tokenizer), draft[1], self._options, 1)
         self._notify, self._told, self._turns = notify, False, 0
+        self.accepted = ""
+        """How many proposals of the draft were accepted in the last answer; empty without a draft."""
         self.messages: list[Message] = []
         self.system = system
 
@@ -69,22 +81,50 @@ class Conversation:
         options = dataclasses.replace(self._options, max_new_tokens=new, stop=stops)
         collector = TextCollector(self._tokenizer, options)
         strip = AnswerFilter(self.format).feed if self.format else _as_it_is
-        row = Row(prompt, options, self._tokenizer.end_of_text, (self._turns, 0))
+        number, written = self._turns, ""
         self._turns += 1
-        self._decoder.start(row)
-        written = ""
+        decode = self._in_slot if self._decoder else self._speculate
+        pieces = decode(prompt, options, number, lambda: collector.stopped)
         try:
-            while self._decoder.rows and not collector.stopped:
-                for event in self._decoder.step():
-                    piece = strip(collector.add(event.piece))
-                    written += piece
-                    yield piece
+            for new in pieces:
+                piece = strip(collector.add(new))
+                written += piece
+                yield piece
             piece = strip(collector.end(), final=True)
             written += piece
             yield piece
         finally:
-            self._decoder.stop(row)
+            pieces.close()
             self.messages.append(Message(ASSISTANT, written))
+
+    def _in_slot(
+        self, prompt: np.ndarray, options: SampleConfig, number: int, is_finished: Callable[[], bool]
+    ) -> Generator[Piece]:
+        """New tokens; the beginning that the prompt shares with the last one is not read again."""
+        assert self._decoder is not None
+        row = Row(prompt, options, self._tokenizer.end_of_text, (number, 0))
+        self._decoder.start(row)
+        try:
+            while self._decoder.rows and not is_finished():
+                yield from (event.piece for event in self._decoder.step())
+        finally:
+            self._decoder.stop(row)
+
+    def _speculate(
+        self, prompt: np.ndarray, options: SampleConfig, number: int, is_finished: Callable[[], bool]
+    ) -> Generator[Piece]:
+        """New tokens of which a draft proposes some; the whole prompt is read."""
+        for [piece] in speculate(
+            *(self._model, self._draft, [prompt], options),
+            end_of_text=self._tokenizer.end_of_text,
+            numbers=[number],
+            is_finished=lambda row: is_finished(),
+            notify=self._set_accepted,
+        ):
+            yield piece
+
+    def _set_accepted(self, line: str) -> None:
+        self.accepted = line
 
     def save(self, path: Path) -> None:
         """Writes the messages as a row of JSONL, which `gptjax train` reads with task.kind=instruct."""
@@ -94,7 +134,8 @@ class Conversation:
 
     def _prompt(self) -> tuple[np.ndarray, int]:
         """The token ids of the prompt, and the largest number of new tokens."""
-        block_size = self._model.config.block_size
+        block_size = shared_block_size(self._model, self._draft)
+        most = block_size - self._options.draft_tokens if self._options.speculates else block_size + 1
         room = max(block_size - self._options.max_new_tokens, block_size // 2, 1)
         if self.format is None:
             ids = self._tokenizer.encode("".join(message.content for message in self.messages))
@@ -113,7 +154,8 @@ class Conversation:
                     )
                 first += 2
                 self._tell("the first messages")
-        return ids, min(self._options.max_new_tokens, block_size + 1 - len(ids))
+        slides = fits(self._model.config, len(ids), self._options.max_new_tokens) and not self._options.speculates
+        return ids, self._options.max_new_tokens if slides else min(self._options.max_new_tokens, most - len(ids))
 
     def _tell(self, what: str) -> None:
         if not self._told:
@@ -140,6 +182,6 @@ def for_texts(run: LoadedRun, options: SampleConfig, rows: int) -> DecodingModel
             f"task.kind={kind}, task.objective.kind={objective}: chat and serve need a run that reads a"
             " prompt from left to right; use gptjax sample, or evaluate"
         )
-    if tokenizer is not None and tokenizer.vocab_size < model.vocab_size:
-        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    if tokenizer is not None:
+        model = without_unnamed_tokens(model, tokenizer)
     return prepare(model, run.params, options, rows)

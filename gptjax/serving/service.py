@@ -1,6 +1,7 @@
 """The served run: its engine for decoding, its embeddings and its labels."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,10 +17,10 @@ from gptjax.config.task import LABELLED
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError, did_you_mean
-from gptjax.evaluation.embeddings import BATCH, EmbeddingOptions, embed_ids
-from gptjax.generation.constraint import Constrainer, Form
+from gptjax.evaluation.embeddings import BATCH, EmbeddingOptions, embed_decoding, embed_ids
+from gptjax.generation.constraint import Form, constrainer_of
 from gptjax.generation.decode import check_prompts
-from gptjax.generation.slots import Row, check_options
+from gptjax.generation.slots import Row, check_options, fits
 from gptjax.model.gpt import Compute
 from gptjax.serving.chat_format import ChatFormat, chat_format
 from gptjax.serving.conversation import for_texts
@@ -52,14 +53,14 @@ class Service:
         if not self.labels:
             options = SampleConfig(compute_dtype=config.compute_dtype, quantize=config.quantize)
             model = for_texts(run, options, config.slots)
-            self._model = model.config
+            self._model = model
+            self.run = dataclasses.replace(run, params={})  # the engine has the only copy
             self.engine = Engine(model, config.slots, config.max_queue, self.metrics)
         self._executor = ThreadPoolExecutor(
             1, thread_name_prefix="labels"
         )  # one worker, because each computation uses all cores
         self._computing = 0
         self._lock = threading.Lock()
-        self._constrainer: Constrainer | None = None
 
     def start(self) -> None:
         """Starts to accept requests."""
@@ -93,10 +94,10 @@ class Service:
             UserError: The form is malformed, or llguidance is missing.
         """
         with self._lock:
-            self._constrainer = self._constrainer or Constrainer(self.tokenizer)
-        self._constrainer.check(form, before)
+            constrainer = constrainer_of(self.tokenizer)
+        constrainer.check(form, before)
         for row in rows:
-            row.constraint = self._constrainer.make(form, before)
+            row.constraint = constrainer.make(form, before)
 
     def check(self, row: Row) -> None:
         """Checks that a sequence can be decoded.
@@ -110,13 +111,13 @@ class Service:
             message = f"the prompt has {length:,} tokens, must have at most {most:,}"
             raise Invalid(message, "prompt", "context_length_exceeded")
         new = 0 if row.score_only else row.options.max_new_tokens
-        if length + new > block_size + 1:
+        if not fits(self._model.config, length, new):
             message = (
                 f"the prompt has {length:,} tokens, and {new:,} new ones do not fit in a context of {block_size:,}"
             )
             raise Invalid(message, "max_tokens", "context_length_exceeded")
         try:
-            check_prompts(self._model, [row.prompt], row.options)
+            check_prompts(self._model.config, [row.prompt], row.options)
             check_options(row.options)
         except UserError as error:
             raise Invalid(str(error)) from None
@@ -148,6 +149,8 @@ class Service:
 
     def embed(self, texts: Sequence[np.ndarray], options: EmbeddingOptions) -> np.ndarray:
         """Embeddings of texts given as token ids, float32 `[texts, n_embd]`."""
+        if self.engine is not None:
+            return embed_decoding(self._model, texts, options)
         compute = Compute(self._config.compute_dtype, unroll=1)
         return embed_ids(self.run.config.model, self.run.params, texts, options, compute)
 

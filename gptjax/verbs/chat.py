@@ -10,6 +10,7 @@ from gptjax.errors import UserError
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.serving.conversation import Conversation
+from gptjax.verbs.sample import load_draft
 
 HELP = """/reset        forget what was said
 /system TEXT  start anew with a system message
@@ -22,7 +23,9 @@ def run_chat(config: ChatConfig) -> int:
     """Reads messages from the terminal or standard input, and prints answers as they are written."""
     compile_cache.start()
     run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, notify, config.base)
-    conversation = Conversation(run, config, config.system, notify)
+    draft = None if run.tokenizer is None else load_draft(config, run.tokenizer)
+    conversation = Conversation(run, config, config.system, notify, draft)
+    del run, draft  # the conversation has the model in its layout for decoding
     if conversation.format is None:
         notify(f"{config.run_dir}: learned no chats; it continues what you write")
     read = _reader()
@@ -73,6 +76,8 @@ def _answer(conversation: Conversation, line: str) -> None:
         pieces.close()
     sys.stdout.write("\n")
     sys.stdout.flush()
+    if conversation.accepted:
+        notify(conversation.accepted)
 
 
 def _reader() -> Callable[[], str | None]:

@@ -32,6 +32,7 @@ from gptjax.evaluation.loss import (
     sum_loss,
 )
 from gptjax.evaluation.sliding import sliding_spans
+from gptjax.generation.weights import rounded_weights
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.tasks.dpo import measure_preferences
@@ -108,6 +109,7 @@ def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
         UserError: The run does not exist, or its data cannot be read.
     """
     run = load_run(Path(options.run_dir).expanduser(), options.checkpoint, options.strict, notify, options.base)
+    run = _in_precision(run, options)
     tokenizer = run.tokenizer
     if tokenizer is None:
         raise UserError(f"{options.run_dir}: has no tokenizer, so no text can be measured")
@@ -133,6 +135,23 @@ def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
     return (
         _evaluate_chats(run, tokenizer, options) if TASKS[kind].report is None else _evaluate_head(run, name, options)
     )
+
+
+def _in_precision(run: LoadedRun, options: EvaluateConfig) -> LoadedRun:
+    """The run with the weights and the precision that the options ask for."""
+    config = run.config
+    if options.compute_dtype != "run":
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, compute_dtype=options.compute_dtype)
+        )
+    if options.quantize == "none":
+        return dataclasses.replace(run, config=config)
+    if config.model.bidirectional or config.model.encoder_layers:
+        raise UserError(
+            f"quantize={options.quantize} has no effect: {options.run_dir} does not decode from left to right"
+        )
+    model, params = rounded_weights(config.model, run.params, options.quantize)
+    return dataclasses.replace(run, config=dataclasses.replace(config, model=model), params=params)
 
 
 def _evaluate_text(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify) -> str:

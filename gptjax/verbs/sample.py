@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax.checkpoints.run_dir import LoadedRun, load_run
+from gptjax.config.model import ModelConfig
 from gptjax.config.rules import no_effect
 from gptjax.config.run import Config
 from gptjax.config.task import CHATS
+from gptjax.config.verbs.decoding import DecodingConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.sample import Sample, samples
@@ -37,8 +39,9 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
         for text in write_targets(run, tokenizer, prompts, config):
             _write(f"{text}\n")
         return 0
-    prompts = in_template(prompts, template)
+    draft, prompts = load_draft(config, tokenizer), in_template(prompts, template)
     one = len(prompts) * config.num_samples == 1 and not config.json and not config.logprobs
+    late: list[str] = []  # what a draft has to say comes when the text has ended
     if one:
         _write(prompts[0])
     found = samples(
@@ -49,11 +52,15 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
         config,
         at_start=template is not None,
         prefix=run.config.task.objective.kind == "prefix",
+        draft=draft,
         on_text=(lambda _prompt, _sample, piece: _write(piece)) if one else None,
-        notify=notify,
+        notify=late.append if config.speculates else notify,
     )
     if one:
         _write("\n")
+    for line in late:
+        notify(line)
+    if one:
         return 0
     for number, (prompt, row) in enumerate(zip(prompts, found, strict=True)):
         for sample in row:
@@ -78,6 +85,24 @@ def load_for_prompts(config: SampleConfig) -> tuple[LoadedRun, Tokenizer, str | 
         raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
     check_continues(run.config, config.run_dir)
     return run, run.tokenizer, prompt_template(run, config.raw, config.run_dir)
+
+
+def load_draft(options: DecodingConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, dict] | None:
+    """Config and params of the model of `draft_run_dir`; None where none is named.
+
+    Raises:
+        UserError: It has another tokenizer than the run, or does not read a prompt from left to right.
+    """
+    if not options.draft_run_dir:
+        return None
+    run = load_run(Path(options.draft_run_dir).expanduser(), options.checkpoint, options.strict, notify)
+    model, where = run.config.model, f"draft_run_dir={options.draft_run_dir}"
+    if run.tokenizer is None or run.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{where}: has another tokenizer than the run; a draft needs the same one")
+    check_continues(run.config, where)
+    if model.encoder_layers or run.config.task.objective.kind == "prefix":
+        raise UserError(f"{where}: a draft needs a run that reads a prompt from left to right")
+    return model, run.params
 
 
 def write_targets(run: LoadedRun, tokenizer: Tokenizer, sources: Sequence[str], options: SampleConfig) -> list[str]:

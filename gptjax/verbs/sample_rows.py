@@ -24,7 +24,7 @@ from gptjax.text.counts import counted
 from gptjax.text.formats import Row
 from gptjax.text.rows import field_value, read_rows
 from gptjax.verbs.output_rows import renamed, write_file
-from gptjax.verbs.sample import describe, load_for_prompts
+from gptjax.verbs.sample import describe, load_draft, load_for_prompts
 
 OUTPUT = "samples"
 UNREAD = ("out", "batch_size", "run_dir", "prompt_file", "strict")
@@ -58,6 +58,7 @@ def sample_rows(config: SampleConfig, notify: Callable[[str], None] = print) -> 
         notify(f"{config.out}: {len(done.rows):,} of {len(rows):,} rows are done already")
     left = sorted((number for number in range(len(rows)) if number not in done.rows), key=lambda n: (-lengths[n], n))
     _tell_of_long(lengths, config, run.config.model.block_size, notify)
+    draft = load_draft(config, tokenizer)
     progress = RowProgress(len(rows), len(done.rows), "rows")
     try:
         for first in range(0, len(left), config.batch_size):
@@ -69,6 +70,7 @@ def sample_rows(config: SampleConfig, notify: Callable[[str], None] = print) -> 
                 at_start=template is not None,
                 prefix=run.config.task.objective.kind == "prefix",
                 numbers=filled,
+                draft=draft,
             )
             done.add({n: [describe(tokenizer, one) for one in row] for n, row in zip(numbers, found, strict=False)})
             progress.advance(len(numbers))

@@ -25,8 +25,11 @@ def run_serve(config: ServeConfig) -> int:
     compile_cache.start()
     listening = listen(config)  # before the model is loaded, so that a port in use is told at once
     run_dir = Path(config.run_dir).expanduser()
-    run = load_run(run_dir, config.checkpoint, config.strict, notify, config.base)
-    service = Service(run, config.model_name or run_dir.resolve().name, config)
+    service = Service(  # which releases the parameters of the run
+        load_run(run_dir, config.checkpoint, config.strict, notify, config.base),
+        config.model_name or run_dir.resolve().name,
+        config,
+    )
     if config.host not in LOOPBACK and not keys:
         notify(f"host={config.host}: other machines can use the server, and no API key is asked for (--api_keys FILE)")
     if service.engine is not None:

@@ -45,14 +45,27 @@ class DecodingConfig(CheckpointConfig):
     """Random seed; the same seed gives the same text, whatever else is in the batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matmul operands; on a GPU or TPU also of activations and the cache, which are float32 on a CPU."""
-    quantize: Literal["none", "int8"] = "none"
-    """int8: weights are rounded to 8 bits with a scale for each output; faster for one sequence on a CPU."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """int8: 8 bits a weight, a scale for each output, faster for one sequence on a CPU; int4: 4, one for each 32."""
     ignore_end_of_text: bool = False
     """Continue after end-of-text."""
+    draft_run_dir: str = ""
+    """Run directory of a smaller model with the same tokenizer, whose proposals are checked (speculative decoding)."""
+    draft_ngram: int = 0
+    """Propose the tokens that followed an earlier occurrence of this many newest tokens, or of fewer; 0: off."""
+    draft_tokens: int = 4
+    """Tokens that a draft proposes at a time."""
 
     def __post_init__(self):
         super().__post_init__()
-        usable_paths("", self, "run_dir")
+        usable_paths("", self, "run_dir", "draft_run_dir")
+        positive("", self, "draft_tokens")
+        not_negative("", self, "draft_ngram")
+        if self.draft_run_dir and self.draft_ngram:
+            raise UserError(
+                f"draft_run_dir={self.draft_run_dir} and draft_ngram={self.draft_ngram} are both set; give one"
+            )
+        no_effect("", self, "draft_tokens", self.speculates, "draft_run_dir or draft_ngram")
         positive("", self, "max_new_tokens")
         not_negative("", self, "temperature", "top_k", "min_new_tokens")
         if not 0 <= self.seed < 2**32:
@@ -75,6 +88,11 @@ class DecodingConfig(CheckpointConfig):
         no_effect("", self, "min_new_tokens", not self.ignore_end_of_text, "ignore_end_of_text=false")
         for name in ("top_k", "top_p", "min_p", "typical_p"):
             no_effect("", self, name, self.temperature > 0, "temperature above 0")
+
+    @property
+    def speculates(self) -> bool:
+        """Whether a draft proposes tokens."""
+        return bool(self.draft_run_dir) or self.draft_ngram > 0
 
 
 def no_empty_text(config, name: str) -> None:

@@ -47,6 +47,10 @@ class EvaluateConfig(CheckpointConfig):
     """Regular expression whose first group is the answer in a generated text; empty: all of the text is."""
     text_scores: bool = False
     """Also print BLEU, chrF and ROUGE-L of generated answers (extra evaluate)."""
+    compute_dtype: Literal["run", "float32", "bfloat16"] = "run"
+    """Type of matmul operands; run: that of train.compute_dtype."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Round weights as sample does with this option, to measure what it costs."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self):

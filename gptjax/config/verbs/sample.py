@@ -35,6 +35,10 @@ class SampleConfig(DecodingConfig):
     """Never repeat an n-gram of this many tokens, prompt included; 0: n-grams may repeat."""
     bad_words: tuple[str, ...] = ()
     """Texts that are not written, each also with a space before it, as the tokenizer splits them."""
+    regex: str = ""
+    """Regular expression that a sample matches as a whole."""
+    json_schema: str = ""
+    """File with a JSON schema that a sample matches; it is written without line breaks and spaces."""
     num_beams: int = 1
     """Continuations that beam search keeps at each step; 1: no beam search."""
     length_penalty: float = 1.0
@@ -50,7 +54,7 @@ class SampleConfig(DecodingConfig):
         super().__post_init__()
         positive("", self, "num_samples", "num_beams")
         not_negative("", self, "no_repeat_ngram", "logprobs", "attention_sinks")
-        usable_paths("", self, "prompt_file", "out")
+        usable_paths("", self, "prompt_file", "out", "json_schema")
         positive("", self, "batch_size")
         no_effect("", self, "out", bool(self.prompt_file), "prompt_file")
         no_effect("", self, "json", not self.out, "standard output")
@@ -69,5 +73,12 @@ class SampleConfig(DecodingConfig):
                 raise UserError(f"num_beams={self.num_beams} needs temperature=0: beam search draws nothing")
             if self.num_samples > self.num_beams:
                 raise UserError(f"num_samples={self.num_samples} must be at most num_beams={self.num_beams}")
-            for name in ("stop", "logprobs", "attention_sinks"):
+            for name in ("stop", "logprobs", "attention_sinks", "draft_run_dir", "draft_ngram", "regex", "json_schema"):
                 no_effect("", self, name, False, "num_beams=1")
+        no_effect("", self, "attention_sinks", not self.speculates, "a context that slides: with a draft it does not")
+        if self.regex and self.json_schema:
+            raise UserError("regex and json_schema are both set; give one")
+        if self.regex or self.json_schema:
+            unfit = ("ignore_end_of_text", "min_new_tokens", "no_repeat_ngram", "bad_words")
+            for name in (*unfit, "draft_run_dir", "draft_ngram"):
+                no_effect("", self, name, False, "free text: regex and json_schema decide which tokens may follow")

@@ -38,8 +38,8 @@ class ServeConfig(CheckpointConfig):
     """Time limit of a request: one that still waits for a slot gets status 503, the text of others ends there."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matmul operands; on a GPU or TPU also of activations and the cache, which are float32 on a CPU."""
-    quantize: Literal["none", "int8"] = "none"
-    """int8: weights are rounded to 8 bits with a scale for each output."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """int8: 8 bits a weight, a scale for each output; int4: 4 bits, a scale for each 32."""
 
     def __post_init__(self):
         super().__post_init__()
