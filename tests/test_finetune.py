@@ -464,7 +464,7 @@ def make_multi(folder: Path, parts: tuple[PartConfig, ...]) -> Config:
 @pytest.mark.slow
 def test_several_tasks_share_a_model(folder, capsys):
     kinds = {"letter": ("classify", ".jsonl"), "spans": ("tag", ".conll"), "chat": ("instruct", "-chat.jsonl")}
-    parts = tuple(
+    parts = [
         PartConfig(
             name=name,
             weight=weight,
@@ -476,16 +476,18 @@ def test_several_tasks_share_a_model(folder, capsys):
             data=DataConfig(path=(str(folder / f"train{ending}"),)),
         )
         for (name, (kind, ending)), weight in zip(kinds.items(), (1.0, 0.5, 2.0), strict=True)
-    )
-    config = make_multi(folder, parts)
+    ]
+    text = PartConfig(name="text", weight=4.0, data=run_config(folder).data)
+    config = make_multi(folder, (*parts, text))
     assert trainer.train(replace(config, train={"num_steps": 2})) == 0
     assert trainer.train(config) == 0
     saved = load_config(Path(config.run_dir) / "config.yaml")
-    assert [part.task.labels for part in saved.parts] == [("a", "b"), ("B-X", "O"), ()]
+    assert [part.task.labels for part in saved.parts] == [("a", "b"), ("B-X", "O"), (), ()]
     params = load_run(Path(config.run_dir), "latest").params
     assert {name: head["w"].shape[0] for name, head in params["heads"].items()} == {"letter": 2, "spans": 2}
     last = read_metrics(Path(config.run_dir))[-1]
-    expected = (last["letter/val_loss"] + 0.5 * last["spans/val_loss"] + 2 * last["chat/val_loss"]) / 3.5
+    weights = {"letter": 1.0, "spans": 0.5, "chat": 2.0, "text": 4.0}
+    expected = sum(weight * last[f"{name}/val_loss"] for name, weight in weights.items()) / 7.5
     assert last["val_loss"] == pytest.approx(expected)
     capsys.readouterr()
     run = ["--run_dir", config.run_dir, "--checkpoint", "latest"]
@@ -493,8 +495,11 @@ def test_several_tasks_share_a_model(folder, capsys):
     assert len(json.loads(capsys.readouterr().out)["predicted"]) == 2
     assert main(["evaluate", *run, "--part", "letter"]) == 0
     assert f"loss {last['letter/val_loss']:.4f}" in capsys.readouterr().out
+    assert main(["evaluate", *run, "--part", "text", "--windows", "512"]) == 0
+    written = capsys.readouterr()
+    assert written.out.startswith(f"loss {last['text/val_loss']:.4f} ") and "has changed" not in written.err
     assert main(["evaluate", *run]) == 2
-    assert "part='' must be one of letter, spans, chat" in capsys.readouterr().err
+    assert "part='' must be one of letter, spans, chat, text" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.batches.labelled import Marks, encode_rows
+from gptjax.batches.labelled import Marks, TextSet, encode_rows
 from gptjax.cli import main
 from gptjax.config.data import DataConfig
 from gptjax.config.reader import load_config
@@ -17,8 +17,9 @@ from gptjax.config.task import TaskConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.numbers import NumberPredictions, pearson, ranks, score_numbers
-from gptjax.model import gpt
+from gptjax.model import bag, gpt
 from gptjax.model.gpt import Compute
+from gptjax.model.inputs import BlockInputs
 from gptjax.report.metrics import read_metrics
 from gptjax.tasks.heads import make_predict
 from gptjax.tasks.registry import make_loss, parse, read_examples
@@ -63,6 +64,64 @@ def outputs(config: Config, params: dict, rows) -> np.ndarray:
     batch = rows.batch(np.arange(len(rows.tokens)), rows.tokens, np.ones(len(rows.tokens)))
     found, _ = jax.jit(make_predict(config.model, config.task, config.task.kind, Compute()))(params, batch)
     return np.asarray(found)
+
+
+def test_a_layer_mixture_is_the_softmax_weighted_sum_of_all_normalised_layers():
+    config = task_config(kind="regress", means=(0.0,), deviations=(1.0,), layer_mixture=True)
+    model, params = config.model, init_all(config, jax.random.key(0))
+    head = params["heads"]["regress"]
+    assert head["mix"].shape == (model.n_layer + 1,)
+    head |= {"mix": np.array([0.3, -1.0, 2.0], np.float32), "scale": np.float32(1.7)}
+    ids = np.array([[5, 1, 4, 2]], np.int32)
+    positions = np.arange(4)[None]
+    layers = [gpt.embed_tokens(model, params, ids, positions)]
+    one = dataclasses.replace(model, n_layer=1)
+    for layer in range(model.n_layer):
+        block = params | {"blocks": jax.tree.map(lambda leaf, n=layer: leaf[n : n + 1], params["blocks"])}
+        layers.append(gpt.apply_blocks(one, block, layers[-1], BlockInputs(positions), first=layer)[0])
+    states_LD = np.stack([np.asarray(gpt.final_norm(model, params, x))[0].mean(0) for x in layers])
+    expected = 1.7 * softmax(head["mix"].astype(np.float64)) @ states_LD @ np.asarray(head["w"][0])
+    found = outputs(config, params, TextSet([ids[0]], np.zeros((1, 1), np.float32), np.zeros(1, bool), 32))
+    np.testing.assert_allclose(found[0, 0], expected, rtol=1e-4)  # float32 sums in another order
+    gradient = jax.grad(
+        lambda head: (
+            make_loss(config, Compute())(
+                params | {"heads": {"regress": head}},
+                TextSet([ids[0]], np.ones((1, 1), np.float32), np.zeros(1, bool), 32).batch(
+                    np.arange(1), [ids[0]], np.ones(1)
+                ),
+                None,
+            ).objective
+        )
+    )(head)
+    assert np.all(np.asarray(gradient["mix"]) != 0) and gradient["scale"] != 0
+
+
+@pytest.mark.parametrize("longest", (1, 3))
+def test_a_bag_of_words_adds_the_logits_of_a_linear_model_over_tf_idf(longest):
+    text = pytest.importorskip("sklearn.feature_extraction.text", reason="needs scikit-learn (the extra finetune)")
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(list("abcde"), size)) for size in (6, 1, 9, 9, 20, 14)]
+    vectorizer = text.TfidfVectorizer(ngram_range=(1, longest), analyzer="char", sublinear_tf=True)
+    expected_BN = vectorizer.fit_transform(texts) @ np.eye(len(vectorizer.vocabulary_))[:, :2]
+
+    ids = [np.frombuffer(one.encode(), np.uint8).astype(np.int32) for one in texts]
+    ngrams = [np.frombuffer(name.encode(), np.uint8)[None] for name in vectorizer.get_feature_names_out()]
+    places = [bag._ngrams(one, np.array([one.shape[1]]), longest, np)[0][0, -1] for one in ngrams]
+    words_MN = np.zeros((bag.BUCKETS, 2), np.float32)
+    words_MN[places[:2]] = np.eye(2)
+    config = task_config(kind="classify", labels=("x", "y"), bag_of_words=longest)
+    params = init_all(config, jax.random.key(0), {"heads": {"classify": {"words": words_MN}}})
+    params["heads"]["classify"]["idf"] = bag.document_frequencies(ids, longest)
+    without = jax.tree.map(np.copy, params)
+    without["heads"]["classify"]["words"][:] = 0
+    rows = TextSet(ids, np.zeros(len(ids), np.int32), np.zeros(len(ids), bool), 32)
+    odds_B, odds_without_B = (
+        np.log(p_BN[:, 0] / p_BN[:, 1]) for p_BN in (outputs(config, params, rows), outputs(config, without, rows))
+    )
+    # float32 log-probabilities near 0 and 1
+    expected_B = bag.SCALE * (expected_BN[:, 0] - expected_BN[:, 1])
+    np.testing.assert_allclose(odds_B - odds_without_B, expected_B, atol=2e-3)
 
 
 def test_scores_of_numbers_are_those_of_scipy():

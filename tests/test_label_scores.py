@@ -5,11 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
+from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
-from gptjax.evaluation.labels import Predictions, are_spans, confusion, per_label, score
+from gptjax.batches.packed import encode_words
+from gptjax.config.data import DataConfig
+from gptjax.config.task import TaskConfig
+from gptjax.evaluation.labels import Predictions, are_spans, confusion, per_label, score, with_labels
+from gptjax.evaluation.predict import predict_words
+from gptjax.model.heads import label_loss
+from gptjax.tasks.registry import read_examples
+from gptjax.text.tokenizers.plain import ByteTokenizer
 from gptjax.training import setup
 from tests.faults.runs import SHARED_CACHE
 
@@ -45,6 +55,31 @@ def test_scores_equal_scikit_learn(seed, several):
 
 def test_span_tags_are_recognised():
     assert are_spans(("B-X", "I-X", "O")) and not are_spans(("B-X", "NOUN")) and not are_spans(())
+
+
+def test_a_tag_that_training_has_not_seen_is_counted_and_wrong_and_has_no_loss(tmp_path):
+    for name, tags in (("train", "x y"), ("validation", "x new")):
+        lines = (f"{word}\t{tag}" for word, tag in zip("ab", tags.split(), strict=True))
+        (tmp_path / f"{name}.conll").write_text("\n".join(lines) + "\n")
+    task = TaskConfig(kind="tag", validation_path=(str(tmp_path / "validation.conll"),))
+    found = read_examples(task, DataConfig(path=(str(tmp_path / "train.conll"),)))
+    assert found.labels == ("x", "y")
+    assert found.notes == ("1 words to validate on have a tag that training has not seen: they count as wrong",)
+
+    words = encode_words(found.validation, ByteTokenizer(), found.labels, 8, 0)
+    logits_N = np.array([1.0, 0.0], np.float32)
+
+    def predict(_params, batch):
+        logits_BTN = np.broadcast_to(logits_N, (*batch.targets.shape, 2))
+        loss = label_loss(logits_BTN, batch.targets, np.ones(batch.targets.shape, np.float32))
+        return softmax(logits_BTN, axis=-1), np.stack([loss.nll, loss.count])
+
+    predictions, loss = predict_words(predict, {}, words, 2, SingleDeviceSharding(jax.devices()[0]))
+    assert predictions.named() == ([["x", "x"]], [["x", "new"]])
+    assert loss == pytest.approx(np.log(1 + np.exp(-1)))
+    assert score(predictions, loss).accuracy == 0.5
+    other = with_labels(predictions, ("older", "y", "new", "x"))
+    assert other.named() == predictions.named() and score(other, loss).accuracy == 0.5
 
 
 BLOCKED = """

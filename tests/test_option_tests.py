@@ -132,6 +132,8 @@ ELSEWHERE = {
         *("task.lookahead", "task.max_tokens"),
     ),
     "test_heads::test_a_pair_is_read_as_start_first_delimiter_second_extract": ("task.second_field", "task.delimiters"),
+    "test_heads::test_a_layer_mixture_is_the_softmax_weighted_sum_of_all_normalised_layers": ("task.layer_mixture",),
+    "test_heads::test_a_bag_of_words_adds_the_logits_of_a_linear_model_over_tf_idf": ("task.bag_of_words",),
     "test_heads::test_both_orders_add_their_representations": ("task.both_orders",),
     "test_heads::test_a_wrong_row_is_named": ("task.candidates_field",),
     "test_heads::test_the_auxiliary_loss_is_the_mean_over_tokens_times_its_weight": ("task.lm_weight",),
@@ -147,6 +149,7 @@ ELSEWHERE = {
     "test_reinforce::test_wrong_input_is_named": ("task.reward", "task.response_tokens", "task.group_size"),
     "test_small_data::test_synonyms_replace_words_of_training_texts": ("task.synonyms", "task.augment_synonyms"),
     "test_small_data::test_every_row_is_validated_in_one_fold": ("task.folds", "task.fold"),
+    "test_small_data::test_mixout_replaces_a_share_of_the_weights_and_keeps_their_expectation": ("finetune.mixout",),
     "test_small_data::test_the_rate_is_a_share_of_that_of_the_base": ("finetune.base_rate",),
     "test_finetune::test_several_tasks_share_a_model": ("task.kind", "task.validation_path"),
     "test_finetune::test_what_is_frozen_keeps_its_bits_and_what_learns_changes": (

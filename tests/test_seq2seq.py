@@ -22,12 +22,14 @@ from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError
+from gptjax.evaluation.text_scores import text_scores
 from gptjax.generation.targets import search_targets
 from gptjax.model import gpt
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import batch_loss, batch_states, loss_options
 from gptjax.parallel.mesh import batch_sharding, make_mesh, traced_in
 from gptjax.parallel.rules import shardings
+from gptjax.tasks.registry import read_examples
 from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
 from gptjax.training import trainer
 from gptjax.verbs.evaluate import evaluate_run
@@ -256,7 +258,15 @@ def test_a_run_writes_targets_and_is_measured(run, capsys):
     [row] = [row for row in rows(run) if "val_loss" in row]
     found = evaluate_run(EvaluateConfig(run_dir=run.run_dir))
     assert found.startswith(f"loss {row['val_loss']:.4f} ")
-    model = gptjax.load(run.run_dir)
+    pytest.importorskip("rouge_score", reason="needs the extra evaluate")
+    _, scored, *_ = written = evaluate_run(
+        EvaluateConfig(run_dir=run.run_dir, generate=True, max_new_tokens=5, batch_size=3)
+    ).splitlines()
+    model, [held_out] = gptjax.load(run.run_dir), [read_examples(run.task, run.data).validation]
+    texts = [model.generate(pair.source, temperature=0.0, max_new_tokens=5)[0][0] for pair in held_out]
+    exact = np.mean([text.strip() == pair.target for text, pair in zip(texts, held_out, strict=True)])
+    assert written[0].startswith(f"exact match {exact:.4f}") and f"· {len(held_out)} items" in written[0]
+    assert scored == f"scores      {text_scores([text.strip() for text in texts], [[p.target] for p in held_out])}"
     beams = {"num_beams": 3, "temperature": 0.0, "max_new_tokens": 5}
     both = model.generate(["abca", "b"], **beams)
     assert both == [*model.generate("abca", **beams), *model.generate("b", **beams)]

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.tasks.registry import read_examples
 from gptjax.tasks.texts import encode_examples, make_rewrite
+from gptjax.tasks.trainable import START, forward_params, join, mixed_with_start
 from gptjax.text.labelled import Text
 from gptjax.text.replace import read_synonyms, replace_words
 from gptjax.text.tokenizer import make_tokenizer
@@ -34,6 +36,22 @@ def test_every_row_is_validated_in_one_fold(tmp_path):
     assert sorted(seen) == sorted(f"t{n}" for n in range(60))
     with pytest.raises(UserError, match=r"task.folds=3 must be at least 2, task.fold=3 below it"):
         TaskConfig(kind="classify", folds=3, fold=3)
+
+
+def test_mixout_replaces_a_share_of_the_weights_and_keeps_their_expectation():
+    config = replace(Config(init_from="base"), finetune={"mixout": 0.3})
+    random = np.random.default_rng(0)
+    weights, start = random.normal(2, 1, (2, 300, 300)).astype(np.float32)
+    learning, frozen = {"w": weights, "heads": {"x": weights[0]}}, {START: {"w": start}}
+    found = mixed_with_start(config, learning, frozen, jax.random.key(1))
+    np.testing.assert_array_equal(found["heads"]["x"], weights[0])
+    replaced = np.isclose(found["w"], start, atol=1e-5)
+    assert replaced.mean() == pytest.approx(0.3, abs=0.01)
+    np.testing.assert_allclose(found["w"][~replaced], ((weights - 0.3 * start) / 0.7)[~replaced], rtol=1e-4)
+    assert np.mean(np.asarray(found["w"]) - weights) == pytest.approx(0.0, abs=0.02)
+    again = mixed_with_start(config, learning, frozen, jax.random.key(2))
+    assert not np.array_equal(again["w"], found["w"])
+    assert forward_params(learning, frozen).keys() == join(learning, frozen).keys() == {"w", "heads"}
 
 
 def test_synonyms_replace_words_of_training_texts(tmp_path):

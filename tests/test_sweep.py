@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gptjax.cli import main
@@ -82,9 +83,12 @@ def test_finished_runs_are_left_alone_and_failures_are_listed(tmp_path, capsys):
     assert trained == [1, 2, 3]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "3 runs, 0 of them finished before"
-    rows = [line.split() for line in lines[-4:-1]]
+    rows = [line.split() for line in lines[-5:-2]]
     assert [row[0] for row in rows] == ["1", "3", "2"] and rows[0][1:] == ["0.6000", "10", "finished"]
     assert rows[2][-2:] == ["failed", "(3)"] and lines[-1] == str(tmp_path / "sweep" / "report.html")
+    losses = [float(rows[n][1]) for n in (0, 1)]
+    expected = f"2 runs over seed: val loss {np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}"
+    assert lines[-2].startswith(expected)
     trained.clear()
     assert train_all(sweep, 2, train) == 1 and trained == [2]
 

@@ -38,6 +38,8 @@ class EncodedWords(NamedTuple):
     cut: tuple[bool, ...]
     """Whether a word of the sentence was cut."""
     max_tokens: int
+    labels: tuple[str, ...]
+    """Those that the head predicts, then tags of these sentences that training has not seen."""
 
 
 class EncodedChats(NamedTuple):
@@ -143,6 +145,8 @@ def encode_words(
             f"task.lookahead={lookahead} must be at most task.max_tokens - 2 = {max_tokens - 2}: a window holds"
             " end-of-text, the tokens of a word, and the lookahead tokens after it"
         )
+    unseen = {tag for example in examples for tag in example.tags} - set(labels)
+    labels = (*labels, *sorted(unseen))
     number = {label: n for n, label in enumerate(labels)}
     filler = 0 if tokenizer.end_of_text is None else tokenizer.end_of_text
     encode = functools.cache(tokenizer.encode)
@@ -164,7 +168,8 @@ def encode_words(
             sequences.append(TargetSequence(inputs, targets))
             places.append(positions)
             first = last
-    return EncodedWords(sequences, places, tuple(len(example.words) for example in examples), tuple(cut), max_tokens)
+    lengths = tuple(len(example.words) for example in examples)
+    return EncodedWords(sequences, places, lengths, tuple(cut), max_tokens, labels)
 
 
 def encode_chats(examples: Sequence[Chat], tokenizer: Tokenizer, max_tokens: int) -> EncodedChats:

@@ -50,13 +50,13 @@ class LoadedRun:
 def write_description(
     run_dir: Path, config: Config, tokenizer: Tokenizer | None, base: LoadedRun | None = None
 ) -> None:
-    """Writes `config.yaml`, `tokenizer.json` and, if parameters of `base` stay frozen, `base.json`.
+    """Writes `config.yaml`, `tokenizer.json` and, if the run needs parameters of `base` to resume, `base.json`.
 
     Raises:
         UserError: The run was started from another base.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    if base is not None and config.finetune.train != "all":
+    if base is not None and (config.finetune.train != "all" or config.finetune.mixout):
         if (run_dir / BASE_FILE).is_file():
             _check_base(run_dir, base.params, config.init_from)
         else:

@@ -8,7 +8,7 @@ from gptjax.config.rules import no_effect, not_negative, positive
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 
-PARTS = ("classify", "regress", "choose", "tag", "instruct")
+PARTS = ("pretrain", "classify", "regress", "choose", "tag", "instruct")
 """The tasks that can be a part of `multi`."""
 
 
@@ -29,6 +29,8 @@ class PartConfig:
         positive(f"parts: {self.name}", self, "weight")
         if self.task.kind not in PARTS:
             raise UserError(f"parts: {self.name}: task.kind={self.task.kind} must be one of {', '.join(PARTS)}")
+        objective = self.task.objective
+        no_effect(f"parts: {self.name}: task.objective", objective, "kind", False, "a run of one task")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,15 @@ class Config:
     def of_part(self, part: PartConfig) -> "Config":
         """The config of one task alone, under the same model."""
         train = "all" if self.model.adapter.kind == "none" else "new"
-        return dataclasses.replace(self, task=part.task, data=part.data, parts=(), finetune=FinetuneConfig(train=train))
+        windows = self.train.eval_windows if part.task.kind == "pretrain" else TrainConfig.eval_windows
+        return dataclasses.replace(
+            self,
+            task=part.task,
+            data=part.data,
+            parts=(),
+            finetune=FinetuneConfig(train=train),
+            train=dataclasses.replace(self.train, eval_windows=windows),
+        )
 
     @property
     def averages_params(self) -> bool:
@@ -145,7 +153,8 @@ class Config:
                 no_effect("data", self.data, field.name, False, "another task.kind; each of parts has data of its own")
         new = labelled or self.model.adapter.kind != "none"
         if rows:
-            no_effect("train", self.train, "eval_windows", False, "task.kind=pretrain")
+            of_text = any(part.task.kind == "pretrain" for part in self.parts)
+            no_effect("train", self.train, "eval_windows", of_text, "task.kind=pretrain")
             for name in (
                 "source",
                 "template",
@@ -196,7 +205,8 @@ class Config:
                 f"finetune.train={self.finetune.train} would train the model under its"
                 f" {self.model.adapter.kind} adapter; set finetune.train=new (or paths)"
             )
-        no_effect("finetune", self.finetune, "base_rate", bool(self.init_from), "init_from")
+        for name in ("base_rate", "mixout"):
+            no_effect("finetune", self.finetune, name, bool(self.init_from), "init_from")
         if self.finetune.base_rate and self.optim.learning_rate != OptimConfig.learning_rate:
             raise UserError(
                 f"optim.learning_rate={self.optim.learning_rate} and finetune.base_rate={self.finetune.base_rate} both"

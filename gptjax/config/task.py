@@ -142,6 +142,12 @@ class TaskConfig:
     """Longest text of a row, or window into which tag and instruct are packed; 0: model.block_size."""
     pooling: Literal["last", "mean"] = "mean"
     """Input of a head that reads whole texts: the hidden state of the last token, or the mean over all."""
+    layer_mixture: bool = False
+    """The head reads a weighted sum of all layers, with learned weights, instead of the last one (ELMo,
+    arXiv:1802.05365, equation 1)."""
+    bag_of_words: int = 0
+    """Add the logits of a linear model over n-grams of up to this many tokens, weighted by TF-IDF, to those of the head
+    of classify (arXiv:1606.07792); 0: none."""
     lm_weight: float = 0.0
     """Weight of an auxiliary loss: that of the next token of the texts (GPT-1, section 3.2)."""
     means: tuple[float, ...] = ()
@@ -181,13 +187,18 @@ class TaskConfig:
     """Share of a training text's tokens that classify and regress swap with the next one at random."""
 
     def __post_init__(self):
-        not_negative("task", self, "max_tokens", "lookahead", "lm_weight", "stride", "kl_weight")
+        not_negative("task", self, "bag_of_words", "max_tokens", "lookahead", "lm_weight", "stride", "kl_weight")
         positive("task", self, "response_tokens")
         for name in ("metric", "loss", "rows", "reward"):
             import_path("task", self, name)
         if self.kind == "reinforce" and not self.reward:
             raise UserError(
                 "task.reward is missing; name a function of a row and a response, such as my_file:my_reward"
+            )
+        if self.layer_mixture and self.lm_weight:
+            raise UserError(
+                f"task.lm_weight={self.lm_weight} reads the last layer, task.layer_mixture=true all of them; leave one"
+                " out"
             )
         if self.group_size < 2:
             raise UserError(f"task.group_size={self.group_size} must be at least 2: responses are compared")
@@ -197,7 +208,7 @@ class TaskConfig:
         not_negative("task", self, "folds", "fold")
         texts = ("classify", "regress")
         for kinds, names in {
-            ("classify",): ("multi_label", "class_weights"),
+            ("classify",): ("multi_label", "class_weights", "bag_of_words"),
             ("regress",): ("means", "deviations"),
             ("choose",): ("candidates_field",),
             ("tag",): ("tokens_field", "tags_field", "lookahead"),
@@ -214,7 +225,7 @@ class TaskConfig:
             (*texts, "choose"): ("label_field",),
             (*texts, "choose", "answer"): ("delimiters",),
             WHOLE_TEXTS: ("pooling",),
-            HEADED: ("lm_weight",),
+            HEADED: ("lm_weight", "layer_mixture"),
             (*texts, "choose", "tag"): ("loss",),
             (*texts, "choose", "tag", "answer"): ("metric",),
             (*HEADED, "instruct", "dpo", "reinforce", "seq2seq"): ("validation_path", "max_tokens", "rows", "folds"),
@@ -223,6 +234,7 @@ class TaskConfig:
                 no_effect("task", self, name, self.kind in kinds, f"task.kind={_either(kinds)}")
         no_effect("task.objective", self.objective, "kind", self.kind == "pretrain", "task.kind=pretrain")
         no_effect("task", self, "both_orders", bool(self.second_field), "task.second_field")
+        no_effect("task", self, "bag_of_words", not self.both_orders, "one order of a pair (task.both_orders=false)")
         no_effect("task", self, "fold", self.folds > 0, "task.folds")
         no_effect("task", self, "synonyms", self.augment_synonyms > 0, "task.augment_synonyms")
         if self.augment_synonyms and not self.synonyms:
@@ -268,6 +280,8 @@ class FinetuneConfig:
     """Factor of a block's learning rate relative to the block above it (arXiv:1801.06146, section 3.2)."""
     base_rate: float = 0.0
     """Peak learning rate as a share of the one that the run of init_from had, such as 0.1; 0: optim.learning_rate."""
+    mixout: float = 0.0
+    """Share of the weights that each forward pass in training replaces by those of init_from (arXiv:1909.11299)."""
     head_learning_rate: float = 0.0
     """Peak learning rate of heads; 0: optim.learning_rate."""
 
@@ -276,6 +290,8 @@ class FinetuneConfig:
         not_negative("finetune", self, "head_learning_rate", "base_rate")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"finetune.layer_decay={self.layer_decay} must lie in (0, 1]")
+        fraction("finetune", self, "mixout")
+        no_effect("finetune", self, "mixout", self.train == "all", "finetune.train=all")
         no_effect("finetune", self, "top_k", self.train == "top", "finetune.train=top")
         no_effect("finetune", self, "paths", self.train == "paths", "finetune.train=paths")
         for pattern in self.paths:

@@ -93,6 +93,15 @@ class MultiScores:
         return " · ".join([f"loss {self.val_loss:.4f}", *(f"{name}: {scores}" for name, scores in self.parts.items())])
 
 
+def with_labels(predictions: Predictions, labels: tuple[str, ...]) -> Predictions:
+    """The same predictions over more labels, or over labels in another order."""
+    places = np.array([labels.index(label) for label in predictions.labels])
+    probabilities_EN = np.zeros((len(predictions.probabilities_EN), len(labels)), np.float32)
+    probabilities_EN[:, places] = predictions.probabilities_EN
+    targets = np.where(predictions.targets < 0, -1, places[predictions.targets])
+    return dataclasses.replace(predictions, probabilities_EN=probabilities_EN, targets=targets, labels=labels)
+
+
 def are_spans(labels: Sequence[str]) -> bool:
     """Whether tags mark spans: each is O or begins with B- or I-."""
     return bool(labels) and all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
@@ -240,9 +249,12 @@ def _confusions(predictions: Predictions, width: int) -> list[str]:
 
 
 def _span_f1(predictions: Predictions) -> float | None:
-    labels = predictions.labels
-    if not predictions.sentences or not are_spans(labels):
+    # A tag that training has not seen has probability 0; where it marks no span, it is none.
+    known_N = predictions.probabilities_EN.max(axis=0, initial=0) > 0
+    known = [label for label, is_known in zip(predictions.labels, known_N, strict=True) if is_known]
+    if not predictions.sentences or not are_spans(known):
         return None
+    labels = [label if are_spans([label]) else "O" for label in predictions.labels]
     from seqeval.metrics import f1_score
 
     ends = np.cumsum(predictions.sentences)[:-1]

@@ -31,11 +31,12 @@ def predict_words(
     predict: Predict,
     params: dict,
     words: EncodedWords,
-    labels: tuple[str, ...],
     batch_size: int,
     sharding: jax.sharding.Sharding,
 ) -> tuple[Predictions, float]:
-    """Predicts all words of sentences; returns probabilities in input order, and the mean loss of known tags."""
+    """Predicts all words of sentences; returns probabilities in input order, and the mean loss of known tags. A tag
+    that does not occur in training has probability 0 and no loss.
+    """
     packed = PackedSequences(words.sequences, words.max_tokens, seed=0)
     found: list[Any] = [None] * len(words.sequences)
     targets: list[Any] = [None] * len(words.sequences)
@@ -49,5 +50,7 @@ def predict_words(
                 positions, sequence = words.positions[number], words.sequences[number]
                 found[number], targets[number] = row[start + positions], sequence.targets[positions]
                 start += len(sequence.inputs)
-    predictions = Predictions(np.concatenate(found), np.concatenate(targets), labels, words.lengths, words.cut)
+    known_EN, labels = np.concatenate(found), words.labels
+    probabilities_EN = np.pad(known_EN, ((0, 0), (0, len(labels) - known_EN.shape[1])))
+    predictions = Predictions(probabilities_EN, np.concatenate(targets), labels, words.lengths, words.cut)
     return predictions, float(sums[0] / max(1.0, sums[1]))

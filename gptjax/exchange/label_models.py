@@ -81,6 +81,9 @@ def label_head(task: TaskConfig, head: dict, where: str) -> LabelHead:
     Raises:
         UserError: No class does; the message says what to change.
     """
+    for option in ("bag_of_words", "layer_mixture"):
+        if value := getattr(task, option):
+            raise UserError(f"{where}: transformers has no head with task.{option}={value}; train without")
     if task.kind not in CLASSES or head.keys() != {"w", "bias"}:
         raise UserError(f"{where}: head needs task.kind=classify or tag, this run has task.kind={task.kind}")
     if task.kind == "classify" and task.pooling != "last":

@@ -126,38 +126,49 @@ class GPT(nnx.Module):
         key: jax.Array | None,
         first: jax.Array | int = 0,
         lower: tuple[Block, ...] = (),
+        layer_weights_L: jax.Array | None = None,
     ) -> tuple[jax.Array, Extras]:
         """Returns the residual stream after the blocks, and the layers' named scalars for the loss, averaged.
 
         `first` is the layer number of the first block in the whole model. `lower` are stacks of blocks that come before
-        `self.blocks`, in a model without adapters.
+        `self.blocks`, in a model without adapters. With `layer_weights_L`, of the embeddings and of each block, the
+        result is the weighted sum of the normalised residual streams in float32, in place of the last one.
         """
         dtype, embedded_BTD = jnp.dtype(compute.dtype), x_BTD if self.config.residual_mix else None
 
-        def apply(kind, x_BTD, numbered_block, values=None, skipped_BTD=None):
-            block, layer, adapter, prefix = numbered_block
+        def weighted(weight, x_BTD):
+            return weight * (x_BTD if self.norm_f is None else self.norm_f(x_BTD, jnp.float32))
+
+        def apply(kind, stream, numbered_block, values=None, skipped_BTD=None):
+            (x_BTD, sum_BTD), (block, layer, adapter, prefix, weight) = stream, numbered_block
             block_key = None if key is None else jax.random.fold_in(key, layer)
             earlier = Earlier(embedded_BTD, values, skipped_BTD)
             y_BTD, _, extras, values = block(x_BTD, dtype, inputs, kind, block_key, None, adapter, prefix, earlier)
-            return constrain_batch(y_BTD), (extras, values)
+            if sum_BTD is not None:
+                sum_BTD = sum_BTD + weighted(weight, y_BTD)
+            return (constrain_batch(y_BTD), sum_BTD), (extras, values)
 
         if compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat], static_argnums=0)
         prefix, totals, outputs, values = self.prefix(dtype), [], [], None
+        stream = x_BTD, None if layer_weights_L is None else weighted(layer_weights_L[0], x_BTD)
         for blocks in (*lower, self.blocks):
             count = blocks.attn.w_qkv.shape[0]
-            numbered = (blocks, first + jnp.arange(count), self.adapters, prefix)
+            layers = first + jnp.arange(count)
+            weights = None if layer_weights_L is None else layer_weights_L[layers + 1]
+            numbered = (blocks, layers, self.adapters, prefix, weights)
             kinds = self._kinds(first, count)
             first += count
             if not (self.config.value_residual or self.config.learned_skips):
-                x_BTD, (total, _) = scan_layers(apply, x_BTD, numbered, kinds, compute.unroll)
+                stream, (total, _) = scan_layers(apply, stream, numbered, kinds, compute.unroll)
                 totals.append(total)
                 continue
             for kind, layer in zip(kinds, unstack_layers(numbered, count), strict=True):
-                x_BTD, (total, values) = apply(kind, x_BTD, layer, values, skipped(self.config, outputs))
-                outputs.append(x_BTD)
+                stream, (total, values) = apply(kind, stream, layer, values, skipped(self.config, outputs))
+                outputs.append(stream[0])
                 totals.append(total)
-        return x_BTD, jax.tree.map(lambda *parts: sum(parts) / self.config.n_layer, *totals)
+        extras = jax.tree.map(lambda *parts: sum(parts) / self.config.n_layer, *totals)
+        return stream[0] if layer_weights_L is None else stream[1], extras
 
     def prefix(self, dtype: jax.typing.DTypeLike) -> Prefix | None:
         """Keys and values before every text, with a leading layer axis: those of a prefix adapter, or those that the
@@ -279,13 +290,20 @@ def states_and_extras(
     *,
     compute: Compute = Compute(),
     key: jax.Array | None = None,
+    layer_weights_L: jax.Array | None = None,
 ) -> tuple[jax.Array, Extras]:
-    """Like `hidden_states`, but also returns the layers' named scalars for the loss, averaged over layers."""
+    """Like `hidden_states`, but also returns the layers' named scalars for the loss, averaged over layers. With
+    `layer_weights_L` the states are those of all layers, normalised, times these weights (`through_blocks`).
+    """
     x_BTD, extras = embed_tokens(config, params, tokens_BT, inputs.positions_BT, key=key), {}
     if axis_size(STAGES) > 1:
         x_BTD = _through_stages(config, params, x_BTD, inputs, compute, key)
     else:
-        x_BTD, extras = apply_blocks(config, params, x_BTD, inputs, compute=compute, key=key)
+        x_BTD, extras = apply_blocks(
+            config, params, x_BTD, inputs, compute=compute, key=key, layer_weights_L=layer_weights_L
+        )
+    if layer_weights_L is not None:
+        return x_BTD.astype(compute.dtype), extras
     return final_norm(config, params, x_BTD, compute=compute), extras
 
 
@@ -305,13 +323,14 @@ def apply_blocks(
     compute: Compute = Compute(),
     key: jax.Array | None = None,
     first: jax.Array | int = 0,
+    layer_weights_L: jax.Array | None = None,
 ) -> tuple[jax.Array, Extras]:
     """The second part: the residual stream after the blocks in `params`, and the layers' named scalars. `first` is the
-    layer number of the first of these blocks.
+    layer number of the first of these blocks; `layer_weights_L` as of `GPT.through_blocks`.
     """
     *stacks, _ = params["blocks"] if isinstance(params["blocks"], tuple) else (None,)
     lower = tuple(_merge(config, params | {"blocks": stack}).blocks for stack in stacks)
-    return _merge(config, _top_stack(params)).through_blocks(compute, x_BTD, inputs, key, first, lower)
+    return _merge(config, _top_stack(params)).through_blocks(compute, x_BTD, inputs, key, first, lower, layer_weights_L)
 
 
 def final_norm(config: ModelConfig, params: dict, x_BTD: jax.Array, *, compute: Compute = Compute()) -> jax.Array:

@@ -46,13 +46,14 @@ def label_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array, smooth
 
     Args:
         logits: `[..., N]`, float32.
-        targets: `[...]`, label numbers; -1: no label.
-        weights: `[...]`, one per place.
-        smoothing: Label smoothing: the share of the target that is spread evenly over the labels.
+    targets: `[...]`, label numbers; -1: no label; N or above: a label that the head does not know.
+    weights: `[...]`, one per place.
+    smoothing: Label smoothing: the share of the target that is spread evenly over the labels.
     """
-    weights = jnp.where(targets >= 0, weights, 0.0)
+    known = (targets >= 0) & (targets < logits.shape[-1])
+    weights = jnp.where(known, weights, 0.0)
     log_p = jax.nn.log_softmax(logits)
-    nll = -jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    nll = -jnp.take_along_axis(log_p, jnp.where(known, targets, 0)[..., None], axis=-1)[..., 0]
     objective = (1.0 - smoothing) * nll - smoothing * jnp.mean(log_p, axis=-1)
     return Loss(jnp.sum(objective * weights), jnp.sum(nll * weights), jnp.sum(weights))
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 
 def scan_layers(
-    apply: Callable[[str, jax.Array, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
+    apply: Callable[[str, Any, Any], tuple[Any, Any]],
+    x: Any,
     stacks: Any,
     kinds: tuple[str, ...],
     unroll: int,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Any, Any]:
     """Applies layers one after another.
 
     Layers of one kind are one `lax.scan`. If kinds repeat with a period, one iteration of the scan applies the layers

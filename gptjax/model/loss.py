@@ -8,6 +8,7 @@ from gptjax.batches.pairs import PairBatch
 from gptjax.batches.pretraining import Batch, PrefixBatch
 from gptjax.config.model import ModelConfig
 from gptjax.config.task import TaskConfig
+from gptjax.model.bag import bag_logits
 from gptjax.model.gpt import Compute, encode, shared_rows, states_and_extras, unembedding
 from gptjax.model.heads import head_logits, label_loss, multi_label_loss, pool
 from gptjax.model.inputs import BlockInputs
@@ -116,7 +117,10 @@ def state_logits(task: TaskConfig, params: dict, name: str, x_BTD: jax.Array, ba
     """Like `label_logits`, given final hidden states."""
     head = params["heads"][name]
     if isinstance(batch, TextBatch):
-        return head_logits(head, pool(x_BTD, batch.lengths, task.pooling))
+        logits_BN = head_logits(head, pool(x_BTD, batch.lengths, task.pooling))
+        if task.bag_of_words:
+            logits_BN = logits_BN + bag_logits(head, batch.inputs, batch.lengths, task.bag_of_words)
+        return logits_BN
     return head_logits(head, x_BTD)
 
 

@@ -89,12 +89,16 @@ def _check_stages(config: Config, stages: str, layers: int) -> None:
     if config.task.both_orders or config.task.kind in SEVERAL:
         name = "task.both_orders" if config.task.both_orders else f"task.kind={config.task.kind}"
         raise UserError(f"{stages} cannot be combined with {name}: its rows are several sequences")
+    if config.task.layer_mixture:
+        raise UserError(f"{stages} cannot be combined with task.layer_mixture: the head reads all layers")
     if config.task.delimiters == "learned":
         raise UserError(f"{stages} cannot be combined with task.delimiters=learned: the first stage has no head")
     if config.model.adapter.kind == "prompt":
         raise UserError(
             f"{stages} cannot be combined with model.adapter.kind=prompt: the prompt passes all blocks before the text"
         )
+    if config.finetune.mixout:
+        raise UserError(f"{stages} cannot be combined with finetune.mixout: each stage has only its own weights")
     if config.finetune.train == "top":
         raise UserError(
             f"{stages} cannot be combined with finetune.train=top: only the last stages would have trainable parameters"

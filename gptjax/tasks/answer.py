@@ -19,12 +19,11 @@ from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.evaluation.answers import AnswerPredictions, answer_report, score_answers
 from gptjax.evaluation.predict import Predict
-from gptjax.model.gpt import Compute, states_and_extras
+from gptjax.model.gpt import Compute
 from gptjax.model.heads import head_logits, label_loss
-from gptjax.model.loss import inputs_of
 from gptjax.ops.cross_entropy import Loss
 from gptjax.tasks.head_task import HeadTask, build_head_task, predict_examples
-from gptjax.tasks.heads import NO_CANDIDATE, flat, with_language_model, with_learned_tokens
+from gptjax.tasks.heads import NO_CANDIDATE, states_of, with_language_model
 from gptjax.tasks.task import Kind, StatesLoss, longest
 from gptjax.tasks.texts import marks_of
 from gptjax.text.answers import Question, parse_question
@@ -67,8 +66,7 @@ def make_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compu
     """
 
     def predict(params: dict, batch: SpanBatch) -> tuple[jax.Array, jax.Array]:
-        rows, read = flat(batch), with_learned_tokens(params, name, task)
-        x_BTD, _ = states_and_extras(model, read, rows.inputs, inputs_of(model, rows), compute=compute)
+        x_BTD, _ = states_of(model, task, params, name, batch, compute)
         logits_B2T = span_logits(params["heads"][name], x_BTD, batch)
         loss = span_loss(logits_B2T, batch)
         return best_spans(logits_B2T), jnp.stack([loss.nll, loss.count])

@@ -13,6 +13,7 @@ from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import Predictions, score, score_table
+from gptjax.model.bag import document_frequencies
 from gptjax.tasks.head_task import HeadTask, build_head_task, count_note, predict_examples
 from gptjax.tasks.heads import head_states_loss
 from gptjax.tasks.task import Kind
@@ -64,6 +65,11 @@ def _decode(config: Config, _examples: Sequence[Text], rows: Encoded, probabilit
     return Predictions(probabilities_EN, rows.targets, config.task.labels, cut=tuple(rows.cut.tolist()))
 
 
+def _constants(config: Config, train: Encoded) -> dict[str, np.ndarray]:
+    longest = config.task.bag_of_words
+    return {"idf": document_frequencies(train.tokens, longest)} if longest else {}
+
+
 HEAD = HeadTask(
     _encode,
     lambda config, _: len(config.task.labels),
@@ -71,6 +77,7 @@ HEAD = HeadTask(
     score,
     functools.partial(count_note, what="texts"),
     make_rewrite,
+    constants=_constants,
 )
 KIND = Kind(
     functools.partial(build_head_task, HEAD),

@@ -36,6 +36,8 @@ class HeadTask(NamedTuple):
     make_rewrite: Callable[..., Any] = lambda *_: None
     """Makes the augmentation of training texts, see `texts.make_rewrite`."""
     make_predict: Callable[..., Predict] = make_predict
+    constants: Callable[[Config, Any], dict[str, np.ndarray]] = lambda *_: {}
+    """Returns the leaves of the head that follow from the encoded training rows and are not trained."""
 
 
 def build_head_task(
@@ -58,6 +60,7 @@ def build_head_task(
         hash_encoded(train),
         evaluate,
         (head.note(config, examples, train, validation), *examples.notes),
+        constants={name: leaves} if (leaves := head.constants(config, train)) else {},
         evaluation_batches=-(-len(validation.tokens) // config.train.micro_batch),
         measured_on=hash_encoded(validation),
     )

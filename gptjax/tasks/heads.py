@@ -19,9 +19,10 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
+from gptjax.model.bag import init_bag
 from gptjax.model.gpt import Compute, states_and_extras
 from gptjax.model.heads import head_logits, init_head, label_loss, pool
-from gptjax.model.loss import inputs_of, label_batch_loss, loss_options, state_logits, token_loss
+from gptjax.model.loss import all_inputs, label_batch_loss, loss_options, state_logits, token_loss
 from gptjax.model.parameters import INIT_STD, normal
 from gptjax.ops.cross_entropy import Loss, with_extras
 from gptjax.tasks.functions import call_function
@@ -43,6 +44,10 @@ def output_count(task: TaskConfig) -> int:
 def init_task_head(model: ModelConfig, task: TaskConfig, key: jax.Array) -> dict:
     """Initializes the float32 parameters of a task's head."""
     head = init_head(model.n_embd, output_count(task), key)
+    if task.layer_mixture:
+        head |= {"mix": jnp.zeros(model.n_layer + 1), "scale": jnp.ones(())}
+    if task.bag_of_words:
+        head |= init_bag(output_count(task))
     if task.delimiters == "learned":
         head["tokens"] = normal(INIT_STD)(jax.random.fold_in(key, 1), (3, model.n_embd))
     return head
@@ -61,6 +66,29 @@ def with_learned_tokens(params: dict, name: str, task: TaskConfig) -> dict:
     table_VD, new_3D = params["embed"]["tokens"], params["heads"][name]["tokens"]
     table_VD = jnp.concatenate([table_VD, new_3D.astype(table_VD.dtype)])
     return params | {"embed": params["embed"] | {"tokens": table_VD}}
+
+
+def states_of(
+    model: ModelConfig,
+    task: TaskConfig,
+    params: dict,
+    name: str,
+    batch: Any,
+    compute: Compute,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, dict]:
+    """Returns the states `[R, T, D]` that the task's loss reads, and the layers' named scalars for the loss.
+
+    The states are those of the last layer, or with `task.layer_mixture` the sum of all layers by the softmax of
+    `mix [n_layer + 1]` of head `name`, times its `scale`.
+    """
+    rows, read = flat(batch), with_learned_tokens(params, name, task)
+    inputs = all_inputs(model, compute, read, rows, key)
+    if not task.layer_mixture:
+        return states_and_extras(model, read, rows.inputs, inputs, compute=compute, key=key)
+    head = params["heads"][name]
+    weights_L = jax.nn.softmax(head["mix"].astype(jnp.float32)) * head["scale"].astype(jnp.float32)
+    return states_and_extras(model, read, rows.inputs, inputs, compute=compute, key=key, layer_weights_L=weights_L)
 
 
 def flat(batch: Any) -> Any:
@@ -98,6 +126,8 @@ def output_loss(task: TaskConfig, outputs: jax.Array, batch: Any, smoothing: flo
 def _users_loss(task: TaskConfig, outputs: jax.Array, batch: Any) -> Loss:
     """Sums the losses that the function of `task.loss` returns. It is not given unknown targets."""
     known = jnp.isfinite(batch.targets) if task.kind == "regress" else batch.targets >= 0
+    if task.kind == "tag":
+        known &= batch.targets < outputs.shape[-1]
     targets = jnp.where(known, batch.targets, 0)
     if task.kind == "tag":
         weights = known.astype(jnp.float32)
@@ -168,8 +198,7 @@ def make_predict(model: ModelConfig, task: TaskConfig, name: str, compute: Compu
     """
 
     def predict(params: dict, batch: Any) -> tuple[jax.Array, jax.Array]:
-        rows, read = flat(batch), with_learned_tokens(params, name, task)
-        x_RTD, _ = states_and_extras(model, read, rows.inputs, inputs_of(model, rows), compute=compute)
+        x_RTD, _ = states_of(model, task, params, name, batch, compute)
         outputs = head_outputs(task, params, name, x_RTD, batch)
         loss = output_loss(task, outputs, batch)
         if task.kind not in ("regress", "reward"):

@@ -45,6 +45,7 @@ def combine(weights: dict[str, float], tasks: dict[str, Task]) -> Task:
         " ".join(task.data_hash for task in tasks.values()),
         evaluate,
         tuple(f"{name}: {note}" for name, task in tasks.items() for note in task.notes),
+        constants={name: leaves for task in tasks.values() for name, leaves in task.constants.items()},
         evaluation_batches=sum(sizes) if all(sizes := [task.evaluation_batches for task in tasks.values()]) else 0,
         measured_on=" ".join(task.measured_on for task in tasks.values()),
     )

@@ -19,11 +19,11 @@ from gptjax.text.shards import TokenSplit
 from gptjax.text.tokenizers.base import Tokenizer
 
 
-def build(config: Config, _name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
+def build(config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
     """See `task.Kind`."""
     if source.mixture:
         return _build_mixture(config, source, compute, compiled)
-    dataset, objective = source.dataset, config.task.objective
+    dataset, objective = source.texts.get(name, source.dataset), config.task.objective
     assert dataset is not None
     model, train, across = config.model, config.train, config.data.attend_across_documents
     batches = list(
@@ -37,7 +37,7 @@ def build(config: Config, _name: str, source: Source, compute: Compute, compiled
             across,
         )
     )
-    skipped = source.skipped.get("", frozenset())
+    skipped = source.skipped.get(name if name in source.texts else "", frozenset())
     ramp = train.batch_sizes if train.batch_ramp else ()
     windows: Windows = MAKERS[config.data.packing](dataset.train, model.block_size, config.seed, across, skipped, ramp)
     notes = packing_notes({"": windows})

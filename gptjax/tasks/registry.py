@@ -14,13 +14,13 @@ from gptjax.config.run import Config
 from gptjax.config.task import LABELLED, TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import are_spans, require_seqeval
-from gptjax.model.gpt import Compute, states_and_extras
-from gptjax.model.loss import all_inputs, extra_weights
+from gptjax.model.gpt import Compute
+from gptjax.model.loss import extra_weights
 from gptjax.ops.cross_entropy import Loss, with_extras
 from gptjax.report.progress import say
 from gptjax.tasks import answer, choose, classify, dpo, instruct, pretrain, regress, reinforce, reward, seq2seq, tag
 from gptjax.tasks.functions import call_function
-from gptjax.tasks.heads import flat, with_learned_tokens
+from gptjax.tasks.heads import states_of
 from gptjax.tasks.multi import combine, combined_loss, parts_of
 from gptjax.tasks.task import Compile, Kind, LossFunction, Source, StatesLoss, Task
 from gptjax.text import labelled as labelled_rows
@@ -68,16 +68,24 @@ def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
         prepared = prepare(config.data, config.tokenizer, cache, report=say, tokenizer_override=tokenizer)
         tokenizer = with_special_tokens(prepared.tokenizer, SPECIAL_TOKENS.get(config.task.objective.kind, ()))
         return Source(tokenizer, prepared.dataset, {}, skipped={"": _skipped(prepared, config.data)})
-    parts = parts_of(config)
+    parts, texts, skipped = parts_of(config), {}, {}
+    for name, part in list(parts.items()):
+        if part.task.kind == "pretrain":
+            cache = Path(config.cache_dir).expanduser()
+            prepared = prepare(part.data, config.tokenizer, cache, report=say, tokenizer_override=tokenizer)
+            # The first text makes the tokenizer of all parts, where no run is named to start from.
+            tokenizer, texts[name] = prepared.tokenizer, prepared.dataset
+            skipped[name] = _skipped(prepared, part.data, f"{name}: ")
+            del parts[name]
     examples = {name: read_examples(part.task, part.data) for name, part in parts.items()}
     if any(part.task.kind == "tag" and are_spans(examples[name].labels) for name, part in parts.items()):
         require_seqeval()
     if tokenizer is None:
-        texts = {name: TASKS[part.task.kind].plain_text for name, part in parts.items()}
+        plain = {name: TASKS[part.task.kind].plain_text for name, part in parts.items()}
         tokenizer = make_tokenizer(
-            config.tokenizer, lambda: (texts[name](e) for name, part in examples.items() for e in part.train)
+            config.tokenizer, lambda: (plain[name](e) for name, part in examples.items() for e in part.train)
         )
-    return Source(tokenizer, None, examples)
+    return Source(tokenizer, None, examples, texts, skipped=skipped)
 
 
 def _skipped(prepared: Prepared, data: DataConfig, name: str = "") -> frozenset[int]:
@@ -154,9 +162,7 @@ def make_part_loss(config: Config, name: str, compute: Compute) -> LossFunction:
     of_states, model = make_states_loss(config, name), config.model
 
     def loss(params: dict, batch: Any, key: jax.Array | None) -> Loss:
-        rows, read = flat(batch), with_learned_tokens(params, name, config.task)
-        inputs = all_inputs(model, compute, read, rows, key)
-        x_BTD, extras = states_and_extras(model, read, rows.inputs, inputs, compute=compute, key=key)
+        x_BTD, extras = states_of(model, config.task, params, name, batch, compute, key)
         found = of_states(params, x_BTD, batch)
         return with_extras(found, extras, extra_weights(model)) if extras else found
 

@@ -35,7 +35,7 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
     predict = compiled(make_predict(config.model, task, name, compute))
 
     def evaluate(params: dict, sharding: jax.sharding.Sharding) -> LabelScores | ScoresWithMetric:
-        found, loss = predict_words(predict, params, validation, task.labels, config.train.micro_batch, sharding)
+        found, loss = predict_words(predict, params, validation, config.train.micro_batch, sharding)
         return with_metric(task, found, score(found, loss))
 
     note = f"{len(examples.train):,} sentences, {len(examples.validation):,} to validate on"
@@ -65,7 +65,7 @@ def predict(
     task = config.task
     words = encode_words(examples, tokenizer, task.labels, longest(config), task.lookahead)
     compiled = compiled_predict(make_predict, config.model, task, name, compute)
-    return predict_words(compiled, params, words, task.labels, batch_size, sharding)
+    return predict_words(compiled, params, words, batch_size, sharding)
 
 
 def outputs(predictions: Predictions) -> Iterator[dict[str, Any]]:

@@ -52,12 +52,14 @@ class Source:
     dataset: Dataset | None
     examples: dict[str, Examples]
     """Examples by the name of the task; the name of a single task is its kind."""
+    texts: dict[str, Dataset] = dataclasses.field(default_factory=dict)
+    """Datasets of the parts of multi with `task.kind: pretrain`, by name."""
     base: dict | None = None
     """Parameters of the run in `init_from`."""
     mixture: dict[str, Dataset] = dataclasses.field(default_factory=dict)
     """Datasets of a run with several sources, by name; `dataset` is then None."""
     skipped: dict[str, frozenset[int]] = dataclasses.field(default_factory=dict)
-    """Training documents without loss, by the name of the source; the name of a single source is empty."""
+    """Training documents without loss, by the name of the source or part; the name of a single source is empty."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Task:
     """Number of batches of an evaluation; 0: unknown."""
     follow: Callable[[dict], None] | None = None
     """Called with the model's parameters before each batch is made; None: batches do not depend on them."""
+    constants: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    """Leaves of heads that are computed from the training rows and not trained, by the name of the head."""
     measured_on: str = ""
     """Identity of the validation data: only losses and scores on the same data can be compared."""
 

@@ -13,6 +13,10 @@ from gptjax.model.multi_token import init_multi_token_heads
 from gptjax.tasks.heads import init_task_head
 
 NEW = ("adapters/", "prompt/", "heads/")  # parameters that a base model does not have
+START = "start"
+"""Name of the parameters of `init_from` among the frozen parameters, for `finetune.mixout`. The model ignores them."""
+MIXOUT = 2**20
+"""Constant that separates the random stream of mixout from those of dropout, whose constants are layer numbers."""
 
 
 def init_all(config: Config, key: jax.Array, base: dict | None = None) -> dict:
@@ -20,11 +24,12 @@ def init_all(config: Config, key: jax.Array, base: dict | None = None) -> dict:
     them.
     """
     params = init_params(config.model, key)
-    if base is not None and "prompt" in params:
+    if base is not None and "embed" in base and "prompt" in params:
         # Prompts initialized with embeddings of words train better than random ones (arXiv:2104.08691, section 3.2).
         words = jax.random.randint(key, (config.model.adapter.tokens,), 0, config.model.vocab_size)
         params["prompt"] = {"w": base["embed"]["tokens"][words].astype(jnp.float32)}
     given = base or {}
+    given_heads = given.get("heads", {})
     params |= without_heads(given)
     heads = {
         name: init_task_head(config.model, task, jax.random.fold_in(key, number))
@@ -35,7 +40,8 @@ def init_all(config: Config, key: jax.Array, base: dict | None = None) -> dict:
         heads["ahead"] = init_multi_token_heads(
             config.model, objective.ahead - 1, jax.random.fold_in(key, len(heads) + 1)
         )
-    return params | {"heads": heads | given.get("heads", {})} if heads else params
+    heads = {name: head | given_heads.get(name, {}) for name, head in heads.items()}
+    return params | {"heads": heads} if heads else params
 
 
 def init_split(config: Config, given: dict | None = None) -> tuple[dict, dict]:
@@ -44,7 +50,10 @@ def init_split(config: Config, given: dict | None = None) -> tuple[dict, dict]:
     Parameters in `given` are used as they are.
     """
     drawn = init_all(config, jax.random.key(config.seed), given)
-    return split(config, jax.tree.map(lambda p: p.astype(config.train.param_dtype), drawn))
+    learning, frozen = split(config, jax.tree.map(lambda p: p.astype(config.train.param_dtype), drawn))
+    if config.finetune.mixout:
+        frozen = frozen | {START: jax.tree.map(jnp.copy, without_heads(learning))}
+    return learning, frozen
 
 
 def without_heads(params: dict) -> dict:
@@ -81,16 +90,35 @@ def split(config: Config, params: dict) -> tuple[dict, dict]:
 
 def join(trainable: dict, frozen: dict) -> dict:
     """Inverse of `split`."""
-    fixed, learned = _flatten(frozen), _flatten(trainable)
+    fixed, learned = _flatten(_of_model(frozen)), _flatten(trainable)
     cut = {name: jnp.concatenate([fixed[name], learned[name]]) for name in fixed if name in learned}
     return _unflatten(fixed | learned | cut)
 
 
 def forward_params(trainable: dict, frozen: dict) -> dict:
     """Like `join`, but frozen blocks fixed a separate stack, so that the backward pass ends above them."""
-    fixed, learned = _flatten(frozen), _flatten(trainable)
+    fixed, learned = _flatten(_of_model(frozen)), _flatten(trainable)
     params = _unflatten(fixed | learned)
     return params | {"blocks": (frozen["blocks"], trainable["blocks"])} if fixed.keys() & learned.keys() else params
+
+
+def mixed_with_start(config: Config, trainable: dict, frozen: dict, key: jax.Array) -> dict:
+    """Replaces a random share of the weights by those of `init_from`; the expectation of each weight stays the same.
+
+    Heads are not changed. Source: mixout, arXiv:1909.11299, equation 3.
+    """
+    share = config.finetune.mixout
+    weights, tree = jax.tree.flatten(without_heads(trainable))
+    keys = jax.random.split(jax.random.fold_in(key, MIXOUT), len(weights))
+    mixed = [
+        (jnp.where(jax.random.bernoulli(k, share, w.shape), s, w) - share * s) / (1.0 - share)
+        for k, w, s in zip(keys, weights, jax.tree.leaves(frozen[START]), strict=True)
+    ]
+    return trainable | jax.tree.unflatten(tree, mixed)
+
+
+def _of_model(frozen: dict) -> dict:
+    return {name: part for name, part in frozen.items() if name != START}
 
 
 def rates(config: Config, trainable: dict) -> dict | None:

@@ -98,7 +98,7 @@ def read_examples(parse_row: ParseRow, task: TaskConfig, data: DataConfig) -> Ex
     """Reads and splits a task's rows, and finds the names of its labels.
 
     Raises:
-        UserError: A row is invalid, a label has no training row, a validation row has a label that is not in the
+        UserError: A row is invalid, a label has no training row, a validation text has a label that is not in the
             training rows, or one of the splits is empty; the message names file and row.
     """
     if not (data.path or data.hf_dataset):
@@ -122,7 +122,8 @@ def read_examples(parse_row: ParseRow, task: TaskConfig, data: DataConfig) -> Ex
         return Examples(train, validation, (), False, notes)
     labels = _label_names(task, train, notes)
     for example in validation:
-        check_labels(example, labels)
+        check_labels(example, labels, counts)
+    notes = tuple(counted(counts))
     listed = any(isinstance(example, Text) and example.listed for example in (*train, *validation))
     return Examples(train, validation, labels, task.multi_label or listed, notes)
 
@@ -165,14 +166,18 @@ def example_labels(example: Text | Words) -> tuple[str, ...]:
     return example.labels if isinstance(example, Text) else example.tags
 
 
-def check_labels(example: Text | Words, labels: Sequence[str]) -> None:
-    """Checks that the labels of an example occur in training.
+def check_labels(example: Text | Words, labels: Sequence[str], counts: Counter[str] | None = None) -> None:
+    """Checks that the labels of an example occur in training. Tags of words that do not are counted in `counts`, if it
+    is given.
 
     Raises:
         UserError: A label does not; the message names file, row and label.
     """
     for label in example_labels(example):
         if label not in labels:
+            if isinstance(example, Words) and counts is not None:
+                counts["unseen_tag"] += 1
+                continue
             near = did_you_mean(label, labels)
             raise UserError(
                 f"{example.where}: label {label!r} is unseen in training, which knows {_enumerated(labels)}.{near}"

@@ -100,6 +100,6 @@ def decayed(params: dict) -> dict:
 
     def one(path, _leaf):
         name = path[-1].key
-        return not (name.startswith("b_") or name in ("scale", "bias", "mix", "value_mix", "skip", "distances"))
+        return not (name.startswith("b_") or name in ("scale", "bias", "mix", "value_mix", "skip", "distances", "idf"))
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -118,7 +118,7 @@ def load_state(run_dir: Path) -> tuple[TrainState, dict]:
     checkpoints = Checkpoints(run_dir)
     try:
         abstract = on_one_device(jax.eval_shape(lambda: init_state(config)))
-        if config.finetune.train != "all":
+        if config.finetune.train != "all" or config.finetune.mixout:
             frozen = frozen_params(run_dir, config, config.init_from, strict=True, notify=print)
             abstract = dataclasses.replace(abstract, frozen=frozen)
         return checkpoints.restore(manifest.step, abstract), manifest.meta

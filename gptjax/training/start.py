@@ -28,6 +28,9 @@ def first_state(parts: Parts, base: LoadedRun | None, manifest: Manifest | None)
     abstract = jax.eval_shape(lambda: init_state(config))
     where = shardings(parts.mesh, abstract)
     given = None if base is None else without_heads(base.params) | _kept_heads(config, base, manifest is None)
+    if constants := parts.task.constants:
+        kept = (given or {}).get("heads", {})
+        given = (given or {}) | {"heads": kept | {n: leaves | kept.get(n, {}) for n, leaves in constants.items()}}
     given = None if given is None else put(given, shardings(parts.mesh, given))
     if manifest is None:
         loop = Loop(best_by=config.train.best_by, measured_on=parts.task.measured_on)
@@ -57,12 +60,17 @@ def _kept_heads(config: Config, base: LoadedRun, report: bool) -> dict:
     for name, task in config.heads.items():
         for other in sorted(base.config.heads, key=lambda other: other != name):
             known = base.config.heads[other]
-            same = all(getattr(known, field) == getattr(task, field) for field in ("kind", "multi_label", "delimiters"))
+            same = all(
+                getattr(known, field) == getattr(task, field)
+                for field in ("kind", "multi_label", "delimiters", "bag_of_words", "layer_mixture")
+            )
             outputs = output_count(known)
             if same and sorted(known.labels) == sorted(task.labels) and outputs == output_count(task):
                 order = np.array([known.labels.index(label) for label in task.labels] or range(outputs))
                 head = base.params["heads"][other]
                 kept[name] = head | {leaf: head[leaf][order] for leaf in ("w", "bias")}
+                if task.bag_of_words:
+                    kept[name]["words"] = head["words"][:, order]
                 break
         if report:
             source = f"kept from {config.init_from}" if name in kept else "new"

@@ -20,7 +20,7 @@ from gptjax.parallel.mesh import traced_in
 from gptjax.parallel.pipeline import Pieces, pipelined_gradient
 from gptjax.parallel.place import get
 from gptjax.tasks.registry import make_loss, make_states_loss
-from gptjax.tasks.trainable import forward_params, init_split, join, rates
+from gptjax.tasks.trainable import forward_params, init_split, join, mixed_with_start, rates
 from gptjax.training.by_layer import by_layer, group_names
 from gptjax.training.noise import SMALL_SQUARE, Noise, init_noise, update_noise
 from gptjax.training.optim import make_optimizer, rate_factors
@@ -84,11 +84,14 @@ def make_gradient(config: Config) -> Callable[[TrainState, Any], tuple[Loss, dic
     task_loss = make_loss(config, compute_options(config))
 
     def scaled_loss(learning, frozen, micro_batch, key, scale):
-        loss = task_loss(forward_params(learning, frozen), micro_batch, key)
+        if config.finetune.mixout:
+            learning = mixed_with_start(config, learning, frozen, key)
+        loss = task_loss(forward_params(learning, frozen), micro_batch, key if config.model.has_dropout else None)
         return loss.objective * scale, loss
 
     def gradient(state: TrainState, batch: Any) -> tuple[Loss, dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.has_dropout else None
+        is_random = config.model.has_dropout or config.finetune.mixout
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if is_random else None
         scale = jnp.float32(1.0) if state.loss_scale is None else state.loss_scale.scale
 
         def of_micro_batch(micro_batch, number):

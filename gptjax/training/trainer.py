@@ -30,7 +30,7 @@ from gptjax.report.progress import say, silence_output
 from gptjax.report.record import SAMPLES_FILE, read_record
 from gptjax.tasks.instruct import chat_template
 from gptjax.tasks.task import Scores
-from gptjax.tasks.trainable import join
+from gptjax.tasks.trainable import START, join
 from gptjax.text.chats import USER, Message, render_prompt
 from gptjax.training import selftest
 from gptjax.training.divergence import write_dump
@@ -378,7 +378,8 @@ def _describe(parts: Parts, state: TrainState, step_program: Any) -> list[tuple[
     pages = ", huge pages" if allocator.uses_huge_pages() else ""
     pages += ", cache of large buffers" if allocator.caches_buffers() else ""
     epochs = parts.tokens_before(config.train.num_steps) / task.windows.tokens_per_epoch
-    trainable, frozen = (cost.parameter_count(params) for params in (state.params, state.frozen))
+    of_model = {name: part for name, part in state.frozen.items() if name != START}
+    trainable, frozen = (cost.parameter_count(params) for params in (state.params, of_model))
     count = cost.readable_count(trainable + frozen)
     if frozen:
         count += f", {cost.readable_count(trainable)} trainable ({100 * trainable / (trainable + frozen):.2f} %)"

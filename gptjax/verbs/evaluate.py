@@ -21,7 +21,7 @@ from gptjax.config.run import Config
 from gptjax.config.task import LABELLED
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError, did_you_mean
-from gptjax.evaluation.labels import save_confusion
+from gptjax.evaluation.labels import Predictions, save_confusion, with_labels
 from gptjax.evaluation.likelihood import make_scorer, score_spans
 from gptjax.evaluation.loss import (
     Evaluation,
@@ -55,6 +55,7 @@ from gptjax.text.tokenizers.extended import with_special_tokens
 from gptjax.text.whole import WholeText, document_hashes, read_whole
 from gptjax.training.step import compute_options
 from gptjax.verbs.benchmark import measure_benchmark
+from gptjax.verbs.generated import GENERATING, measure_generated
 
 CLEANING = ("text_field", "invalid_utf8", "unicode", "newlines", "attend_across_documents")
 """Options of data that another text inherits from the run, where they are not set for it."""
@@ -122,6 +123,8 @@ def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
     kind = run.config.task.kind
     if options.figure and kind not in LABELLED:
         raise UserError(f"figure={options.figure!r} has no effect: {options.run_dir} has task.kind={kind}, no labels")
+    if options.generate:
+        return _evaluate_generated(run, tokenizer, options, notify)
     if kind == "pretrain":
         return _evaluate_text(run, tokenizer, options, notify)
     for option, value in (("windows", options.windows), ("stride", options.stride)):
@@ -243,7 +246,7 @@ def _evaluate_own_text(
     special = SPECIAL_TOKENS.get(owner.task.objective.kind, ())
     if with_special_tokens(prepared.tokenizer, special).fingerprint != tokenizer.fingerprint:
         prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=tokenizer)
-    if owner is run.config and run.data_hash not in ("", prepared.dataset.hash):
+    if owner is run.config and run.data_hash and prepared.dataset.hash not in run.data_hash.split():
         notify(f"{options.run_dir}: its text has changed since it was trained; the loss is that of the new text")
     split, across = prepared.dataset.validation, owner.data.attend_across_documents
     objective = owner.task.objective
@@ -326,6 +329,10 @@ def _evaluate_preferences(run: LoadedRun, tokenizer: Tokenizer, options: Evaluat
 def _concatenated(parts: Sequence[Any]) -> Any:
     """The predictions of several files as those of one; arrays of fewer columns get columns of zeros."""
 
+    if isinstance(parts[0], Predictions) and len({part.labels for part in parts}) > 1:  # tags unseen in training
+        labels = tuple(dict.fromkeys(label for part in parts for label in part.labels))
+        parts = [with_labels(part, labels) for part in parts]
+
     def joined(name: str) -> Any:
         values = [getattr(part, name) for part in parts]
         if name == "labels":
@@ -337,6 +344,18 @@ def _concatenated(parts: Sequence[Any]) -> Any:
         return np.concatenate([np.pad(value, pad) for value, pad in zip(values, padding, strict=True)])
 
     return type(parts[0])(**{field.name: joined(field.name) for field in dataclasses.fields(parts[0])})
+
+
+def _evaluate_generated(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify) -> str:
+    kind = run.config.task.kind
+    if kind not in GENERATING:
+        raise UserError(
+            f"generate=True has no effect: {options.run_dir} has task.kind={kind}, must be {' or '.join(GENERATING)}"
+        )
+    sources = _sources(options) if _given(options) else [("validation", None)]
+    examples = [(name, _examples(run.config, data)) for name, data in sources]
+    lines = measure_generated(run, tokenizer, options, examples, notify)
+    return "\n".join([*lines, _checkpoint_line(run, options)])
 
 
 def _evaluate_chats(run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig) -> str:
@@ -385,13 +404,13 @@ def _examples(config: Config, data: DataConfig | None) -> list:
     rows = limited(read_data_rows(data, counts), data)
     named = dataclasses.replace(data, text_field=config.data.text_field) if _is_default(data, "text_field") else data
     examples = list(parse(rows, config.task, named, counts=counts))
-    for line in counted(counts):
-        notify(line)
     for example in examples:
         if config.task.kind in LABELLED:
-            check_labels(example, config.task.labels)
+            check_labels(example, config.task.labels, counts)
         elif config.task.kind == "regress":
             check_count(example, len(config.task.means))
+    for line in counted(counts):
+        notify(line)
     if not examples:
         raise UserError(f"{', '.join(data.path) or data.hf_dataset}: no rows")
     return examples

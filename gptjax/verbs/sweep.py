@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,10 +18,13 @@ from gptjax.files import write_atomic
 from gptjax.report.html import REPORT_FILE, write_report
 from gptjax.report.metrics import METRICS_FILE
 from gptjax.report.progress import notify
-from gptjax.report.record import RunRecord, read_record
+from gptjax.report.record import RunRecord, is_number, read_record
 
 STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGINT)}
 """Exit statuses of a run that a signal ended."""
+
+REPEATED = ("task.fold", "seed")
+"""Options whose runs repeat an experiment, so that their scores are averaged."""
 
 Train = Callable[[SweepRun, Path], int]
 """Trains a run, given the folder of the sweep; returns the exit status."""
@@ -63,6 +67,8 @@ def train_all(sweep: Sweep, parallel: int, train: Train) -> int:
     records = _records(sweep)
     for line in table(sweep, records, failed):
         print(line)
+    for line in averages(sweep, records):
+        print(line)
     if records:
         write_report(list(records.values()), folder / REPORT_FILE)
         print(folder / REPORT_FILE)
@@ -92,6 +98,38 @@ def table(sweep: Sweep, records: dict[str, RunRecord], failed: dict[str, int]) -
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [heads, *rows]
     ]
+
+
+def averages(sweep: Sweep, records: dict[str, RunRecord]) -> list[str]:
+    """The mean and the standard deviation of each score over folds and seeds, a line for each other set of options.
+
+    The scores of a run are those of its best evaluation, by its `train.best_by`.
+    """
+    over = [name for name in sweep.runs[0].options if name in REPEATED]
+    groups: dict[str, list[dict]] = {}
+    for run in sweep.runs if over else ():
+        others = " ".join(f"{name}={value}" for name, value in run.options.items() if name not in over)
+        groups.setdefault(others, [])
+        if run.name in records and (row := _best_row(records[run.name])):
+            groups[others].append(row)
+    lines = []
+    for others, rows in groups.items():
+        if len(rows) < 2:
+            continue
+        scores = [name for name in rows[0] if name != "step" and all(is_number(row.get(name)) for row in rows)]
+        values = {name: [row[name] for row in rows] for name in scores}
+        shown = " · ".join(
+            f"{name.replace('_', ' ')} {statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}"
+            for name, found in values.items()
+        )
+        lines.append(f"{others + ': ' if others else ''}{len(rows)} runs over {' and '.join(over)}: {shown}")
+    return lines
+
+
+def _best_row(record: RunRecord) -> dict | None:
+    by = record.config.train.best_by
+    scored = [row for row in record.evaluations if is_number(row.get(by))]
+    return record.best if by == "loss" else max(scored, key=lambda row: row[by], default=None)
 
 
 def _train(run: SweepRun, folder: Path) -> int:

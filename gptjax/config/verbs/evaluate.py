@@ -33,6 +33,9 @@ class EvaluateConfig(CheckpointConfig):
         "none", "choices", "generate", "hellaswag", "lambada", "arc", "piqa", "winogrande", "boolq", "mmlu"
     ] = "none"
     """Format of rows with questions: multiple choice by likelihood, or (generate) answers that are generated."""
+    generate: bool = False
+    """Compare what a run of instruct or seq2seq writes with its rows: exact match, BLEU, chrF, ROUGE-L (extra
+    evaluate)."""
     shots: int = 0
     """Examples with their answers before each question of a benchmark."""
     shots_path: tuple[str, ...] = ()
@@ -78,8 +81,13 @@ class EvaluateConfig(CheckpointConfig):
         no_effect("", self, "shots", asked, "benchmark")
         for name in ("shots_path", "seed"):
             no_effect("", self, name, self.shots > 0, "shots")
-        for name in ("max_new_tokens", "stop", "pattern", "text_scores"):
+        for name in ("max_new_tokens", "pattern"):
+            no_effect("", self, name, self.generate or self.benchmark == "generate", "generate or benchmark=generate")
+        for name in ("stop", "text_scores"):
             no_effect("", self, name, self.benchmark == "generate", "benchmark=generate")
+        if self.generate:
+            for name in ("benchmark", "language_model", "figure", "windows", "stride"):
+                no_effect("", self, name, False, "generate=false")
         try:
             re.compile(self.pattern)
         except re.error as error:
