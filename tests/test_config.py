@@ -79,7 +79,7 @@ def test_flags_win_over_the_file(tmp_path):
         ("parts: [1]", (), r"parts\[0\] is a section of keys, not 1"),
         ("parts: [{weight: 2}]", (), "name is missing"),
         ("parts: [{name: a, task: {kinds: tag}}]", (), r"unknown key 'parts\[0\].task.kinds'.*Did you mean 'kind'\?"),
-        ("parts: [{name: a}]", (), "a: task.kind=pretrain must be one of classify, regress"),
+        ("parts: [{name: a, task: {kind: seq2seq}}]", (), "a: task.kind=seq2seq must be one of pretrain, classify"),
         ("parts: [{name: a/b}]", (), "name='a/b' must be of letters"),
         ("task: {kind: multi}", (), "task.kind=multi needs two parts or more"),
         ("", ("stray",), "unexpected 'stray'"),
