@@ -478,28 +478,30 @@ def test_several_tasks_share_a_model(folder, capsys):
         for (name, (kind, ending)), weight in zip(kinds.items(), (1.0, 0.5, 2.0), strict=True)
     ]
     text = PartConfig(name="text", weight=4.0, data=run_config(folder).data)
-    config = make_multi(folder, (*parts, text))
+    again = dataclasses.replace(parts[0], name="again", weight=3.0, head="letter")
+    config = make_multi(folder, (*parts, text, again))
     assert trainer.train(replace(config, train={"num_steps": 2})) == 0
     assert trainer.train(config) == 0
     saved = load_config(Path(config.run_dir) / "config.yaml")
-    assert [part.task.labels for part in saved.parts] == [("a", "b"), ("B-X", "O"), (), ()]
+    assert [part.task.labels for part in saved.parts] == [("a", "b"), ("B-X", "O"), (), (), ("a", "b")]
     params = load_run(Path(config.run_dir), "latest").params
     assert {name: head["w"].shape[0] for name, head in params["heads"].items()} == {"letter": 2, "spans": 2}
     last = read_metrics(Path(config.run_dir))[-1]
-    weights = {"letter": 1.0, "spans": 0.5, "chat": 2.0, "text": 4.0}
-    expected = sum(weight * last[f"{name}/val_loss"] for name, weight in weights.items()) / 7.5
+    weights = {"letter": 1.0, "spans": 0.5, "chat": 2.0, "text": 4.0, "again": 3.0}
+    expected = sum(weight * last[f"{name}/val_loss"] for name, weight in weights.items()) / 10.5
+    assert last["again/val_loss"] == last["letter/val_loss"], "the same rows and the same head"
     assert last["val_loss"] == pytest.approx(expected)
     capsys.readouterr()
     run = ["--run_dir", config.run_dir, "--checkpoint", "latest"]
     assert main(["predict", *run, "--part", "spans", "--text", "aaa bbb"]) == 0
     assert len(json.loads(capsys.readouterr().out)["predicted"]) == 2
-    assert main(["evaluate", *run, "--part", "letter"]) == 0
+    assert main(["evaluate", *run, "--part", "again"]) == 0
     assert f"loss {last['letter/val_loss']:.4f}" in capsys.readouterr().out
     assert main(["evaluate", *run, "--part", "text", "--windows", "512"]) == 0
     written = capsys.readouterr()
     assert written.out.startswith(f"loss {last['text/val_loss']:.4f} ") and "has changed" not in written.err
     assert main(["evaluate", *run]) == 2
-    assert "part='' must be one of letter, spans, chat, text" in capsys.readouterr().err
+    assert "part='' must be one of letter, spans, chat, text, again" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import gptjax
 from gptjax.batches.pairs import PairBatch, PairBatches, encode_pairs
 from gptjax.batches.rows import take_rows
 from gptjax.checkpoints.run_dir import load_run
+from gptjax.cli import main
 from gptjax.config.data import DataConfig
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import ModelConfig
@@ -264,6 +265,16 @@ def test_a_run_writes_targets_and_is_measured(run, capsys):
     ).splitlines()
     model, [held_out] = gptjax.load(run.run_dir), [read_examples(run.task, run.data).validation]
     texts = [model.generate(pair.source, temperature=0.0, max_new_tokens=5)[0][0] for pair in held_out]
+    rows_file, written_file = Path(run.run_dir, "rows.jsonl"), Path(run.run_dir, "written.jsonl")
+    rows_file.write_text("".join(json.dumps({"x": pair.source, "target": "kept"}) + "\n" for pair in held_out))
+    options = ["--data.text_field", "x", "--output_field", "target", "--max_new_tokens", "5", "--batch_size", "3"]
+    assert (
+        main(["predict", "--run_dir", run.run_dir, "--file", str(rows_file), "--out", str(written_file), *options]) == 0
+    )
+    assert [json.loads(line) for line in written_file.read_text().splitlines()] == [
+        {"x": pair.source, "input.target": "kept", "target": text.strip()}
+        for pair, text in zip(held_out, texts, strict=True)
+    ]
     exact = np.mean([text.strip() == pair.target for text, pair in zip(texts, held_out, strict=True)])
     assert written[0].startswith(f"exact match {exact:.4f}") and f"· {len(held_out)} items" in written[0]
     assert scored == f"scores      {text_scores([text.strip() for text in texts], [[p.target] for p in held_out])}"

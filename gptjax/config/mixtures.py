@@ -20,6 +20,8 @@ class PartConfig:
     """Name of the part's head and scores: letters, digits, - and _."""
     weight: float = 1.0
     """Weight of the part's mean loss in the sum that is minimised."""
+    head: str = ""
+    """Name of another part whose head this part uses, as for a source and a target domain; empty: a head of its own."""
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 

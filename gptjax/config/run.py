@@ -85,7 +85,7 @@ class Config:
     def heads(self) -> dict[str, TaskConfig]:
         """The tasks that have a head, by the name of the head."""
         if self.task.kind == "multi":
-            return {part.name: part.task for part in self.parts if part.task.kind in HEADED}
+            return {part.name: part.task for part in self.parts if part.task.kind in HEADED and not part.head}
         return {self.task.kind: self.task} if self.task.kind in HEADED else {}
 
     def of_part(self, part: PartConfig) -> "Config":
@@ -148,6 +148,8 @@ class Config:
             raise UserError("task.kind=multi needs two parts or more, each with another name; other tasks have none")
         for part in self.parts:
             self.of_part(part)
+            if part.head:
+                self._check_shared_head(part)
         if self.task.kind == "multi":
             for field in dataclasses.fields(DataConfig):
                 no_effect("data", self.data, field.name, False, "another task.kind; each of parts has data of its own")
@@ -232,6 +234,20 @@ class Config:
             for _, tokens in train.lengths:
                 if length % tokens:
                     raise UserError(f"train.length_ramp: {tokens} tokens must divide model.block_size={length}")
+    def _check_shared_head(self, part: PartConfig) -> None:
+        owner = next((other for other in self.parts if other.name == part.head and not other.head), None)
+        if owner is None or owner is part:
+            raise UserError(f"parts: {part.name}: head={part.head!r} must name another part that has a head of its own")
+        if part.task.kind not in LABELLED:
+            raise UserError(
+                f"parts: {part.name}: head={part.head!r} needs task.kind={' or '.join(LABELLED)}, not {part.task.kind}"
+            )
+        for field in ("kind", "multi_label", "delimiters", "pooling", "bag_of_words", "layer_mixture"):
+            own, others = getattr(part.task, field), getattr(owner.task, field)
+            if own != others:
+                raise UserError(
+                    f"parts: {part.name}: task.{field}={own} must be {others}, as of the part whose head it uses"
+                )
 
     def _check_encoder(self) -> None:
         pairs, layers = self.task.kind == "seq2seq", self.model.encoder_layers

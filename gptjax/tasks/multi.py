@@ -17,6 +17,12 @@ def parts_of(config: Config) -> dict[str, Config]:
     return {config.task.kind: config}
 
 
+def with_shared_heads(config: Config, params: dict) -> dict:
+    """Params in which a part that uses the head of another part has that head under its own name too."""
+    shared = {part.name: params["heads"][part.head] for part in config.parts if part.head}
+    return params | {"heads": params["heads"] | shared} if shared else params
+
+
 def combined_loss(losses: dict[str, LossFunction]) -> LossFunction:
     """Sums the losses of the tasks, each times its share."""
 

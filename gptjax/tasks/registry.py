@@ -21,7 +21,7 @@ from gptjax.report.progress import say
 from gptjax.tasks import answer, choose, classify, dpo, instruct, pretrain, regress, reinforce, reward, seq2seq, tag
 from gptjax.tasks.functions import call_function
 from gptjax.tasks.heads import states_of
-from gptjax.tasks.multi import combine, combined_loss, parts_of
+from gptjax.tasks.multi import combine, combined_loss, parts_of, with_shared_heads
 from gptjax.tasks.task import Compile, Kind, LossFunction, Source, StatesLoss, Task
 from gptjax.text import labelled as labelled_rows
 from gptjax.text.documents import read_skipped
@@ -147,6 +147,15 @@ def with_labels(config: Config, examples: dict[str, Examples]) -> Config:
 
     if config.task.kind == "multi":
         parts = (dataclasses.replace(part, task=filled(part.task, part.name)) for part in config.parts)
+        for part in config.parts:
+            if not part.head:
+                continue
+            found, known = (examples[name].labels for name in (part.name, part.head))
+            if found != known:
+                raise UserError(
+                    f"parts: {part.name}: its labels {', '.join(found)} must be {', '.join(known)}, as of"
+                    f" head={part.head!r}"
+                )
         return dataclasses.replace(config, parts=tuple(parts))
     return dataclasses.replace(config, task=filled(config.task, config.task.kind))
 
@@ -154,7 +163,10 @@ def with_labels(config: Config, examples: dict[str, Examples]) -> Config:
 def make_loss(config: Config, compute: Compute) -> LossFunction:
     """Returns `loss(params, batch, key)`, summed over the batch."""
     losses = {name: make_part_loss(part, name, compute) for name, part in parts_of(config).items()}
-    return combined_loss(losses) if config.task.kind == "multi" else losses[config.task.kind]
+    if config.task.kind != "multi":
+        return losses[config.task.kind]
+    combined = combined_loss(losses)
+    return lambda params, batch, key: combined(with_shared_heads(config, params), batch, key)
 
 
 def make_part_loss(config: Config, name: str, compute: Compute) -> LossFunction:
@@ -189,4 +201,8 @@ def make_task(config: Config, source: Source, compute: Compute, compiled: Compil
     }
     if config.task.kind != "multi":
         return tasks[config.task.kind]
-    return combine({part.name: part.weight for part in config.parts}, tasks)
+    task = combine({part.name: part.weight for part in config.parts}, tasks)
+    combined_evaluate = task.evaluate
+    return dataclasses.replace(
+        task, evaluate=lambda params, sharding: combined_evaluate(with_shared_heads(config, params), sharding)
+    )

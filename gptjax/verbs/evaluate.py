@@ -38,7 +38,7 @@ from gptjax.report.progress import notify
 from gptjax.tasks.dpo import measure_preferences
 from gptjax.tasks.functions import metric_values
 from gptjax.tasks.instruct import measure_chats
-from gptjax.tasks.multi import parts_of
+from gptjax.tasks.multi import parts_of, with_shared_heads
 from gptjax.tasks.pretrain import bytes_per_target, mixture_stages, text_batches
 from gptjax.tasks.registry import TASKS, parse, read_examples
 from gptjax.tasks.regress import check_count
@@ -384,7 +384,7 @@ def one_task(run: LoadedRun, part: str, where: str) -> tuple[LoadedRun, str]:
     if part not in tasks and (part or len(tasks) > 1):
         raise UserError(f"{where}: part={part!r} must be one of {', '.join(tasks)}.{did_you_mean(part, tasks)}")
     name = part or next(iter(tasks))
-    return dataclasses.replace(run, config=tasks[name]), name
+    return dataclasses.replace(run, config=tasks[name], params=with_shared_heads(run.config, run.params)), name
 
 
 def predict_labels(run: LoadedRun, name: str, examples: list, batch_size: int) -> tuple[Any, float]:

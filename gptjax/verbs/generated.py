@@ -1,4 +1,6 @@
-"""`gptjax evaluate --generate true`: the text that a run writes for each row, compared with that of the row."""
+"""Texts that a run of instruct or seq2seq writes: `gptjax evaluate --generate true` scores them, `gptjax predict` adds
+them to rows.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -55,32 +57,46 @@ def measure_generated(
     ]
 
 
-def _targets(run, tokenizer, options, pairs, notify) -> tuple[list[str], list[tuple[str]]]:
-    sampling = SampleConfig(temperature=0.0, max_new_tokens=options.max_new_tokens)
+def write_targets(
+    run: LoadedRun, tokenizer: Tokenizer, sources: Sequence[str], new_tokens: int, batch_size: int, notify: Notify
+) -> list[str]:
+    """Returns the most likely target of each source, by greedy decoding."""
+    sampling = SampleConfig(temperature=0.0, max_new_tokens=new_tokens)
     texts = []
-    for first in range(0, len(pairs), options.batch_size):
-        sources = [pair.source for pair in pairs[first : first + options.batch_size]]
-        filled = (sources * options.batch_size)[: min(options.batch_size, len(pairs))]  # one width of a batch
-        found = target_texts(run.config.model, run.params, tokenizer, filled, sampling, notify)
-        texts += found[: len(sources)]
+    for first in range(0, len(sources), batch_size):
+        here = list(sources[first : first + batch_size])
+        filled = (here * batch_size)[: min(batch_size, len(sources))]  # all batches have as many rows
+        texts += target_texts(run.config.model, run.params, tokenizer, filled, sampling, notify)[: len(here)]
+    return texts
+
+
+def write_responses(
+    run: LoadedRun, tokenizer: Tokenizer, prompts: Sequence[str], new_tokens: int, batch_size: int, notify: Notify
+) -> list[str]:
+    """Returns the most likely response to each prompt in the run's template, by greedy decoding."""
+    start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    ids = [np.array([*start, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
+    model = run.config.model
+    if cut := sum(len(one) > model.block_size for one in ids):
+        notify(f"{cut:,} prompts are cut at their start to the {model.block_size:,} tokens that the model reads")
+    sampling = SampleConfig(temperature=0.0, max_new_tokens=new_tokens)
+    contexts = [one[-model.block_size :] for one in ids]
+    return generate_until(model, run.params, tokenizer, contexts, sampling, batch_size, notify)
+
+
+def _targets(run, tokenizer, options, pairs, notify) -> tuple[list[str], list[tuple[str]]]:
+    sources = [pair.source for pair in pairs]
+    texts = write_targets(run, tokenizer, sources, options.max_new_tokens, options.batch_size, notify)
     return texts, [(pair.target,) for pair in pairs]
 
 
 def _responses(run, tokenizer, options, chats: list[Chat], notify) -> tuple[list[str], list[tuple[str]]]:
-    ended, model = [chat for chat in chats if chat.ends_in_target], run.config.model
+    ended = [chat for chat in chats if chat.ends_in_target]
     if not ended:
         raise UserError(f"generate=True: none of {len(chats):,} chats ends with a message of the assistant")
     if left_out := len(chats) - len(ended):
         notify(f"{left_out:,} chats are left out: their last message is not the assistant's")
-    start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     places = [chat.targets[-1][0] for chat in ended]
-    prompts = [
-        np.array([*start, *tokenizer.encode(chat.text[:place])], np.int32)
-        for chat, place in zip(ended, places, strict=True)
-    ]
-    if cut := sum(len(ids) > model.block_size for ids in prompts):
-        notify(f"{cut:,} prompts are cut at their start to the {model.block_size:,} tokens that the model reads")
-    sampling = SampleConfig(temperature=0.0, max_new_tokens=options.max_new_tokens)
-    contexts = [ids[-model.block_size :] for ids in prompts]
-    texts = generate_until(model, run.params, tokenizer, contexts, sampling, options.batch_size, notify)
+    prompts = [chat.text[:place] for chat, place in zip(ended, places, strict=True)]
+    texts = write_responses(run, tokenizer, prompts, options.max_new_tokens, options.batch_size, notify)
     return texts, [(chat.text[place:],) for chat, place in zip(ended, places, strict=True)]

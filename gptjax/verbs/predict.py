@@ -1,4 +1,4 @@
-"""`gptjax predict`: predicts labels of texts, and writes them as JSON lines."""
+"""`gptjax predict`: predicts labels or writes texts for rows, as JSON lines."""
 
 import dataclasses
 import itertools
@@ -17,20 +17,24 @@ from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
 from gptjax.tasks.registry import TASKS, parse
 from gptjax.tasks.task import longest
+from gptjax.text.chats import USER, Message, render_prompt
 from gptjax.text.counts import counted
 from gptjax.text.formats import Row
-from gptjax.text.rows import read_rows
+from gptjax.text.rows import normalised, read_rows
 from gptjax.verbs.evaluate import one_task, predict_labels
+from gptjax.verbs.generated import GENERATING, write_responses, write_targets
 from gptjax.verbs.output_rows import renamed, write_file, write_rows
 
 CHUNK = 1024
 """Number of rows in memory at a time."""
+NEW_TOKENS = 64
+"""Tokens that are written for a row at most, by default."""
 OUTPUTS = ("predicted", "probabilities", "cut")
 """Fields that are added to each row; an input field with one of these names is renamed to "input.NAME"."""
 
 
 def run_predict(options: PredictConfig) -> int:
-    """Predicts labels; if the output is a file, prints the number of rows."""
+    """Predicts; if the output is a file, prints the number of rows."""
     compile_cache.start()
     count = predict_run(options, notify)
     if options.out:
@@ -44,19 +48,32 @@ def predict_run(options: PredictConfig, notify: Callable[[str], None] = print) -
     `notify` is called with one line about damaged checkpoints, skipped rows, truncated texts and renamed fields.
 
     Raises:
-        UserError: The run predicts no labels, or a row is invalid.
+        UserError: The run predicts nothing for rows, or a row is invalid.
     """
     run = load_run(Path(options.run_dir).expanduser(), options.checkpoint, options.strict, notify, options.base)
     run, name = one_task(run, options.part, options.run_dir)
     task = run.config.task
-    if TASKS[task.kind].predict is None:
+    writes = task.kind in GENERATING
+    if TASKS[task.kind].predict is None and not writes:
         raise UserError(f"{options.run_dir}: has task.kind={task.kind}, which has no labels; use gptjax sample")
+    for option in ("max_new_tokens", "output_field"):
+        if getattr(options, option) and not writes:
+            raise UserError(
+                f"{option}={getattr(options, option)!r} has no effect: task.kind={task.kind} writes no text"
+            )
     data = _data_config(run.config.data, options, task)
     counts: Counter[str] = Counter()
+    if writes:
+        field = options.data.text_field or (task.source_field if task.kind == "seq2seq" else task.prompt_field)
+        data = dataclasses.replace(data, text_field=field)
     rows = read_rows([options.file], "file", data, counts) if options.file else _given_rows(options.text, task, data)
-    found = predicted_rows(run, name, rows, data, options.batch_size, counts)
+    if writes:
+        found = written_rows(run, rows, data, options, counts, notify)
+    else:
+        found = predicted_rows(run, name, rows, data, options.batch_size, counts)
     count = write_file(found, Path(options.out).expanduser()) if options.out else write_rows(found, sys.stdout)
-    for line in _notes(counts, count, longest(run.config)):
+    names = (options.output_field or OUTPUTS[0],) if writes else OUTPUTS
+    for line in _notes(counts, count, longest(run.config), names):
         notify(line)
     return count
 
@@ -88,6 +105,33 @@ def predicted_rows(
             yield renamed(row, OUTPUTS, counts) | values | {"cut": cut}
 
 
+def written_rows(
+    run: LoadedRun,
+    rows: Iterator[Row],
+    data: DataConfig,
+    options: PredictConfig,
+    counts: Counter[str],
+    notify: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """Yields the values of each row together with the text that a run of instruct or seq2seq writes for it.
+
+    Raises:
+        UserError: A row has no text in `data.text_field`.
+    """
+    task, tokenizer, name = run.config.task, run.tokenizer, options.output_field or OUTPUTS[0]
+    assert tokenizer is not None  # training refuses a run without one
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        texts = [text_field(normalised(row, data), data.text_field) for row in chunk]
+        sizes = options.max_new_tokens or NEW_TOKENS, min(options.batch_size, len(chunk))
+        if task.kind == "seq2seq":
+            written = write_targets(run, tokenizer, texts, *sizes, notify)
+        else:
+            prompts = [render_prompt([Message(USER, text)], task.template) for text in texts]
+            written = write_responses(run, tokenizer, prompts, *sizes, notify)
+        for row, text in zip(chunk, written, strict=True):
+            yield renamed(row, (name,), counts) | {name: text.strip()}
+
+
 def _data_config(own: DataConfig, options: PredictConfig, task: TaskConfig) -> DataConfig:
     """Reading and normalisation as in training, except the options of the input file."""
     given = options.data
@@ -99,19 +143,19 @@ def _data_config(own: DataConfig, options: PredictConfig, task: TaskConfig) -> D
 
 
 def _given_rows(texts: Iterable[str], task: TaskConfig, data: DataConfig) -> Iterator[Row]:
-    if task.second_field or task.kind not in ("classify", "regress", "tag"):
+    if task.second_field or task.kind not in ("classify", "regress", "tag", *GENERATING):
         raise UserError(f"text: a row of this run (task.kind={task.kind}) is more than a text; give --file FILE")
     for number, text in enumerate(texts, 1):
         values = {task.tokens_field: text.split()} if task.kind == "tag" else {data.text_field: text}
         yield Row(values, f"text {number}")
 
 
-def _notes(counts: Counter[str], count: int, max_tokens: int) -> list[str]:
+def _notes(counts: Counter[str], count: int, max_tokens: int, outputs: tuple[str, ...]) -> list[str]:
     notes = counted(counts)
     if counts["cut"]:
         notes.append(f'{counts["cut"]:,} of {count:,} rows were cut at {max_tokens} tokens; they have "cut": true')
     if counts["renamed"]:
-        names = " or ".join(OUTPUTS)
+        names = " or ".join(outputs)
         notes.append(f'{counts["renamed"]:,} rows have a field named {names}; the output has it as "input.NAME"')
     return notes
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from gptjax.config.rules import no_effect, positive, usable_paths
+from gptjax.config.rules import no_effect, not_negative, positive, usable_paths
 from gptjax.config.verbs.checkpoint import CheckpointConfig
 from gptjax.errors import UserError
 
@@ -24,7 +24,7 @@ class PredictDataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictConfig(CheckpointConfig):
-    """Labels texts with a model that was trained for it; the result is JSONL."""
+    """Adds what a model predicts to each row: labels, numbers or written text; the result is JSONL."""
 
     run_dir: str = ""
     """Run directory of the model."""
@@ -38,6 +38,10 @@ class PredictConfig(CheckpointConfig):
     """JSONL file to write, complete or not at all; empty: standard output."""
     batch_size: int = 16
     """Texts in a batch."""
+    max_new_tokens: int = 0
+    """Largest number of tokens that a run of instruct or seq2seq writes for a row; 0: 64."""
+    output_field: str = ""
+    """Field of the text that such a run writes; empty: predicted."""
     data: PredictDataConfig = dataclasses.field(default_factory=PredictDataConfig)
 
     def __post_init__(self):
@@ -50,4 +54,5 @@ class PredictConfig(CheckpointConfig):
             no_effect("data", self.data, field.name, bool(self.file), "file")
         usable_paths("", self, "run_dir", "file", "out")
         positive("", self, "batch_size")
+        not_negative("", self, "max_new_tokens")
         no_effect("", self, "out", bool(self.file), "file")
