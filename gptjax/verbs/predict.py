@@ -20,7 +20,7 @@ from gptjax.tasks.task import longest
 from gptjax.text.chats import USER, Message, render_prompt
 from gptjax.text.counts import counted
 from gptjax.text.formats import Row
-from gptjax.text.rows import normalised, read_rows
+from gptjax.text.rows import normalised, read_rows, text_field
 from gptjax.verbs.evaluate import one_task, predict_labels
 from gptjax.verbs.generated import GENERATING, write_responses, write_targets
 from gptjax.verbs.output_rows import renamed, write_file, write_rows
