@@ -234,6 +234,7 @@ class Config:
             for _, tokens in train.lengths:
                 if length % tokens:
                     raise UserError(f"train.length_ramp: {tokens} tokens must divide model.block_size={length}")
+
     def _check_shared_head(self, part: PartConfig) -> None:
         owner = next((other for other in self.parts if other.name == part.head and not other.head), None)
         if owner is None or owner is part:
