@@ -102,6 +102,9 @@ def test_a_chat_without_the_assistant_is_refused():
         chats({"messages": [{"role": "user", "content": "x"}]})
     with pytest.raises(UserError, match=r"a:1: no field 'messages' \(task.messages_field\); it has 'text'"):
         chats({"text": "x"})
+    turn = [{"role": "assistant", "content": "x"}]
+    with pytest.raises(UserError, match="a:1: field 'prompt' holds messages, must be a string"):
+        chats({"prompt": turn, "response": turn})
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -138,6 +141,15 @@ def test_targets_are_the_tokens_of_the_whole_text_that_touch_a_response(kind, te
         expected = [int(i) if hit else -1 for i, hit in zip(ids, touched, strict=True)]
         last = tokenizer.end_of_text if messages[-1].role == "assistant" else -1
         assert sequence.targets.tolist() == [*expected, last]
+
+
+def test_a_token_of_the_template_and_a_response_is_a_target():
+    turns = [Message("user", "x"), Message("assistant", "e end")]
+    chat = render_chat(turns, "{role} th{content}\n", "")
+    corpus = [chat.text, "the thex the"] * 9
+    tokenizer = make_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), lambda: corpus, lambda _: None)
+    [sequence] = encode_chats([chat], tokenizer, 10_000).sequences
+    assert tokenizer.decode(sequence.targets[sequence.targets >= 0]).startswith(" the end"), "one token has both"
 
 
 def test_nothing_is_a_target_after_a_last_turn_of_the_user():

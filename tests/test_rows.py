@@ -77,6 +77,7 @@ def test_conll_is_text_to_pretrain_on(tmp_path):
         (CLASSIFY, "a.jsonl", '{"txt": "a", "label": 1}\n', r"a.jsonl:1: no field 'text'.*Did you mean 'txt'\?"),
         (CLASSIFY, "a.jsonl", '{"text": "a", "label": [[]]}\n', r"a.jsonl:1: field 'label' holds \[\]"),
         (CLASSIFY, "a.tsv", '"text"\t"label"\n"a"\t"x"\n', "a.tsv:2: no field 'text' .* data.quoting=double"),
+        (CLASSIFY, "a.csv", "text;label\na;x\n", "a.csv:2: no field 'text' .* separated by commas"),
         (CLASSIFY, "a.jsonl", '{"text": null, "label": "x"}\n', "a.jsonl:1: field 'text' is null"),
         (CLASSIFY, "a.jsonl", '{"text": "a", "label": 1.5}\n', "a.jsonl:1: field 'label' holds 1.5"),
         (CLASSIFY, "a.jsonl", '{"text": "a", "label": ["x", "x"]}\n', "a.jsonl:1: .*names a label twice"),
@@ -396,6 +397,20 @@ def test_a_label_that_stands_for_none_is_left_out_and_counted(tmp_path, missing)
         assert examples(tmp_path, rows, rows, labels=("-1", "1", "2")).labels == ("-1", "1", "2")
     with pytest.raises(UserError, match=r"have 1 label\(s\): '1'; two are needed \(.* left out: without a label"):
         examples(tmp_path, [row for row in rows if row["label"] != 2], rows)
+
+
+@pytest.mark.parametrize("sign", ["-", "?", "N/A", "null"])
+def test_a_sign_for_no_label_is_left_out_where_there_are_two_other_labels(tmp_path, sign):
+    rows = [{"text": f"t{n}", "label": ("a", "b", sign)[n % 3]} for n in range(9)]
+    found = examples(tmp_path, rows, rows)
+    assert found.labels == ("a", "b") and (len(found.train), len(found.validation)) == (6, 6)
+    assert found.notes[0].startswith("6 left out: the label is a sign for none")
+    assert found == examples(tmp_path, rows, rows, labels=("a", "b"))
+    assert examples(tmp_path, rows, rows, labels=("a", "b", sign)).labels == ("a", "b", sign)
+    two = [row for row in rows if row["label"] != "b"]
+    assert set(examples(tmp_path, two, two).labels) == {"a", sign}, "one of two labels is a class"
+    polarities = [row | {"label": {"a": "+", "b": "-", sign: "0"}[row["label"]]} for row in rows]
+    assert examples(tmp_path, polarities, polarities).labels == ("+", "-", "0")
 
 
 def test_a_datasets_missing_class_is_left_out(tmp_path):

@@ -19,7 +19,7 @@ from gptjax.tasks.heads import head_states_loss
 from gptjax.tasks.task import Kind
 from gptjax.tasks.texts import encode_examples, make_rewrite
 from gptjax.text.formats import Row, missing_field
-from gptjax.text.labelled import Text, is_missing, label_name, text_and_second
+from gptjax.text.labelled import Text, is_missing, is_placeholder, label_name, text_and_second
 from gptjax.text.tokenizers.base import Tokenizer
 
 
@@ -46,6 +46,9 @@ def parse_row(row: Row, task: TaskConfig, data: DataConfig, labelled: bool, coun
         counts["missing_label"] += 1
         return None
     labels = tuple(label_name(item, row, task.label_field) for item in given)
+    if task.labels and any(is_placeholder(label, task.labels) for label in labels):
+        counts["placeholder_label"] += 1
+        return None
     if len(set(labels)) < len(labels):
         raise UserError(f"{row.where}: field {task.label_field!r} names a label twice")
     return Text(text, labels, row.where, listed, second)

@@ -136,6 +136,10 @@ def _turns_of(messages: Any, name: str, row: Row) -> list[tuple[str, str | None]
 def _content(content: Any, name: str, row: Row) -> str | None:
     """A turn's text, or None. A list of parts, as in the OpenAI API, is joined."""
     if isinstance(content, (list, tuple)) and all(isinstance(part, dict) for part in content):
+        if any("role" in part for part in content):
+            raise UserError(
+                f"{row.where}: field {name!r} holds messages, must be a string; put all turns into one list"
+            )
         content = "".join(part["text"] for part in content if isinstance(part.get("text"), str))
     if content is not None and not isinstance(content, str):
         raise UserError(f"{row.where}: a message of {name!r} is a {type(content).__name__}, must be a string")

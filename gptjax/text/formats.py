@@ -217,8 +217,11 @@ def _inner_field(row: Row, field: str, option: str) -> Any:
 def missing_field(where: str, field: str, option: str, fields: Iterable[str]) -> UserError:
     """The error for a row or table without a field; `option` is the option that gives the field's name."""
     fields = [str(name) for name in fields]
-    quoted = f'"{field}"' in fields
-    near = " Are its fields in quotes? Then set data.quoting=double." if quoted else did_you_mean(field, fields)
+    near = did_you_mean(field, fields)
+    if f'"{field}"' in fields:
+        near = " Are its fields in quotes? Then set data.quoting=double."
+    elif len(fields) == 1 and field in re.split(r"[;|,\t]", fields[0]):
+        near = " Fields of .csv are separated by commas, those of .tsv by tabs: rename or convert the file."
     return UserError(
         f"{where}: no field {field!r} ({option}); it has {', '.join(map(repr, fields)) or 'no field'}.{near}"
     )

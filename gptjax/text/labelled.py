@@ -24,6 +24,8 @@ from gptjax.text.rows import (
 )
 
 _NOT_A_NUMBER = ("nan", "<na>")  # as pandas writes them
+PLACEHOLDERS = ("-", "?", "n/a", "#n/a", "null")
+"""Labels that mean "not known" in public datasets, such as "-" in SNLI, where there are two other labels or more."""
 
 
 class Text(NamedTuple):
@@ -105,9 +107,12 @@ def read_examples(parse_row: ParseRow, task: TaskConfig, data: DataConfig) -> Ex
         raise UserError("no rows: set one of data.path and data.hf_dataset")
     counts: Counter[str] = Counter()
     examples = list(parse_rows(parse_row, limited(read_data_rows(data, counts), data), task, data, counts=counts))
+    placeholders = () if task.labels else _placeholders(examples)
+    examples = _without_labels(examples, placeholders, counts)
     if task.validation_path:
         rows = read_rows(task.validation_path, "task.validation_path", data, counts)
-        train, validation = examples, list(parse_rows(parse_row, rows, task, data, counts=counts))
+        validation = list(parse_rows(parse_row, rows, task, data, counts=counts))
+        train, validation = examples, _without_labels(validation, placeholders, counts)
     else:
         held_out = [_is_held_out(hash_text(example), task, data) for example in examples]
         train = [example for example, held in zip(examples, held_out, strict=True) if not held]
@@ -265,6 +270,27 @@ def is_missing(value: object, classes: Sequence[str]) -> bool:
     except ValueError:
         return False
     return number in MISSING_NUMBERS and name not in classes and str(int(number)) not in classes
+
+
+def is_placeholder(label: str, classes: Sequence[str]) -> bool:
+    """Whether a label is one of `PLACEHOLDERS` and not among the names of classes."""
+    return label.strip().lower() in PLACEHOLDERS and label not in classes
+
+
+def _placeholders(examples: Sequence[Example]) -> Sequence[str]:
+    """The labels of `classify` that mean "not known"; "-" beside "+" is a class."""
+    names = {label for example in examples if isinstance(example, Text) for label in example.labels}
+    found = [name for name in names if is_placeholder(name, ())]
+    return () if "+" in names or len(names) - len(found) < 2 else found
+
+
+def _without_labels(examples: list, names: Sequence[str], counts: Counter[str]) -> list:
+    """Examples that have none of these labels."""
+    if not names:
+        return examples
+    kept = [example for example in examples if not set(names).intersection(example.labels)]
+    counts["placeholder_label"] += len(examples) - len(kept)
+    return kept
 
 
 def _in_brackets(notes: Sequence[str]) -> str:
