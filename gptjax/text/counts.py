@@ -27,7 +27,8 @@ COUNTED = {
     "missing_label": "left out: without a label (null, empty, -1 or -100; a number that is a class can be named in"
     " task.labels)",
     "unseen_tag": "words to validate on have a tag that training has not seen: they count as wrong",
-    "placeholder_label": "left out: the label is a sign for none, such as - or ? (name it in task.labels if it is a class)",
+    "placeholder_label": "left out: the label is a sign for none, such as - or ? (if it is a class, name it in"
+    " task.labels)",
     "missing_number": "left out: without a number (null, NaN or empty)",
     "without_answer": "left out: without an answer (null, empty or -1, as in public test sets)",
     "turns_without_text": "turns without text skipped",
