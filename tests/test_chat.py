@@ -1,6 +1,7 @@
 """Conversations: templates, what is left out, and the command."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -16,9 +17,12 @@ import pytest
 
 from gptjax.checkpoints.run_dir import CHAT_TEMPLATE_FILE, LoadedRun, load_run, write_run
 from gptjax.cli import main
+from gptjax.config.data import DataConfig
+from gptjax.config.mixtures import PartConfig
 from gptjax.config.model import ModelConfig
+from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.run import Config
-from gptjax.config.task import TaskConfig
+from gptjax.config.task import HEADED, TaskConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.chat import ChatConfig
 from gptjax.config.verbs.sample import SampleConfig
@@ -200,6 +204,28 @@ def test_a_missing_jinja_is_named(monkeypatch):
 
 
 # --- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        *((TaskConfig(kind=kind), "learned to write text; use gptjax predict") for kind in HEADED),
+        (TaskConfig(objective=ObjectiveConfig(kind="prefix")), "left to right; use gptjax sample"),
+        (TaskConfig(objective=ObjectiveConfig(kind="backward")), "left to right; use gptjax evaluate"),
+    ],
+)
+def test_a_run_that_does_not_continue_text_is_refused(task, message):
+    run = make_run()
+    with pytest.raises(UserError, match=message):
+        Conversation(dataclasses.replace(run, config=dataclasses.replace(run.config, task=task)), options(), "")
+
+
+def test_a_run_of_heads_learned_text_where_a_loss_of_it_counts():
+    config = make_run().config
+    for task, learned in ((TaskConfig(kind="regress"), False), (TaskConfig(kind="regress", lm_weight=0.5), True)):
+        assert dataclasses.replace(config, task=task).learned_text == learned
+    parts = tuple(PartConfig(name=kind, task=TaskConfig(kind=kind)) for kind in ("classify", "instruct"))
+    assert dataclasses.replace(config, task=TaskConfig(kind="multi"), data=DataConfig(), parts=parts).learned_text
 
 
 @pytest.fixture(scope="module")

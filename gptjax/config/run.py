@@ -107,6 +107,12 @@ class Config:
         return self.train.ema > 0 or self.optim.name == "schedule_free"
 
     @property
+    def learned_text(self) -> bool:
+        """Whether the run learned to predict text, and not only the outputs of heads."""
+        tasks = [part.task for part in self.parts] or [self.task]
+        return any(task.kind not in HEADED or task.lm_weight > 0 for task in tasks)
+
+    @property
     def why_no_sample(self) -> str:
         """Why the run's model cannot continue text; empty: it can."""
         bidirectional = "model.bidirectional=true, so it does not predict the next token"

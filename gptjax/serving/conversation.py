@@ -174,13 +174,21 @@ def sampling(options: DecodingConfig) -> SampleConfig:
 
 
 def for_texts(run: LoadedRun, options: SampleConfig, rows: int) -> DecodingModel:
-    """Prepares the model of a run for decoding. It never chooses ids that the tokenizer does not have."""
-    model, tokenizer = run.config.model, run.tokenizer
-    kind, objective = run.config.task.kind, run.config.task.objective.kind
-    if run.config.why_no_sample or model.encoder_layers or objective == "prefix":
+    """Prepares the model of a run for decoding. It never chooses ids that the tokenizer does not have.
+
+    Raises:
+        UserError: It learned something else than to continue text from left to right.
+    """
+    config, model, tokenizer = run.config, run.config.model, run.tokenizer
+    if not config.learned_text:
         raise UserError(
-            f"task.kind={kind}, task.objective.kind={objective}: chat and serve need a run that reads a"
-            " prompt from left to right; use gptjax sample, or evaluate"
+            f"task.kind={config.task.kind}: chat and serve need a run that learned to write text; use gptjax predict"
+        )
+    objective = config.task.objective.kind
+    if config.why_no_sample or model.encoder_layers or objective == "prefix":
+        raise UserError(
+            f"task.kind={config.task.kind}, task.objective.kind={objective}: chat and serve need a run that reads a"
+            f" prompt from left to right; use gptjax {'evaluate' if config.why_no_sample else 'sample'}"
         )
     if tokenizer is not None:
         model = without_unnamed_tokens(model, tokenizer)

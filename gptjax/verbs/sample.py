@@ -84,6 +84,10 @@ def load_for_prompts(config: SampleConfig) -> tuple[LoadedRun, Tokenizer, str | 
     if run.tokenizer is None:
         raise UserError(f"{config.run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
     check_continues(run.config, config.run_dir)
+    if not run.config.learned_text:
+        notify(
+            f"{config.run_dir}: task.kind={run.config.task.kind} learned no text, so samples say little; see predict"
+        )
     return run, run.tokenizer, prompt_template(run, config.raw, config.run_dir)
 
 
