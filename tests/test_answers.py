@@ -130,7 +130,10 @@ def test_a_run_is_trained_measured_and_used(tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", "--run_dir", config.run_dir]) == 0
     assert f"exact match {last['exact_match']:.4f}" in capsys.readouterr().out
-    assert main(["predict", "--run_dir", config.run_dir, "--file", str(tmp_path / "rows.jsonl")]) == 0
+    given = [row | {"answer_start": "old"} for row in rows]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    assert main(["predict", "--run_dir", config.run_dir, "--file", str(tmp_path / "given.jsonl")]) == 0
     for row in map(json.loads, capsys.readouterr().out.splitlines()):
         place = row["answer_start"]
+        assert row["input.answer_start"] == "old"
         assert (place < 0 and not row["predicted"]) or row["context"][place:].startswith(row["predicted"])

@@ -220,6 +220,11 @@ def test_a_run_that_does_not_continue_text_is_refused(task, message):
         Conversation(dataclasses.replace(run, config=dataclasses.replace(run.config, task=task)), options(), "")
 
 
+def test_a_token_that_the_model_lacks_is_refused_at_the_start():
+    with pytest.raises(UserError, match="logit_bias: token 999 is outside"):
+        Conversation(make_run(), options(logit_bias=("999=1",)), "")
+
+
 def test_a_run_of_heads_learned_text_where_a_loss_of_it_counts():
     config = make_run().config
     for task, learned in ((TaskConfig(kind="regress"), False), (TaskConfig(kind="regress", lm_weight=0.5), True)):

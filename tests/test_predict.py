@@ -17,6 +17,9 @@ from gptjax.config.data import DataConfig
 from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.config.tokenizer import TokenizerConfig
+from gptjax.config.verbs.embed import EmbedConfig
+from gptjax.config.verbs.predict import PredictConfig
+from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.tasks.trainable import init_all
 from gptjax.text.chats import Message, render_chat
@@ -87,6 +90,19 @@ def test_the_file_of_predict_has_an_encoding_and_a_text_field_of_its_own(runs, t
     assert "data.encoding='latin-1' has no effect without file" in capsys.readouterr().err
     assert main(["predict", "--run_dir", str(runs / "tag"), "--file", "x", "--data.text_field", "a"]) == 2
     assert "data.text_field has no effect on a run with task.kind=tag" in capsys.readouterr().err
+
+
+def test_a_file_without_rows_is_refused_and_never_replaced_by_the_output(runs, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text("")
+    args = ["predict", "--run_dir", str(runs / "classify"), "--file", str(path), "--out"]
+    assert main([*args, str(tmp_path / "out.jsonl")]) == 2
+    assert f"{path}: has no rows" in capsys.readouterr().err and [*tmp_path.iterdir()] == [path]
+    for options in (EmbedConfig, PredictConfig):
+        with pytest.raises(UserError, match="would replace the file of file; name another file"):
+            options(run_dir="x", file=str(path), out=f"{tmp_path}/../{tmp_path.name}/a.jsonl")
+    with pytest.raises(UserError, match="would replace the file of prompt_file"):
+        SampleConfig(run_dir="x", prompt_file="a.jsonl", out="./a.jsonl")
 
 
 def test_words_are_tagged_from_a_column_without_tags(runs, tmp_path, capsys):

@@ -83,6 +83,13 @@ def usable_path(name: str, path: str) -> None:
         raise UserError(f"{name}={path!r} is not a usable path; give one without NUL, and '~' without a name")
 
 
+def different_files(config, given: str, out: str) -> None:
+    """Refuses to write over the file that is read."""
+    paths = [getattr(config, name) for name in (given, out)]
+    if all(paths) and len({Path(path).expanduser().resolve() for path in paths}) == 1:
+        raise UserError(f"{out}={paths[1]!r} would replace the file of {given}; name another file")
+
+
 def no_effect(section: str, config, name: str, active: bool, needs: str) -> None:
     """Refuses an option that was changed from its default where it does nothing."""
     field = next(field for field in dataclasses.fields(config) if field.name == name)

@@ -13,7 +13,7 @@ from gptjax.config.verbs.decoding import DecodingConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
-from gptjax.generation.decode import DecodingModel, Piece, prepare
+from gptjax.generation.decode import DecodingModel, Piece, check_prompts, prepare
 from gptjax.generation.sample import TextCollector, without_unnamed_tokens
 from gptjax.generation.slots import Row, SlotDecoder, fits
 from gptjax.generation.speculative import shared_block_size, speculate
@@ -39,7 +39,8 @@ class Conversation:
         """See the class; `draft` is that of `generation.sample.samples`.
 
         Raises:
-            UserError: The run has no tokenizer, or a system message has no effect because it has no template.
+            UserError: The run has no tokenizer, learned something else than to write text, an option names a token that
+                it does not have, or a system message has no effect because it has no template.
         """
         if run.tokenizer is None:
             raise UserError("the run has no tokenizer; import the model again with --tokenizer gpt2")
@@ -49,6 +50,7 @@ class Conversation:
         self._options = sampling(options)
         self._tokenizer: Tokenizer = run.tokenizer
         self._model = for_texts(run, self._options, 1)
+        check_prompts(self._model.config, (), self._options)
         self._decoder = None if options.speculates else SlotDecoder(self._model, 1)
         self._draft: DecodingModel | None = None
         if draft is not None:

@@ -67,6 +67,10 @@ def predict_run(options: PredictConfig, notify: Callable[[str], None] = print) -
         field = options.data.text_field or (task.source_field if task.kind == "seq2seq" else task.prompt_field)
         data = dataclasses.replace(data, text_field=field)
     rows = read_rows([options.file], "file", data, counts) if options.file else _given_rows(options.text, task, data)
+    first = list(itertools.islice(rows, 1))
+    if not first and not any(counts.values()):
+        raise UserError(f"{options.file}: has no rows")
+    rows = itertools.chain(first, rows)
     if writes:
         found = written_rows(run, rows, data, options, counts, notify)
     else:
@@ -102,7 +106,7 @@ def predicted_rows(
         for row, predicted, cut in zip(chunk, outputs(predictions), predictions.cut, strict=True):
             counts["cut"] += cut
             values = {name: _rounded(value) for name, value in predicted.items()}
-            yield renamed(row, OUTPUTS, counts) | values | {"cut": cut}
+            yield renamed(row, (*OUTPUTS, *values), counts) | values | {"cut": cut}
 
 
 def written_rows(

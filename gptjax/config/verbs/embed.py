@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from gptjax.config.rules import positive, usable_paths
+from gptjax.config.rules import different_files, positive, usable_paths
 from gptjax.config.verbs.checkpoint import CheckpointConfig
 from gptjax.errors import UserError
 
@@ -37,6 +37,7 @@ class EmbedConfig(CheckpointConfig):
             if not getattr(self, name):
                 raise UserError(f"{name} is missing; gptjax embed --run_dir DIR --file IN.jsonl --out OUT.parquet")
         usable_paths("", self, "run_dir", "file", "out")
+        different_files(self, "file", "out")
         positive("", self, "batch_size")
         if not self.out.endswith((".parquet", ".jsonl", ".npy")):
             raise UserError(f"out={self.out!r} must end in .parquet, .jsonl or .npy")

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from gptjax.config.rules import no_effect, not_negative, positive, usable_paths
+from gptjax.config.rules import different_files, no_effect, not_negative, positive, usable_paths
 from gptjax.config.verbs.checkpoint import CheckpointConfig
 from gptjax.errors import UserError
 
@@ -53,6 +53,7 @@ class PredictConfig(CheckpointConfig):
         for field in dataclasses.fields(PredictDataConfig):
             no_effect("data", self.data, field.name, bool(self.file), "file")
         usable_paths("", self, "run_dir", "file", "out")
+        different_files(self, "file", "out")
         positive("", self, "batch_size")
         not_negative("", self, "max_new_tokens")
         no_effect("", self, "out", bool(self.file), "file")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gptjax.config.rules import no_effect, not_negative, positive, usable_paths
+from gptjax.config.rules import different_files, no_effect, not_negative, positive, usable_paths
 from gptjax.config.verbs.decoding import DecodingConfig, no_empty_text
 from gptjax.errors import UserError
 
@@ -55,6 +55,7 @@ class SampleConfig(DecodingConfig):
         positive("", self, "num_samples", "num_beams")
         not_negative("", self, "no_repeat_ngram", "logprobs", "attention_sinks")
         usable_paths("", self, "prompt_file", "out", "json_schema")
+        different_files(self, "prompt_file", "out")
         positive("", self, "batch_size")
         no_effect("", self, "out", bool(self.prompt_file), "prompt_file")
         no_effect("", self, "json", not self.out, "standard output")
