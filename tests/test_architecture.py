@@ -1,6 +1,7 @@
 """The shape of the code base: imports flow one way, and heavy libraries stay where they belong."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ NO_JAX = ("errors", "files", "config", "text", "batches")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

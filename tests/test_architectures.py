@@ -141,7 +141,7 @@ def test_prefill_and_cached_steps_are_one_pass(name):
     # The second row's prompt is shorter: its slots are padded on the left.
     cache, parts = init_cache(config, jnp.array([0, 3]), 48, "float32"), []
     tokens = np.concatenate([TOKENS[:1], np.pad(TOKENS[1:, :-3], ((0, 0), (3, 0)))])
-    for start, stop in ((0, 7), (7, 8), (8, 9), (9, 24)):
+    for start, stop in ((0, 11), (11, 12), (12, 13), (13, 24)):
         part, cache = extend(tokens[:, start:stop], cache)
         parts.append(part)
     cached = np.concatenate(parts, axis=1)

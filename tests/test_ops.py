@@ -151,11 +151,15 @@ def test_sum_by_token(rows, tokens):
     np.testing.assert_allclose(actual, expected, atol=1e-4)  # float32 sums of up to 300 normal numbers
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("length", [5, 128, 300])  # less than a block, one block, several blocks and a partial one
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "dtype"),  # less than a block, one block, several blocks and a partial one
+    [
+        *((5, 2, "float32"), (128, 1, "bfloat16"), (128, 4, "float32")),
+        *((300, 4, "float32"), (300, 2, "float32"), (300, 1, "float32"), (300, 2, "bfloat16")),
+    ],
+)
 @pytest.mark.parametrize(("segmented", "window"), [(False, 0), (True, 0), (False, 100), (True, 3)])
-def test_attention(dtype, kv_heads, length, segmented, window):
+def test_attention(length, kv_heads, dtype, segmented, window):
     assert_attention_is_plain(2, length, kv_heads, dtype, segmented, window)
 
 
@@ -323,8 +327,10 @@ def test_triton_attention_in_interpret_mode(kv_heads, segmented):
     assert_same(fast, lambda q, k, v: attention_reference(q, k, v, mask=mask), arrays, "float32")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [("float32", {}), *((dtype, {"label_smoothing": 0.1, "z_loss": 0.01}) for dtype in DTYPES)],
+)
 @pytest.mark.parametrize("chunk_logits", [2**26, 400])  # one chunk, and several
 def test_cross_entropy(dtype, options, chunk_logits, backend, monkeypatch):
     monkeypatch.setattr("gptjax.ops.cross_entropy.CHUNK_LOGITS", chunk_logits)

@@ -74,29 +74,36 @@ def longer(finished, folder: Path, **sections):
     return config, [row["learning_rate"] for row in rows(config) if "loss" in row]
 
 
+@pytest.fixture(scope="module")
+def restarted(finished, tmp_path_factory):
+    """The finished run up to step 8, with a second peak."""
+    return longer(finished, tmp_path_factory.mktemp("restarted"), optim={"extend": "restart"})
+
+
 @pytest.mark.slow
-def test_a_longer_run_goes_from_the_rate_that_it_had_unless_asked_otherwise(finished, tmp_path, capsys):
+def test_a_longer_run_goes_from_the_rate_that_it_had_unless_asked_otherwise(finished, restarted, tmp_path, capsys):
     config, found = longer(finished, tmp_path / "a")
     assert found[4:] == pytest.approx([1e-3] * 4)
     assert "train.num_steps 4 -> 8: learning rate 0.001 at step 4 (optim.extend=continue" in capsys.readouterr().out
     written = load_config(Path(config.run_dir) / "config.yaml")
     assert written.optim.extended == ("continue at 4 of 4",)
-    _, restarted = longer(finished, tmp_path / "b", optim={"extend": "restart"})
-    assert restarted[4] == pytest.approx(1e-2)
+    assert restarted[1][4] == pytest.approx(1e-2)
     _, stretched = longer(finished, tmp_path / "c", optim={"extend": "stretch"})
     assert stretched[4] == pytest.approx(1e-3 + 9e-3 * (1 + np.cos(np.pi * 4 / 8)) / 2)
 
 
-def test_a_change_is_remembered_by_later_starts(finished, tmp_path):
-    config, found = longer(finished, tmp_path / "a", optim={"extend": "restart"})
+def test_a_change_is_remembered_by_later_starts(restarted, tmp_path):
+    longer_config, found = restarted
+    config = replace(longer_config, run_dir=str(tmp_path / "run"))
+    shutil.copytree(longer_config.run_dir, config.run_dir)
     shutil.rmtree(Path(config.run_dir) / "checkpoints" / "00000008")
     shutil.rmtree(Path(config.run_dir) / "checkpoints" / "00000007")
     assert trainer.train(config) == 0  # the same command, from step 6
     assert [row["learning_rate"] for row in rows(config) if "loss" in row] == found
 
 
-def test_the_config_of_a_longer_run_repeats_it_from_the_start(finished, tmp_path):
-    config, found = longer(finished, tmp_path / "a", optim={"extend": "restart"})
+def test_the_config_of_a_longer_run_repeats_it_from_the_start(restarted, tmp_path):
+    config, found = restarted
     again = replace(load_config(Path(config.run_dir) / "config.yaml"), run_dir=str(tmp_path / "again"))
     assert trainer.train(again) == 0
     assert [row["learning_rate"] for row in rows(again) if "loss" in row] == pytest.approx(found, rel=1e-6)

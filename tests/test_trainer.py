@@ -275,7 +275,7 @@ def test_the_run_does_not_depend_on_the_number_of_devices(tmp_path, unbroken):
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    config = process_config(tmp_path, train={"num_steps": 400, "save_every": 20, "eval_every": 0, "unroll": 1})
+    config = process_config(tmp_path, train={"num_steps": 200, "save_every": 20, "eval_every": 0, "unroll": 1})
     command = [sys.executable, "-m", "gptjax", "train", str(write_config(config))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     wait_for_rows(config, 45)
@@ -283,19 +283,7 @@ def test_a_killed_run_goes_on(tmp_path):
     process.wait()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "resuming from step" in done.stdout
-    assert [row["step"] for row in rows(config) if "loss" in row] == list(range(1, 401))
-
-
-def test_sigterm_saves_and_exits_143(tmp_path):
-    config = process_config(tmp_path, train={"num_steps": 100000, "save_every": 0, "eval_every": 0, "unroll": 1})
-    command = [sys.executable, "-m", "gptjax", "train", str(write_config(config))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    wait_for_rows(config, 3)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "stopped at step" in output and "saved" in output
-    assert load_run(Path(config.run_dir), "latest").step == rows(config)[-1]["step"]
+    assert [row["step"] for row in rows(config) if "loss" in row] == list(range(1, 201))
 
 
 def test_a_run_directory_has_one_writer(tmp_path):

@@ -163,11 +163,19 @@ def test_spikes_are_told_by_deviations_above_the_running_mean():
     assert (same.loss_mean, same.accepted, same.in_a_row) == (watch.loss_mean, READY, 1), "a spike is not learned from"
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of six steps."""
+    config = run_config(tmp_path_factory.mktemp("numbers"), train={"eval_every": 0})
+    assert trainer.train(config) == 0
+    return config
+
+
 @pytest.mark.fault(33, "a NaN in a checkpoint's parameters or moments", "an error that names the leaf")
 @pytest.mark.parametrize("where", ["params", "opt_state"])
-def test_a_restored_nan_is_refused(tmp_path, where, seen):
-    config = run_config(tmp_path, train={"eval_every": 0})
-    assert trainer.train(config) == 0
+def test_a_restored_nan_is_refused(trained, tmp_path, where, seen):
+    config = dataclasses.replace(trained, run_dir=str(tmp_path / "run"))
+    shutil.copytree(trained.run_dir, config.run_dir)
     state, meta = final_state(config)
     broken = jax.tree.map(lambda a: a.at[(0,) * a.ndim].set(jnp.nan) if a.ndim == 3 else a, getattr(state, where))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000006")
