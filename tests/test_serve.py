@@ -525,6 +525,15 @@ def test_openais_client_is_served_and_what_runs_finishes_when_the_server_is_stop
     assert not any("Traceback" in line for line in server.lines), server.lines
 
 
+def test_runs_and_options_that_cannot_be_served_are_refused():
+    run, config = make_run(), serve_config()
+    with pytest.raises(UserError, match="max_prompt_tokens=129 has no effect: it is more than model.block_size=128"):
+        Service(run, NAME, serve_config(max_prompt_tokens=129))
+    regress = dataclasses.replace(run, config=dataclasses.replace(run.config, task=TaskConfig(kind="regress")))
+    with pytest.raises(UserError, match="task.kind=regress: chat and serve need a run that learned to write text"):
+        Service(regress, NAME, config)
+
+
 def test_an_address_that_is_taken_is_told_in_one_line(run_dir, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -40,10 +40,16 @@ class Service:
         """See the class.
 
         Raises:
-            UserError: The run has no tokenizer, or a package is missing.
+            UserError: The run has no tokenizer, it learned something else than labels or to write text, an option has
+                no effect, or a package is missing.
         """
         if run.tokenizer is None:
             raise UserError("the run has no tokenizer; import the model again with --tokenizer gpt2")
+        if config.max_prompt_tokens > run.config.model.block_size:
+            raise UserError(
+                f"max_prompt_tokens={config.max_prompt_tokens} has no effect: it is more than"
+                f" model.block_size={run.config.model.block_size}; lower it, or leave it out"
+            )
         self.run, self.name, self.tokenizer, self.created = run, name, run.tokenizer, int(time.time())
         self.metrics, self._config = Metrics(), config
         self._parts = parts_of(run.config)
