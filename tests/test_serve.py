@@ -527,10 +527,10 @@ def test_openais_client_is_served_and_what_runs_finishes_when_the_server_is_stop
 
 def test_runs_and_options_that_cannot_be_served_are_refused():
     run, config = make_run(), serve_config()
-    with pytest.raises(UserError, match="max_prompt_tokens=129 has no effect: it is more than model.block_size=128"):
+    with pytest.raises(UserError, match=r"max_prompt_tokens=129 has no effect: .* model\.block_size=128"):
         Service(run, NAME, serve_config(max_prompt_tokens=129))
     regress = dataclasses.replace(run, config=dataclasses.replace(run.config, task=TaskConfig(kind="regress")))
-    with pytest.raises(UserError, match="task.kind=regress: chat and serve need a run that learned to write text"):
+    with pytest.raises(UserError, match=r"task\.kind=regress: chat and serve need a run that learned to write text"):
         Service(regress, NAME, config)
 
 
