@@ -28,6 +28,7 @@ from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training import trainer
 from gptjax.verbs.evaluate import evaluate_run
+from tests.faults.inputs import refused
 from tests.tiny import MODEL, init_params, replace, rows, run_config
 
 
@@ -58,7 +59,7 @@ def test_evaluate_measures_what_the_run_measured(folder, kind):
     assert found.splitlines()[0] == str(Evaluation(row["val_loss"], row["perplexity"], None)) and "bits" not in found
 
 
-def test_a_prefix_run_continues_text_and_a_masked_run_says_why_not(folder):
+def test_a_prefix_run_continues_text_and_a_masked_run_says_why_not(folder, capsys):
     assert (folder / "prefix" / "samples.txt").read_text().count("--- step") == 1
     assert not (folder / "masked" / "samples.txt").exists()
     masked = gptjax.load(folder / "masked")
@@ -66,6 +67,13 @@ def test_a_prefix_run_continues_text_and_a_masked_run_says_why_not(folder):
         masked.generate("aaa")
     with pytest.raises(UserError, match="cannot continue text"):
         masked.loss("aaa")
+    for verb in (["inspect", str(folder / "masked"), "--text", "aaa"], ["diagnose", str(folder / "masked")]):
+        assert "the probability of a text is needed here" in refused(capsys, *verb)
+    rows = {"benchmark": "lambada", "data": DataConfig(path=("unread",))}
+    with pytest.raises(UserError, match="the probability of a text is needed here, and it predicts tokens from both"):
+        evaluate_run(EvaluateConfig(run_dir=str(folder / "masked"), **rows))
+    with pytest.raises(UserError, match="it learned to read prefixes from both sides"):
+        evaluate_run(EvaluateConfig(run_dir=str(folder / "prefix"), **rows))
     assert masked.logits("aaa 1 bbb").shape == (10, masked.config.model.vocab_size)
 
 

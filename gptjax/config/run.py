@@ -118,6 +118,15 @@ class Config:
         bidirectional = "model.bidirectional=true, so it does not predict the next token"
         return self.task.objective.why_no_sample or (bidirectional if self.model.bidirectional else "")
 
+    @property
+    def why_no_likelihood(self) -> str:
+        """Why the run's model gives no probability of a text from left to right; empty: it gives one."""
+        if self.model.encoder_layers:
+            return "it writes targets of sources"
+        if self.task.objective.kind == "prefix":
+            return "it learned to read prefixes from both sides"
+        return self.why_no_sample or ("" if self.learned_text else "it learned no text; measure the run of init_from")
+
     def _has_score(self, name: str) -> bool:
         """Whether evaluations of this task have the score that `train.best_by` names; span_f1: where tags are BIO."""
         if name == "metric":

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
+from gptjax.config.run import Config
 from gptjax.errors import UserError
 from gptjax.model.gpt import Compute, hidden_states, logits
 from gptjax.parallel.place import put
@@ -66,6 +67,19 @@ def make_scorer(model: ModelConfig, compute: Compute) -> Scorer:
         return jax.lax.map(one, (x_BTD, targets_BT))  # memory holds the logits of one sequence at a time
 
     return jax.jit(score)
+
+
+def check_likelihood(config: Config, where: str) -> None:
+    """Refuses a run whose model gives no probability of a text from left to right.
+
+    Raises:
+        UserError: It says why.
+    """
+    if reason := config.why_no_likelihood:
+        raise UserError(
+            f"{where}: task.kind={config.task.kind}, task.objective.kind={config.task.objective.kind}: the probability"
+            f" of a text is needed here, and {reason}"
+        )
 
 
 def score_spans(

@@ -19,7 +19,7 @@ from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError, one_line
 from gptjax.evaluation.continuations import generate_until
-from gptjax.evaluation.likelihood import encode_pair, make_scorer, pair_span, score_spans
+from gptjax.evaluation.likelihood import check_likelihood, encode_pair, make_scorer, pair_span, score_spans
 from gptjax.machine import compile_cache
 from gptjax.model.gpt import Compute
 
@@ -70,6 +70,7 @@ def model_class() -> type:
             run = load_run(Path(run_dir).expanduser(), checkpoint)
             if run.tokenizer is None:
                 raise UserError(f"{run_dir}: has no tokenizer, so no text can be measured")
+            check_likelihood(run.config, run_dir)
             self.model, self.params, self.coder = run.config.model, run.params, run.tokenizer
             self.rows = int(batch_size)
             self.dtype: Literal["float32", "bfloat16"] = _dtype(dtype)

@@ -16,7 +16,7 @@ from gptjax.evaluation.benchmarks import COLUMNS, Item, read_items
 from gptjax.evaluation.continuations import generate_until
 from gptjax.evaluation.few_shot import choose_shots, prompts
 from gptjax.evaluation.generated import AnswerResults, answer_results, extract_answer
-from gptjax.evaluation.likelihood import make_scorer, score_spans
+from gptjax.evaluation.likelihood import check_likelihood, make_scorer, score_spans
 from gptjax.evaluation.multiple_choice import ChoiceResults, choice_results, choice_spans
 from gptjax.evaluation.statistics import joined
 from gptjax.evaluation.text_scores import require_text_scores, text_scores
@@ -39,8 +39,9 @@ def measure_benchmark(
     """Measures a run on each source and on all of them together; returns the lines to print.
 
     Raises:
-        UserError: A row is wrong, or there are too few for the examples.
+        UserError: The run does not predict text from left to right, a row is wrong, or there are too few examples.
     """
+    check_likelihood(run.config, options.run_dir)
     if options.text_scores:
         require_text_scores()
     measure = _generated if options.benchmark == "generate" else _chosen

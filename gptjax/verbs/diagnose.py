@@ -21,6 +21,7 @@ from gptjax.evaluation.diagnose import (
     repetition,
     used_context,
 )
+from gptjax.evaluation.likelihood import check_likelihood
 from gptjax.generation.sample import sample_texts
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
@@ -46,6 +47,7 @@ def run_diagnose(run_dir: str, options: DiagnoseConfig) -> int:
     config = run.config
     if config.task.kind != "pretrain" or run.tokenizer is None:
         raise UserError(f"{run_dir}: diagnose needs a run with task.kind=pretrain and a tokenizer")
+    check_likelihood(config, run_dir)
     override = run.tokenizer if config.init_from else None
     cache = Path(config.cache_dir).expanduser()
     dataset = prepare(config.data, config.tokenizer, cache, tokenizer_override=override).dataset

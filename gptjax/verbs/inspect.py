@@ -6,6 +6,7 @@ from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.verbs.inspect import InspectConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.inside import inspect_text
+from gptjax.evaluation.likelihood import check_likelihood
 from gptjax.files import write_atomic
 from gptjax.machine import compile_cache
 from gptjax.report.inspect_page import render_inspection
@@ -21,7 +22,7 @@ def run_inspect(run_dir: str, options: InspectConfig) -> int:
     """Writes a page about what a run's model does with a text; prints where it is.
 
     Raises:
-        UserError: The run has no tokenizer, or the text is too long or too short.
+        UserError: The run has no tokenizer, does not predict text from left to right, or the text is too long or short.
     """
     if has_surrogate(options.text):
         raise UserError("text is not UTF-8")
@@ -30,6 +31,8 @@ def run_inspect(run_dir: str, options: InspectConfig) -> int:
     run = load_run(place, options.checkpoint, options.strict, notify, options.base)
     if run.tokenizer is None:
         raise UserError(f"{run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
+    if run.config.learned_text or run.config.why_no_sample:  # of other runs with heads, attention is shown
+        check_likelihood(run.config, run_dir)
     tokenizer, most = run.tokenizer, min(MOST_TOKENS, run.config.model.block_size)
     tokens = tokenizer.encode(options.text)
     if not 2 <= len(tokens) <= most:
