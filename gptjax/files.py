@@ -6,6 +6,8 @@ import secrets
 import socket
 from pathlib import Path
 
+from gptjax.errors import UserError
+
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes `content` under a temporary name in the same folder, syncs it and renames it to `path`."""
@@ -21,7 +23,12 @@ def temporary_name(path: Path) -> Path:
     """The name that `path` has until it is complete: hidden, and another for each process on every host.
 
     Containers on different hosts may share a folder, and often have the same process number and host name.
+
+    Raises:
+        UserError: `path` is "." or "/", which no file can be named.
     """
+    if not path.name:
+        raise UserError(f"{path}: is a folder; name a file")
     return path.with_name(f".{path.name}.tmp-{_process_token(os.getpid())}")
 
 

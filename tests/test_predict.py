@@ -18,6 +18,7 @@ from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.embed import EmbedConfig
+from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.config.verbs.predict import PredictConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
@@ -98,6 +99,10 @@ def test_a_file_without_rows_is_refused_and_never_replaced_by_the_output(runs, t
     args = ["predict", "--run_dir", str(runs / "classify"), "--file", str(path), "--out"]
     assert main([*args, str(tmp_path / "out.jsonl")]) == 2
     assert f"{path}: has no rows" in capsys.readouterr().err and [*tmp_path.iterdir()] == [path]
+    path.write_text('{"text": "a"}\n')
+    assert main([*args, "."]) == 2 and ".: is a folder; name a file" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"figure='x.bmp' must end in .png, .svg or .pdf"):
+        EvaluateConfig(run_dir="x", figure="x.bmp")
     for options in (EmbedConfig, PredictConfig):
         with pytest.raises(UserError, match="would replace the file of file; name another file"):
             options(run_dir="x", file=str(path), out=f"{tmp_path}/../{tmp_path.name}/a.jsonl")

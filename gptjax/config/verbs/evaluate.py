@@ -60,7 +60,7 @@ class EvaluateConfig(CheckpointConfig):
         super().__post_init__()
         if not self.run_dir:
             raise UserError("run_dir is missing; name the folder of a trained run")
-        usable_paths("", self, "run_dir")
+        usable_paths("", self, "run_dir", "figure")
         for name in ("validation_fraction", "verify"):
             no_effect("data", self.data, name, False, "a split for validation, which evaluate does not make")
         for name in ("clean", "skip"):
@@ -75,6 +75,8 @@ class EvaluateConfig(CheckpointConfig):
             no_effect("", self, "figure", False, "labels")
         positive("", self, "batch_size", "max_new_tokens")
         self._check_benchmark()
+        if self.figure and not self.figure.endswith((".png", ".svg", ".pdf")):
+            raise UserError(f"figure={self.figure!r} must end in .png, .svg or .pdf")
 
     def _check_benchmark(self):
         asked = self.benchmark != "none"
