@@ -67,6 +67,10 @@ def test_a_run_writes_them_and_the_report_draws_them(tmp_path):
     config = run_config(tmp_path, train=steps, log={"by_layer": True, "activations": True})
     assert trainer.train(config) == 0
     run = tmp_path / "run"
+    sizes = read_record(run).facts["data"]
+    assert [row["split"] for row in sizes] == ["train", "validation"]
+    assert sum(row["documents"] for row in sizes) == 40
+    assert sum(row["bytes"] for row in sizes) == sum(p.stat().st_size for p in (tmp_path / "corpus").iterdir())
     rows = [row for row in read_metrics(run) if "by_layer" in row]
     assert [(row["step"], *row["by_layer"]) for row in rows] == [
         *((step, "grad_norm", "update_ratio") for step in (1, 2, 3)),

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from gptjax.config.dial import DialConfig, dial
-from gptjax.config.reader import flatten, load_config, make_config, read_yaml, to_flat
+from gptjax.config.reader import differing_fields, flatten, load_config, make_config, read_yaml, to_flat
 from gptjax.config.run import Config
 from gptjax.errors import UserError
 
@@ -35,12 +35,23 @@ WARMUP = 100
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """The file that a run's config was made of, such as a preset."""
+
+    file: str
+    changed: dict[str, tuple]
+    """Maps each option that was given another value on the command line to `(value of the file, value)`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Start:
     """A run's config and how it was made."""
 
     config: Config
     note: str = ""
     """Lines about options that the user did not set; empty: none."""
+    origin: Origin | None = None
+    """None: the run has no config file, or the file alone is no valid config."""
 
 
 def start_config(
@@ -66,7 +77,7 @@ def start_config(
     if place and not Path(place).is_dir():
         config = load_config(place, flags)
         _check_base(config, {*flatten(flags), *flatten(read_yaml(Path(place)))})
-        return Start(config)
+        return Start(config, origin=_origin(place, config))
     run_dir = Path(place or flags.get("run_dir", Config.run_dir)).expanduser()
     if (run_dir / CONFIG_FILE).is_file():
         return Start(_resumed(run_dir, flags), f"config      {run_dir / CONFIG_FILE}")
@@ -83,6 +94,13 @@ def start_config(
     config = make_config(_defaults(flags, accelerator), flags, "defaults")
     _check_base(config, flatten(flags))
     return Start(config, _describe(config, accelerator))
+
+
+def _origin(file: str, config: Config) -> Origin | None:
+    try:
+        return Origin(file, differing_fields(load_config(file), config))
+    except UserError:
+        return None
 
 
 def _check_base(config: Config, given: Collection[str]) -> None:

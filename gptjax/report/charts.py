@@ -77,7 +77,7 @@ def heat_maps_of(records: Sequence[RunRecord]) -> list[HeatMap]:
             names = tuple(dict.fromkeys(name for _, numbers in of for name in numbers))
             title, unit = HEAT_TITLES.get(quantity, (quantity, ""))
             values = [[_rounded(numbers.get(name)) for _, numbers in of] for name in names]
-            per_step = _tokens_per_step(record)
+            per_step = tokens_per_step(record)
             tokens = [_rounded(step * per_step) or 0 for step, _ in of]
             maps.append(HeatMap(run, quantity, title, unit, names, [step for step, _ in of], tokens, values))
     return maps
@@ -107,7 +107,7 @@ def table_of(record: RunRecord, table: str) -> dict[str, list]:
         table: steps or evaluations.
     """
     rows = thin(record.steps) if table == "steps" else record.evaluations
-    per_step = _tokens_per_step(record)
+    per_step = tokens_per_step(record)
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "tokens"]
     columns = {name: [_rounded(row.get(name)) for row in rows] for name in names}
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
@@ -133,7 +133,8 @@ def thin(rows: list[dict]) -> list[dict]:
     return [rows[i] for i in sorted(kept)]
 
 
-def _tokens_per_step(record: RunRecord) -> float:
+def tokens_per_step(record: RunRecord) -> float:
+    """Tokens of a step, by the first logged one; 0: unknown."""
     return next((row["tokens"] / row["step"] for row in record.steps if row.get("tokens") and row["step"]), 0)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from gptjax.config.reader import to_yaml
 from gptjax.files import write_atomic
-from gptjax.report.charts import AXES, MOST_POINTS, charts_of, heat_maps_of, table_of
+from gptjax.report.charts import AXES, MOST_POINTS, Chart, charts_of, heat_maps_of, table_of, tokens_per_step
 from gptjax.report.cost import readable_count, readable_time
 from gptjax.report.page import escape, page
 from gptjax.report.record import RunRecord, changed_options, is_number, options_that_differ
+from gptjax.report.reference import Reference, references
 
 REPORT_FILE = "report.html"
 MOST_EVENTS = 300
@@ -35,6 +36,7 @@ def render(records: Sequence[RunRecord]) -> str:
         '<div class="charts" id="charts"></div>',
         *(_samples(record, several=len(records) > 1) for record in records),
         _differences(records) if len(records) > 1 else _config(records[0]),
+        *(_data_summary(record, several=len(records) > 1) for record in records),
         *(_about(record, several=len(records) > 1) for record in records),
         *(_events(record, several=len(records) > 1) for record in records),
     ]
@@ -47,6 +49,8 @@ def _data(records: Sequence[RunRecord]) -> dict:
     runs = []
     for number, record in enumerate(records):
         tables: dict = {"name": record.name}
+        if (reference := references().get(str(record.facts.get("reference")))) is not None:
+            tables["reference"] = _reference_table(record, reference)
         for table in ("steps", "evaluations"):
             columns = table_of(record, table)
             used = {name for run, of, name in wanted if (run, of) == (number, table)} | {"step", "tokens"}
@@ -58,10 +62,12 @@ def _data(records: Sequence[RunRecord]) -> dict:
             {
                 "title": chart.title,
                 "unit": chart.unit,
-                "series": [{"run": s.run, "table": s.table, "column": s.column} for s in chart.series],
+                "series": [{"run": s.run, "table": s.table, "column": s.column} for s in chart.series]
+                + ([{"run": 0, "table": "reference", "column": "val_loss"}] if _has_reference(chart, runs) else []),
             }
             for chart in charts
         ],
+        "labels": {"steps": "training", "evaluations": "validation", "reference": "reference"},
         "heat_maps": [
             {
                 "title": heat.title + (f" of {records[heat.run].name}" if len(records) > 1 else ""),
@@ -77,6 +83,20 @@ def _data(records: Sequence[RunRecord]) -> dict:
         "axes": AXES,
         "logX": False,
     }
+
+
+def _has_reference(chart: Chart, runs: list[dict]) -> bool:
+    """Whether the chart of the losses of a single run shows the reference."""
+    return chart.key == "loss" and len(runs) == 1 and "reference" in runs[0]
+
+
+def _reference_table(record: RunRecord, reference: Reference) -> dict[str, list]:
+    per_step = tokens_per_step(record)
+    low, high = (
+        [mean + sign * band for mean, band in zip(reference.val_loss, reference.band, strict=True)] for sign in (-1, 1)
+    )
+    tokens = [step * per_step for step in reference.evaluated]
+    return {"step": reference.evaluated, "tokens": tokens, "val_loss": reference.val_loss, "low": low, "high": high}
 
 
 def _marks(record: RunRecord) -> list[dict]:
@@ -108,6 +128,7 @@ def _summary(record: RunRecord) -> list[tuple[str, str]]:
         for name, value in best.items():
             if name not in ("step", "val_loss", "perplexity", "bits_per_byte") and is_number(value):
                 found.append((f"{name} at that step", f"{value:.4g}"))
+    found += _to_reference(record)
     losses = [row["loss"] for row in record.steps if is_number(row.get("loss"))]
     if losses:
         found.append(("training loss, mean of the last 10 logged", f"{statistics.fmean(losses[-10:]):.4f}"))
@@ -122,6 +143,16 @@ def _summary(record: RunRecord) -> list[tuple[str, str]]:
     if record.skips:
         found.append(("steps without an update", f"{len(record.skips):,}"))
     return found
+
+
+def _to_reference(record: RunRecord) -> list[tuple[str, str]]:
+    """How far the last validation loss is from the reference of the run's preset."""
+    reference = references().get(str(record.facts.get("reference")))
+    last = next((row for row in reversed(record.evaluations) if is_number(row.get("val_loss"))), None)
+    if reference is None or last is None or (there := reference.validation(last["step"], last["val_loss"])) is None:
+        return []
+    name = f"validation loss to the reference of {reference.preset} at step {last['step']:,}, band {there[1]:.4f}"
+    return [(name, f"{there[0]:+.4f}")]
 
 
 def _seconds(record: RunRecord) -> float | None:
@@ -189,9 +220,18 @@ def _spread(items: list, count: int) -> list:
 
 def _config(record: RunRecord) -> str:
     changed = changed_options(record.config)
+    origin = record.origin
+    preset = ""
+    if origin:
+        own = [[name, _shown(value), _shown(of_file)] for name, (of_file, value) in origin["changed"].items()]
+        preset = f"<h3>Changed from {escape(origin['file'])}</h3>" + (
+            _table(["option", "value", "in the file"], own) if own else '<p class="hint">No option.</p>'
+        )
+        preset += "<h3>Changed from the defaults</h3>"
     rows = [[name, _shown(value), _shown(default)] for name, (default, value) in changed.items()]
     return (
         "<h2>Config</h2>"
+        + preset
         + _table(["option", "value", "default"], rows)
         + f"<details><summary>every option</summary><pre>{escape(to_yaml(record.config))}</pre></details>"
     )
@@ -202,13 +242,34 @@ def _differences(records: Sequence[RunRecord]) -> str:
     return "<h2>Options that differ</h2>" + _table(["option", *(record.name for record in records)], rows)
 
 
+def _data_summary(record: RunRecord, several: bool) -> str:
+    """Sizes of the data, as the newest start of the run counted them."""
+    rows = record.facts.get("data")
+    if not isinstance(rows, list) or not rows:
+        return ""
+    shown = []
+    for row in rows:
+        sizes = {name: row[name] for name in ("examples", "documents", "tokens", "bytes") if is_number(row.get(name))}
+        if sizes.get("tokens") and "bytes" in sizes:
+            sizes["bytes per token"] = round(sizes["bytes"] / sizes["tokens"], 3)
+        left_out = row.get("left out", {})
+        words = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items()) if isinstance(left_out, dict) else ""
+        shown.append([str(row.get("source", "")), str(row.get("split", "")), sizes, words])
+    names = list(dict.fromkeys(name for row in shown for name in row[2]))
+    table = [
+        [source, split, *(f"{sizes.get(name, ''):,}" if name in sizes else "" for name in names), words]
+        for source, split, sizes, words in shown
+    ]
+    return f"<h2>Data{_of(record, several)}</h2>" + _table(["source", "split", *names, "left out"], table)
+
+
 def _about(record: RunRecord, several: bool) -> str:
-    """Data and environment, from the newest start of the run."""
+    """Model, layout and environment, from the newest start of the run."""
     described, versions = record.facts.get("facts", []), record.facts.get("versions", {})
     rows = [[str(name), str(text)] for name, text in [*described, *versions.items()]]
     if not rows:
         return ""
-    return f"<h2>Data and environment{_of(record, several)}</h2>" + _table(["", ""], rows)
+    return f"<h2>Environment{_of(record, several)}</h2>" + _table(["", ""], rows)
 
 
 def _events(record: RunRecord, several: bool) -> str:
@@ -227,7 +288,10 @@ def _events(record: RunRecord, several: bool) -> str:
 
 
 def _detail(event: dict) -> str:
-    known = ("time", "event", "step", "facts", "versions", "flops_per_token", "peak_flops")
+    known = (
+        *("time", "event", "step", "facts", "versions", "flops_per_token", "peak_flops"),
+        *("data", "origin", "reference"),
+    )
     return ", ".join(f"{name}: {_shown(value)}" for name, value in event.items() if name not in known)
 
 

@@ -42,6 +42,8 @@ class View:
     memory: int = 0
     """Bytes; 0: unknown."""
     skipped: int = 0
+    above_reference: float | None = None
+    """Newest training losses minus those of the reference curve; None: there is none, or too few losses."""
     evaluation: str = ""
     sample: str = ""
     """One line."""
@@ -68,6 +70,7 @@ def panel(view: View, width: int, unicode: bool = True) -> Panel:
     speed += [f"memory {readable_bytes(view.memory)}"] if view.memory else []
     rates = [f"learning rate {view.learning_rate:.2e}", f"gradient norm {view.grad_norm:.3g}"]
     rates += [f"{view.skipped} steps skipped"] if view.skipped else []
+    rates += [] if view.above_reference is None else [f"{view.above_reference:+.3f} to reference"]
     lines = [
         f"{head} {bar[0] * done}{bar[1] * (room - done)}{end}",
         loss + sparkline(view.losses, inner - len(loss), sparks),

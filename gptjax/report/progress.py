@@ -14,6 +14,7 @@ from rich.text import Text
 
 from gptjax.report.cost import readable_time
 from gptjax.report.panel import View, fits, panel
+from gptjax.report.reference import NEWEST, Reference
 
 SILENCE = 10.0
 """Without a terminal, an evaluation prints a line every so many seconds."""
@@ -80,6 +81,7 @@ class Progress:
         flops_per_token: Training FLOPs per token; 0: unknown.
         peak_flops: Peak of all devices together; None: unknown.
         name: Name of the run, for the panel.
+        reference: Reference curve of the run's preset; None: none fits the run.
     """
 
     def __init__(
@@ -92,8 +94,11 @@ class Progress:
         flops_per_token: float,
         peak_flops: float | None,
         name: str = "",
+        reference: Reference | None = None,
     ):
         self._num_steps, self._flops_per_token, self._peak_flops = num_steps, flops_per_token, peak_flops
+        self._reference = reference
+        self._losses: list[tuple[int, float]] = []
         self._evaluations_after = evaluations_after
         # Estimate until the first evaluation: a forward pass takes a third of a forward and backward pass.
         self._evaluation_in_steps = evaluation_batches / step_batches / 3
@@ -113,6 +118,7 @@ class Progress:
             data_wait: Share of the time since the last logged step that training waited for data.
             memory: Bytes in use; 0: unknown.
         """
+        above = self._above_reference(row)
         self._update_view(row, data_wait, memory)
         parts = [
             f"step {row['step']}/{self._num_steps}",
@@ -123,6 +129,8 @@ class Progress:
         ]
         if self._peak_flops:
             parts.append(f"MFU {100 * row['tokens_per_s'] * self._flops_per_token / self._peak_flops:.1f} %")
+        if above is not None:
+            parts.append(f"{above:+.3f} to reference")
         if row["skipped"]:
             parts.append(f"{row['skipped']} steps skipped")
         parts.append(f"{readable_time(self.seconds_left(row['step']))} left")
@@ -162,8 +170,11 @@ class Progress:
             self._view.status = "training"
             self._seconds_evaluating += time.monotonic() - began
 
-    def evaluated(self, step: int, scores: str) -> None:
-        """Prints the scores of an evaluation."""
+    def evaluated(self, step: int, scores: str, val_loss: float | None = None) -> None:
+        """Prints the scores of an evaluation; `val_loss` is compared with the reference."""
+        found = None if self._reference is None or val_loss is None else self._reference.validation(step, val_loss)
+        if found is not None:
+            scores += f" · {found[0]:+.4f} to reference (band {found[1]:.4f})"
         self._view.evaluation = f"step {step:,}: {scores}"
         self.line(f"step {step} · validation {scores}")
 
@@ -197,6 +208,14 @@ class Progress:
         if evaluation is None:
             evaluation = each * self._evaluation_in_steps
         return each * (self._num_steps - step) + evaluation * self._evaluations_after(step)
+
+    def _above_reference(self, row: dict) -> float | None:
+        """How far the newest training losses are above the reference."""
+        if self._reference is None:
+            return None
+        self._losses = [*self._losses, (row["step"], row["loss"])][-NEWEST:]
+        self._view.above_reference = self._reference.training(self._losses)
+        return self._view.above_reference
 
     def _update_view(self, row: dict, data_wait: float, memory: int) -> None:
         view = self._view

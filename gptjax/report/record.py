@@ -41,6 +41,18 @@ class RunRecord:
         return next((event for event in reversed(self.events) if event["event"] in ("start", "resume")), {})
 
     @property
+    def origin(self) -> dict[str, Any] | None:
+        """The config file that the run was started with, and the options in which they differ; None: unknown."""
+        for event in reversed(self.events):
+            origin = event.get("origin")
+            changed = origin.get("changed") if isinstance(origin, dict) else None
+            if isinstance(changed, dict) and all(
+                isinstance(pair, list) and len(pair) == 2 for pair in changed.values()
+            ):
+                return {"file": str(origin.get("file")), "changed": changed}
+        return None
+
+    @property
     def best(self) -> dict | None:
         """The evaluation with the lowest validation loss."""
         rows = [row for row in self.evaluations if is_number(row.get("val_loss"))]

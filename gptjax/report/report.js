@@ -48,10 +48,11 @@ function scale(low, high, log, start, end) {
 function lines(chart) {
   return chart.series.map((series, index) => {
     const table = data.runs[series.run][series.table], points = series.table === "evaluations";
-    const color = `var(--c${(data.runs.length > 1 ? series.run : index) % 6})`;
+    const reference = series.table === "reference";
+    const color = reference ? "var(--soft)" : `var(--c${(data.runs.length > 1 ? series.run : index) % 6})`;
     const label = (data.runs.length > 1 ? data.runs[series.run].name + " " : "") + labels[series.table];
-    const smooth = !points && series.column !== "learning_rate";
-    return { x: table[view.axis], y: table[series.column], points, smooth, color, label };
+    const smooth = series.table === "steps" && series.column !== "learning_rate";
+    return { x: table[view.axis], y: table[series.column], points, smooth, color, label, low: table.low, high: reference && table.high };
   });
 }
 
@@ -121,6 +122,12 @@ function draw(drawing) {
     });
     return text;
   };
+  for (const line of shown.filter((line) => line.high)) {
+    const there = line.x.map((x, n) => n).filter((n) => !view.logX || line.x[n] > 0);
+    const edge = (values, order) => order.map((n) => `${X(line.x[n]).toFixed(1)} ${Y(values[n]).toFixed(1)}`);
+    const outline = [...edge(line.high, there), ...edge(line.low, [...there].reverse())].join("L");
+    plot.append(make("path", { d: `M${outline}Z`, fill: line.color, opacity: 0.25 }));
+  }
   for (const line of shown) {
     const dashed = line.points && data.runs.length > 1 ? { "stroke-dasharray": "5 3" } : {};
     if (view.smoothing && line.smooth)

@@ -1,6 +1,7 @@
 """Writes the metrics of a run to its file and shows them on the screen."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import platform
 import sys
@@ -13,12 +14,14 @@ import xxhash
 
 from gptjax import __version__
 from gptjax.config.reader import to_flat
+from gptjax.config.start import Origin
 from gptjax.config.train import TrainConfig
 from gptjax.parallel import cluster
 from gptjax.report import cost
 from gptjax.report.events import add_event, read_events
 from gptjax.report.metrics import MetricsFile, Nowhere
 from gptjax.report.progress import Progress
+from gptjax.report.reference import find_reference
 from gptjax.report.sinks import SinkRun, Sinks
 from gptjax.training.by_layer import group_names
 from gptjax.training.parts import Parts
@@ -51,6 +54,7 @@ class Log:
             flops_per_token=flops,
             peak_flops=peak,
             name=str(parts.run_dir),
+            reference=find_reference(config, parts.task.data_hash),
         )
         self.file = MetricsFile(parts.run_dir, first, self.progress.line) if cluster.is_first() else Nowhere()
         self._waited = 0.0
@@ -61,11 +65,14 @@ class Log:
         self.skips: list[dict] = []
         """Step, reason, loss, gradient norm and documents of each, the newest last."""
 
-    def started(self, step: int, facts: list[tuple[str, str]]) -> None:
+    def started(self, step: int, facts: list[tuple[str, str]], origin: Origin | None) -> None:
         """Records the start or the resume of the run, with the facts that were printed and the versions used."""
+        reference = find_reference(self._parts.config, self._parts.task.data_hash)
+        known = {"data": self._parts.data} | ({} if reference is None else {"reference": reference.preset})
+        known |= {} if origin is None else {"origin": dataclasses.asdict(origin)}
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         versions = {"gptjax": __version__, "python": platform.python_version(), **versions}
-        self.event("resume" if step else "start", step, facts=facts, versions=versions, **self._costs)
+        self.event("resume" if step else "start", step, facts=facts, versions=versions, **self._costs, **known)
         self._open_sinks(step)
 
     def event(self, name: str, step: int, **facts: Any) -> None:

@@ -24,7 +24,7 @@ from gptjax.report.sinks import check_installed
 from gptjax.tasks.registry import make_task, read_source
 from gptjax.tasks.task import Source, Task
 from gptjax.training.in_flight import BatchHook
-from gptjax.training.parts import Parts
+from gptjax.training.parts import Parts, describe_data
 from gptjax.training.resolve import resolve, with_compute_dtype, with_steps
 from gptjax.training.resume import Loop, check_run_dir, with_extension
 from gptjax.training.start import first_state
@@ -74,6 +74,7 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
             train_step=jit_train_step(config, mesh, state_shardings),
             checkpoints=checkpoints,
             evaluation_hook=hook,
+            data=describe_data(source),
         )
     facts = {"the data": parts.task.data_hash, "the tokenizer": source.tokenizer.fingerprint}
     cluster.require_same(facts | {"train.compute_dtype": config.train.compute_dtype}, "give all of them the same files")

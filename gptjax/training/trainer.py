@@ -11,6 +11,7 @@ from gptjax.batches.prefetch import prefetch
 from gptjax.batches.pretraining import cut_windows
 from gptjax.batches.ramps import value_at
 from gptjax.config.run import Config
+from gptjax.config.start import Origin
 from gptjax.config.task import PADDED
 from gptjax.config.train import TrainConfig
 from gptjax.config.verbs.sample import SampleConfig
@@ -49,8 +50,10 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of the arrays of a batch."""
 
 
-def train(config: Config) -> int:
+def train(config: Config, origin: Origin | None = None) -> int:
     """Runs `config` from its beginning, or from the newest checkpoint in its run directory.
+
+    `origin` is recorded for the report: the file of the config, and the options in which they differ.
 
     Returns:
         The exit status: 0; 143, 130 or 129 where SIGTERM, SIGINT or SIGHUP ended the run early, with its state saved
@@ -68,12 +71,12 @@ def train(config: Config) -> int:
         parts, state, loop = build(config, run_dir)
         try:
             with cluster.exit_on_unshared_error():
-                return _run(parts, state, loop, signals)
+                return _run(parts, state, loop, signals, origin)
         finally:
             parts.checkpoints.close()
 
 
-def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
+def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals, origin: Origin | None) -> int:
     options = parts.config.train
     first = int(state.step)
     finished = why_finished(parts, first, loop)
@@ -108,7 +111,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> int:
         log = Log(parts, state, first)
     step, stop, received = first, False, 0
     try:
-        log.started(first, facts)
+        log.started(first, facts, origin)
         if loop.evaluation_pending:
             _finish_evaluation(parts, state, loop, log, signals, signal_of_any)
             received = signal_of_any()
@@ -305,7 +308,7 @@ def _evaluate(
         )
     improved = loop.take(scores.val_loss, None if by == "loss" else row[by])
     log.write({"step": step, **row})
-    log.progress.evaluated(step, f"{scores}{' (best)' if improved else ''}")
+    log.progress.evaluated(step, f"{scores}{' (best)' if improved else ''}", scores.val_loss)
     if parts.config.log.activations:
         _log_activations(parts, params, step, log)
     try:

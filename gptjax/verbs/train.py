@@ -21,7 +21,7 @@ def run_train(start: Start) -> int:
         if start.note and cluster.is_first():
             say(start.note)
         try:
-            return trainer.train(config)
+            return trainer.train(config, start.origin)
         except (RuntimeError, ValueError) as error:
             if isinstance(error, UserError) or not is_out_of_memory(error):
                 raise
