@@ -2,16 +2,23 @@
 
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gptjax.cli import main
+from gptjax.config.reader import load_config
 from gptjax.config.sweep import load_sweep
 from gptjax.errors import UserError
+from gptjax.report import html
+from gptjax.report.charts import parallel_axes
+from gptjax.report.record import read_record
 from gptjax.verbs.sweep import train_all
-from tests.test_report import write_run
+from tests.test_report import Page, write_run
+from tests.tiny import CONFIG, replace
 
 BASE = "run_dir: ignored\ntrain: {num_steps: 20}\noptim: {min_learning_rate: 0}\n"
 
@@ -107,3 +114,39 @@ def test_a_signal_stops_the_sweep_and_a_run_cut_short_is_not_finished(tmp_path, 
     [path] = (tmp_path / "sweep").glob("*/metrics.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert max(row["step"] for row in rows) == 10
+
+
+def test_a_slurm_array_has_a_task_for_each_run_that_is_not_finished(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, "options: {seed: [1, 2, 3]}")
+    sweep = load_sweep(path, {})
+    write_run(tmp_path / "sweep" / sweep.runs[1].name, config=sweep.runs[1].config)
+    assert main(["sweep", str(path), "--slurm", "--parallel", "2"]) == 0
+    job = tmp_path / "sweep" / "array.sbatch"
+    assert capsys.readouterr().out.splitlines() == ["3 runs, 1 of them finished before", f"sbatch {job}"]
+    assert "#SBATCH --array=0-1%2\n" in job.read_text()
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift 4\necho "$1"\n')  # python -m gptjax train CONFIG
+    (tmp_path / "srun").chmod(0o755)
+    started = []
+    for task in "01":
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": task}
+        done = subprocess.run(["bash", str(job)], env=environment, capture_output=True, text=True, check=True)
+        started.append(load_config(done.stdout.strip()))
+    assert [config.seed for config in started] == [1, 3]
+    assert [config.run_dir for config in started] == [sweep.runs[n].config.run_dir for n in (0, 2)]
+
+
+def test_a_comparison_has_parallel_coordinates_of_what_differs(tmp_path):
+    records = []
+    for n, (rate, name) in enumerate([(1e-3, "adamw"), (2e-3, "lion"), (4e-3, "adamw")]):
+        config = replace(CONFIG, optim={"learning_rate": rate, "min_learning_rate": 0.0, "name": name})
+        records.append(read_record(write_run(tmp_path / str(n), config=config, loss=lambda _, n=n: 1.0 + n)))
+    axes = {axis.name: axis.values for axis in parallel_axes(records)}
+    assert axes == {
+        "optim.learning_rate": [1e-3, 2e-3, 4e-3],
+        "optim.name": ["adamw", "lion", "adamw"],
+        "best validation loss": [1.5, 2.5, 3.5],
+    }
+    assert parallel_axes(records[:2]) == []
+    page = Page(html.render(records))
+    assert [axis["name"] for axis in page.data["parallel"]] == list(axes) and ("id", "parallel") in page.attributes

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from gptjax.report.record import RunRecord, is_number
+from gptjax.report.record import RunRecord, is_number, options_that_differ
 
 MOST_POINTS = 2000
 """Largest number of points of a line. Longer runs are thinned: see `thin`."""
@@ -26,6 +26,7 @@ HEAT_TITLES = {
 MOST_COLUMNS = 300
 """Steps of a heat map; of more, evenly spaced ones are drawn."""
 AXES = ("step", "tokens")
+NO_AXIS = ("run_dir", "cache_dir")
 HIDDEN = (*AXES, "val_loss", "targets")
 
 
@@ -81,6 +82,32 @@ def heat_maps_of(records: Sequence[RunRecord]) -> list[HeatMap]:
             tokens = [_rounded(step * per_step) or 0 for step, _ in of]
             maps.append(HeatMap(run, quantity, title, unit, names, [step for step, _ in of], tokens, values))
     return maps
+
+
+LEAST_PARALLEL = 3
+"""Runs from which on a comparison has parallel coordinates."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """An axis of parallel coordinates."""
+
+    name: str
+    values: list
+    """Of each run: numbers, or texts where one of them is no number; None: unknown."""
+
+
+def parallel_axes(records: Sequence[RunRecord]) -> list[Axis]:
+    """The options that differ between runs, and last the best validation loss; empty: there is nothing to compare."""
+    differing = {name: values for name, values in options_that_differ(list(records)).items() if name not in NO_AXIS}
+    best = [None if record.best is None else _rounded(record.best["val_loss"]) for record in records]
+    if len(records) < LEAST_PARALLEL or not differing or not any(value is not None for value in best):
+        return []
+    axes = [
+        Axis(name, values if all(map(is_number, values)) else [str(value) for value in values])
+        for name, values in differing.items()
+    ]
+    return [*axes, Axis("best validation loss", best)]
 
 
 def charts_of(records: Sequence[RunRecord]) -> list[Chart]:

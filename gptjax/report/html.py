@@ -1,5 +1,6 @@
 """The report of one run, or of several side by side, as one HTML file."""
 
+import dataclasses
 import datetime
 import statistics
 from collections.abc import Iterable, Sequence
@@ -7,7 +8,16 @@ from pathlib import Path
 
 from gptjax.config.reader import to_yaml
 from gptjax.files import write_atomic
-from gptjax.report.charts import AXES, MOST_POINTS, Chart, charts_of, heat_maps_of, table_of, tokens_per_step
+from gptjax.report.charts import (
+    AXES,
+    MOST_POINTS,
+    Chart,
+    charts_of,
+    heat_maps_of,
+    parallel_axes,
+    table_of,
+    tokens_per_step,
+)
 from gptjax.report.cost import readable_count, readable_time
 from gptjax.report.page import escape, page
 from gptjax.report.record import RunRecord, changed_options, is_number, options_that_differ
@@ -30,6 +40,7 @@ def render(records: Sequence[RunRecord]) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         *(_run_head(records[0]) if len(records) == 1 else [_comparison(records)]),
+        '<div id="parallel"></div>' if parallel_axes(records) else "",
         '<h2>Charts</h2>\n<div class="controls" id="controls"></div>',
         '<p class="hint">Drag over a chart to zoom all of them, double-click to see the whole run again.</p>',
         *_notes(records),
@@ -79,6 +90,7 @@ def _data(records: Sequence[RunRecord]) -> dict:
             }
             for heat in heat_maps_of(records)
         ],
+        "parallel": [dataclasses.asdict(axis) for axis in parallel_axes(records)],
         "marks": _marks(records[0]) if len(records) == 1 else [],
         "axes": AXES,
         "logX": False,

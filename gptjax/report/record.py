@@ -44,8 +44,8 @@ class RunRecord:
     def origin(self) -> dict[str, Any] | None:
         """The config file that the run was started with, and the options in which they differ; None: unknown."""
         for event in reversed(self.events):
-            origin = event.get("origin")
-            changed = origin.get("changed") if isinstance(origin, dict) else None
+            origin = event["origin"] if isinstance(event.get("origin"), dict) else {}
+            changed = origin.get("changed")
             if isinstance(changed, dict) and all(
                 isinstance(pair, list) and len(pair) == 2 for pair in changed.values()
             ):

@@ -199,6 +199,53 @@ function pointAtHeat(heat, tip) {
   svg.addEventListener("dblclick", () => zoom(null, null));
 }
 
+// One line for each run, from axis to axis, coloured by the last one: dark is the lowest loss.
+function drawParallel(place, axes) {
+  const scales = axes.map(({ values }) => {
+    const numbers = values.every((value) => value === null || typeof value === "number");
+    const names = numbers ? [] : [...new Set(values)].sort();
+    const of = (value) => (value === null ? null : numbers ? value : names.indexOf(value));
+    const [low, high] = extent(values.map(of)) || [0, 1], log = numbers && low > 0 && high / low >= 8;
+    const y = scale(low, high, log, 240, 30);
+    const marks = numbers ? ticks(low, high, log, 5) : names.map((_, n) => n);
+    return { at: (value) => (value === null ? null : low === high ? 135 : y(of(value))),
+      marks: marks.map((mark) => [low === high ? 135 : y(mark), numbers ? readable(mark) : names[mark]]) };
+  });
+  const last = axes[axes.length - 1].values, [low, high] = extent(last) || [0, 1];
+  const svg = make("svg", { role: "img", "aria-label": "options and best validation loss of each run" });
+  const tip = make("div", { class: "tip", hidden: "" });
+  place.append(make("figure", { class: "wide" }, [make("figcaption", {}, "Options and result of each run"), svg, tip]));
+  const redraw = () => {
+    const width = Math.max(280, svg.parentNode.clientWidth - 18 || 640), X = (n) => 60 + (n * (width - 140)) / (axes.length - 1);
+    svg.setAttribute("viewBox", `0 0 ${width} 265`);
+    svg.replaceChildren();
+    data.runs.map((run, r) => r).sort((a, b) => (last[b] ?? Infinity) - (last[a] ?? Infinity)).forEach((r) => {
+      const points = axes.map((axis, n) => [X(n), scales[n].at(axis.values[r])]).filter(([, y]) => y !== null);
+      const color = last[r] === null ? "var(--soft)" : rampColor(high > low ? 0.9 * (last[r] - low) / (high - low) : 0);
+      const line = make("path", { d: "M" + points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L"), fill: "none",
+        stroke: color, "stroke-width": 1.8, opacity: 0.85 });
+      line.addEventListener("pointerenter", () => {
+        line.setAttribute("stroke-width", 4);
+        tip.replaceChildren(make("div", {}, data.runs[r].name), ...axes.map((axis) => make("div", {},
+          `${axis.name} ${typeof axis.values[r] === "number" ? readable(axis.values[r]) : axis.values[r] ?? "–"}`)));
+        tip.hidden = false;
+        tip.style.top = "2.4rem";
+        tip.style.right = "1rem";
+      });
+      line.addEventListener("pointerleave", () => { line.setAttribute("stroke-width", 1.8); tip.hidden = true; });
+      svg.append(line);
+    });
+    axes.forEach((axis, n) => {
+      svg.append(make("line", { x1: X(n), x2: X(n), y1: 24, y2: 246, stroke: "var(--ink)" }));
+      const anchor = n === 0 ? "start" : n === axes.length - 1 ? "end" : "middle";
+      svg.append(make("text", { x: n === 0 ? 4 : n === axes.length - 1 ? width - 4 : X(n), y: 14, "text-anchor": anchor }, axis.name));
+      for (const [y, text] of scales[n].marks) svg.append(make("text", { x: X(n) + 5, y: y + 4 }, text));
+    });
+  };
+  redraw();
+  addEventListener("resize", () => requestAnimationFrame(redraw));
+}
+
 function drawAll() { drawings.forEach(draw); heats.forEach(drawHeat); }
 
 function zoom(from, to) {
@@ -285,6 +332,7 @@ function controls() {
 }
 
 controls();
+if ((data.parallel || []).length) drawParallel(document.getElementById("parallel"), data.parallel);
 data.charts.forEach((chart, index) => {
   const logY = make("input", { type: "checkbox" }), svg = make("svg", { role: "img", "aria-label": chart.title });
   const tip = make("div", { class: "tip", hidden: "" });

@@ -1,6 +1,8 @@
 """`gptjax sweep`: the same config with other options, run after run or a few at a time."""
 
 import contextlib
+import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ from gptjax.report.metrics import METRICS_FILE
 from gptjax.report.progress import notify
 from gptjax.report.record import RunRecord, is_number, read_record
 
+ARRAY_FILE = "array.sbatch"
 STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGINT)}
 """Exit statuses of a run that a signal ended."""
 
@@ -32,11 +35,48 @@ Train = Callable[[SweepRun, Path], int]
 
 def run_sweep(path: str, options: SweepConfig, overrides: dict) -> int:
     """Trains the runs that are not finished, prints a table of all, and writes their comparison; status 1: some failed.
+    With `slurm` it writes the job that trains them instead.
 
     Raises:
         UserError: The sweep's file or a config is wrong.
     """
-    return train_all(load_sweep(Path(path), overrides), options.parallel, _train)
+    sweep = load_sweep(Path(path), overrides)
+    return write_array(sweep, options.parallel) if options.slurm else train_all(sweep, options.parallel, _train)
+
+
+def write_array(sweep: Sweep, parallel: int) -> int:
+    """Writes the configs of the runs that are not finished, and a SLURM array with a task for each; prints what to do.
+
+    A task whose time ends gets SIGTERM two minutes before, saves, and resumes when the array is submitted again.
+    """
+    folder = Path(sweep.run_dir).expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [run for run in sweep.runs if not _finished(run)]
+    if not waiting:
+        print(f"all {len(sweep.runs)} runs are finished; without --slurm, the same command prints their table")
+        return 0
+    for run in waiting:
+        _write_config(run, folder)
+    configs = "\n".join(f"  {shlex.quote(str(folder / f'{run.name}.yaml'))}" for run in waiting)
+    limit = f"%{parallel}" if parallel > 1 else ""
+    job = f"""#!/usr/bin/env bash
+#SBATCH --job-name={re.sub(r"[^A-Za-z0-9._-]", "_", folder.name)}
+#SBATCH --array=0-{len(waiting) - 1}{limit}
+#SBATCH --output={folder}/slurm-%A_%a.log
+#SBATCH --signal=TERM@120
+# Add what your cluster needs, such as --partition, --time, --gres=gpu:1 and --mem.
+configs=(
+{configs}
+)
+cd {shlex.quote(str(Path.cwd()))}
+exec srun {shlex.quote(sys.executable)} -m gptjax train "${{configs[$SLURM_ARRAY_TASK_ID]}}"
+"""
+    path = folder / ARRAY_FILE
+    write_atomic(path, job.encode())
+    done = len(sweep.runs) - len(waiting)
+    print(f"{len(sweep.runs)} runs, {done} of them finished before")
+    print(f"sbatch {shlex.quote(str(path))}")
+    return 0
 
 
 def train_all(sweep: Sweep, parallel: int, train: Train) -> int:
@@ -133,14 +173,19 @@ def _best_row(record: RunRecord) -> dict | None:
 
 
 def _train(run: SweepRun, folder: Path) -> int:
-    config = folder / f"{run.name}.yaml"
-    write_atomic(config, to_yaml(run.config).encode())
+    config = _write_config(run, folder)
     with open(folder / f"{run.name}.log", "ab") as log:
         process = subprocess.Popen([sys.executable, "-m", "gptjax", "train", str(config)], stdout=log, stderr=log)
         while True:
             # Ctrl-C reaches the run too, which saves its state and ends.
             with contextlib.suppress(KeyboardInterrupt):
                 return process.wait()
+
+
+def _write_config(run: SweepRun, folder: Path) -> Path:
+    path = folder / f"{run.name}.yaml"
+    write_atomic(path, to_yaml(run.config).encode())
+    return path
 
 
 def _finished(run: SweepRun) -> bool:
