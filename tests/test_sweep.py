@@ -150,3 +150,9 @@ def test_a_comparison_has_parallel_coordinates_of_what_differs(tmp_path):
     assert parallel_axes(records[:2]) == []
     page = Page(html.render(records))
     assert [axis["name"] for axis in page.data["parallel"]] == list(axes) and ("id", "parallel") in page.attributes
+    for n in range(3, 8):
+        config = replace(CONFIG, optim={"learning_rate": n * 1e-3})
+        records.append(read_record(write_run(tmp_path / str(n), config=config, loss=lambda _, n=n: 0.1 * n)))
+    text = Page(html.render(records)).text
+    assert "8 runs" in text and "Samples of" not in text, "many runs are a table"
+    assert text.index("0.8000") < text.index("0.9000") < text.index("1.5000") < text.index("3.5000"), "the best first"

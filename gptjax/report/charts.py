@@ -27,6 +27,7 @@ MOST_COLUMNS = 300
 """Steps of a heat map; of more, evenly spaced ones are drawn."""
 AXES = ("step", "tokens")
 NO_AXIS = ("run_dir", "cache_dir")
+"""Options whose difference is no choice of the user's."""
 HIDDEN = (*AXES, "val_loss", "targets")
 
 

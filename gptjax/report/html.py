@@ -11,6 +11,7 @@ from gptjax.files import write_atomic
 from gptjax.report.charts import (
     AXES,
     MOST_POINTS,
+    NO_AXIS,
     Chart,
     charts_of,
     heat_maps_of,
@@ -27,6 +28,8 @@ REPORT_FILE = "report.html"
 MOST_EVENTS = 300
 """Largest number of rows in the table of events; if there are more, the first and the last ones are shown."""
 MOST_SAMPLES = 40
+MOST_SIDE_BY_SIDE = 6
+"""Runs that are compared in columns, with samples and events of each; more are a table with a row for each."""
 
 
 def write_report(records: Sequence[RunRecord], path: Path) -> None:
@@ -36,20 +39,20 @@ def write_report(records: Sequence[RunRecord], path: Path) -> None:
 
 def render(records: Sequence[RunRecord]) -> str:
     """Returns the page. All text from users or models is escaped."""
-    title = " · ".join(record.name for record in records)
+    many = len(records) > MOST_SIDE_BY_SIDE
+    title = f"{len(records)} runs" if many else " · ".join(record.name for record in records)
+    shown = [] if many else records
     body = [
         f"<h1>{escape(title)}</h1>",
-        *(_run_head(records[0]) if len(records) == 1 else [_comparison(records)]),
+        *(_run_head(records[0]) if len(records) == 1 else [_ranking(records) if many else _comparison(records)]),
         '<div id="parallel"></div>' if parallel_axes(records) else "",
         '<h2>Charts</h2>\n<div class="controls" id="controls"></div>',
         '<p class="hint">Drag over a chart to zoom all of them, double-click to see the whole run again.</p>',
         *_notes(records),
         '<div class="charts" id="charts"></div>',
-        *(_samples(record, several=len(records) > 1) for record in records),
-        _differences(records) if len(records) > 1 else _config(records[0]),
-        *(_data_summary(record, several=len(records) > 1) for record in records),
-        *(_about(record, several=len(records) > 1) for record in records),
-        *(_events(record, several=len(records) > 1) for record in records),
+        *(_samples(record, several=len(records) > 1) for record in shown),
+        "" if many else _differences(records) if len(records) > 1 else _config(records[0]),
+        *(part(record, several=len(records) > 1) for part in (_data_summary, _about, _events) for record in shown),
     ]
     return page(f"{title} · gptjax", "\n".join(part for part in body if part), _data(records), "report.js")
 
@@ -189,6 +192,20 @@ def _comparison(records: Sequence[RunRecord]) -> str:
     return "<h2>Summary</h2>" + _table(["", *(record.name for record in records)], rows)
 
 
+def _ranking(records: Sequence[RunRecord]) -> str:
+    """A row for each run, the lowest validation loss first: the options that differ, and the result."""
+    differing = options_that_differ(list(records))
+    names = [name for name in differing if name not in NO_AXIS]
+    rows = []
+    for number, record in enumerate(records):
+        best = record.best
+        result = ["-", "-"] if best is None else [f"{best['val_loss']:.4f}", f"{best['step']:,}"]
+        rows.append([record.name, *result, *(_shown(differing[name][number]) for name in names)])
+    rows.sort(key=lambda row: float("inf") if row[1] == "-" else float(row[1]))
+    hint = '<p class="hint">Samples, config and events are in the report of each run.</p>'
+    return "<h2>Runs</h2>" + _table(["run", "best validation loss", "at step", *names], rows) + hint
+
+
 def _without_step(name: str) -> str:
     return name.partition(", step ")[0]
 
@@ -203,8 +220,10 @@ def _notes(records: Sequence[RunRecord]) -> list[str]:
             )
         if record.damaged_events:
             notes.append(f"{record.name}: {record.damaged_events} lines of events.jsonl could not be read.")
-        if record.steps and not any("mfu" in row for row in record.steps):
-            notes.append(f"{record.name}: no MFU, because the peak of the device is not known.")
+    without = [record.name for record in records if record.steps and not any("mfu" in row for row in record.steps)]
+    if without:
+        names = "all runs" if len(without) == len(records) > 1 else ", ".join(without)
+        notes.append(f"{names}: no MFU, because the peak of the device is not known.")
     return [f'<p class="hint">{escape(note)}</p>' for note in notes]
 
 

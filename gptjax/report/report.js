@@ -45,11 +45,21 @@ function scale(low, high, log, start, end) {
   return to;
 }
 
+// Of many runs the colour is the rank by the lowest validation loss, from orange (best) to blue.
+const MANY = data.runs.length > 6;
+const lowest = data.runs.map((run) => Math.min(...(run.evaluations.val_loss || []).filter((value) => value !== null)));
+const ranks = data.runs.map((_, run) => lowest.filter((value) => value < lowest[run]).length);
+
+function rankColor(run) {
+  return `color-mix(in oklab, var(--c0) ${Math.round((100 * ranks[run]) / Math.max(1, data.runs.length - 1))}%, var(--c1))`;
+}
+
 function lines(chart) {
   return chart.series.map((series, index) => {
     const table = data.runs[series.run][series.table], points = series.table === "evaluations";
     const reference = series.table === "reference";
-    const color = reference ? "var(--soft)" : `var(--c${(data.runs.length > 1 ? series.run : index) % 6})`;
+    const color = reference ? "var(--soft)" : MANY ? rankColor(series.run)
+      : `var(--c${(data.runs.length > 1 ? series.run : index) % 6})`;
     const label = (data.runs.length > 1 ? data.runs[series.run].name + " " : "") + labels[series.table];
     const smooth = series.table === "steps" && series.column !== "learning_rate";
     return { x: table[view.axis], y: table[series.column], points, smooth, color, label, low: table.low, high: reference && table.high };
@@ -128,8 +138,8 @@ function draw(drawing) {
     const outline = [...edge(line.high, there), ...edge(line.low, [...there].reverse())].join("L");
     plot.append(make("path", { d: `M${outline}Z`, fill: line.color, opacity: 0.25 }));
   }
-  for (const line of shown) {
-    const dashed = line.points && data.runs.length > 1 ? { "stroke-dasharray": "5 3" } : {};
+  for (const line of [...shown].sort((a, b) => !!b.high - !!a.high)) {
+    const dashed = line.high ? { "stroke-dasharray": "2 3" } : line.points && data.runs.length > 1 ? { "stroke-dasharray": "5 3" } : {};
     if (view.smoothing && line.smooth)
       plot.append(make("path", { d: path(line, line.y), stroke: line.color, "stroke-width": 1, opacity: 0.25 }));
     plot.append(make("path", { d: path(line, line.soft), stroke: line.color, "stroke-width": 1.8, ...dashed }));
@@ -199,7 +209,7 @@ function pointAtHeat(heat, tip) {
   svg.addEventListener("dblclick", () => zoom(null, null));
 }
 
-// One line for each run, from axis to axis, coloured by the last one: dark is the lowest loss.
+// One line for each run, from axis to axis; the lowest loss is orange and on top.
 function drawParallel(place, axes) {
   const scales = axes.map(({ values }) => {
     const numbers = values.every((value) => value === null || typeof value === "number");
@@ -211,8 +221,8 @@ function drawParallel(place, axes) {
     return { at: (value) => (value === null ? null : low === high ? 135 : y(of(value))),
       marks: marks.map((mark) => [low === high ? 135 : y(mark), numbers ? readable(mark) : names[mark]]) };
   });
-  const last = axes[axes.length - 1].values, [low, high] = extent(last) || [0, 1];
-  const svg = make("svg", { role: "img", "aria-label": "options and best validation loss of each run" });
+  const last = axes[axes.length - 1].values;
+  const svg = make("svg", { class: "parallel", role: "img", "aria-label": "options and best validation loss of each run" });
   const tip = make("div", { class: "tip", hidden: "" });
   place.append(make("figure", { class: "wide" }, [make("figcaption", {}, "Options and result of each run"), svg, tip]));
   const redraw = () => {
@@ -221,7 +231,7 @@ function drawParallel(place, axes) {
     svg.replaceChildren();
     data.runs.map((run, r) => r).sort((a, b) => (last[b] ?? Infinity) - (last[a] ?? Infinity)).forEach((r) => {
       const points = axes.map((axis, n) => [X(n), scales[n].at(axis.values[r])]).filter(([, y]) => y !== null);
-      const color = last[r] === null ? "var(--soft)" : rampColor(high > low ? 0.9 * (last[r] - low) / (high - low) : 0);
+      const color = last[r] === null ? "var(--soft)" : rankColor(r);
       const line = make("path", { d: "M" + points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L"), fill: "none",
         stroke: color, "stroke-width": 1.8, opacity: 0.85 });
       line.addEventListener("pointerenter", () => {
@@ -283,9 +293,9 @@ function follow(drawing, tip) {
     hair.setAttribute("x1", at);
     hair.setAttribute("x2", at);
     tip.replaceChildren(make("div", {}, `${view.axis} ${readable(x)}`));
-    for (const line of drawing.shown) {
-      const n = nearest(line, x);
-      if (n < 0) continue;
+    const near = drawing.shown.map((line) => [line, nearest(line, x)]).filter(([, n]) => n >= 0);
+    if (MANY) near.sort(([a, n], [b, m]) => a.soft[n] - b.soft[m]).splice(8);
+    for (const [line, n] of near) {
       const value = view.smoothing && line.smooth ? `${readable(line.soft[n])} (${readable(line.y[n])})` : readable(line.y[n]);
       tip.append(make("div", { style: `color:${line.color}` }, `${line.label} ${value}`));
     }
@@ -336,7 +346,7 @@ if ((data.parallel || []).length) drawParallel(document.getElementById("parallel
 data.charts.forEach((chart, index) => {
   const logY = make("input", { type: "checkbox" }), svg = make("svg", { role: "img", "aria-label": chart.title });
   const tip = make("div", { class: "tip", hidden: "" });
-  const legend = make("div", { class: "legend" }, lines(chart).map((line) =>
+  const legend = make("div", { class: "legend" }, MANY ? ["orange: lowest validation loss, blue: highest"] : lines(chart).map((line) =>
     make("span", {}, [make("i", { style: `border-color:${line.color};${line.points && data.runs.length > 1 ? "border-top-style:dashed" : ""}` }), line.label])));
   const title = make("span", {}, [chart.title, " ", make("small", {}, chart.unit)]);
   const figure = make("figure", index === 0 ? { class: "wide" } : {},
