@@ -39,6 +39,7 @@ class Origin:
     """The file that a run's config was made of, such as a preset."""
 
     file: str
+    """As it was named on the command line."""
     changed: dict[str, tuple]
     """Maps each option that was given another value on the command line to `(value of the file, value)`."""
 
