@@ -1,17 +1,27 @@
-# make demo · make test · make slow · make native · make cluster · make faults · make lint · make mutants · make bench ·
-# make finetune-report · make ablations TEXT=FILE: each makes the environment that it needs in .venv
+# make demo · make speedrun · make test · make slow · make native · make cluster · make faults · make lint ·
+# make mutants · make bench · make finetune-report · make ablations TEXT=FILE: each makes the environment that it needs in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist worksteal
 TEXT ?= ../shared/data/tinyshakespeare.txt
 
-.PHONY: demo test slow native cluster faults lint mutants bench ablations finetune-report clean
+.PHONY: demo speedrun test slow native cluster faults lint mutants bench ablations finetune-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py configs/demo.yaml
 	$(BIN)/python sample.py --run_dir runs/demo --prompt "def " --prompt "import " --prompt "class " \
 		--num_samples 1 --max_new_tokens 120 --temperature 0.7 --top_k 50 --seed 1
+
+# From text to a model that answers: pretraining with a tokenizer of its own, evaluation, instructions, report.
+speedrun: $(VENV)/installed
+	$(BIN)/gptjax train configs/speedrun.yaml
+	$(BIN)/gptjax evaluate --run_dir runs/speedrun --windows 256
+	$(BIN)/python configs/finetune/make_rows.py
+	$(BIN)/gptjax train configs/finetune/docstrings.yaml --init_from runs/speedrun --run_dir runs/speedrun_chat
+	$(BIN)/gptjax sample --run_dir runs/speedrun_chat --prompt "def is_empty(self):" --prompt "def read_lines(path):" \
+		--prompt "def close(self):" --num_samples 1 --max_new_tokens 40 --temperature 0
+	$(BIN)/gptjax report runs/speedrun runs/speedrun_chat --out runs/speedrun.html
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"

@@ -1,15 +1,20 @@
 """The manual: its commands are ones that gptjax has, its links lead somewhere, and the start page works as written."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from gptjax import cli
 from gptjax.cli import VERBS, main
 from gptjax.config.dial import DialConfig
 from gptjax.config.reader import flag_types
 from gptjax.config.run import Config
+from gptjax.config.start import start_config
+from gptjax.config.verbs.prepare import PrepareConfig
+from gptjax.errors import UserError
 from tests.tiny import write_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +69,55 @@ def test_commands_have_verbs_and_options_that_exist(page):
         for word in words:
             if re.match(r"--\w", word) and "…" not in word and "..." not in word:
                 assert word[2:].partition("=")[0] in known, f"{name(page)}: gptjax {verb} {word}"
+
+
+PLACEHOLDER = re.compile(r"…|\.\.\.|\$|^<|[A-Z_]{4,}|^[A-Z](/[A-Z])?$")
+"""Words that a reader replaces by values of his own."""
+
+
+def parse(verb: str, words: list[str]) -> None:
+    """Reads a command as the command line does: options, their values, and the config file that it names."""
+    first = {"report": "runs", "doctor": "check", "scaling-fit": "runs"}.get(verb)
+    if first:
+        words = cli._places(words, first)
+    place, rest = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
+    options = {"train": DialConfig, "prepare": PrepareConfig}.get(verb, VERBS[verb][1])
+    own, others = cli._split_flags(options, rest)
+    cli._flags(options, own)
+    if verb not in (*ALSO_OF_A_RUN, "train"):
+        assert not others, others
+        return
+    dial, others = cli._split_flags(DialConfig, [*(own if verb == "train" else []), *others])  # of prepare too
+    flags = cli.read_flags(Config, others)
+    if place.endswith(".yaml") and verb != "sweep":
+        start_config(str(ROOT / place) if place.startswith("configs/") else place, flags, False)
+    elif not place:
+        start_config("", flags, False, cli._flags(DialConfig, dial))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_without_placeholders_are_accepted(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for verb, words in [command for block in blocks(page) for command in commands(block)]:
+        words = ["configs/gpt2_124m.yaml" if word == "CONFIG.yaml" else word for word in words]
+        if any(PLACEHOLDER.search(word) for word in words if " " not in word and not word.startswith("--")):
+            continue
+        try:
+            parse(verb, words)
+        except UserError as error:
+            pytest.fail(f"{name(page)}: gptjax {verb} {shlex.join(words)}: {error}")
+
+
+def test_a_command_with_a_wrong_value_is_not_accepted():
+    parse("train", ["configs/demo.yaml", "--train.num_steps", "3"])
+    for verb, words in (
+        ("train", ["configs/demo.yaml", "--train.num_steps", "three"]),
+        ("train", ["configs/no_such.yaml"]),
+        ("sample", ["--run_dir", "x", "--temperature", "-1"]),
+        ("plan", ["configs/demo.yaml", "--devices", "8", "--chip", "h1000"]),
+    ):
+        with pytest.raises(UserError):
+            parse(verb, words)
 
 
 def test_commands_are_found():
@@ -122,3 +176,25 @@ def test_the_start_page_works_as_written(tmp_path, monkeypatch, capsys):
     for verb, words in marked:
         assert main([verb, *words, *short.get(verb, [])]) == 0, capsys.readouterr().err
     assert {"report.html", "inspect.html", "events.jsonl"} <= {path.name for path in (tmp_path / "runs/mine").iterdir()}
+
+
+@pytest.mark.slow
+def test_the_speedrun_goes_from_text_to_answers(tmp_path, monkeypatch, capsys):
+    """Every command of `make speedrun`, with a small model and few steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    rows = [json.dumps({"prompt": f"def f{n}(x):", "response": f"Returns {n} times x."}) + "\n" for n in range(40)]
+    for split in ("train", "validation"):
+        (tmp_path / "runs/finetune/rows").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"runs/finetune/rows/docstrings.{split}.jsonl").write_text("".join(rows))
+    recipe = re.search(r"^speedrun: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    found = commands(recipe[1].replace("$(BIN)/", ""))
+    assert [verb for verb, _ in found] == ["train", "evaluate", "train", "sample", "report"]
+    cache = ["--cache_dir", str(tmp_path / "cache")]
+    learned = ["--train.num_steps", "2", "--train.batch_size", "4", "--train.eval_every", "2", *cache]
+    short = iter([[*TINY, *cache, "--data.max_documents", "60"], [], learned, [], []])
+    for verb, words in found:
+        assert main([verb, *words, *next(short)]) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert "def is_empty(self):" in shown and (tmp_path / "runs/speedrun.html").is_file()
