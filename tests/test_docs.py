@@ -1,12 +1,16 @@
 """The manual: its commands are ones that gptjax has, its links lead somewhere, and the start page works as written."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from bench import api_page
 from gptjax import cli
 from gptjax.cli import VERBS, main
 from gptjax.config.dial import DialConfig
@@ -198,3 +202,33 @@ def test_the_speedrun_goes_from_text_to_answers(tmp_path, monkeypatch, capsys):
         assert main([verb, *words, *next(short)]) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
     assert "def is_empty(self):" in shown and (tmp_path / "runs/speedrun.html").is_file()
+
+
+def test_the_python_reference_is_that_of_the_docstrings():
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == api_page.page(), (
+        "a docstring of gptjax/api.py changed: python bench/api_page.py > docs/api.md"
+    )
+    assert "`temperature`" not in api_page.text_of(api_page.entry), "only names under Args become a list"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, last = (float(loss) for loss in re.findall(r"\nstep +\d+  validation loss ([\d.]+)", done.stdout)[-2:])
+    assert last < first and "embed/tokens" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_warnings(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    pytest.importorskip("material", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Model.generate" in (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
