@@ -1,10 +1,10 @@
 """Prints how the loss of small models changes on texts that are longer than those of their training.
 
-Each position method trains on windows of 128 bytes of Python's standard library, and is evaluated on windows of 128,
-256, 512 and 1,024 bytes of other files: the mean loss of the last 64 positions of a window, whose context is longest.
+Each position method trains on windows of 64 bytes of Python's standard library, and is evaluated on windows of 64,
+128, 256 and 512 bytes of other files: the mean loss of the last 32 positions of a window, whose context is longest.
 Scalings of rope and windows are applied to the model that was trained without them.
 
-    python bench/extrapolation.py [--steps 600]
+    python bench/extrapolation.py [--steps 500]
 """
 
 import argparse
@@ -26,23 +26,23 @@ from gptjax.model.gpt import hidden_states, logits
 from gptjax.text.sources import read_documents
 from gptjax.training.step import init_state, make_train_step
 
-TRAINED, LENGTHS, SCORED, BATCH = 128, (128, 256, 512, 1024), 64, 16
-SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 256, "norm": "rms", "bias": False}
+TRAINED, LENGTHS, SCORED, BATCH = 64, (64, 128, 256, 512), 32, 16
+SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 256, "norm": "rms", "bias": False}
 METHODS = {name: {"positions": name} for name in ("none", "sinusoidal", "rope", "alibi", "t5", "shaw")}
 ROPE_VARIANTS = {
-    "rope, linear x L / 128": lambda length: {"rope_scaling": "linear", "rope_factor": length / TRAINED},
-    "rope, ntk x L / 128": lambda length: {"rope_scaling": "ntk", "rope_factor": length / TRAINED},
-    "rope, yarn x L / 128": lambda length: {
+    "rope, linear x L / 64": lambda length: {"rope_scaling": "linear", "rope_factor": length / TRAINED},
+    "rope, ntk x L / 64": lambda length: {"rope_scaling": "ntk", "rope_factor": length / TRAINED},
+    "rope, yarn x L / 64": lambda length: {
         "rope_scaling": "yarn", "rope_factor": length / TRAINED, "rope_original_length": TRAINED,
     },
-    "rope, window of 128": lambda length: {"attention_window": TRAINED} if length > TRAINED else {},
-    "rope, window of 124 and 4 first tokens": lambda length: {"attention_window": TRAINED - 4, "attention_sinks": 4},
+    "rope, window of 64": lambda length: {"attention_window": TRAINED} if length > TRAINED else {},
+    "rope, window of 60 and 4 first tokens": lambda length: {"attention_window": TRAINED - 4, "attention_sinks": 4},
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     steps = parser.parse_args().steps
     train_N, validation_N = corpus()
     print(f"| positions | {' | '.join(f'{length:,} bytes' for length in LENGTHS)} |\n|---{'|---' * len(LENGTHS)}|")
@@ -68,7 +68,8 @@ def corpus() -> tuple[np.ndarray, np.ndarray]:
 def trained(model: ModelConfig, tokens_N: np.ndarray, steps: int) -> dict:
     """Parameters after so many steps on random windows, the same ones for every model."""
     optim = OptimConfig(learning_rate=2e-3, min_learning_rate=2e-4, warmup_steps=30)
-    config = Config(model=model, optim=optim, train=TrainConfig(num_steps=steps, batch_size=BATCH, unroll=1))
+    train = TrainConfig(num_steps=steps, batch_size=BATCH, compute_dtype="float32")
+    config = Config(model=model, optim=optim, train=train)
     step, random = jax.jit(make_train_step(config)), np.random.default_rng(0)
     state = jax.jit(init_state, static_argnums=0)(config)
     for _ in range(steps):

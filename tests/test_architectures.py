@@ -202,7 +202,15 @@ def test_options_that_do_not_apply_together_are_refused(change, message):
         dataclasses.replace(BASE, **change)
 
 
-@pytest.mark.parametrize("name", ["sandwich, soft caps, local and full", "alibi", "t5", "mixture of experts"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sandwich, soft caps, local and full", "alibi", "t5", "mixture of experts"),
+        pytest.param("shaw", marks=pytest.mark.slow),
+        pytest.param("strided and fixed, a window with sinks", marks=pytest.mark.slow),
+        pytest.param("modern speedrun", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_changes_nothing(name):
     from gptjax.config.mesh import MeshConfig
     from gptjax.parallel.mesh import make_mesh, traced_in

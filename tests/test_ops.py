@@ -176,6 +176,20 @@ def test_attention_with_a_power_of_two_length(window):
     assert_attention_is_plain(1, ALIASING, 2, "float32", False, window)
 
 
+@pytest.mark.parametrize("spec", [AttentionSpec(window=50, sinks=3), AttentionSpec(stride=40, summary=4)], ids=str)
+def test_sparse_attention_in_blocks_is_plain(spec):
+    """Three blocks of queries; positions start again in the second document."""
+    q, k, v = (normal(i, 2, 300, n, 8) for i, n in enumerate((4, 2, 2)))
+    segments = jnp.broadcast_to(jnp.arange(300)[None] >= 170, (2, 300)).astype(jnp.int32)
+    mask = Mask(segments, positions_BT=jnp.arange(300)[None] - 170 * segments)
+    assert_same(
+        lambda q, k, v: attention(q, k, v, spec, mask),
+        lambda q, k, v: attention_reference(q, k, v, spec, mask),
+        (q, k, v),
+        "float32",
+    )
+
+
 def assert_attention_is_plain(B, length, kv_heads, dtype, segmented, window):
     H, C = 4, 8
     q, k, v = (normal(i, B, length, n, C, dtype=dtype) for i, n in enumerate((H, kv_heads, kv_heads)))
