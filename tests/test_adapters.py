@@ -29,15 +29,20 @@ ADAPTERS = {
     "prompt": AdapterConfig(kind="prompt", tokens=3),
     "prefix": AdapterConfig(kind="prefix", tokens=3),
 }
+ACROSS_LAYERS = {
+    **{"value_residual": True, "learned_skips": True, "residual_mix": True, "positions": "rope"},
+    **{"attention_pattern": ("strided", "local"), "attention_stride": 3, "attention_window": 4, "attention_sinks": 2},
+}
 TOKENS = jax.random.randint(KEY, (3, 10), 0, MODEL.vocab_size)
 POSITIONS = jnp.broadcast_to(jnp.arange(10), TOKENS.shape)
 
 
-def adapted(kind: str, drawn: bool = True):
+def adapted(kind: str, drawn: bool = True, change: dict | None = None):
     """A model with an adapter over the weights that it would have without; `drawn`: none of it is zero."""
-    model = dataclasses.replace(MODEL, adapter=ADAPTERS[kind])
+    plain = dataclasses.replace(MODEL, **(change or {}))
+    model = dataclasses.replace(plain, adapter=ADAPTERS[kind])
     params = init_params(model, KEY)
-    base = init_params(MODEL, KEY)
+    base = init_params(plain, KEY)
     new = {name: part for name, part in params.items() if name not in base}
     if drawn:
         new = jax.tree.map(lambda leaf: 0.5 * jax.random.normal(KEY, leaf.shape), new)
@@ -115,9 +120,17 @@ def test_merged_and_unmerged_agree(targets):
         np.testing.assert_allclose(before, hidden_states(MODEL, init_params(MODEL, KEY), TOKENS, POSITIONS), atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_decoding_with_a_cache_is_the_full_forward_pass(kind):
-    model, params = adapted(kind)
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *((kind, {}) for kind in ADAPTERS),
+        ("lora", ACROSS_LAYERS),
+        pytest.param("prefix", ACROSS_LAYERS, marks=pytest.mark.slow),
+        pytest.param("bottleneck", ACROSS_LAYERS, marks=pytest.mark.slow),
+    ],
+)
+def test_decoding_with_a_cache_is_the_full_forward_pass(kind, change):
+    model, params = adapted(kind, change=change)
     full = hidden_states(model, params, TOKENS, POSITIONS)
     model, params = gpt.for_decoding(model, params)
     params = decoding_weights(model, params, "float32", one_row=False).params

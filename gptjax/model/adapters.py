@@ -128,7 +128,7 @@ def merge_lora(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
     """Returns config and params without adapters; adds `A B alpha / rank` to the weights, in float32 arithmetic."""
     params = dict(params)
     adapters = params.pop("adapters")
-    blocks = {part: dict(leaves) for part, leaves in params["blocks"].items()}
+    blocks = {part: dict(x) if isinstance(x, dict) else x for part, x in params["blocks"].items()}
     for target in config.adapter.targets:
         part, name = target.split("/")
         low, weight = adapters[f"{part}_{name}"], blocks[part][name]
