@@ -26,6 +26,7 @@ LLAMA3 = {
     **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "original_max_position_embeddings": 16,
 }
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 3.0, "original_max_position_embeddings": 16}
 NEOX = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40},
@@ -48,6 +49,7 @@ CASES = {
         SMALL | {"num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 10, "rms_norm_eps": 1e-2},
     ),
     "llama 3": ("llama", SMALL | {"rope_parameters": LLAMA3, "num_hidden_layers": 3, "num_key_value_heads": 4}),
+    "llama, dynamic": ("llama", SMALL | {"rope_parameters": DYNAMIC}),
     "llama, yarn": ("llama", SMALL | {"rope_parameters": YARN, "hidden_act": "gelu"}),
     "mistral, window": ("mistral", SMALL | {"sliding_window": 7}),
     "mistral, no window": ("mistral", SMALL | {"sliding_window": None, "head_dim": 8}),
@@ -200,7 +202,7 @@ LLAMA_REFUSALS = [
     ({"hidden_act": "mish"}, "hidden_act='mish'"),
     ({"num_key_value_heads": 3}, "must be divisible by"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type='longrope'"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic'"),
+    ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling.factor='2' must be a number"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "swing": 3}}, "rope_scaling.swing=3"),
     ({"rope_scaling": {"type": "linear"}}, "needs factor"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 8}}, "rope_scaling.beta_fast=8"),
@@ -232,6 +234,7 @@ REFUSALS = {
     "phi3": [
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling.rope_type='longrope'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling='yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling='dynamic'"),
         ({"partial_rotary_factor": 0.33}, "partial_rotary_factor=0.33"),
     ],
     "gpt_neox": [({"attention_bias": False}, "attention_bias=False"), ({"rotary_pct": 2}, "rope_fraction=2")],

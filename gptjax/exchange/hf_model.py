@@ -161,6 +161,8 @@ def read_model_config(raw: dict, where: str, notify: Callable[[str], None]) -> t
         model = normal_form(FAMILIES[name].read(fields))
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    for note in fields.notes:
+        notify(f"{where}: {note}")
     if unread := fields.unread():
         values = ", ".join(f"{key}={json.dumps(raw[key])[:40]}" for key in unread)
         notify(f"{where}: not fields of {name}, so they change nothing in transformers either: {values}")

@@ -27,6 +27,7 @@ ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 ROPE_SCALINGS = {
     "default": set(),
     "linear": {"factor"},
+    "dynamic": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
@@ -41,6 +42,8 @@ class Fields:
 
     def __init__(self, raw: dict, where: str):
         self.raw, self.where, self.seen = raw, where, set[str]()
+        self.notes: list[str] = []
+        """What is said about fields that are read and have no effect here."""
 
     def get(self, name: str, default: Any) -> Any:
         """The value of a field."""
@@ -126,6 +129,10 @@ class Fields:
             return options
         if "factor" not in rope:
             raise UserError(f"{self.where}: {name} of rope_type {kind} needs factor")
+        if kind == "dynamic":
+            self._number(f"{name}.factor", rope["factor"])
+            self.notes.append(f"{name}.rope_type=dynamic stretches texts past max_position_embeddings; none is so long")
+            return options
         options |= {"rope_scaling": kind, "rope_factor": self._number(f"{name}.factor", rope["factor"])}
         if kind == "linear":
             return options

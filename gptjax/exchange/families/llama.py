@@ -292,8 +292,8 @@ def _read_phi3(fields: Fields) -> ModelConfig:
     for name in ("resid_pdrop", "embd_pdrop", "original_max_position_embeddings"):
         fields.get(name, None)
     rope = fields.rope()
-    if "rope_scaling" in rope:  # transformers reads even yarn as longrope here
-        raise fields.refusal("rope_scaling", rope["rope_scaling"], "must be null or default")
+    if "rope_scaling" in rope or fields.notes:  # transformers reads even yarn as longrope here
+        raise fields.refusal("rope_scaling", rope.get("rope_scaling", "dynamic"), "must be null or default")
     fraction = fields.rope_fraction(head_dim or common["n_embd"] // common["n_head"], 1.0)
     window = fields.optional_size("sliding_window", None)
     attention = read_window(fields, ("local",), window, common["block_size"])
