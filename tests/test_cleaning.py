@@ -1,6 +1,9 @@
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,9 +15,10 @@ import zstandard
 from gptjax.cli import main
 from gptjax.config.clean import CleanConfig, QualityConfig
 from gptjax.config.data import DataConfig
+from gptjax.config.reader import to_dict
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
-from gptjax.text.cleaning import pool
+from gptjax.text.cleaning import pool, substrings
 from gptjax.text.cleaning import store as module
 from gptjax.text.cleaning.near import N_HASHES, find_near_duplicates, rows_per_band, signature
 from gptjax.text.cleaning.part import part_path
@@ -298,6 +302,36 @@ def test_repeated_lines_and_paragraphs_are_removed_and_counted(tmp_path):
     assert stored(tmp_path / "p", texts, duplicate_parts="paragraphs")[0] == [texts[0], "Another one"]
 
 
+@pytest.mark.parametrize("windows_per_pass", [2**24, 500])
+def test_runs_of_characters_that_came_before_are_removed(tmp_path, monkeypatch, windows_per_pass):
+    monkeypatch.setattr(substrings, "WINDOWS_PER_PASS", windows_per_pass)
+    rng, length = np.random.default_rng(0), 20
+    texts = ["".join(rng.choice(list("abcé "), 300)) for _ in range(8)]
+    for i, j, size in ((0, 3, 60), (1, 5, 20), (1, 6, 19), (2, 2, 45), (4, 7, 300)):
+        at = int(rng.integers(0, 301 - size))
+        texts[j] = texts[j][:150] + texts[i][at : at + size] + texts[j][150:]
+    seen: set[str] = set()
+    expected = []
+    for text in texts:
+        removed: set[int] = set()
+        for at in range(len(text) - length + 1):
+            if text[at : at + length] in seen:
+                removed.update(range(at, at + length))
+            seen.add(text[at : at + length])
+        expected.append("".join(c for at, c in enumerate(text) if at not in removed))
+    found, counts = stored(tmp_path, texts, duplicate_substrings=length)
+    assert found == expected
+    assert counts["repeated_characters"] == sum(map(len, texts)) - sum(map(len, expected)) > 300
+
+
+def test_a_document_that_is_left_out_does_not_make_a_later_one_repeat_it(tmp_path):
+    tail = "".join(np.random.default_rng(0).choice(list("abcdefgh"), 90))
+    texts = [prose(1, 300), f"{prose(1, 300)} {tail}", f"{prose(5)} {tail}"]
+    found, counts = stored(tmp_path, texts, near_duplicates=0.7, duplicate_substrings=60)
+    assert found == [texts[0], texts[2]]
+    assert counts["near_duplicate"] == 1
+
+
 @pytest.fixture
 def corpus(tmp_path) -> DataConfig:
     texts = [prose(i, 60 + i % 40) for i in range(120)]
@@ -484,3 +518,119 @@ def test_wrong_options_are_refused(options, message):
         CleanConfig(**options)
     with pytest.raises(UserError, match=r"quality.min_words=3 has no effect without data.clean.quality.rules=gopher"):
         QualityConfig(rules=("c4",), min_words=3)
+
+
+KILLED = '''
+"""Prepares a corpus once undisturbed, and once for each place with a kill there and a second attempt."""
+import dataclasses, json, os, signal, sys
+from pathlib import Path
+
+from gptjax.config.data import DataConfig
+from gptjax.config.reader import from_dict
+from gptjax.config.tokenizer import TokenizerConfig
+from gptjax.text import prepare as preparing
+from gptjax.text.cleaning import part, pool, store
+
+FOLDER = Path(sys.argv[1])
+DATA = from_dict(DataConfig, json.loads(sys.argv[2]), "data")
+store.PART_CHARACTERS, preparing.SHARD_TOKENS, preparing._BATCH_CHARACTERS = 8000, 3000, 2000
+
+
+def killing(function, call):
+    calls = []
+
+    def wrapper(*args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+
+    return wrapper
+
+
+def in_stage(name):
+    def make_stages(data, real=pool.make_stages):
+        return [s._replace(apply=killing(s.apply, 30)) if s.name == name else s for s in real(data)]
+
+    pool.make_stages = make_stages
+
+
+def documents(name, call):
+    def read(*args, real=getattr(preparing, name), seen=[]):
+        for document in real(*args):
+            seen.append(1)
+            if len(seen) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield document
+
+    setattr(preparing, name, read)
+
+
+def replaced(module, name, call):
+    setattr(module, name, killing(getattr(module, name), call))
+
+
+PLACES = {stage.name: lambda name=stage.name: in_stage(name) for stage in pool.make_stages(DATA)} | {
+    "reading": lambda: documents("read_documents", 90),
+    "signatures": lambda: replaced(part, "signature", 30),
+    "near duplicates": lambda: replaced(store, "find_near_duplicates", 1),
+    "substrings": lambda: replaced(store, "find_repeated", 1),
+    "duplicates": lambda: documents("read_store", 100),  # in the second reading: the split reads 65
+    "second shard": lambda: replaced(preparing.ShardWriter, "_finish_shard", 2),
+    "datasheet": lambda: replaced(preparing, "write_datasheet", 1),
+    "publishing": lambda: replaced(preparing, "publish", 1),
+}
+
+
+def child(cache, place=None):
+    """Status of a process that prepares, and what it found."""
+    answer = FOLDER / "answer.json"
+    answer.unlink(missing_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        if place:
+            PLACES[place]()
+        dataset = preparing.prepare(DATA, TokenizerConfig(kind="bytes"), cache, report=lambda _: None).dataset
+        answer.write_text(json.dumps([dataset.hash, dataset.manifest["counts"]]))
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), json.loads(answer.read_text()) if answer.exists() else None
+
+
+status, expected = child(FOLDER / "undisturbed")
+assert status == 0
+for place in PLACES:
+    cache = FOLDER / place.replace(" ", "-")
+    status, found = child(cache, place)
+    assert (status, found) == (-signal.SIGKILL, None), (place, status)
+    status, found = child(cache)
+    assert (status, found) == (0, expected), (place, found, expected)
+    print(place)
+'''
+
+
+@pytest.mark.slow
+def test_a_kill_in_any_stage_loses_nothing_and_does_nothing_twice(corpus, tmp_path):
+    for library in ("ftfy", "py3langid", "selectolax"):
+        pytest.importorskip(library, reason="needs the extra `clean`")
+    (tmp_path / "evaluation.txt").write_text(prose(3))
+    (tmp_path / "own.py").write_text("def keep(text):\n    return None if 'word5x' in text else text\n")
+    data = with_clean(
+        dataclasses.replace(corpus, newlines="unix"),
+        html="visible",
+        repair=True,
+        languages=("en",),
+        decontaminate=(str(tmp_path / "evaluation.txt"),),
+        filter="own:keep",
+        duplicate_parts="lines",
+        duplicate_substrings=40,
+    )
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    words = [sys.executable, str(script), str(tmp_path), json.dumps(to_dict(data))]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = "html repair normalise language quality filter personal_data decontaminate length reading signatures"
+    assert done.stdout.split("\n")[:11] == names.split()
+    assert len(done.stdout.splitlines()) == 17

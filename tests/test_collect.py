@@ -5,6 +5,7 @@ import dataclasses
 import email.message
 import gzip
 import importlib
+import importlib.util
 import json
 import mailbox
 import os
@@ -19,7 +20,7 @@ from gptjax.config.clean import CleanConfig
 from gptjax.config.data import DataConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
-from gptjax.text.counts import counted
+from gptjax.text.counts import counted, leaves_out
 from gptjax.text.formats import read_file
 from gptjax.text.prepare import prepare
 from gptjax.text.sources import read_documents, source_fingerprint
@@ -326,3 +327,43 @@ def test_unreadable_files_stop_or_are_counted_and_named(tmp_path):
     assert (counts["read"], counts["unreadable_files"]) == (2, 2)
     named = [line for line in counted(counts) if line.startswith("unreadable: ")]
     assert [name in line for name, line in zip(("a.jsonl:2", "b.txt.gz: ends too early"), named, strict=True)]
+
+
+def test_every_reader_counts_what_it_reads_and_what_it_leaves_out(tmp_path, repository):
+    """Items of the files = documents read + what the reader counted; `prepare` holds the rest to its own sum."""
+    bad = b"caf\xe9"
+    rows = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(3)).encode()
+    mails = b"".join(b"From a@b\nSubject: s\n\n" + body + b"\n\n" for body in (b"one", bad, b"two"))
+    pages = [record("warcinfo", b"x"), record("conversion", b"one"), record("conversion", bad)]
+    files = {
+        "a.txt": (b"text", 1),
+        "b.md": (bad, 1),
+        "a.jsonl": (rows + b'{"text": "' + bad + b'"}\n', 4),
+        "a.csv": (b"id,text\n1,one\n2," + bad + b"\n", 2),
+        "a.tsv": (b"id\ttext\n1\tone\n2\t" + bad + b"\n", 2),
+        "a.parquet": (parquet("one"), 1),
+        "a.conll": (b"a\tB\n\n" * 70, 3),
+        "a.mbox": (mails, 3),
+        "a.warc": (b"".join(pages), 3),
+        "c.bin": (b"", 1),
+    }
+    for name, (content, _) in files.items():
+        (tmp_path / "corpus" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "corpus" / name).write_bytes(content)
+    paths, items = [str(tmp_path / "corpus"), f"git:{repository}"], sum(n for _, n in files.values()) + 6
+    if importlib.util.find_spec("mwparserfromhell"):
+        (tmp_path / "a.xml").write_text(DUMP)
+        paths, items = [*paths, str(tmp_path / "a.xml")], items + 4
+    if importlib.util.find_spec("selectolax"):
+        write_epub(tmp_path / "a.epub", {"a": "<p>One</p>"}, ["a"])
+        paths, items = [*paths, str(tmp_path / "a.epub")], items + 1
+    data = DataConfig(path=tuple(paths), invalid_utf8="skip", drop_duplicates=True, min_characters=4)
+    dataset = prepare(data, TokenizerConfig(kind="bytes"), tmp_path, report=lambda _: None).dataset
+    counts = dict(dataset.manifest["counts"])
+    assert counts["invalid_utf8_skipped"] == 7
+    by_reader = {"unknown_files", "invalid_utf8_skipped", "other_records", "other_pages"}
+    by_reader |= {"vendored_files", "binary_files"}
+    assert counts["read"] + sum(counts.get(name, 0) for name in by_reader) == items
+    left_out = {name: n for name, n in counts.items() if leaves_out(name)}
+    assert set(left_out) == {"duplicate", "short"}
+    assert counts["read"] == dataset.train.n_documents + dataset.validation.n_documents + sum(left_out.values())

@@ -57,6 +57,7 @@ ELSEWHERE = {
     "test_clean::test_each_rule_counts_what_it_leaves_out": ("data.min_characters", "data.drop_duplicates"),
     "test_mixture::test_the_skip_list_names_documents_by_hash_line_or_file": ("data.skip",),
     "test_mixture::test_a_template_puts_fields_together": ("data.template",),
+    "test_cleaning::test_runs_of_characters_that_came_before_are_removed": ("data.clean.duplicate_substrings",),
     "test_vocabulary::test_a_tokenizer_learns_from_the_share_of_documents_that_is_asked_for": (
         "tokenizer.sample_fraction",
     ),

@@ -113,6 +113,9 @@ class CleanConfig:
     estimated by MinHash; 0: keep them."""
     duplicate_parts: Literal["keep", "lines", "paragraphs"] = "keep"
     """Remove lines or paragraphs that came before anywhere in the corpus; shorter ones than 20 characters stay."""
+    duplicate_substrings: int = 0
+    """Remove runs of at least this many characters that came before anywhere in the corpus (arXiv:2107.06499 has 50
+    tokens, about 200 characters); 0: keep them."""
     workers: int = 0
     """Processes that clean; 0: one for each core. The result is the same for any number."""
     dask: str = ""
@@ -143,7 +146,12 @@ class CleanConfig:
                 f"data.clean.workers={self.workers} has no effect with data.clean.dask={self.dask}, which has workers"
             )
         import_path("data.clean", self, "filter")
-        not_negative("data.clean", self, "workers")
+        not_negative("data.clean", self, "workers", "duplicate_substrings")
+        if 0 < self.duplicate_substrings < 20:
+            raise UserError(
+                f"data.clean.duplicate_substrings={self.duplicate_substrings} must be 0 or at least 20: shorter runs"
+                " occur everywhere"
+            )
         positive("data.clean", self, "decontaminate_ngram")
         usable_paths("data.clean", self, "decontaminate")
 

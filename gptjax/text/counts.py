@@ -23,6 +23,7 @@ COUNTED = {
     "contaminated": "left out: share words with evaluation data",
     "near_duplicate": "left out: near duplicates",
     "repeated_parts": "repeated lines or paragraphs removed",
+    "repeated_characters": "characters removed: in runs that came before",
     **{f"replaced_{kind}": f"{kind} replaced" for kind in PERSONAL_DATA},
     "missing_label": "left out: without a label (null, empty, -1 or -100; a number that is a class can be named in"
     " task.labels)",

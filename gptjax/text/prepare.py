@@ -157,6 +157,8 @@ def _stored_options(data: DataConfig) -> dict:
     clean_options = options.pop("clean")
     if data.clean.active:
         del clean_options["workers"], clean_options["dask"]
+        if not data.clean.duplicate_substrings:  # a newer option
+            del clean_options["duplicate_substrings"]
         options["clean"] = [CLEAN_VERSION, clean_options, stages_identity(data)]
     return options
 

@@ -17,6 +17,7 @@ from gptjax.files import write_atomic
 from gptjax.text.cleaning.near import find_near_duplicates
 from gptjax.text.cleaning.part import documents_hash, part_path, read_header, read_part
 from gptjax.text.cleaning.pool import Task, open_pool
+from gptjax.text.cleaning.substrings import find_repeated, without_repeated
 from gptjax.text.formats import NAMED_ENDINGS, Document, batch_documents
 from gptjax.text.remote import file_size
 from gptjax.text.sources import given_files
@@ -29,7 +30,7 @@ CLEAN_VERSION = 1
 SHORTEST_PART = 20
 """Shorter lines and paragraphs are kept however often they occur: brackets, headings, greetings."""
 _COMPLETE = "complete.json"
-_NEAR = "near.npy"
+_NEAR, _REPEATED = "near.npy", "repeated.npy"
 _REPORT_SECONDS = 5.0
 
 Report = Callable[[str], object]
@@ -103,27 +104,47 @@ def build_store(
     start = time.perf_counter()
     if data.clean.near_duplicates:
         _write_near_duplicates(folder, n_parts, data.clean.near_duplicates)
+    if data.clean.duplicate_substrings:
+        texts = lambda: (one.text for one in _without_duplicates(folder, n_parts, data, Counter()))  # noqa: E731
+        _save(folder / _REPEATED, find_repeated(texts, data.clean.duplicate_substrings))
     about = {"n_parts": n_parts, "counts": dict(counts), "near_seconds": round(time.perf_counter() - start, 3)}
     write_atomic(folder / _COMPLETE, json.dumps(about).encode())
     return True
 
 
 def read_store(folder: Path, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
-    """Yields the documents of a complete store, without duplicates.
+    """Yields the documents of a complete store, without duplicates and repeated text.
 
     Args:
         folder: As `build_store` made it.
         data: The options.
         counts: Gets what the reader and the stages counted, and "duplicate", "near_duplicate", "repeated_parts" (lines
-            or paragraphs that were removed) and "empty" (documents that had no others).
+            or paragraphs that were removed), "repeated_characters", "empty" and "short" (of what was left).
     """
     about = json.loads((folder / _COMPLETE).read_text())
     counts.update(about["counts"])
+    documents = _without_duplicates(folder, about["n_parts"], data, counts)
+    length, start = data.clean.duplicate_substrings, 0
+    if not length:
+        yield from documents
+        return
+    repeated = np.load(folder / _REPEATED)
+    for document in documents:
+        text = without_repeated(document.text, start, repeated, length)
+        start += len(document.text)
+        counts["repeated_characters"] += len(document.text) - len(text)
+        if reason := _too_short(text, data):
+            counts[reason] += 1
+        else:
+            yield Document(text, document.where)
+
+
+def _without_duplicates(folder: Path, n_parts: int, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
     near = np.load(folder / _NEAR) if data.clean.near_duplicates else None
     seen_documents: set[bytes] = set()
     seen_parts: set[int] = set()
     index = -1
-    for number in range(about["n_parts"]):
+    for number in range(n_parts):
         header, documents = read_part(part_path(folder, number))
         counts.update(header["counts"])
         for document in documents:
@@ -141,13 +162,15 @@ def read_store(folder: Path, data: DataConfig, counts: Counter[str]) -> Iterator
             if data.clean.duplicate_parts != "keep":
                 separator = "\n" if data.clean.duplicate_parts == "lines" else "\n\n"
                 text = _without_seen(text, separator, seen_parts, counts)
-                if not text.strip():
-                    counts["empty"] += 1
-                    continue
-                if len(text) < data.min_characters:
-                    counts["short"] += 1
+                if reason := _too_short(text, data):
+                    counts[reason] += 1
                     continue
             yield Document(text, document.where)
+
+
+def _too_short(text: str, data: DataConfig) -> str:
+    """The reason to leave out what is left of a document; empty: it stays."""
+    return "empty" if not text.strip() else "short" if len(text) < data.min_characters else ""
 
 
 def store_report(folder: Path) -> dict[str, Any]:
@@ -183,10 +206,13 @@ def _without_seen(text: str, separator: str, seen: set[int], counts: Counter[str
 
 def _write_near_duplicates(folder: Path, n_parts: int, threshold: float) -> None:
     files = [part_path(folder, number).with_suffix("").with_suffix(".npy") for number in range(n_parts)]
-    near = find_near_duplicates(np.concatenate([np.load(file) for file in files]), threshold)
-    temporary = folder / f".{_NEAR}.tmp.npy"
-    np.save(temporary, near)
-    os.replace(temporary, folder / _NEAR)
+    _save(folder / _NEAR, find_near_duplicates(np.concatenate([np.load(file) for file in files]), threshold))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_name(f".{path.name}.tmp.npy")
+    np.save(temporary, array)
+    os.replace(temporary, path)
 
 
 def _expected_characters(data: DataConfig) -> int:
