@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.batches.objectives import OBJECTIVES, ArrangedWindows, vocabulary_of
 from gptjax.batches.pretraining import PrefixBatch
-from gptjax.config.objective import FILL, MASK, MODES, SPANS, SPECIAL_TOKENS, ObjectiveConfig
+from gptjax.config.objective import FILL, MASK, MODES, NEXT, SPANS, SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.errors import UserError
 from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, final_norm, init_params
 from gptjax.model.loss import inputs_of, loss_options, token_loss
@@ -229,6 +229,31 @@ def test_masked_tokens_are_replaced_as_in_bert():
     chosen = targets >= 0
     assert np.mean(inputs[chosen] == SPECIAL[MASK]) == pytest.approx(0.8, abs=0.03)
     assert np.mean(inputs[chosen] == targets[chosen]) == pytest.approx(0.1, abs=0.02)
+
+
+def test_the_first_position_says_whether_the_second_part_follows():
+    names = (MASK, *NEXT)
+    special = {name: 500 + n for n, name in enumerate(names)}
+    vocabulary = dataclasses.replace(VOCABULARY, special=special)
+    split = make_split([200, 150, 120])
+    config = ObjectiveConfig(kind="masked", rate=0.01, next_sentence=True)
+    windows = ArrangedWindows(split, 64, 0, False, config, vocabulary)
+    end, follows, total = vocabulary.end_of_text, 0, 0
+    for step in range(30):
+        batch = windows.batch(step, 4)
+        for inputs, targets, segments in zip(batch.inputs, batch.targets, batch.segments, strict=True):
+            for segment in np.unique(segments):
+                here = segments == segment
+                if targets[here][0] < 0:
+                    continue
+                known = np.where(targets[here] >= 0, targets[here], inputs[here])
+                known[0] = inputs[here][0]
+                cut = 1 + np.flatnonzero(known[1:] == end)[0]
+                answer = {special[NEXT[0]]: True, special[NEXT[1]]: False}[int(targets[here][0])]
+                continues = known[cut + 1] == known[cut - 1] + 1  # tokens of a document are numbered in order
+                assert continues == answer or not answer  # by chance another place may follow too
+                follows, total = follows + answer, total + 1
+    assert total > 60 and 0.35 < follows / total < 0.65
 
 
 def test_whole_words_are_masked_together():

@@ -176,6 +176,7 @@ ELSEWHERE = {
     "test_objectives::test_spans_have_the_rate_and_length_asked_for": (
         *("task.objective.rate", "task.objective.span_length"),
     ),
+    "test_objectives::test_the_first_position_says_whether_the_second_part_follows": ("task.objective.next_sentence",),
     "test_objectives::test_whole_words_are_masked_together": ("task.objective.whole_words",),
     "test_objectives::test_the_rates_of_filling_are_those_asked_for": (
         *("task.objective.fill_rate", "task.objective.suffix_first"),

@@ -35,6 +35,7 @@ ROWS = {
     "dpo": lambda n: {"prompt": str(n), "chosen": "a", "rejected": "b"},
     "seq2seq": lambda n: {"source": f"s{n}", "target": f"t{n}"},
 }
+OPTIONS = {"multi_token": {"ahead": 2}, "masked": {"next_sentence": True}}
 SHORT = {"template": "{role}{content}"}
 TASKS = {
     "mixout": {"kind": "classify", "bag_of_words": 2, "layer_mixture": True},
@@ -64,7 +65,7 @@ def rows_of(kind: str, folder: Path) -> DataConfig:
 def config_of(name: str, base: Config, folder: Path) -> Config:
     """The run called `name`: an objective, a task, or `multi`."""
     if name in OBJECTIVES:
-        task = TaskConfig(objective=ObjectiveConfig(kind=name, **({"ahead": 2} if name == "multi_token" else {})))
+        task = TaskConfig(objective=ObjectiveConfig(kind=name, **OPTIONS.get(name, {})))
         return replace(base, run_dir=str(folder / name), task=task, model={"bidirectional": name == "masked"})
     train = dataclasses.replace(base.train, eval_windows=512)
     if name == "multi":

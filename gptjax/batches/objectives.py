@@ -17,13 +17,15 @@ import numpy as np
 
 from gptjax.batches.pretraining import Batch, PackedWindows, PrefixBatch
 from gptjax.batches.rows import ALL, Rows
-from gptjax.config.objective import FILL, MASK, MODES, SPANS, ObjectiveConfig
+from gptjax.config.objective import FILL, MASK, MODES, NEXT, SPANS, ObjectiveConfig
 from gptjax.errors import UserError
 from gptjax.text.shards import TokenSplit
 from gptjax.text.tokenizers.base import Tokenizer
 
 TRAINING, VALIDATION = 2, 3
 """Constants that separate random streams of one seed from each other and from those of other batches."""
+SHORTEST_PAIR = 6
+"""Tokens of a document that can become two parts."""
 NOTED_WINDOWS = 64
 """Number of windows in which lost tokens are counted."""
 
@@ -308,7 +310,9 @@ class ArrangedWindows:
         found, lost = [], 0
         for tokens in self._pieces(int(start)):
             seed = random.integers(2**63)
-            used, one = len(tokens), None
+            used, one, answer = len(tokens), None, -1
+            if self.objective.next_sentence:
+                tokens, answer = self._pair(tokens, random)
             while used >= 2:
                 one = arrange(self.objective, self.vocabulary, tokens[:used], np.random.default_rng(seed))
                 if len(one.inputs) <= room:
@@ -318,9 +322,31 @@ class ArrangedWindows:
                 lost += len(tokens)
                 continue
             lost += len(tokens) - used
+            if answer >= 0 and used == len(tokens):
+                one.targets[0] = answer
             found.append(one)
             room -= len(one.inputs)
         return found, lost
+
+    def _pair(self, tokens: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, int]:
+        """Two parts of a document with end-of-text between them, as many tokens as before, and the token that says
+        whether the second part follows the first one. In half of the pairs it is text from a random place instead.
+
+        Documents that are too short for two parts are returned as they are, with -1.
+        """
+        end, n = self.vocabulary.end_of_text, len(tokens)
+        assert end is not None  # training refuses other tokenizers
+        if n < SHORTEST_PAIR:
+            return tokens, -1
+        first = int(random.integers(2, n - 2))
+        size, follows = n - first - 1, random.random() < 0.5
+        if follows:
+            second = tokens[first : first + size]
+        else:
+            begin = int(random.integers(0, max(1, self.split.n_tokens - size)))
+            second = self.split.slice(begin, begin + size)
+        pair = np.concatenate([tokens[:first], [end], second]).astype(tokens.dtype)
+        return pair, self.vocabulary.special[NEXT[0] if follows else NEXT[1]]
 
     def _pieces(self, start: int) -> Iterator[np.ndarray]:
         """The tokens of each document in a window; end-of-text follows a document that ends in it."""

@@ -11,6 +11,7 @@ SENTINELS = 100
 FILL = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 MASK = "<|mask|>"
 MODES = ("<|mode_r|>", "<|mode_x|>", "<|mode_s|>")
+NEXT = ("<|next|>", "<|other|>")
 SPANS = tuple(f"<|extra_{number}|>" for number in range(SENTINELS))
 SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
     "fill_in_the_middle": FILL,
@@ -19,7 +20,7 @@ SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
     "span_corruption": SPANS,
     "ul2": (*SPANS, *MODES),
 }
-"""Tokens that an objective adds to the run's tokenizer; no text encodes to them."""
+"""Tokens of an objective without its options; no text encodes to them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,9 @@ class ObjectiveConfig:
     """Share of a document's tokens that masked, permutation and span_corruption predict."""
     whole_words: bool = False
     """masked chooses all tokens of a word together."""
+    next_sentence: bool = False
+    """masked also predicts, at the start of a text, whether its second part follows the first one in the data; in half
+    of the texts it is from another place (BERT's next-sentence prediction)."""
     span_length: float = 3.0
     """Mean tokens of a span of span_corruption."""
     fill_rate: float = 0.5
@@ -68,7 +72,7 @@ class ObjectiveConfig:
             raise UserError(f"{section}.ahead={self.ahead} must be at least 2; kind=causal predicts one token")
         for kinds, names in {
             ("masked", "permutation", "span_corruption"): ("rate",),
-            ("masked",): ("whole_words",),
+            ("masked",): ("whole_words", "next_sentence"),
             ("span_corruption",): ("span_length",),
             ("fill_in_the_middle",): ("fill_rate", "suffix_first"),
             ("multi_token",): ("ahead",),
@@ -76,6 +80,11 @@ class ObjectiveConfig:
             needs = f"{section}.kind={', '.join(kinds[:-1])}{' or ' if kinds[:-1] else ''}{kinds[-1]}"
             for name in names:
                 no_effect(section, self, name, self.kind in kinds, needs)
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens that the objective adds to the run's tokenizer."""
+        return (*SPECIAL_TOKENS.get(self.kind, ()), *(NEXT if self.next_sentence else ()))
 
     @property
     def rearranges(self) -> bool:

@@ -8,8 +8,9 @@ from gptjax.batches.mixture import MixtureWindows, Stage
 from gptjax.batches.multi import Windows
 from gptjax.batches.objectives import ArrangedWindows, vocabulary_of
 from gptjax.batches.pretraining import MAKERS, Batch, BestFitWindows, PrefixBatch, evaluation_batches
-from gptjax.config.objective import SPECIAL_TOKENS, ObjectiveConfig
+from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.run import Config
+from gptjax.errors import UserError
 from gptjax.evaluation.loss import MixtureEvaluation, make_eval_step, mean_evaluation, measure
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import loss_options, token_loss
@@ -42,7 +43,11 @@ def build(config: Config, name: str, source: Source, compute: Compute, compiled:
     windows: Windows = MAKERS[config.data.packing](dataset.train, model.block_size, config.seed, across, skipped, ramp)
     notes = packing_notes({"": windows})
     if objective.rearranges:
-        vocabulary = vocabulary_of(source.tokenizer, SPECIAL_TOKENS.get(objective.kind, ()))
+        if objective.next_sentence and source.tokenizer.end_of_text is None:
+            raise UserError(
+                "task.objective.next_sentence=true needs a tokenizer with <|endoftext|>, which stands between the parts"
+            )
+        vocabulary = vocabulary_of(source.tokenizer, objective.special_tokens)
         windows = ArrangedWindows(dataset.train, model.block_size, config.seed, across, objective, vocabulary, skipped)
         notes = tuple(note for note in (windows.note(),) if note)
     eval_step, ratio = compiled(make_eval_step(model, compute)), bytes_per_target(objective, dataset.validation)
@@ -151,7 +156,7 @@ def text_batches(
     """Fixed evaluation batches of an objective, see `batches.pretraining.evaluation_batches`."""
     if not objective.rearranges:
         return evaluation_batches(split, block_size, n_windows, batch_size, across)
-    vocabulary = vocabulary_of(tokenizer, SPECIAL_TOKENS.get(objective.kind, ()))
+    vocabulary = vocabulary_of(tokenizer, objective.special_tokens)
     return ArrangedWindows(split, block_size, 0, across, objective, vocabulary).evaluation(n_windows, batch_size)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from gptjax.config.data import DataConfig
-from gptjax.config.objective import SPECIAL_TOKENS
 from gptjax.config.run import Config
 from gptjax.config.task import LABELLED, TaskConfig
 from gptjax.errors import UserError
@@ -66,7 +65,7 @@ def read_source(config: Config, tokenizer: Tokenizer | None) -> Source:
                 first.tokenizer, None, {}, mixture={n: one.dataset for n, one in mixed.items()}, skipped=skipped
             )
         prepared = prepare(config.data, config.tokenizer, cache, report=say, tokenizer_override=tokenizer)
-        tokenizer = with_special_tokens(prepared.tokenizer, SPECIAL_TOKENS.get(config.task.objective.kind, ()))
+        tokenizer = with_special_tokens(prepared.tokenizer, config.task.objective.special_tokens)
         return Source(tokenizer, prepared.dataset, {}, skipped={"": _skipped(prepared, config.data)})
     parts, texts, skipped = parts_of(config), {}, {}
     for name, part in list(parts.items()):

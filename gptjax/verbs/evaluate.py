@@ -15,7 +15,7 @@ import numpy as np
 from gptjax.checkpoints.run_dir import CONFIG_FILE, LoadedRun, load_run
 from gptjax.config.data import DataConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.objective import SPECIAL_TOKENS, ObjectiveConfig
+from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config
 from gptjax.config.task import LABELLED
@@ -243,7 +243,7 @@ def _evaluate_own_text(
     cache = Path(owner.cache_dir).expanduser()
     override = tokenizer if owner.init_from else None  # as the run itself was prepared
     prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=override)
-    special = SPECIAL_TOKENS.get(owner.task.objective.kind, ())
+    special = owner.task.objective.special_tokens
     if with_special_tokens(prepared.tokenizer, special).fingerprint != tokenizer.fingerprint:
         prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=tokenizer)
     if owner is run.config and run.data_hash and prepared.dataset.hash not in run.data_hash.split():
