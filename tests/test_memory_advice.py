@@ -46,6 +46,10 @@ def test_a_single_sequence_recomputes_then_gets_shorter():
     one = replace(ON_ONE, train={"batch_size": 1})
     assert "set train.remat none -> full: " in explain_out_of_memory(one, ERROR, int(20e6))
     assert "set model.block_size 512 -> " in explain_out_of_memory(one, ERROR, int(8e6))
+    local = replace(one, model={"attention_window": 300}, train={"remat": "full", "batch_size": 8})
+    assert "model.block_size" not in explain_out_of_memory(local, ERROR, int(1e6)), "the window would have no effect"
+    ramp = replace(ON_ONE, train={"batch_ramp": ("0:12", "5:64")})
+    assert "set train.micro_batch_size 64 -> 4: " in explain_out_of_memory(ramp, ERROR, int(200e6)), "divides 12 and 64"
     assert "use more devices with mesh.fsdp" in explain_out_of_memory(one, ERROR, int(1e6))
 
 

@@ -9,7 +9,7 @@ from gptjax.config.verbs.plan import PlanConfig
 from gptjax.machine.chips import CHIPS, Chip
 from gptjax.planning import estimate
 from gptjax.planning.plan import USABLE, Plan, Sent
-from gptjax.report.cost import readable_bytes, readable_count
+from gptjax.report.cost import readable_bytes, readable_count, readable_number
 
 
 def _ramps(train: TrainConfig) -> list[tuple[str, str]]:
@@ -117,7 +117,10 @@ def _run(plan: Plan, options: PlanConfig) -> str:
     most, least = _hours(plan, plan.seconds), _hours(plan, plan.shortest)
     if most is None or least is None:
         return f"train.num_epochs={plan.config.train.num_epochs:g}: the number of steps depends on the data"
-    each = [f"{hours / 24:.3g} days = {hours * options.devices:,.3g} {options.chip}-hours" for hours in (most, least)]
+    each = [
+        f"{readable_number(hours / 24)} days = {readable_number(hours * options.devices)} {options.chip}-hours"
+        for hours in (most, least)
+    ]
     return f"{plan.config.train.num_steps:,} steps: {each[0]}; {each[1]} if they overlap; evaluations not included"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 
 from gptjax.config.run import Config
+from gptjax.errors import UserError
 from gptjax.parallel.mesh import batch_shards, make_mesh
 from gptjax.planning import estimate
 from gptjax.planning.compiled import abstract_state, device_bytes
@@ -70,7 +71,9 @@ def _smaller(config: Config) -> Iterator[tuple[list[Change], Config]]:
     """Configs that need less memory, from those that cost least: each with its changes as name, old value, new one."""
     train, shards = config.train, batch_shards(make_mesh(config.mesh))
     micro_batches = [
-        size for size in range(train.micro_batch - 1, 0, -1) if train.batch_size % size == 0 and size % shards == 0
+        size
+        for size in range(train.micro_batch - 1, 0, -1)
+        if size % shards == 0 and all(batch % size == 0 for _, batch in train.batch_sizes)
     ]
     for remat in dict.fromkeys((train.remat, "full")):
         unroll = 1 if remat == "full" else train.unroll
@@ -82,12 +85,15 @@ def _smaller(config: Config) -> Iterator[tuple[list[Change], Config]]:
             yield changes, dataclasses.replace(config, train=new)
     length, size = config.model.block_size // 2, (micro_batches or [train.micro_batch])[-1]
     while length >= 16 and config.task.kind == "pretrain":
-        model = dataclasses.replace(config.model, block_size=length)
         new = dataclasses.replace(train, micro_batch_size=size, remat="full", unroll=1)
+        try:
+            smaller = dataclasses.replace(config, model=dataclasses.replace(config.model, block_size=length), train=new)
+        except UserError:  # another option, such as model.attention_window, needs the length
+            return
         changes = [("model.block_size", f"{config.model.block_size} -> ", length)]
         changes += [("train.remat", f"{train.remat} -> ", "full")] if train.remat != "full" else []
         changes += [("train.micro_batch_size", f"{train.micro_batch} -> ", size)] if size != train.micro_batch else []
-        yield changes, dataclasses.replace(config, model=model, train=new)
+        yield changes, smaller
         length //= 2
 
 

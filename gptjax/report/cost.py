@@ -56,6 +56,11 @@ def readable_count(count: float) -> str:
     return f"{count:.4g} B"
 
 
+def readable_number(value: float) -> str:
+    """`1,234`, or three digits of a number below 1,000."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def readable_time(seconds: float) -> str:
     """`1:02:03` or `2:03`."""
     minutes, second = divmod(max(0, round(seconds)), 60)

@@ -14,7 +14,7 @@ from gptjax.evaluation.scaling_law import Law, bootstrap, fit, interval
 from gptjax.files import write_atomic
 from gptjax.machine.chips import CHIPS
 from gptjax.model.gpt import init_params
-from gptjax.report.cost import matmul_parameters, readable_count
+from gptjax.report.cost import matmul_parameters, readable_count, readable_number
 from gptjax.report.metrics import METRICS_FILE
 from gptjax.report.page import escape, page
 from gptjax.report.record import RunRecord, names_of, read_record
@@ -115,7 +115,7 @@ def _larger(law: Law, laws: Sequence[Law], options: ScalingFitConfig) -> list[st
     return [
         f"predicted   {readable_count(n)} parameters, {readable_count(d)} tokens: loss {law.loss(n, d):.4f}"
         f" ({low:.4f} to {high:.4f})",
-        f"            {flops:.3g} FLOPs (6 N D) = {hours:,.3g} hours of one {options.chip} at {options.mfu:.0%} of its"
+        f"            {flops:.3g} FLOPs (6 N D) = {readable_number(hours)} hours of one {options.chip} at {options.mfu:.0%} of its"
         f" peak{cost}",
         f"optimum     the same FLOPs: {readable_count(best_n)} parameters, {readable_count(best_d)} tokens: loss"
         f" {law.loss(best_n, best_d):.4f}",
