@@ -115,8 +115,8 @@ def _larger(law: Law, laws: Sequence[Law], options: ScalingFitConfig) -> list[st
     return [
         f"predicted   {readable_count(n)} parameters, {readable_count(d)} tokens: loss {law.loss(n, d):.4f}"
         f" ({low:.4f} to {high:.4f})",
-        f"            {flops:.3g} FLOPs (6 N D) = {readable_number(hours)} hours of one {options.chip} at {options.mfu:.0%} of its"
-        f" peak{cost}",
+        f"            {flops:.3g} FLOPs (6 N D) = {readable_number(hours)} hours of one {options.chip} at"
+        f" {options.mfu:.0%} of its peak{cost}",
         f"optimum     the same FLOPs: {readable_count(best_n)} parameters, {readable_count(best_d)} tokens: loss"
         f" {law.loss(best_n, best_d):.4f}",
     ]
