@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -372,6 +373,8 @@ def test_the_datasheet_adds_up_and_escapes_what_documents_hold(corpus, tmp_path)
     [source] = sheet["sources"]
     assert source["hash"] == xxhash.xxh3_128_hexdigest(path.read_bytes())
     assert source["licence"] == "CC0-1.0"
+    if importlib.util.find_spec("py3langid"):
+        assert sum(sheet["languages"].values()) == pytest.approx(1)
     assert sheet["options"]["clean"]["near_duplicates"] == 0.7
     page = (prepared.folder / "data_report.html").read_text()
     assert "alert(1)" in page

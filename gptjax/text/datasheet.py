@@ -16,6 +16,8 @@ import numpy as np
 import xxhash
 
 from gptjax.config.data import DataConfig
+from gptjax.text.cleaning.extra import MissingLibrary
+from gptjax.text.cleaning.stages import LANGUAGE_CHARACTERS, make_language_of
 from gptjax.text.counts import COUNTED, UNREADABLE, leaves_out
 from gptjax.text.git import PREFIX, find_repositories
 from gptjax.text.packing import pack_split
@@ -23,9 +25,11 @@ from gptjax.text.remote import file_size
 from gptjax.text.shards import TokenSplit, open_dataset
 from gptjax.text.sources import given_files
 from gptjax.text.streams import named_errors, open_raw
+from gptjax.text.tokenizer import load_tokenizer
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 _ROWS = 200
+_SAMPLED = 200
 _BLOCK_SIZES = (256, 1024, 4096)
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -65,6 +69,7 @@ def make_datasheet(
         "documents": {"read": counts["read"], "kept": counts["read"] - sum(reasons.values()), "left_out": reasons},
         "changed": {name: n for name, n in counts.items() if name in COUNTED and name not in reasons and n},
         "splits": {"train": _describe(dataset.train), "validation": _describe(dataset.validation)},
+        "languages": _languages(folder, dataset.train) if data.clean.active else {},
         "packing": {str(size): _packing(dataset.train, size) for size in _BLOCK_SIZES},
         "stages": cleaning["stages"] if cleaning else [],
         "examples": cleaning["examples"] if cleaning else {},
@@ -110,6 +115,10 @@ def render_page(sheet: dict[str, Any]) -> str:
         _table(("Split", "#Documents", "#Tokens", "#Bytes", "#Bytes per token"), sizes),
         "<h2>Length of training documents in tokens</h2>",
         _histogram(splits["train"]["length_histogram"]),
+        _table(
+            (f"Language of {_SAMPLED} training documents", "#Share"),
+            [(language, f"{share:.1%}") for language, share in sheet["languages"].items()],
+        ),
         "<h2>Packing of training documents</h2>",
         _table(
             ("#Window in tokens", "#Windows", "#Padding with best_fit", "#Documents cut by best_fit", "#Cut by stream"),
@@ -163,6 +172,21 @@ def _describe(split: TokenSplit) -> dict[str, Any]:
         "bytes_per_token": split.n_bytes / max(1, int(lengths.sum())),
         "length_histogram": {str(2**power): int(n) for power, n in enumerate(powers)},
     }
+
+
+def _languages(folder: Path, split: TokenSplit) -> dict[str, float]:
+    """Shares of languages among evenly spaced documents, the largest first; none: py3langid is not installed."""
+    try:
+        language_of = make_language_of()
+    except MissingLibrary:
+        return {}
+    tokenizer, starts = load_tokenizer(folder / "tokenizer.json"), split.document_starts(0, split.n_tokens)
+    found: Counter[str] = Counter()
+    for number in range(0, len(starts), -(-len(starts) // _SAMPLED)):
+        start = int(starts[number]) + (split.end_of_text is not None)
+        stop = int(starts[number + 1]) if number + 1 < len(starts) else split.n_tokens
+        found[language_of(tokenizer.decode(split.slice(start, min(stop, start + LANGUAGE_CHARACTERS))))] += 1
+    return {language: n / found.total() for language, n in found.most_common()}
 
 
 def _packing(split: TokenSplit, block_size: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The cleaning stages that process one document at a time, in order."""
 
+import functools
 import inspect
 import re
 from collections import Counter
@@ -107,6 +108,7 @@ def make_language_of() -> Callable[[str], str]:
     return lambda text: identifier.classify(text[:LANGUAGE_CHARACTERS])[0]
 
 
+@functools.cache
 def _identifier() -> Any:
     library = require("py3langid.langid")
     return library.LanguageIdentifier.from_model_file(library.MODEL_FILE, norm_probs=True)
