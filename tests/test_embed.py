@@ -17,9 +17,12 @@ from gptjax.cli import main
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config
 from gptjax.config.tokenizer import TokenizerConfig
-from gptjax.evaluation.embeddings import EmbeddingOptions, embed_ids
+from gptjax.config.verbs.sample import SampleConfig
+from gptjax.evaluation.embeddings import EmbeddingOptions, embed_decoding, embed_ids
+from gptjax.generation.decode import prepare
 from gptjax.model.gpt import Compute, apply_blocks, embed_tokens
 from gptjax.model.inputs import BlockInputs
+from gptjax.model.inside import look_inside
 from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.test_decode import make_params
 
@@ -58,6 +61,21 @@ def test_a_layer_gives_the_residual_stream_after_so_many_blocks(run):
     whole = found(-1, "mean")
     np.testing.assert_allclose(whole, Model(run).embed(texts[1]), **tolerance)
     assert np.abs(whole - streams[3].mean(0)).max() > 1e-2  # the final norm
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_layers_that_read_earlier_ones_keep_their_place(layer):
+    """The lower layers alone are paired and of the kinds that they have in the whole model."""
+    across = {"learned_skips": True, "value_residual": True}
+    model = dataclasses.replace(MODEL, **across, attention_pattern=("local", "full"), attention_window=3)
+    params, text = make_params(model), np.arange(9, dtype=np.int32)
+    expected = jax.jit(look_inside, static_argnums=0)(model, params, text[None]).streams_NBTD[layer, 0, -1]
+    options = EmbeddingOptions(layer, "last")
+    [found] = embed_ids(model, params, [text], options, Compute(unroll=1))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    decoding = prepare(model, params, SampleConfig(compute_dtype="float32"), 2)
+    [found] = embed_decoding(decoding, [text], options)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_rows_get_the_vectors_of_the_model(run, tmp_path, capsys):

@@ -123,9 +123,7 @@ def _embed(
         inputs = inputs_of(model, batch)
         x_BTD = embed_tokens(model, params, batch.inputs, inputs.positions_BT)
         if options.layer:
-            lower = dataclasses.replace(model, n_layer=options.layer)
-            kept = _first_layers(params, options.layer)
-            x_BTD, _ = apply_blocks(lower, kept, x_BTD, inputs, compute=compute)
+            x_BTD, _ = apply_blocks(model, _first_layers(params, options.layer), x_BTD, inputs, compute=compute)
     return _pooled(x_BTD, batch, options)
 
 
@@ -137,9 +135,9 @@ def _embed_decoding(
     tokens_BT = batch.inputs
     if count:
         kept = {name: {n: part[n] for n in range(count)} for name, part in params.items() if name in LISTS}
-        lower = dataclasses.replace(model, n_layer=count)
-        cache = init_cache(lower, jnp.zeros(tokens_BT.shape[0], jnp.int32), tokens_BT.shape[1], dtype)
-        x_BTD, _ = extend(lower, params | kept, tokens_BT, cache, dtype, final_norm=options.layer == -1)
+        cache = init_cache(model, jnp.zeros(tokens_BT.shape[0], jnp.int32), tokens_BT.shape[1], dtype)
+        cache = cache._replace(layers=cache.layers[:count])
+        x_BTD, _ = extend(model, params | kept, tokens_BT, cache, dtype, final_norm=options.layer == -1)
     else:
         x_BTD = embed_tokens(model, params, tokens_BT, inputs_of(model, batch).positions_BT)
     return _pooled(x_BTD, batch, options)

@@ -373,7 +373,7 @@ def extend(
     T = tokens_BT.shape[1]
     positions_BT = kv.positions(cache, T)
     inputs, views = BlockInputs(positions_BT), {}
-    for number in range(config.n_layer):
+    for number in range(len(cache.layers)):
         if (kind := config.layer_kind(number)) not in views:
             views[kind] = kv.layer_view(config, cache, T, number, attention_spec(config, kind), prefix)
     ends = nnx.merge(_ends_graphdef(config), {name: params[name] for name in ("embed", "norm_f") if name in params})
