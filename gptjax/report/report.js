@@ -47,7 +47,7 @@ function scale(low, high, log, start, end) {
 
 // Of many runs the colour is the rank by the lowest validation loss, from orange (best) to blue.
 const MANY = data.runs.length > 6;
-const lowest = data.runs.map((run) => Math.min(...(run.evaluations.val_loss || []).filter((value) => value !== null)));
+const lowest = data.runs.map((run) => Math.min(...(run.evaluations.val_loss || run.evaluations.loss || []).filter((value) => value !== null)));
 const ranks = data.runs.map((_, run) => lowest.filter((value) => value < lowest[run]).length);
 
 function rankColor(run) {
