@@ -578,7 +578,7 @@ PLACES = {stage.name: lambda name=stage.name: in_stage(name) for stage in pool.m
     "signatures": lambda: replaced(part, "signature", 30),
     "near duplicates": lambda: replaced(store, "find_near_duplicates", 1),
     "substrings": lambda: replaced(store, "find_repeated", 1),
-    "duplicates": lambda: documents("read_store", 100),  # in the second reading: the split reads 65
+    "duplicates": lambda: documents("read_store", 45),  # while shards are written: the split reads 30 before
     "second shard": lambda: replaced(preparing.ShardWriter, "_finish_shard", 2),
     "datasheet": lambda: replaced(preparing, "write_datasheet", 1),
     "publishing": lambda: replaced(preparing, "publish", 1),

@@ -5,7 +5,6 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from gptjax.text.cleaning.personal import replace_personal_data
 from gptjax.text.cleaning.quality import apply_rules
 from gptjax.text.formats import ENDINGS, ROW_ENDINGS, ending, read_file, read_file_rows
 from gptjax.text.paths import find_files
+from gptjax.text.remote import File, file_identity
 from gptjax.text.unicode import has_surrogate
 
 LANGUAGE_CHARACTERS = 2000
@@ -80,11 +80,11 @@ def stages_identity(data: DataConfig) -> dict[str, Any]:
     clean = data.clean
     used = [("html", clean.html != "keep"), ("repair", clean.repair), ("languages", bool(clean.languages))]
     libraries = {name: version(name) for option, on in used if on for name in _LIBRARIES[option]}
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in evaluation_files(data)]
+    files = [(str(file), *file_identity(file)[1:]) for file in evaluation_files(data)]
     return {"libraries": libraries, "files": files, "filter": _source_of(clean.filter) if clean.filter else ""}
 
 
-def evaluation_files(data: DataConfig) -> list[Path]:
+def evaluation_files(data: DataConfig) -> list[File]:
     """The files of `data.clean.decontaminate`.
 
     Raises:
