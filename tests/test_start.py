@@ -55,6 +55,13 @@ def test_no_default_stands_against_a_flag(tmp_path, monkeypatch, flags, expected
         assert expected(start(*flags, accelerator=accelerator).config)
 
 
+@pytest.mark.parametrize("rate", ["nan", "inf", "1e400", "abc", "-1"])
+def test_a_wrong_rate_is_refused_under_its_own_name(rate):
+    flags = read_flags(Config, ["--optim.learning_rate", rate, "--data.path", "x"])
+    with pytest.raises(UserError, match=r"optim\.learning_rate="):
+        start_config("", flags, accelerator=False)
+
+
 def test_a_run_directory_stands_for_its_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "runs/default", "--data.path", "x", "--model.n_layer", "3")

@@ -1,6 +1,7 @@
 """Where a run's config comes from: a file, a run directory, or defaults that are sized for the machine."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -153,16 +154,17 @@ def _fitted(values: dict, flags: dict) -> dict:
         values["optim"]["warmup_steps"] = max(0, min(WARMUP, steps // 10))
     peak = optim.get("learning_rate", values["optim"]["learning_rate"])
     if optim.get("schedule") not in ("constant", "inverse_sqrt"):
-        values["optim"]["min_learning_rate"] = _tenth(peak)
+        values["optim"] |= _final_rate(peak)
     return values
 
 
-def _tenth(rate: object) -> object:
-    """A tenth of a learning rate; what is no number is refused elsewhere."""
+def _final_rate(peak: object) -> dict[str, float]:
+    """A tenth of the peak of a schedule; nothing for what is no number, which is refused under its own name."""
     try:
-        return float(str(rate)) / 10
+        rate = float(str(peak)) / 10
     except ValueError:
-        return rate
+        return {}
+    return {"min_learning_rate": rate} if math.isfinite(rate) else {}
 
 
 def _describe(config: Config, accelerator: bool) -> str:
