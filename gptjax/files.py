@@ -1,5 +1,6 @@
 """Writing files so that what has a final name is complete."""
 
+import contextlib
 import functools
 import os
 import secrets
@@ -10,13 +11,22 @@ from gptjax.errors import UserError
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes `content` under a temporary name in the same folder, syncs it and renames it to `path`."""
+    """Writes `content` under a temporary name in the same folder, syncs it and renames it to `path`.
+
+    Raises:
+        OSError: It cannot be written; the error names `path`.
+    """
     temporary = temporary_name(path)
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def temporary_name(path: Path) -> Path:

@@ -22,6 +22,7 @@ from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.config.verbs.predict import PredictConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
+from gptjax.files import write_atomic
 from gptjax.tasks.trainable import init_all
 from gptjax.text.chats import Message, render_chat
 from gptjax.text.labelled import Text, Words
@@ -108,6 +109,16 @@ def test_a_file_without_rows_is_refused_and_never_replaced_by_the_output(runs, t
             options(run_dir="x", file=str(path), out=f"{tmp_path}/../{tmp_path.name}/a.jsonl")
     with pytest.raises(UserError, match="would replace the file of prompt_file"):
         SampleConfig(run_dir="x", prompt_file="a.jsonl", out="./a.jsonl")
+
+
+def test_an_error_of_writing_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError) as error:
+        write_atomic(tmp_path / "none" / "x.html", b"text")
+    assert error.value.filename == str(tmp_path / "none" / "x.html")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.html"):
+        write_atomic(tmp_path / "x.html", b"text")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_words_are_tagged_from_a_column_without_tags(runs, tmp_path, capsys):
