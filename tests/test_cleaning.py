@@ -153,6 +153,11 @@ def test_each_limit_leaves_out_what_breaks_it(limit, value, rules):
     assert through_stages(text, quality=QualityConfig(rules=(rules,), **{limit: value}))[1] == expected
 
 
+def test_a_document_of_exactly_as_many_words_as_a_limit_is_kept():
+    at = {"min_words": 120, "max_words": 120}
+    assert through_stages(prose(3), quality=QualityConfig(rules=("gopher",), **at))[1] == ""
+
+
 def test_c4_removes_lines_that_are_no_sentences():
     text = prose(0) + "\nHome page\nPlease enable Javascript in your browser.\nRead our privacy policy now."
     assert through_stages(text, quality=QualityConfig(rules=("c4",))) == (prose(0), "")
