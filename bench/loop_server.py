@@ -1,7 +1,7 @@
 """The server that people write first: `/v1/completions` over a loop that continues one prompt at a time.
 
 `python -m bench.loop_server --run_dir DIR` is what `python -m bench.serve speed` compares `gptjax serve` with. Requests
-wait for a lock. Pieces of text are streamed as `generation.sample.samples` gives them, in the form of OpenAI's API.
+wait for a lock. Pieces of text are streamed as `generation.decode.stream` gives them, in the form of OpenAI's API.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from starlette.routing import Route
 
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.verbs.sample import SampleConfig
-from gptjax.generation.sample import samples
+from gptjax.generation.decode import stream
+from gptjax.generation.stream import make_text_stream
 from gptjax.machine import compile_cache
 
 
@@ -40,10 +41,9 @@ def make_app(run_dir: Path) -> Starlette:
         )
         try:
             with lock:
-                samples(
-                    *(run.config.model, run.params, tokenizer, [body["prompt"]], options),
-                    on_text=lambda _prompt, _sample, text: put(text),
-                )
+                ids, decode = tokenizer.encode(body["prompt"]), make_text_stream()
+                for [piece] in stream(run.config.model, run.params, [ids], options):
+                    put((decode(tokenizer.decode_bytes(piece.tokens_N), False), piece.tokens_N.tolist()))
         finally:
             put(None)
 
@@ -52,8 +52,8 @@ def make_app(run_dir: Path) -> Starlette:
         threading.Thread(target=write, args=(body, lambda x: loop.call_soon_threadsafe(pieces.put_nowait, x))).start()
 
         async def events() -> AsyncIterator[str]:
-            while (text := await pieces.get()) is not None:
-                tokens = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+            while (piece := await pieces.get()) is not None:
+                text, tokens = piece[0], [tokenizer.decode([token]) for token in piece[1]]
                 choice = {"index": 0, "text": text, "logprobs": {"tokens": tokens}, "finish_reason": None}
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
             yield "data: [DONE]\n\n"
