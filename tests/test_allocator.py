@@ -377,3 +377,21 @@ def test_a_container_may_use_less_than_the_machine_has(tmp_path, monkeypatch, ow
     monkeypatch.setattr(allocator, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(allocator, "GROUPS", tmp_path)
     assert allocator.usable_memory() == (expected or machine)
+
+
+def test_freed_memory_is_returned_to_the_system():
+    program = """
+from gptjax.machine import allocator
+def resident():
+    [line] = [line for line in allocator.STATUS.read_text().splitlines() if "VmRSS" in line]
+    return int(line.split()[1])
+blocks = [bytearray(100_000) for _ in range(600)]
+last, before = bytearray(100_000), resident()
+del blocks
+allocator.release_freed_memory()
+print(before - resident())
+"""
+    if not allocator.STATUS.exists() or allocator._glibc() is None:
+        pytest.skip("needs Linux with glibc")
+    [released], _ = start(program)
+    assert int(released) > 50_000, "of 58,594 KiB"

@@ -117,6 +117,12 @@ def caches_buffers() -> bool:
         return False
 
 
+def release_freed_memory() -> None:
+    """Returns freed memory to the system, which glibc would keep; does nothing with other C libraries."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def usable_memory() -> int:
     """Bytes that this process may use: the machine's memory, or the limit of a control group (container) if lower."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

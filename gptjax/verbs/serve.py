@@ -8,7 +8,7 @@ from pathlib import Path
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError
-from gptjax.machine import compile_cache
+from gptjax.machine import allocator, compile_cache
 from gptjax.report.progress import notify
 
 
@@ -35,6 +35,7 @@ def run_serve(config: ServeConfig) -> int:
     if service.engine is not None:
         notify("compiling")
         service.engine.warm_up()
+        allocator.release_freed_memory()  # the parameters that were converted for decoding, and what compiling used
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None):
