@@ -40,7 +40,7 @@ cluster: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) -m slow tests/test_parallel.py tests/test_plan.py
 
 faults: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(PARALLEL) tests/faults --fault-table docs/reliability.md
+	$(BIN)/python -m pytest $(PARALLEL) tests/faults --fault-table docs/experiments/faults.md
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -205,7 +205,7 @@ class Model:
         )
 
     def predict(self, texts: Texts | Sequence[dict[str, Any]], part: str = "") -> list[dict[str, Any]]:
-        """What a run with a head says of texts: `{"predicted": …, "probabilities": {label: p}}` each.
+        """Predictions of a run with a head for texts: `{"predicted": …, "probabilities": {label: p}}` each.
 
         Args:
             texts: Texts, or rows with the fields of the run's training data: of pairs and candidates.

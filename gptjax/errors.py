@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 def one_line(error: BaseException) -> str | None:
-    """Says what the user should read of an error, on one line; None: it is a fault of the program."""
+    """The one-line message of an error for the user; None if the error is a bug of the program."""
     if isinstance(error, UserError):
         message = str(error)
     elif isinstance(error, OSError):

@@ -324,7 +324,7 @@ def test_damaged_and_unknown_files_are_errors(tmp_path):
     whole = export(tmp_path / "x.gguf").read_bytes()
     for cut in (3, 100, len(whole) - 4000):
         (tmp_path / "cut.gguf").write_bytes(whole[:cut])
-        with pytest.raises(UserError, match="no whole GGUF file"):
+        with pytest.raises(UserError, match="not a complete GGUF file"):
             import_gguf_model(tmp_path / "cut.gguf", print)
     (tmp_path / "cut.gguf").write_bytes(whole.replace(b"llama", b"bloom"))
     with pytest.raises(UserError, match="architecture='bloom' is not supported; supported: llama, qwen2, qwen3, gemma"):

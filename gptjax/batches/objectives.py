@@ -55,8 +55,8 @@ class Vocabulary:
 
 
 Arrange = Callable[[ObjectiveConfig, Vocabulary, np.ndarray, np.random.Generator], Arranged]
-"""Of at least two tokens of a document. Their number alone decides how many inputs it returns, unless a random choice
-does."""
+"""Applies an objective to the tokens of a document (at least two). The number of inputs that it returns depends only on
+the number of tokens and random choices."""
 
 
 def vocabulary_of(tokenizer: Tokenizer, names: tuple[str, ...]) -> Vocabulary:
@@ -220,7 +220,7 @@ OBJECTIVES: dict[str, Arrange] = {
     "span_corruption": span_corruption,
     "ul2": ul2,
 }
-"""By `task.objective.kind`."""
+"""The function of each `task.objective.kind`."""
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------

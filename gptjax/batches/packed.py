@@ -199,7 +199,7 @@ def encode_chats(examples: Sequence[Chat], tokenizer: Tokenizer, max_tokens: int
 
 
 def _overlaps(chat: Chat, tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """Which tokens of a chat's text have a character of its target spans."""
+    """Whether each token of a chat's text has a character of a target span."""
     stops = np.cumsum(tokenizer.byte_lengths[ids])
     starts = stops - tokenizer.byte_lengths[ids]
     found = np.zeros(len(ids), bool)

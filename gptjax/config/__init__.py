@@ -1,1 +1,1 @@
-"""Everything that a user can set: frozen dataclasses, the only place of defaults, and their strict reader."""
+"""All options: frozen dataclasses with the defaults, and the strict reader of YAML and flags."""

@@ -19,7 +19,7 @@ _LIMITS = {
     "fineweb": "min_punctuated_lines max_short_lines max_repeated_characters max_newlines_per_word",
 }
 RULE_SET_OF = {limit: rules for rules, limits in _LIMITS.items() for limit in limits.split()}
-"""The set of rules that each limit belongs to."""
+"""The rule set of each limit."""
 
 
 def _known(name: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -30,47 +30,50 @@ def _known(name: str, given: Sequence[str], known: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityConfig:
-    """Which rules a document must pass, and their limits. The defaults are those of the papers."""
+    """Quality rules for documents, and their limits. The defaults are those of the papers."""
 
     rules: tuple[str, ...] = ()
-    """Sets of rules: gopher and gopher_repetition (arXiv:2112.11446, section A.1), c4 (arXiv:1910.10683, section 2.2),
-    fineweb (arXiv:2406.17557, section 3.6)."""
+    """Rule sets to apply: gopher and gopher_repetition (arXiv:2112.11446, section A.1), c4 (arXiv:1910.10683, section
+    2.2), fineweb (arXiv:2406.17557, section 3.6)."""
     min_words: int = 50
-    """gopher: fewest words."""
+    """gopher: smallest number of words in a document."""
     max_words: int = 100_000
-    """gopher: most words."""
+    """gopher: largest number of words in a document."""
     min_word_length: float = 3.0
-    """gopher: lowest mean length of words, in characters."""
+    """gopher: smallest mean word length, in characters."""
     max_word_length: float = 10.0
-    """gopher: highest mean length of words."""
+    """gopher: largest mean word length, in characters."""
     max_symbols_per_word: float = 0.1
-    """gopher: most "#", and most ellipses, for each word."""
+    """gopher: largest number of "#" per word, and of ellipses per word."""
     max_bullet_lines: float = 0.9
-    """gopher: highest share of lines that begin with a bullet."""
+    """gopher: largest share of lines that begin with a bullet."""
     max_ellipsis_lines: float = 0.3
-    """gopher: highest share of lines that end with an ellipsis."""
+    """gopher: largest share of lines that end with an ellipsis."""
     min_alphabetic_words: float = 0.8
-    """gopher: lowest share of words with a letter."""
+    """gopher: smallest share of words that contain a letter."""
     min_stop_words: int = 2
-    """gopher: fewest different words of: the, be, to, of, and, that, have, with. 0: for texts that are not English."""
+    """gopher: smallest number of different words among: the, be, to, of, and, that, have, with. Use 0 for text that is
+    not English."""
     max_repeated_lines: float = 0.3
-    """gopher_repetition: highest share of lines that came before in the document, and of paragraphs."""
+    """gopher_repetition: largest share of lines that occur earlier in the document, and of such paragraphs."""
     max_repeated_line_characters: float = 0.2
-    """gopher_repetition: highest share of characters in lines that came before, and in paragraphs."""
+    """gopher_repetition: largest share of characters in lines that occur earlier in the document, and in such
+    paragraphs."""
     ngram_factor: float = 1.0
-    """gopher_repetition: factor of the paper's limits of repeated word 2-grams to 10-grams."""
+    """gopher_repetition: factor on the paper's limits for repeated word 2-grams to 10-grams."""
     min_sentences: int = 5
-    """c4: fewest sentences, after lines without end punctuation or with fewer than min_words_per_line are removed."""
+    """c4: smallest number of sentences, after removing lines without end punctuation or with fewer words than
+    min_words_per_line."""
     min_words_per_line: int = 3
-    """c4: shorter lines are removed."""
+    """c4: lines with fewer words are removed."""
     min_punctuated_lines: float = 0.12
-    """fineweb: lowest share of lines that end in punctuation."""
+    """fineweb: smallest share of lines that end with punctuation."""
     max_short_lines: float = 0.67
-    """fineweb: highest share of lines of at most 30 characters."""
+    """fineweb: largest share of lines of at most 30 characters."""
     max_repeated_characters: float = 0.01
-    """fineweb: highest share of characters in lines that came before in the document."""
+    """fineweb: largest share of characters in lines that occur earlier in the document."""
     max_newlines_per_word: float = 0.3
-    """fineweb: most newlines for each word."""
+    """fineweb: largest number of newlines per word."""
 
     def __post_init__(self):
         _known("data.clean.quality.rules", self.rules, RULE_SETS)
@@ -87,37 +90,38 @@ class QualityConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CleanConfig:
-    """How text is cleaned, in the order of these options; what each one left out is counted."""
+    """Cleaning stages, in the order of these options. Documents that a stage leaves out are counted."""
 
     html: Literal["keep", "visible", "main"] = "keep"
-    """Documents with HTML become text: all that a reader sees, or the main text without menus and footers. Others stay
-    as they are."""
+    """Convert HTML documents to text. visible: all visible text; main: the main text without menus and footers. Other
+    documents are unchanged."""
     repair: bool = False
     """Repair text that was decoded with a wrong encoding, with the ftfy library."""
     languages: tuple[str, ...] = ()
-    """Keep documents in these languages (ISO 639: en, de, zh) by the py3langid library; none: all."""
+    """Keep only documents in these languages (ISO 639 codes such as en, de, zh), detected by py3langid; empty: keep
+    all."""
     language_confidence: float = 0.0
-    """Leave out documents whose language has a lower probability."""
+    """Leave out documents whose detected language has a lower probability than this."""
     quality: QualityConfig = QualityConfig()
     filter: str = ""
-    """A function of yours, as package.module:name, from a text to a text, or to None to leave the document out."""
+    """Your own function, as module:function. It gets a text and returns a text, or None to leave the document out."""
     personal_data: tuple[str, ...] = ()
-    """Replace by placeholders such as <EMAIL>: email, phone, ip, card (with its checksum), iban (with its checksum),
-    secret (keys and tokens)."""
+    """Kinds of personal data to replace by placeholders such as <EMAIL>: email, phone, ip, card and iban (both only
+    with a valid checksum), secret (keys and tokens)."""
     decontaminate: tuple[str, ...] = ()
-    """Files, folders or globs of evaluation data: documents that share a run of words with them are left out."""
+    """Files, folders or globs of evaluation data. Documents that share a word n-gram with them are left out."""
     decontaminate_ngram: int = 13
-    """Number of words of such a run (arXiv:2005.14165, appendix C)."""
+    """Number of words in an n-gram of decontaminate (arXiv:2005.14165, appendix C)."""
     near_duplicates: float = 0.0
     """Leave out documents whose word 5-grams have at least this Jaccard similarity with those of an earlier document,
     estimated by MinHash; 0: keep them."""
     duplicate_parts: Literal["keep", "lines", "paragraphs"] = "keep"
-    """Remove lines or paragraphs that came before anywhere in the corpus; shorter ones than 20 characters stay."""
+    """Remove lines or paragraphs that occur earlier in the corpus. Those of fewer than 20 characters are kept."""
     duplicate_substrings: int = 0
-    """Remove runs of at least this many characters that came before anywhere in the corpus (arXiv:2107.06499 has 50
-    tokens, about 200 characters); 0: keep them."""
+    """Remove substrings of at least this many characters that occur earlier in the corpus; 0: keep them.
+    arXiv:2107.06499 uses 50 tokens, about 200 characters."""
     workers: int = 0
-    """Processes that clean; 0: one for each core. The result is the same for any number."""
+    """Number of cleaning processes; 0: one per core. The result is the same for any number."""
     dask: str = ""
     """Address of a Dask scheduler (tcp://HOST:8786) whose workers clean; local: start one with `workers` processes;
     empty: without Dask."""

@@ -20,7 +20,7 @@ class ClusterConfig:
     process_id: int = -1
     """Number of this process, from 0; needs coordinator."""
     detect: bool = True
-    """Join the other processes of the cluster's job; false: run alone."""
+    """Detect a cluster manager and connect to the other processes of its job; false: run as a single process."""
     start_timeout: int = 300
     """Seconds to wait until all processes have connected."""
     lost_timeout: int = 30

@@ -1,4 +1,4 @@
-"""Options of the text: where it comes from, how it is read and split."""
+"""Options of the data: sources, format, validation split."""
 
 import dataclasses
 import re
@@ -14,57 +14,63 @@ TEMPLATE_FIELD = re.compile(r"\{([\w-]+(?:\.[\w-]+)*)\}")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the text comes from, and how it is cleaned and split. One of path, source and hf_dataset is given."""
+    """Sources of text, cleaning and validation split. Exactly one of path, source and hf_dataset must be set."""
 
     path: tuple[str, ...] = ()
-    """Files, folders, globs or addresses (s3://, gs://, hf://): .txt .md .py .jsonl .csv .tsv .parquet .conll .conllu
-    .mbox .warc .wet, and by name .xml (MediaWiki) .epub .pdf, each also .gz .zst .bz2; git:FOLDER is a repository."""
+    """Training data: files, folders, globs or addresses (s3://, gs://, hf://) of .txt .md .py .jsonl .csv .tsv .parquet
+    .conll .conllu .mbox .warc .wet, each also .gz .zst .bz2. If named directly also .xml (MediaWiki) .epub .pdf.
+    git:FOLDER reads a git repository."""
     source: Literal["", "python-stdlib"] = ""
-    """A corpus that every machine has: python-stdlib is the running Python's standard library."""
+    """Corpus that every machine has. python-stdlib: the source code of Python's standard library."""
     hf_dataset: str = ""
-    """NAME[:CONFIG][@SPLIT] for the datasets library: a local folder or the hub."""
+    """Dataset to load with the datasets library, as NAME[:CONFIG][@SPLIT]; NAME is a local folder or a dataset on the
+    Hugging Face hub."""
     streaming: bool = False
-    """Read hf_dataset as a stream instead of downloading it whole."""
+    """Stream hf_dataset instead of downloading all of it."""
     text_field: str = "text"
-    """Field (JSONL), column (CSV, parquet) or feature (datasets) that holds the text; a.b is field b inside a."""
+    """Name of the field (JSONL), column (CSV, parquet) or feature (datasets) with the text; a.b is field b of a."""
     template: str = ""
-    """In place of text_field: a text with several fields of a row in braces, nested ones with dots, such as
+    """Instead of text_field: a template that joins several fields. Field names are in braces, nested ones with dots:
     "{title}\n\n{body.text}"."""
     encoding: Literal["utf-8", "utf-16", "latin-1", "cp1252"] = "utf-8"
-    """Encoding of the files of path; parquet is always UTF-8."""
+    """Text encoding of the files in path; parquet is always UTF-8."""
     quoting: Literal["format", "double", "none"] = "format"
-    """Double quotes around fields of CSV and TSV. format: CSV has them, TSV has not; none: they are plain text."""
+    """Meaning of double quotes around fields. double: they enclose a field, in CSV and TSV; format: only in CSV; none:
+    they are plain text."""
     git_endings: tuple[str, ...] = ()
-    """Endings of the files that are read of git repositories, such as .py .md; none: all text files."""
+    """Endings of files to read from git repositories, such as .py .md; empty: all text files."""
     unreadable_files: Literal["error", "skip"] = "error"
-    """A file that is damaged or malformed: stop, or go on with the next file (counted and named)."""
+    """For damaged or malformed files. error: stop; skip: continue with the next file (counted, and the first ones are
+    named)."""
     license: str = ""
     """Licence of the text, for the datasheet."""
     max_documents: int = 0
     """Stop reading after this many documents; 0: all."""
     validation_fraction: float = 0.1
-    """Share of the text that is used for validation: documents, chosen by hash; of a single document, its end."""
+    """Share of the documents that are used for validation, chosen by hash. A single document is split at its end."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
-    """Bytes that are not valid in the encoding: stop, put U+FFFD, or leave the document or row out (counted)."""
+    """For bytes that are invalid in the encoding. error: stop; replace: put U+FFFD; skip: leave out the document or row
+    (counted)."""
     unicode: Literal["keep", "NFC"] = "keep"
-    """Unicode normalisation."""
+    """Unicode normalisation of texts. keep: none; NFC: canonical composition."""
     newlines: Literal["keep", "unix"] = "keep"
-    """unix: CRLF and lone CR become LF."""
+    """Line ends in texts. keep: unchanged; unix: CRLF and CR become LF."""
     min_characters: int = 0
-    """Leave out shorter documents (counted)."""
+    """Leave out documents with fewer characters (counted)."""
     drop_duplicates: bool = False
-    """Leave out documents whose text came before (counted)."""
+    """Leave out documents that equal an earlier one (counted)."""
     clean: CleanConfig = dataclasses.field(default_factory=CleanConfig)
     skip: str = ""
-    """File with a document on each line (its hash, or file and line, as `gptjax data` prints them): they are no longer
-    trained on, and every other sequence stays the same."""
+    """File that lists training documents without loss, one per line: a hash, or file and line, as `gptjax data` prints
+    them. All other sequences stay the same."""
     packing: Literal["stream", "best_fit"] = "stream"
-    """How documents fill windows. stream: one after another, cut where a window ends; best_fit: whole, with padding;
-    only those longer than a window are cut (arXiv:2404.10830)."""
+    """Packing of documents into windows. stream: consecutive, split at the end of a window; best_fit: whole documents
+    with padding, only documents longer than a window are split (arXiv:2404.10830)."""
     attend_across_documents: bool = False
     """Let tokens attend to earlier documents in the same window."""
     verify: Literal["full", "header"] = "full"
-    """How prepared data is checked when a run opens it: every byte and every id, or headers and sizes only."""
+    """Check of prepared data when a run opens it. full: every byte and every token id; header: only headers and
+    sizes."""
 
     def __post_init__(self):
         given = [name for name in ("path", "source", "hf_dataset") if getattr(self, name)]

@@ -1,8 +1,8 @@
-"""One dial: a whole config from the depth of the model, by published rules.
+"""Derives a whole config from the depth of the model, by published rules (`--size`, `--depth`).
 
 - Width and heads: 64 times the depth wide, with heads of width 64, so as many heads as layers.
-- Steps: 20 tokens per parameter outside the embeddings (arXiv:2203.15556), but at most 16 passes over the text, after
-  which repeated text teaches nearly nothing (arXiv:2305.16264, section 5).
+- Steps: 20 tokens per parameter outside the embeddings (arXiv:2203.15556), but at most 16 epochs, after which repeated
+  text has almost no value (arXiv:2305.16264, section 5).
 - Batch: 0.2920 C^0.3271 tokens for C FLOPs of training (arXiv:2401.02954, equation 1).
 - Learning rate: 0.003239 - 0.0001395 ln N for N parameters outside the embeddings (arXiv:2001.08361, equation D.1).
 """
@@ -15,25 +15,25 @@ from gptjax.config.rules import not_negative
 from gptjax.errors import UserError
 
 SIZES = {"small": 4, "medium": 8, "large": 12}
-"""Depth by the name of a size."""
+"""Depth of each size."""
 HEAD_WIDTH = 64
 TOKENS_PER_PARAMETER, MOST_PASSES = 20, 16
 BYTES_PER_TOKEN = 4
-"""Of English text and a vocabulary of a few thousand tokens, roughly."""
+"""Rough value for English text and a vocabulary of a few thousand tokens."""
 MOST_MICRO_BATCH = 2**14
-"""Tokens of a forward pass."""
+"""Largest number of tokens in a forward pass."""
 DEEPEST = 48
-"""Deeper models lie far outside the sizes that the rule of the learning rate was fitted to."""
+"""Deeper models are far outside the range of sizes for which the learning rate rule was fitted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DialConfig:
-    """Sizes a run that has no config file."""
+    """Size of the model and run, without a config file."""
 
     size: Literal["none", "small", "medium", "large"] = "none"
-    """Choose shape, batch, learning rate and steps: small is depth 4, medium 8, large 12."""
+    """Choose shape, batch size, learning rate and steps by a model size: small is depth 4, medium 8, large 12."""
     depth: int = 0
-    """The same for any number of layers, instead of size."""
+    """Number of layers, instead of size; the other options follow from it. 0: not used."""
 
     def __post_init__(self):
         not_negative("", self, "depth")
@@ -44,18 +44,18 @@ class DialConfig:
 
     @property
     def layers(self) -> int:
-        """The depth; 0: the dial is not used."""
+        """The depth; 0: neither size nor depth is set."""
         return self.depth or SIZES.get(self.size, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialed:
-    """What the dial chose."""
+    """The chosen options."""
 
     values: dict
     """Nested values of a config."""
     lines: tuple[str, ...]
-    """What was chosen and by which rule."""
+    """Log lines with the chosen values and their rules."""
 
 
 def dial(depth: int, corpus_bytes: int) -> Dialed:

@@ -1,4 +1,4 @@
-"""Functions of the user's own, named in the config by import path."""
+"""Loads the user's functions, which the config names by import path."""
 
 import functools
 import importlib
@@ -12,11 +12,11 @@ from gptjax.errors import UserError
 
 @functools.cache
 def load_function(path: str, option: str) -> Callable[..., Any]:
-    """The function that `module:function` names; the current folder is searched after the installed modules.
+    """Imports `module:function`. The current folder is searched after the installed modules.
 
     Args:
-        path: As in the config.
-        option: The option that names it, for error messages.
+        path: The value of the option.
+        option: Name of the option, for error messages.
 
     Raises:
         UserError: There is no such module or function, or importing it fails.
@@ -38,5 +38,5 @@ def load_function(path: str, option: str) -> Callable[..., Any]:
 
 
 def short_reason(error: Exception) -> str:
-    """The kind of an error and the beginning of its message, in one line."""
+    """Class of an error and the beginning of its message, on one line."""
     return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""Options of what a run logs, and where its metrics go besides its own files."""
+"""Options of logging, and of programs that receive a run's metrics."""
 
 import dataclasses
 
@@ -10,23 +10,23 @@ SINK_NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is logged about layers, and the programs that get the rows of metrics.jsonl while the run trains. The run's
-    own files are always written."""
+    """Metrics of layers, and programs that receive the metrics during training. metrics.jsonl is always written."""
 
     by_layer: bool = False
-    """At each logged step, log the gradient norm and the ratio of update to weights of each layer."""
+    """At each logged step, log the gradient norm and the update-to-weight ratio of each layer."""
     activations: bool = False
-    """At each evaluation, log the RMS of the residual stream and the entropy of attention of each layer, measured on
-    the first training sequence (at most 256 tokens)."""
+    """At each evaluation, log the RMS of the residual stream and the attention entropy of each layer, measured on the
+    first training sequence (at most 256 tokens)."""
     tensorboard: bool = False
     """Write event files for TensorBoard into the folder tensorboard of the run directory; needs the extra
     tensorboard."""
     wandb: bool = False
-    """Send to Weights & Biases; WANDB_MODE=offline keeps everything in the run directory; needs the extra wandb."""
+    """Send metrics to Weights & Biases; with WANDB_MODE=offline they stay in the run directory. Needs the extra
+    wandb."""
     trackio: bool = False
-    """Write to trackio's local database, which TRACKIO_DIR names; needs the extra trackio."""
+    """Write metrics to trackio's local database (folder: TRACKIO_DIR). Needs the extra trackio."""
     mlflow: bool = False
-    """Send to MLflow at the address MLFLOW_TRACKING_URI; needs the extra mlflow."""
+    """Send metrics to the MLflow server at MLFLOW_TRACKING_URI. Needs the extra mlflow."""
     project: str = "gptjax"
     """Name of the project in wandb and trackio, and of the experiment in MLflow."""
 

@@ -8,20 +8,20 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Number of devices along each axis; at most one axis is -1: all devices that are left."""
+    """Number of devices along each axis. At most one axis may be -1: all remaining devices."""
 
     data: int = -1
-    """Data parallel: each device has its own sequences."""
+    """Devices for data parallelism: each computes its own sequences."""
     fsdp: int = 1
-    """Data parallel with parameters and optimizer state sharded over the devices."""
+    """Devices for fully sharded data parallelism: also shards parameters and optimizer state."""
     expert: int = 1
-    """Data parallel with the experts of a mixture sharded over the devices."""
+    """Devices for expert parallelism: data parallel, and shards the experts of a mixture of experts."""
     tensor: int = 1
-    """Heads, MLP width and vocabulary sharded over the devices."""
+    """Devices for tensor parallelism: shards attention heads, MLP width and vocabulary."""
     context: int = 1
-    """Positions of each sequence sharded over the devices; keys and values are passed around the ring."""
+    """Devices for context parallelism (ring attention): shards the positions of each sequence."""
     stage: int = 1
-    """Pipeline stages: layers sharded over the devices, which micro-batches pass one after another."""
+    """Devices for pipeline parallelism: shards the layers; micro-batches pass through the stages one after another."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -33,5 +33,5 @@ class MeshConfig:
 
     @property
     def size(self) -> int:
-        """Devices that the axes take, one that is -1 left out."""
+        """Product of the axes, without one that is -1."""
         return math.prod(size for size in dataclasses.asdict(self).values() if size != -1)

@@ -9,7 +9,7 @@ from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 
 PARTS = ("pretrain", "classify", "regress", "choose", "tag", "instruct")
-"""The tasks that can be a part of `multi`."""
+"""Tasks that `multi` can combine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class SourceConfig:
     name: str
     """Name of the source in log lines and metrics: letters, digits, - and _."""
     weight: float = 1.0
-    """Share of the sequences, relative to the weights of the other sources; 0: only after a change."""
+    """Share of the sequences, relative to the weights of the other sources; 0: unused until changes sets a weight."""
     changes: tuple[str, ...] = ()
     """Weights from later steps on, as STEP:WEIGHT."""
     epochs: float = 0.0
-    """In place of weights, for every source: passes over its text, relative to those of the other sources."""
+    """Instead of weights: epochs of this source, relative to those of the other sources. Set it for every source."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self):

@@ -8,9 +8,9 @@ from gptjax.config.task import AdapterConfig
 from gptjax.errors import UserError
 
 MAX_PARAMETERS = 10**13
-"""A larger model is a typing error, which would end in an error of the compiler."""
+"""Larger values are typing errors, which would otherwise cause an error of the compiler."""
 WIDTH_MULTIPLE = 32
-"""Default widths of gated MLPs are a multiple of this, which the CPU kernels need."""
+"""Default widths of gated MLPs are a multiple of this, as the CPU kernels need."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,11 +18,12 @@ class ModelConfig:
     """Shape of the decoder; the defaults are GPT-2's."""
 
     n_layer: int = 12
-    """Transformer blocks."""
+    """Number of transformer blocks (depth)."""
     encoder_layers: int = 0
-    """Blocks of an encoder, whose output each block attends to; for task.kind=seq2seq. 0: a decoder alone."""
+    """Number of encoder blocks, for task.kind=seq2seq; every decoder block attends to the encoder's output. 0: a
+    decoder-only model."""
     n_head: int = 12
-    """Query heads."""
+    """Number of attention (query) heads per block."""
     n_kv_head: int = 0
     """Key and value heads, each shared by n_head / n_kv_head query heads; 0: as many as n_head."""
     n_embd: int = 768
@@ -30,28 +31,28 @@ class ModelConfig:
     head_dim: int = 0
     """Width of one attention head; 0: n_embd / n_head."""
     mlp_width: int = 0
-    """Width inside of the MLP; 0: 4 n_embd, or 8/3 n_embd where it is gated."""
+    """Hidden width of the MLP; 0: 4 n_embd, or 8/3 n_embd if the MLP is gated."""
     block_size: int = 1024
-    """Longest sequence, in tokens."""
+    """Context length: longest sequence, in tokens."""
     vocab_size: int = 0
-    """Tokens that the model knows; 0: as many as the tokenizer has."""
+    """Vocabulary size of the model; 0: that of the tokenizer."""
     vocab_multiple: int = 1
-    """The embedding gets a multiple of this many rows; rows past vocab_size are never predicted."""
+    """Pad the embedding to a multiple of this many rows. Rows after vocab_size are never predicted."""
     dropout: float = 0.0
-    """Probability of zeroing embeddings, attention weights and what a layer adds to the residual stream."""
+    """Dropout rate of embeddings, attention weights and outputs of attention and MLP."""
     norm: Literal["layer", "rms"] = "layer"
-    """layer (arXiv:1607.06450) or rms (arXiv:1910.07467)."""
+    """Kind of norm. layer: layer norm (arXiv:1607.06450); rms: RMSNorm (arXiv:1910.07467)."""
     norm_epsilon: float = 1e-5
-    """Added to the variance in a norm."""
+    """Epsilon of norms, added to the variance."""
     norm_scale: bool = True
-    """Learned scale in norms (and a bias, where bias is true)."""
+    """Norms have a learned scale (and a bias, if bias is true)."""
     norm_position: Literal["pre", "post", "output", "sandwich"] = "pre"
-    """Where norms are: pre: before a sublayer; post: after its residual sum (arXiv:1706.03762); output: on what it adds
-    (OLMo 2); sandwich: before it and on what it adds (Gemma 2)."""
+    """Position of norms. pre: before each sublayer; post: after each residual addition (arXiv:1706.03762); output: on
+    the output of each sublayer (OLMo 2); sandwich: before it and on its output (Gemma 2)."""
     parallel: Literal["none", "one_norm", "two_norms"] = "none"
-    """Attention and MLP read the same residual stream, through one norm (GPT-J) or two (GPT-NeoX)."""
+    """Compute attention and MLP in parallel from the same residual stream, with one norm (GPT-J) or two (GPT-NeoX)."""
     qk_norm: Literal["none", "head", "all"] = "none"
-    """Norm of queries and keys: of each head (Qwen 3), or of all heads together (OLMo 2)."""
+    """QK norm: norm of queries and keys, per head (Qwen 3) or over all heads together (OLMo 2)."""
     activation: Literal["gelu", "gelu_exact", "relu", "relu2", "silu", "tanh", "sigmoid"] = "gelu"
     """Activation of the MLP; gelu is the tanh form of GPT-2."""
     gated: bool = False
@@ -59,9 +60,9 @@ class ModelConfig:
     bias: bool = True
     """Bias vectors in linear layers and norms, as GPT-2 has."""
     qkv_bias: bool = False
-    """Bias on queries, keys and values though bias is false (Qwen 2)."""
+    """Bias on queries, keys and values even if bias is false (Qwen 2)."""
     output_bias: bool = False
-    """Bias of the logits."""
+    """Bias of the output projection."""
     tied_embeddings: bool = True
     """Use the token embedding as output projection."""
     positions: Literal["learned", "none", "sinusoidal", "rope", "alibi", "t5", "shaw"] = "learned"
@@ -73,23 +74,23 @@ class ModelConfig:
     relative_values: bool = False
     """shaw: vectors of distances are added to values too."""
     rope_base: float = 10000.0
-    """Base of rope's frequencies."""
+    """Base of the frequencies of rotary embeddings (theta)."""
     rope_local_base: float = 0.0
-    """Base in local layers of attention_pattern, which are then not scaled (Gemma 3); 0: rope_base."""
+    """Rope base in local layers of attention_pattern, which then have no rope_scaling (Gemma 3); 0: rope_base."""
     rope_fraction: float = 1.0
     """Share of a head's channels that rope rotates."""
     rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
-    """How rope is stretched to longer contexts."""
+    """Method that extends rope to longer contexts."""
     rope_factor: float = 1.0
-    """How many times longer."""
+    """Factor by which rope_scaling extends the context."""
     rope_original_length: int = 0
-    """Context that the model was trained with, for yarn and llama3; 0: block_size."""
+    """Context length in tokens before the extension by rope_scaling yarn or llama3; 0: block_size."""
     rope_low_frequency_factor: float = 1.0
-    """llama3: pairs of channels that turn less often over the original length are stretched."""
+    """For rope_scaling=llama3: channels with fewer rotations over the original length are scaled."""
     rope_high_frequency_factor: float = 4.0
-    """llama3: pairs of channels that turn more often stay as they are."""
+    """For rope_scaling=llama3: channels with more rotations over the original length are unchanged."""
     bidirectional: bool = False
-    """Tokens attend to those after them too: for task.objective.kind=masked, and tasks with labels that start from it.
+    """Bidirectional attention: for task.objective.kind=masked, and for tasks with labels that start from such a run.
     """
     attention_window: int = 0
     """Tokens that each token attends to, itself included (arXiv:2004.05150, section 3.1); 0: all before it."""
@@ -109,42 +110,44 @@ class ModelConfig:
     attention_softcap: float = 0.0
     """Attention logits become cap tanh(logits / cap) (arXiv:2408.00118, section 2); 0: unchanged."""
     logit_softcap: float = 0.0
-    """The same of the output logits."""
+    """Soft cap of the output logits: they become cap tanh(logits / cap); 0: unchanged."""
     embedding_scale: float = 1.0
-    """Factor of token embeddings (Gemma: the square root of n_embd)."""
+    """Factor on token embeddings (Gemma: the square root of n_embd)."""
     residual_scale: float = 1.0
-    """Factor of what a sublayer adds to the residual stream (Granite)."""
+    """Factor on the outputs of attention and MLP before the residual addition (Granite)."""
     logit_scale: float = 1.0
-    """Factor of the output logits, before their soft cap (Granite: 1 / logits_scaling)."""
+    """Factor on the output logits, before their soft cap (Granite: 1 / logits_scaling)."""
     embedding_norm: bool = False
-    """Norm of the embeddings before the first block."""
+    """Apply a norm to the embeddings before the first block."""
     residual_mix: bool = False
-    """Blocks read r x + s x0 with learned r and s of each layer, x0 the embeddings (modded-nanogpt)."""
+    """Each block reads r x + s x0 instead of x, with learned r and s; x0 are the embeddings (modded-nanogpt)."""
     value_residual: bool = False
-    """Values of a layer are a v + b v1 with learned a and b of each layer, v1 the values of the first layer
+    """Use a v + b v1 as the values of each layer, with learned a and b; v1 are the values of the first layer
     (arXiv:2410.17897, section 3)."""
     learned_skips: bool = False
-    """Layers of the upper half add s y to what they read, with a learned s of each layer, y the output of the layer as
-    far below the middle (modded-nanogpt)."""
+    """Add learned skip connections: each layer of the upper half reads x + s y, with learned s; y is the output of the
+    layer at the same distance below the middle (modded-nanogpt)."""
     n_expert: int = 0
-    """Experts of a mixture in place of the MLP (arXiv:1701.06538); 0: one MLP."""
+    """Number of experts of a mixture of experts, which replaces the MLP (arXiv:1701.06538); 0: a dense MLP."""
     experts_per_token: int = 2
-    """Experts that each token is sent to."""
+    """Number of experts per token."""
     expert_width: int = 0
-    """Width inside of an expert; 0: mlp_width."""
+    """Hidden width of an expert; 0: mlp_width."""
     n_shared_expert: int = 0
-    """Experts that every token passes beside those that the router chose (arXiv:2401.06066)."""
+    """Number of shared experts, which process every token (arXiv:2401.06066)."""
     expert_capacity: float = 0.0
-    """Tokens that an expert takes, as a multiple of an even share; those beyond are dropped and counted. 0: all."""
+    """Capacity of an expert as a multiple of an even share of the tokens. Further tokens are dropped and counted. 0:
+    unlimited."""
     balance_loss: float = 0.01
-    """Weight of the loss that spreads tokens evenly over experts (arXiv:2101.03961, section 2.2)."""
+    """Weight of the load balancing loss of experts (arXiv:2101.03961, section 2.2)."""
     router_z_loss: float = 0.0
     """Weight of the squared log-normalizer of the router's logits (arXiv:2202.08906, section 3.1)."""
     init: Literal["gpt2", "uniform"] = "gpt2"
-    """gpt2: normal, deviation 0.02; uniform: within sqrt(3 / n_embd), and output projections start at zero."""
+    """Initialization. gpt2: normal with standard deviation 0.02; uniform: between -sqrt(3 / n_embd) and
+    sqrt(3 / n_embd), and output projections are zero."""
     mup_base_width: int = 0
-    """muP (arXiv:2203.03466, table 8): the n_embd at which learning rates were tuned. Matrices of blocks start smaller
-    and learn more slowly in proportion to the width, and logits are divided by it; 0: off."""
+    """muP (arXiv:2203.03466, table 8): the n_embd for which learning rates were tuned. Initial values and learning
+    rates of matrices in blocks shrink in proportion to the width, and logits are divided by it; 0: off."""
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
     def __post_init__(self):
@@ -314,19 +317,19 @@ class ModelConfig:
 
     @property
     def mlp_size(self) -> int:
-        """Width inside of the MLP, with the default resolved."""
+        """Hidden width of the MLP, with the default resolved."""
         if self.mlp_width or not self.gated:
             return self.mlp_width or 4 * self.n_embd
         return -(-8 * self.n_embd // (3 * WIDTH_MULTIPLE)) * WIDTH_MULTIPLE
 
     @property
     def expert_size(self) -> int:
-        """Width inside of an expert, with the default resolved."""
+        """Hidden width of an expert, with the default resolved."""
         return self.expert_width or self.mlp_size
 
     @property
     def has_dropout(self) -> bool:
-        """Whether training draws random numbers in the model."""
+        """Whether training uses random numbers in the model."""
         return self.dropout > 0 or self.adapter.dropout > 0
 
     @property

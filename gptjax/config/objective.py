@@ -1,4 +1,4 @@
-"""What pretraining predicts, as a frozen dataclass."""
+"""Options of the pretraining objective."""
 
 import dataclasses
 from typing import Literal
@@ -20,12 +20,12 @@ SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
     "span_corruption": SPANS,
     "ul2": (*SPANS, *MODES),
 }
-"""Tokens of an objective without its options; no text encodes to them."""
+"""Special tokens that an objective adds to the run's tokenizer, whatever its options; no text encodes to them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What pretraining predicts from what."""
+    """The pretraining objective: which tokens are predicted from which."""
 
     kind: Literal[
         "causal",
@@ -45,12 +45,12 @@ class ObjectiveConfig:
     rate: float = 0.15
     """Share of a document's tokens that masked, permutation and span_corruption predict."""
     whole_words: bool = False
-    """masked chooses all tokens of a word together."""
+    """For kind masked: mask all tokens of a word together."""
     next_sentence: bool = False
-    """masked also predicts, at the start of a text, whether its second part follows the first one in the data; in half
-    of the texts it is from another place (BERT's next-sentence prediction)."""
+    """For kind masked: also predict, at the start of a text, whether its second part follows the first one in the data;
+    in half of the texts it is from another place (BERT's next-sentence prediction)."""
     span_length: float = 3.0
-    """Mean tokens of a span of span_corruption."""
+    """For kind span_corruption: mean number of tokens in a span."""
     fill_rate: float = 0.5
     """Share of documents that fill_in_the_middle rearranges; the others are predicted from left to right."""
     suffix_first: float = 0.5
@@ -88,22 +88,22 @@ class ObjectiveConfig:
 
     @property
     def rearranges(self) -> bool:
-        """Whether batches are other than windows of the text with the next token as target."""
+        """Whether batches differ from windows of the text with the next token as target."""
         return self.kind not in ("causal", "multi_token")
 
     @property
     def has_prefix(self) -> bool:
-        """Whether part of a document is visible to all of it."""
+        """Whether all tokens of a document attend to a part of it."""
         return self.kind in ("prefix", "span_corruption", "ul2")
 
     @property
     def measures_text(self) -> bool:
-        """Whether the loss is of every token of the text, so that bits per byte are defined."""
+        """Whether every token of the text has a loss, so that bits per byte are defined."""
         return self.kind in ("causal", "multi_token", "backward")
 
     @property
     def why_no_sample(self) -> str:
-        """Why text cannot be continued by a model of this objective; empty: it can be."""
+        """The reason why a model of this objective cannot continue text; empty if it can."""
         return {
             "backward": "it predicts the token before, not the next one",
             "masked": "it predicts tokens from both sides",

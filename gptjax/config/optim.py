@@ -20,46 +20,47 @@ class OptimConfig:
     for the matrices of blocks, adam for the rest (kellerjordan.github.io/posts/muon), or schedule_free: adamw without
     decay of the rate, which evaluates an average of its iterates (arXiv:2405.15682)."""
     learning_rate: float = 6e-4
-    """Peak, reached after warmup_steps."""
+    """Peak learning rate, reached after warmup."""
     min_learning_rate: float = 6e-5
-    """Where schedule cosine, linear or wsd ends."""
+    """Final learning rate of schedules cosine, linear and wsd."""
     warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     warmup_fraction: float = 0.0
-    """Linear warm-up as a share of train.num_steps, in place of warmup_steps."""
+    """Length of linear warm-up as a share of train.num_steps, instead of warmup_steps; 0: use warmup_steps."""
     warmup_rule: Literal["before_peak", "to_peak"] = "before_peak"
-    """Rate at step k of W warm-up steps. before_peak: k / (W + 1) of the peak, which the next step has; to_peak: k / W,
-    as papers count, so the last one has the peak."""
+    """Learning rate at step k of W warm-up steps. before_peak: k / (W + 1) of the peak, so the step after warm-up has
+    the peak; to_peak: k / W of it, so the last warm-up step has the peak."""
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
-    """Decay from learning_rate to min_learning_rate. wsd: constant, then linear over the last wsd_decay_fraction of the
-    steps (arXiv:2404.06395). inverse_sqrt: with the root of the step, to no end (arXiv:1706.03762, section 5.3)."""
+    """Schedule of the learning rate after warm-up. wsd: constant, then linear over the last wsd_decay_fraction of the
+    steps (arXiv:2404.06395); inverse_sqrt: proportional to 1 / sqrt(step), without an end (arXiv:1706.03762, section
+    5.3)."""
     wsd_decay_fraction: float = 0.2
-    """Share of num_steps in which schedule wsd decays."""
+    """Share of train.num_steps at the end in which schedule wsd decays."""
     extend: Literal["continue", "restart", "stretch"] = "continue"
-    """Learning rate of a run that resumes with another train.num_steps. continue: decays from its present value;
-    restart: warms up to learning_rate once more; stretch: as if the run had been planned with the new number."""
+    """Learning rate of a run that resumes with another train.num_steps. continue: decays from the current value;
+    restart: warms up to learning_rate again; stretch: as if the run had the new number from the start."""
     extended: tuple[str, ...] = ()
     """The changes of train.num_steps so far, written by the run itself: 'continue at 1000 of 1000' means that the
     schedule planned for 1000 steps was continued at update 1000."""
     weight_decay: float = 0.1
-    """Decoupled, on matrices and embeddings only."""
+    """Decoupled weight decay; applied only to matrices and embeddings."""
     beta1: float = 0.9
     """Decay of the running mean of gradients; lion: weight of that mean in the update; schedule_free: weight of the
     average in the parameters at which gradients are taken."""
     beta2: float = 0.95
     """Decay of the running mean of squared gradients; lion: decay of the running mean of gradients."""
     eps: float = 1e-8
-    """Added to the denominator of adam."""
+    """Epsilon of adam, added to the denominator."""
     muon_learning_rate: float = 0.02
-    """Peak learning rate of the matrices that muon trains; learning_rate is that of all else."""
+    """Peak learning rate of the matrices that muon trains; learning_rate is for all other parameters."""
     muon_beta: float = 0.95
-    """Decay of muon's momentum."""
+    """Momentum decay of muon."""
     factored_decay: float = 0.8
     """adafactor: exponent of the decay of its second moments."""
     embedding_rate: float = 1.0
-    """Factor of the learning rate of token embeddings."""
+    """Factor on the learning rate of token embeddings."""
     head_rate: float = 1.0
-    """Factor of the learning rate of an output projection that is not tied."""
+    """Factor on the learning rate of an output projection that is not tied."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
 

@@ -1,4 +1,4 @@
-"""Config dataclasses ⇄ YAML ⇄ command-line flags, read strictly: what would be ignored is an error."""
+"""Config dataclasses ⇄ YAML ⇄ command-line flags, read strictly: an option that would be ignored is an error."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from gptjax.errors import UserError, did_you_mean
 T = TypeVar("T")
 _FLAG = re.compile(r"--[A-Za-z]")
 LARGEST_FLOAT = 3e38
-"""Devices calculate in float32."""
+"""Largest float: devices compute in float32."""
 
 
 def from_dict(cls: type[T], raw: dict, where: str, prefix: str = "") -> T:
@@ -38,16 +38,16 @@ def from_dict(cls: type[T], raw: dict, where: str, prefix: str = "") -> T:
 
 
 def load_config(path: str | Path, overrides: dict | None = None) -> Config:
-    """Reads a YAML file and lays `overrides` (nested, as `read_flags` returns them) over it.
+    """Reads a YAML file; `overrides` (nested values of `read_flags`) take precedence.
 
     Raises:
-        UserError: The file is missing or no YAML mapping, or a value is not allowed.
+        UserError: The file is missing or is no YAML mapping, or a value is not allowed.
     """
     return make_config(read_yaml(Path(path)), overrides or {}, str(path))
 
 
 def make_config(values: dict, overrides: dict, where: str) -> Config:
-    """Lays nested `overrides` of the command line over nested `values`, which come from `where`.
+    """Builds a config from nested `values`, which come from `where`; nested `overrides` take precedence.
 
     Raises:
         UserError: A key is unknown, or a value is not allowed.
@@ -60,7 +60,7 @@ def read_yaml(path: Path) -> dict:
     """Reads one mapping with the safe loader.
 
     Raises:
-        UserError: No such file, not UTF-8, not YAML, a key twice, or not a mapping.
+        UserError: The file does not exist, is not UTF-8 or YAML, has a key twice, or is no mapping.
     """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
@@ -79,7 +79,7 @@ def read_yaml(path: Path) -> dict:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, with a key given twice as an error."""
+    """The safe loader, which also rejects duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -93,14 +93,13 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_flags(cls: type, args: Sequence[str]) -> dict:
-    """Turns `--section.key VALUE`, `--section.key=VALUE` and, for lists, `--key A B C` into nested values.
+    """Converts `--section.key VALUE`, `--section.key=VALUE` and, for lists, `--key A B C` to nested values.
 
-    A flag of yes or no may go without its value: `--merge` is `--merge true`.
-
-    A flag given twice counts for its last value; lists get longer.
+    The value of a boolean flag may be omitted: `--merge` is `--merge true`. If a flag is given twice, the last value is
+    used; values of lists are concatenated.
 
     Raises:
-        UserError: An unknown flag (with the nearest one), a missing value, or a stray word.
+        UserError: A flag is unknown (the message suggests one), a value is missing, or a word belongs to no flag.
     """
     flags = flag_types(cls)
     nested: dict = {}
@@ -132,7 +131,7 @@ def read_flags(cls: type, args: Sequence[str]) -> dict:
 
 
 def is_flag(word: str) -> bool:
-    """Whether a word of the command line is an option; "--- a" and "-- b" are values."""
+    """Whether a word of the command line is a flag; "--- a" and "-- b" are values."""
     return _FLAG.match(word) is not None
 
 
@@ -151,7 +150,7 @@ def flag_types(cls: type, prefix: str = "") -> dict[str, type]:
 
 
 def to_dict(config) -> dict:
-    """Nested plain values of a config, with lists for tuples: what `from_dict` reads back."""
+    """Nested plain values of a config, with lists instead of tuples. Inverse of `from_dict`."""
     return {
         field.name: to_dict(value)
         if dataclasses.is_dataclass(value)
@@ -164,7 +163,7 @@ def to_dict(config) -> dict:
 
 
 def to_yaml(config) -> str:
-    """Every field, in order; `load_config` reads the same config back."""
+    """YAML with every field, in order. Inverse of `load_config`."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
@@ -180,7 +179,7 @@ def to_flat(config) -> dict[str, Any]:
 
 
 def flatten(nested: dict, prefix: str = "") -> dict:
-    """Maps the dotted name of each value that is no section to the value."""
+    """Maps dotted names to values."""
     flat = {}
     for key, value in nested.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -193,7 +192,7 @@ def _types(cls: type) -> dict[str, type]:
 
 
 def _is_sections(field_type) -> bool:
-    """Whether a field is a list of sections, which files can give and flags cannot."""
+    """Whether a field is a list of sections, which only files can set."""
     return _is_list(field_type) and dataclasses.is_dataclass(typing.get_args(field_type)[0])
 
 
@@ -238,7 +237,7 @@ def _checked_section(cls: Any, value: Any, where: str, name: str) -> dict:
 
 
 def _suggest_key(key: str, types: Collection[str], prefix: str) -> str:
-    """Names the key that is meant: one of this section without the section's name, others with it."""
+    """Suggests a key: without the section's name if it is in this section, otherwise with it."""
     section = re.sub(r"^parts\[\d+\]\.", "", prefix)
     meant = meant_option(f"{section}{key}", flag_types(Config))
     if meant in flag_types(Config):
@@ -252,7 +251,7 @@ _SHOWN.maxlevel = 2
 
 
 def _shown(value) -> str:
-    """A value for an error message: whole while it is short, however much nests in it."""
+    """A value for an error message, shortened if it is long."""
     return _SHOWN.repr(value)
 
 
@@ -287,7 +286,7 @@ def _coerce(field_type, value, what: str):
 
 
 def _from_text(field_type, text: str):
-    """A flag's text as the plain value that YAML would have given."""
+    """Converts a flag's text to the value that YAML would give."""
     if field_type is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if field_type is int:

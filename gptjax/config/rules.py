@@ -1,6 +1,6 @@
-"""Rules that the fields of several config sections share; `section` is empty for options of a verb.
+"""Checks that several config sections share; `section` is empty for options of a verb.
 
-Each raises `UserError` that names field, value and rule.
+Each raises a `UserError` that names field, value and rule.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ from pathlib import Path
 from gptjax.errors import UserError
 
 LARGEST_COUNT = 2**31 - 1
-"""Devices count in 32 bits."""
+"""Largest integer: devices use 32-bit integers."""
 
 
 def positive(section: str, config, *names: str) -> None:
-    """Refuses fields below 1 (or not above 0), and those that are too large to count with."""
+    """Checks that integers are at least 1 and floats above 0, and that they are not too large."""
     for name in names:
         if getattr(config, name) <= 0:
             raise UserError(f"{_full(section, name)}={getattr(config, name)} must be at least 1")
@@ -23,7 +23,7 @@ def positive(section: str, config, *names: str) -> None:
 
 
 def not_negative(section: str, config, *names: str) -> None:
-    """Refuses fields below 0, and those that are too large to count with."""
+    """Checks that fields are at least 0 and not too large."""
     for name in names:
         if getattr(config, name) < 0:
             raise UserError(f"{_full(section, name)}={getattr(config, name)} must not be negative")
@@ -31,14 +31,14 @@ def not_negative(section: str, config, *names: str) -> None:
 
 
 def fraction(section: str, config, *names: str) -> None:
-    """Refuses fields outside [0, 1)."""
+    """Checks that fields are in [0, 1)."""
     for name in names:
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{_full(section, name)}={getattr(config, name)} must lie in [0, 1)")
 
 
 def import_path(section: str, config, name: str) -> None:
-    """Refuses what is no `module:function`; empty: none."""
+    """Checks that a field is empty or has the form `module:function`."""
     value = getattr(config, name)
     if value and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
         raise UserError(
@@ -47,7 +47,7 @@ def import_path(section: str, config, name: str) -> None:
 
 
 def usable_paths(section: str, config, *names: str) -> None:
-    """Refuses paths that no system has."""
+    """Checks that paths are valid on a file system."""
     for name in names:
         value = getattr(config, name)
         for path in (value,) if isinstance(value, str) else value:
@@ -55,7 +55,7 @@ def usable_paths(section: str, config, *names: str) -> None:
 
 
 def local_folders(section: str, config, *names: str) -> None:
-    """Refuses addresses such as gs://bucket/x, of which a folder named `gs:` would be made."""
+    """Rejects addresses such as gs://bucket/x, which would create a folder named `gs:`."""
     for name in names:
         if "://" in (value := getattr(config, name)):
             raise UserError(
@@ -64,7 +64,7 @@ def local_folders(section: str, config, *names: str) -> None:
 
 
 def without_credentials(name: str, path: str) -> None:
-    """Refuses an address with a user name or a signed query: configs are stored and printed."""
+    """Rejects an address with credentials or a signed query, because configs are stored and printed."""
     scheme, separator, rest = path.partition("://")
     if separator and ("@" in rest.partition("/")[0] or re.search(r"\?[^/]*=", rest)):
         raise UserError(
@@ -74,7 +74,7 @@ def without_credentials(name: str, path: str) -> None:
 
 
 def usable_path(name: str, path: str) -> None:
-    """Refuses a path with a NUL character, with half a surrogate pair, or of an unknown user (`~nobody/x`)."""
+    """Rejects a path with a NUL character, with an unpaired surrogate, or of an unknown user (`~nobody/x`)."""
     try:
         usable = b"\0" not in os.fsencode(Path(path).expanduser())
     except (RuntimeError, UnicodeEncodeError):
@@ -91,7 +91,7 @@ def different_files(config, given: str, out: str) -> None:
 
 
 def no_effect(section: str, config, name: str, active: bool, needs: str) -> None:
-    """Refuses an option that was changed from its default where it does nothing."""
+    """Rejects an option that differs from its default although it has no effect."""
     field = next(field for field in dataclasses.fields(config) if field.name == name)
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if not active and getattr(config, name) != default:

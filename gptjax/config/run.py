@@ -1,4 +1,4 @@
-"""Everything that defines a run, and which options go together."""
+"""The config of a run, and checks of options that depend on each other."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ SCORES = {
     "reward": ("accuracy",),
     "dpo": ("accuracy",),
 }
-"""What `train.best_by` may name beside the loss, by `task.kind`."""
+"""Values of `train.best_by` besides loss, by `task.kind`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,13 @@ class Config:
     """A training run."""
 
     run_dir: str = "runs/default"
-    """Folder of config, metrics, samples and checkpoints; a run that has a checkpoint resumes from it."""
+    """Run directory: config, metrics, samples and checkpoints. If it has a checkpoint, the run resumes from it."""
     seed: int = 0
     """Seed of initial weights, dropout and the order of the data."""
     init_from: str = ""
-    """Run directory whose weights and tokenizer the run starts from."""
+    """Run directory of the base model: the run starts from its weights and tokenizer; empty: random weights."""
     cache_dir: str = "~/.cache/gptjax"
-    """Prepared data and compiled programs, shared by runs."""
+    """Folder of prepared data and compiled programs, shared by runs."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -56,7 +56,7 @@ class Config:
     sources: tuple[SourceConfig, ...] = ()
     """Several sources of text to mix, each with name, weight and data of its own; a list in the file, no flag."""
     mixture_temperature: float = 0.0
-    """In place of weights: sources have shares in proportion to their tokens to the power of 1 / temperature."""
+    """Instead of weights of sources: shares are proportional to tokens^(1 / temperature); 0: use weights."""
 
     def __post_init__(self):
         if not self.run_dir:
@@ -83,13 +83,13 @@ class Config:
 
     @property
     def heads(self) -> dict[str, TaskConfig]:
-        """The tasks that have a head, by the name of the head."""
+        """The tasks with a head, by the name of the head."""
         if self.task.kind == "multi":
             return {part.name: part.task for part in self.parts if part.task.kind in HEADED and not part.head}
         return {self.task.kind: self.task} if self.task.kind in HEADED else {}
 
     def of_part(self, part: PartConfig) -> "Config":
-        """The config of one task alone, under the same model."""
+        """The config of a single task, with the same model."""
         train = "all" if self.model.adapter.kind == "none" else "new"
         windows = self.train.eval_windows if part.task.kind == "pretrain" else TrainConfig.eval_windows
         return dataclasses.replace(
@@ -114,7 +114,7 @@ class Config:
 
     @property
     def why_no_sample(self) -> str:
-        """Why the run's model cannot continue text; empty: it can."""
+        """The reason why the run's model cannot continue text; empty if it can."""
         bidirectional = "model.bidirectional=true, so it does not predict the next token"
         return self.task.objective.why_no_sample or (bidirectional if self.model.bidirectional else "")
 
@@ -128,7 +128,7 @@ class Config:
         return self.why_no_sample or ("" if self.learned_text else "it learned no text; measure the run of init_from")
 
     def _has_score(self, name: str) -> bool:
-        """Whether evaluations of this task have the score that `train.best_by` names; span_f1: where tags are BIO."""
+        """Whether evaluations of this task have the score `name`; span_f1 exists for BIO tags."""
         if name == "metric":
             return bool(self.task.metric)
         return name == "loss" or name in SCORES.get(self.task.kind, ())
@@ -278,7 +278,9 @@ class Config:
             no_effect("data", self.data, "text_field", False, "a task.kind that reads it: seq2seq has source_field")
 
     def _check_objective(self) -> None:
-        """Holds the objective against the model; what `init_from` decides is checked when its model is known."""
+        """Checks that the objective fits the model. With `init_from`, this is checked later, when its model is
+        known.
+        """
         objective, model = self.task.objective, self.model
         if self.sources and objective.rearranges:
             raise UserError(f"task.objective.kind={objective.kind} does not go with sources; give one text as data")

@@ -1,4 +1,4 @@
-"""Where a run's config comes from: a file, a run directory, or defaults that are sized for the machine."""
+"""Makes a run's config from a file, a run directory, or defaults for the machine."""
 
 import dataclasses
 import math
@@ -27,12 +27,12 @@ MEDIUM = {
 }
 """For a GPU or TPU."""
 FINETUNED = {"optim": {"learning_rate": 5e-4, "beta2": 0.99}, "train": {"num_steps": 500, "eval_every": 100}}
-"""For a run that starts from another's weights, shape and tokenizer."""
+"""Defaults of a run with `init_from`."""
 NOT_INHERITED = ("model.dropout", "model.adapter.")
-"""Options of the model that a run with `init_from` sets for itself."""
+"""Model options that a run with `init_from` can set."""
 NO_DIAL = DialConfig()
 WARMUP = 100
-"""Steps of warm-up, or a tenth of the run if that is less."""
+"""Number of warm-up steps, at most a tenth of the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A run's config and how it was made."""
+    """A run's config and its origin."""
 
     config: Config
     note: str = ""
-    """Lines about options that the user did not set; empty: none."""
+    """Log lines about options that the user did not set; empty: none."""
     origin: Origin | None = None
-    """None: the run has no config file, or the file alone is no valid config."""
+    """None: the run has no config file, or the file alone is not a valid config."""
 
 
 def start_config(
@@ -62,14 +62,15 @@ def start_config(
     """Returns the config of a run.
 
     Args:
-        place: A config file or a run directory; empty: the run directory of the flags if it holds a run, else defaults.
-        flags: Nested values, as `read_flags` returns them; they take precedence.
-        accelerator: Whether the run will use a GPU or TPU, which decides between the defaults.
-        dial_options: Sizes the run instead, if it has no config yet.
-        corpus_bytes: Size of the text, for the dial; 0: unknown.
+        place: A config file or a run directory; empty: the run directory of the flags if it contains a run, else the
+            defaults.
+        flags: Nested values of `read_flags`; they take precedence.
+        accelerator: Whether the run will use a GPU or TPU, which selects the defaults.
+        dial_options: Size of the model, used instead of the defaults if the run has no config yet.
+        corpus_bytes: Size of the text, for `dial`; 0: unknown.
 
     Raises:
-        UserError: The place is neither, or a value is not allowed.
+        UserError: The place is neither a config file nor a run directory, or a value is not allowed.
     """
     depth = dial_options.layers
     if place and depth:
@@ -88,7 +89,7 @@ def start_config(
     if depth:
         dialed = dial(depth, corpus_bytes)
         values = {name: dict(section) for name, section in dialed.values.items()}
-        if "batch_size" in flags.get("train", {}):  # the forward pass that was chosen may not divide it
+        if "batch_size" in flags.get("train", {}):  # the default micro-batch may not divide it
             values["train"].pop("micro_batch_size", None)
         config = make_config(_fitted(values, flags), flags, "defaults")
         note = f"config      chosen for depth {depth}; your own options take precedence\n" + "\n".join(dialed.lines)
@@ -106,10 +107,10 @@ def _origin(file: str, config: Config) -> Origin | None:
 
 
 def _check_base(config: Config, given: Collection[str]) -> None:
-    """Refuses options of model and tokenizer for which the run named by `init_from` has another value.
+    """Checks that options of model and tokenizer do not differ from those of the run in `init_from`.
 
     Raises:
-        UserError: One of them was given, and would have no effect.
+        UserError: One of them differs, and would have no effect.
     """
     path = Path(config.init_from).expanduser() / CONFIG_FILE
     if not config.init_from or not path.is_file():
@@ -125,7 +126,7 @@ def _check_base(config: Config, given: Collection[str]) -> None:
 
 
 def _resumed(run_dir: Path, flags: dict) -> Config:
-    """The config that a run directory holds, with that directory as `run_dir`, wherever it was moved."""
+    """The config in a run directory; `run_dir` becomes this directory, which may have been moved."""
     config = load_config(run_dir / CONFIG_FILE, flags)
     if "run_dir" in flags or Path(config.run_dir).expanduser().resolve() == run_dir.resolve():
         return config
@@ -133,13 +134,13 @@ def _resumed(run_dir: Path, flags: dict) -> Config:
 
 
 def _defaults(flags: dict, accelerator: bool) -> dict:
-    """Values for a run without a config file; those that would have no effect beside the flags are left out."""
+    """Values for a run without a config file, except those that would have no effect with the flags."""
     sized = FINETUNED if flags.get("init_from") else MEDIUM if accelerator else SMALL
     return _fitted({name: dict(section) for name, section in sized.items()}, flags)
 
 
 def _fitted(values: dict, flags: dict) -> dict:
-    """The values without those that would have no effect beside the flags, with warm-up and final rate."""
+    """The values that have an effect with the flags, plus warm-up and final learning rate."""
     task, tokenizer, optim, train = (flags.get(name, {}) for name in ("task", "tokenizer", "optim", "train"))
     if "kind" in tokenizer:
         values.pop("tokenizer", None)
@@ -159,7 +160,7 @@ def _fitted(values: dict, flags: dict) -> dict:
 
 
 def _final_rate(peak: object) -> dict[str, float]:
-    """A tenth of the peak of a schedule; nothing for what is no number, which is refused under its own name."""
+    """A tenth of a schedule's peak; nothing for values that are no number, which are rejected elsewhere."""
     try:
         rate = float(str(peak)) / 10
     except ValueError:

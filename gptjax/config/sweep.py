@@ -23,9 +23,9 @@ class SweepRun:
     """One run of a sweep."""
 
     name: str
-    """Made of its options, so it stays the same when the sweep gets more runs."""
+    """Made from its options, so that it stays the same if the sweep gets more runs."""
     options: dict[str, Any]
-    """Values by dotted names."""
+    """Values by dotted names of options."""
     config: Config
 
 
@@ -101,7 +101,9 @@ def _random(path: Path, options: dict, runs: Any, seed: Any) -> list[dict]:
     if type(seed) is not int:
         raise UserError(f"{path}: seed={seed!r} must be a whole number")
     found = []
-    for number in range(runs):  # each run has its own chance, so that more runs keep the first ones
+    for number in range(
+        runs
+    ):  # each run has its own random generator, so that adding runs does not change the first ones
         chance = random.Random(f"{seed} {number}")
         found.append({name: _drawn(path, name, values, chance) for name, values in options.items()})
     return found
@@ -129,7 +131,7 @@ def _log(low: float, high: float, chance: random.Random) -> float:
 
 
 def _name(options: dict) -> str:
-    """A folder's name: the options, shortened where they do not fit, then with a checksum."""
+    """A folder's name from the options; if they do not fit, they are shortened and a checksum is added."""
     full = ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in options.items())
     short = re.sub(r"[^A-Za-z0-9._,=+-]", "_", full)[:80]
     identity = ",".join(f"{name}={value!r}" for name, value in options.items())

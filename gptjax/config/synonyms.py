@@ -1,4 +1,4 @@
-"""Suggestions for an unknown option, key or verb: first by the name that other programs use, then by spelling."""
+"""Suggestions for an unknown option, key or verb: first by names in other programs, then by spelling."""
 
 import difflib
 from collections.abc import Collection
@@ -95,7 +95,8 @@ OPTIONS: dict[str, str] = {
     "chip": "gpu device accelerator hardware",
     "devices": "num_devices n_devices num_gpus gpus n_gpus",
 }
-"""Each option's names in other programs, separated by spaces; of two options the first that the verb has counts."""
+"""Names of each option in other programs, separated by spaces. If a name stands at two options, the first that the verb
+has is suggested."""
 
 HINTS: dict[str, str] = {
     **dict.fromkeys(
@@ -125,7 +126,7 @@ HINTS: dict[str, str] = {
         "A config file is given without an option's name: gptjax train CONFIG.yaml.",
     ),
 }
-"""The answer to options that gptjax does not have under any name."""
+"""Hints for options that gptjax does not have under any name."""
 
 VERBS: dict[str, str] = {
     "sample": "generate generation inference infer complete completion gen decode prompt",

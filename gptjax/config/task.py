@@ -9,38 +9,38 @@ from gptjax.config.rules import fraction, import_path, no_effect, not_negative, 
 from gptjax.errors import UserError, did_you_mean
 
 LABELLED = ("classify", "tag")
-"""Tasks whose head names labels."""
+"""Tasks with a classification head."""
 WHOLE_TEXTS = ("classify", "regress", "choose", "reward")
-"""Tasks whose head reads whole texts, pairs or candidates."""
+"""Tasks with a head for whole texts, pairs or candidates."""
 PADDED = (*WHOLE_TEXTS, "answer", "dpo", "reinforce", "seq2seq")
-"""Tasks whose sequences are padded at their end; those of the others are packed."""
+"""Tasks whose sequences are padded at the end; other tasks pack their sequences."""
 SEVERAL = ("choose", "reward", "dpo")
-"""Tasks whose rows are several sequences."""
+"""Tasks whose rows have several sequences."""
 CHATS = ("instruct", "dpo", "reinforce")
-"""Tasks that learn to respond to prompts."""
+"""Tasks that train responses to prompts."""
 TEMPLATED = ("instruct", "reward", "dpo", "reinforce")
-"""Tasks that write prompts and responses by `task.template`."""
+"""Tasks that format prompts and responses with `task.template`."""
 HEADED = (*WHOLE_TEXTS, "tag", "answer")
-"""Tasks with a head of their own."""
+"""Tasks with a separate head."""
 LORA_TARGETS = ("attn/w_qkv", "attn/w_out", "mlp/w_in", "mlp/w_out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """A small set of new parameters; those of the model can stay frozen."""
+    """An adapter: a small set of new parameters. The model's own parameters can stay frozen."""
 
     kind: Literal["none", "lora", "bottleneck", "prompt", "prefix"] = "none"
     """lora (arXiv:2106.09685), bottleneck (arXiv:1902.00751), prompt (arXiv:2104.08691), prefix (arXiv:2101.00190)."""
     rank: int = 8
-    """Width of lora and bottleneck."""
+    """Rank of lora, or width of the bottleneck."""
     alpha: float = 16.0
-    """lora's update is scaled by alpha / rank."""
+    """For lora: the update is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("attn/w_qkv",)
-    """Weights that lora is added to: attn/w_qkv, attn/w_out, mlp/w_in, mlp/w_out."""
+    """Weights with lora: attn/w_qkv, attn/w_out, mlp/w_in, mlp/w_out."""
     dropout: float = 0.0
     """Dropout on the input of lora and bottleneck."""
     tokens: int = 16
-    """Learned vectors before each text: of prompt at the first layer, of prefix at every layer."""
+    """Number of learned vectors before each text, for prompt (at the input) and prefix (at every layer)."""
 
     def __post_init__(self):
         section = "model.adapter"
@@ -64,7 +64,7 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """What the model is trained to do."""
+    """The training task and its options."""
 
     kind: Literal[
         "pretrain",
@@ -87,7 +87,7 @@ class TaskConfig:
     target text for a source text, with model.encoder_layers; multi: the tasks in `parts`."""
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     validation_path: tuple[str, ...] = ()
-    """Labelled files for validation; none: data.validation_fraction of the rows, chosen by hash."""
+    """Labelled files for validation; empty: a share data.validation_fraction of the rows, chosen by hash."""
     folds: int = 0
     """Split the rows into this many folds by a hash of their text, for cross-validation; 0: none."""
     fold: int = 0
@@ -96,18 +96,19 @@ class TaskConfig:
     """Field of the label. classify: a list for several labels a text; regress: a number or a list of numbers; choose:
     the number of the right candidate, from 0, or its text."""
     second_field: str = ""
-    """Field of the second text of classify and regress on pairs; empty: rows have one text, that of data.text_field."""
+    """Field of the second text, for classify and regress on pairs; empty: rows have only the text of
+    data.text_field."""
     both_orders: bool = False
     """The head reads the sum of the representations of both orders of a pair (GPT-1, section 3.3: similarity)."""
     candidates_field: str = "candidates"
     """Field of choose's candidates, a list of texts; each is read after the text of data.text_field."""
     delimiters: Literal["end_of_text", "learned"] = "end_of_text"
-    """Tokens before, between and after the texts of a row. learned: three new ones, start, delimiter and extract, whose
-    embeddings belong to the head (GPT-1, section 3.3)."""
+    """Tokens before, between and after the texts of a row. end_of_text: the tokenizer's; learned: three new tokens
+    (start, delimiter, extract) whose embeddings belong to the head (GPT-1, section 3.3)."""
     tokens_field: str = "tokens"
-    """Field of tag's words."""
+    """Field with the list of words, for task.kind=tag."""
     tags_field: str = "tags"
-    """Field of tag's labels, one for each word."""
+    """Field with the list of tags, one per word, for task.kind=tag."""
     prompt_field: str = "prompt"
     """Field of the prompt of instruct, reward, dpo and reinforce."""
     response_field: str = "response"
@@ -119,67 +120,69 @@ class TaskConfig:
     question_field: str = "question"
     """Field of the question of answer, about the text of data.text_field."""
     answers_field: str = "answers"
-    """Field of its answers, as in SQuAD: {text: [...], answer_start: [...]}; or text that stands in the other text."""
+    """Field of the answers of answer, as in SQuAD: {text: [...], answer_start: [...]}; or a text that occurs in the
+    context."""
     stride: int = 32
-    """Tokens that two windows of answer share, where a text does not fit into one."""
+    """For answer: overlap in tokens of two windows, if a text does not fit in one window."""
     no_answer: bool = False
-    """Questions of answer may have none: rows without answers are allowed, and predictions may be empty."""
+    """For answer: allow rows without answers and empty predictions (SQuAD 2)."""
     beta: float = 0.1
-    """Of dpo: how closely the model stays to init_from; higher is closer (arXiv:2305.18290, equation 7)."""
+    """For dpo: how close the model stays to init_from; higher is closer (arXiv:2305.18290, equation 7)."""
     source_field: str = "source"
-    """Field of seq2seq's source."""
+    """Field with the source text, for task.kind=seq2seq."""
     target_field: str = "target"
-    """Field of seq2seq's target."""
+    """Field with the target text, for task.kind=seq2seq."""
     messages_field: str = "messages"
-    """Field of instruct's chat, a list of {role, content}; where a row has it, prompt and response are not read."""
+    """Field of instruct's chat, a list of {role, content}. If a row has it, prompt and response are not used."""
     template: str = "### {role}\n{content}\n\n"
-    """Text of one message of instruct, reward, dpo and reinforce; a prompt has role user, a response role assistant."""
+    """Chat template of one message, for instruct, reward, dpo and reinforce. A prompt has role user, a response role
+    assistant."""
     labels: tuple[str, ...] = ()
-    """Labels in the order of the head's outputs; none: those of the training rows, sorted."""
+    """Labels in the order of the head's outputs; empty: the sorted labels of the training rows."""
     multi_label: bool = False
     """A text has any number of labels; set automatically where the data's labels are lists."""
     max_tokens: int = 0
-    """Longest text of a row, or window into which tag and instruct are packed; 0: model.block_size."""
+    """Longest text of a row in tokens, or the window of tag and instruct; 0: model.block_size."""
     pooling: Literal["last", "mean"] = "mean"
-    """Input of a head that reads whole texts: the hidden state of the last token, or the mean over all."""
+    """Input of a head for whole texts: the hidden state of the last token, or the mean over all tokens."""
     layer_mixture: bool = False
-    """The head reads a weighted sum of all layers, with learned weights, instead of the last one (ELMo,
+    """The head reads a sum of the outputs of all layers with learned weights, instead of the last layer (ELMo,
     arXiv:1802.05365, equation 1)."""
     bag_of_words: int = 0
-    """Add the logits of a linear model over n-grams of up to this many tokens, weighted by TF-IDF, to those of the head
-    of classify (arXiv:1606.07792); 0: none."""
+    """For classify: add the logits of a linear model over TF-IDF weighted n-grams of up to this many tokens
+    (arXiv:1606.07792); 0: none."""
     lm_weight: float = 0.0
-    """Weight of an auxiliary loss: that of the next token of the texts (GPT-1, section 3.2)."""
+    """Weight of an auxiliary next-token loss on the texts (GPT-1, section 3.2)."""
     means: tuple[float, ...] = ()
     """Means of regress's training numbers, written by the run itself; the head predicts standardized numbers."""
     deviations: tuple[float, ...] = ()
-    """Standard deviations of these numbers."""
+    """Standard deviations of regress's training numbers, written by the run itself."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced: every class of classify has the same weight in the loss, however rare."""
+    """Weights of classes in the loss of classify. balanced: every class has the same total weight."""
     lookahead: int = 0
-    """Tokens after a word that tag reads before it predicts the word's label; attention is causal."""
+    """For tag: number of tokens after a word before its label is predicted (attention is causal)."""
     reward: str = ""
-    """Function of yours that reinforce learns to please, as module:function: of a row and a response, a dict and a
-    text, it makes a number."""
+    """Your reward function for reinforce, as module:function. It gets a row (a dict) and a response (a text) and
+    returns a number."""
     group_size: int = 8
-    """Responses that reinforce samples to each prompt and compares."""
+    """For reinforce: number of responses sampled for each prompt."""
     response_tokens: int = 64
-    """Longest response that reinforce samples."""
+    """For reinforce: longest response, in tokens."""
     kl_weight: float = 0.04
-    """Weight of the KL divergence from the model of init_from in reinforce; 0: the model may go anywhere."""
+    """For reinforce: weight of the KL divergence from the model of init_from; 0: none."""
     metric: str = ""
-    """Function of yours that scores predictions, as module:function: of predicted values and true ones, both lists, it
-    makes a number or a dict of numbers. The module is searched in the current folder too."""
+    """Your metric, as module:function. It gets predicted and true values (two lists) and returns a number or a dict of
+    numbers. The module may be in the current folder."""
     loss: str = ""
-    """Function of yours, as module:function, in place of the task's loss: of the head's outputs and the targets, both
-    JAX arrays, it makes the loss of each row (of tag: of each word)."""
+    """Your loss instead of the task's, as module:function. It gets the head's outputs and the targets (JAX arrays) and
+    returns the loss of each row (for tag: of each word)."""
     rows: str = ""
-    """Function of yours, as module:function, that each row passes first: of a dict it makes a dict, or None to leave
-    the row out."""
+    """Your function that changes each row, as module:function. It gets a dict and returns a dict, or None to leave the
+    row out."""
     synonyms: str = ""
-    """File of words with the same meaning, those of a line separated by tabs, for augment_synonyms."""
+    """File of synonyms for augment_synonyms: each line has words with the same meaning, separated by tabs."""
     augment_synonyms: float = 0.0
-    """Share of a training text's words in task.synonyms that classify and regress replace by another of the line
+    """Share of the words in task.synonyms that classify and regress randomly replace by a synonym in training texts
     (arXiv:1901.11196)."""
     augment_delete: float = 0.0
     """Share of a training text's tokens that classify and regress drop at random (arXiv:1901.11196)."""
@@ -261,27 +264,28 @@ class TaskConfig:
 
 
 def _either(names: tuple[str, ...]) -> str:
-    """Names as a list of alternatives: "a, b or c"."""
+    """Joins names as alternatives: "a, b or c"."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Which parameters are trainable, and their learning rates."""
+    """Trainable parameters and their learning rates."""
 
     train: Literal["all", "new", "top", "paths"] = "all"
-    """Trainable parameters. all; new: only heads and adapters; top: those, the last top_k blocks and the final norm;
-    paths: heads, adapters and the parameters that `paths` matches."""
+    """Trainable parameters. all: all; new: only heads and adapters; top: also the last top_k blocks and the final norm;
+    paths: heads, adapters and the parameters that paths matches."""
     top_k: int = 2
     """Number of blocks that train=top trains."""
     paths: tuple[str, ...] = ()
-    """Regular expressions that train=paths searches in parameter names, such as 'norm_' or 'blocks/mlp'."""
+    """Regular expressions for names of trainable parameters with train=paths, such as 'norm_' or 'blocks/mlp'."""
     layer_decay: float = 1.0
     """Factor of a block's learning rate relative to the block above it (arXiv:1801.06146, section 3.2)."""
     base_rate: float = 0.0
-    """Peak learning rate as a share of the one that the run of init_from had, such as 0.1; 0: optim.learning_rate."""
+    """Peak learning rate as a share of that of the run in init_from, such as 0.1; 0: use optim.learning_rate."""
     mixout: float = 0.0
-    """Share of the weights that each forward pass in training replaces by those of init_from (arXiv:1909.11299)."""
+    """Mixout: share of the weights that each forward pass in training replaces by those of init_from
+    (arXiv:1909.11299)."""
     head_learning_rate: float = 0.0
     """Peak learning rate of heads; 0: optim.learning_rate."""
 

@@ -11,16 +11,17 @@ TIKTOKEN_NAMES = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """How text becomes token ids."""
+    """The tokenizer, which converts text to token ids."""
 
     kind: Literal["bytes", "chars", "tiktoken", "bpe", "wordpiece"] = "tiktoken"
-    """bytes; chars: those of the corpus; tiktoken: a published encoding; bpe and wordpiece: trained on the corpus."""
+    """Kind of tokenizer. bytes: UTF-8 bytes; chars: characters of the corpus; tiktoken: a published encoding; bpe and
+    wordpiece: trained on the corpus."""
     name: str = "gpt2"
     """Encoding for kind tiktoken: gpt2, r50k_base, p50k_base, cl100k_base or o200k_base."""
     vocab_size: int = 4096
-    """Tokens that kinds bpe and wordpiece learn, single bytes and <|endoftext|> included."""
+    """Vocabulary size of kinds bpe and wordpiece, including single bytes and <|endoftext|>."""
     sample_fraction: float = 1.0
-    """Share of the documents that kinds bpe and wordpiece learn from, chosen by the hash of their text."""
+    """Share of the documents on which kinds bpe and wordpiece are trained, chosen by the hash of their text."""
 
     def __post_init__(self):
         if self.kind == "tiktoken" and self.name not in TIKTOKEN_NAMES:

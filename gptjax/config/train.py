@@ -13,10 +13,10 @@ class TrainConfig:
     """The training loop: length, batch size, precision, and when to log, evaluate and save."""
 
     num_steps: int = 1000
-    """Steps of the run: batches that it trains on, each one an optimizer update."""
+    """Number of steps; each is one batch and one optimizer update."""
     num_epochs: float = 0.0
-    """Length of the run in passes over the training data, in place of num_steps; the run's own config.yaml has the
-    steps."""
+    """Length of the run in epochs, instead of num_steps; 0: use num_steps. The run's config.yaml has the resulting
+    num_steps."""
     batch_size: int = 16
     """Sequences per step, over all devices."""
     batch_ramp: tuple[str, ...] = ()
@@ -26,54 +26,57 @@ class TrainConfig:
     """Shorter sequences at first, as STEP:TOKENS, the last with model.block_size: 0:64 500:256. Sequences are cut into
     pieces, so a step has as many tokens as without."""
     micro_batch_size: int = 0
-    """Sequences per forward pass, over all devices; gradients add up to batch_size. 0: batch_size."""
+    """Sequences per forward pass, over all devices; gradients are accumulated over batch_size. 0: batch_size."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Parameters and optimizer moments."""
+    """Dtype of parameters and optimizer moments."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of matmul operands; float16 uses a dynamic loss scale. auto: bfloat16 where the machine has instructions for
-    it, else float32; the run's own config.yaml has the choice."""
+    """Dtype of matmul operands; float16 uses a dynamic loss scale. auto: bfloat16 if the machine has instructions for
+    it, else float32; the run's config.yaml has the choice."""
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over the vocabulary."""
+    """Label smoothing: share of the target that is spread evenly over the vocabulary."""
     z_loss: float = 0.0
-    """Weight of the squared log-normalizer (arXiv:2204.02311, section 5)."""
+    """Weight of the z-loss, the squared log-normalizer of the logits (arXiv:2204.02311, section 5)."""
     spike_sigma: float = 20.0
-    """Skip the update of a step whose loss or gradient norm is this many deviations above its mean; 0: never."""
+    """Skip the update of a step whose loss or gradient norm is this many standard deviations above its running mean; 0:
+    never."""
     max_skipped_in_a_row: int = 10
     """Stop after this many skipped updates in a row, and write diverged.json."""
     noise_scale: bool = False
     """Log the gradient noise scale, in sequences: a larger batch than this saves few steps (arXiv:1812.06162). Needs
     train.micro_batch_size below batch_size, and computes the norm of each micro-batch's gradient."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the parameters, used for evaluation and sampling; 0: none."""
+    """Decay per step of an exponential moving average of the parameters, used for evaluation and sampling; 0: none."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matmuls (dots), or whole blocks."""
+    """Rematerialisation: what the backward pass recomputes. none: nothing; dots: all except matmuls; full: whole
+    blocks."""
     unroll: int = 0
-    """Blocks per iteration of the loop over layers; 0: all. Higher values run faster and compile more slowly."""
+    """Unrolling of the loop over layers: blocks per iteration; 0: all. Higher values run faster and compile more
+    slowly."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250
     """Steps between evaluations; 0: only at the end."""
     eval_windows: int = 512
-    """Validation windows in an evaluation, evenly spaced and always the same; 0: all."""
+    """Number of validation windows in an evaluation, evenly spaced and always the same; 0: all."""
     save_every: int = 1000
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; the best one is kept too."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     strict_checkpoints: bool = False
-    """Refuse to resume where the newest checkpoint is damaged, instead of using an older one."""
+    """Stop if the newest checkpoint is damaged, instead of resuming from an older one."""
     allow_data_change: bool = False
-    """Resume with other data or another batch_size; text that was trained on may be repeated."""
+    """Allow resuming with other data or another batch_size; training text may then be repeated."""
     best_by: Literal[
         "loss", "accuracy", "macro_f1", "span_f1", "pearson", "spearman", "exact_match", "f1", "metric"
     ] = "loss"
-    """What decides which checkpoint is the best: the lowest validation loss, or a task's highest score;
-    metric: what task.metric returns."""
+    """Selects the best checkpoint. loss: the lowest validation loss; others: the highest score of that name; metric:
+    the value of task.metric."""
     patience: int = 0
     """Stop after this many evaluations without a new best one; 0: never."""
     sample_prompt: str = "\n"
     """Prompt of the sample at each evaluation."""
     sample_tokens: int = 64
-    """Length of that sample; 0: none."""
+    """Length of the sample at each evaluation, in tokens; 0: no sample."""
 
     def __post_init__(self):
         positive("train", self, "num_steps", "batch_size", "log_every", "keep_checkpoints", "max_skipped_in_a_row")

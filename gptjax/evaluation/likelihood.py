@@ -61,8 +61,8 @@ def make_scorer(model: ModelConfig, compute: Compute) -> Scorer:
             log_z_T = jax.nn.logsumexp(logits_TV, axis=-1)
             target_T = jnp.take_along_axis(logits_TV, jnp.maximum(targets_T, 0)[:, None], axis=-1)[:, 0]
             scored_T = targets_T >= 0
-            likeliest_T = jnp.argmax(logits_TV, axis=-1).astype(targets_T.dtype) == targets_T
-            return jnp.sum(target_T - log_z_T, where=scored_T), jnp.all(likeliest_T | ~scored_T)
+            most_likely_T = jnp.argmax(logits_TV, axis=-1).astype(targets_T.dtype) == targets_T
+            return jnp.sum(target_T - log_z_T, where=scored_T), jnp.all(most_likely_T | ~scored_T)
 
         return jax.lax.map(one, (x_BTD, targets_BT))  # memory holds the logits of one sequence at a time
 

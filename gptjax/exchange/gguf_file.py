@@ -23,10 +23,10 @@ class GgufFile:
 
 
 def import_gguf() -> Any:
-    """The gguf package.
+    """Imports the package gguf.
 
     Raises:
-        UserError: It is not installed.
+        UserError: The package is not installed.
     """
     try:
         import gguf
@@ -49,7 +49,7 @@ def open_gguf(path: Path) -> GgufFile:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path}: no whole GGUF file: {error}") from None
+        raise UserError(f"{path}: not a complete GGUF file: {error}") from None
     if (parts := metadata.get("split.count", 1)) > 1:
         raise UserError(f"{path}: is one of {parts} parts; merge them with llama-gguf-split --merge first")
     tensors = {tensor.name: tensor for tensor in reader.tensors}

@@ -30,7 +30,7 @@ class Architecture:
 
     name: str
     model_type: str
-    """Of the family at Hugging Face."""
+    """`model_type` of the family at Hugging Face."""
     neighbours: bool = False
     """Whether rotary embeddings pair adjacent channels."""
     norms_above_one: bool = False
@@ -88,7 +88,7 @@ ARCHITECTURES = {
         fixed=lambda config: {"activation_function": "gelu_new"} | dict.fromkeys(DROPOUTS, 0.0),
     ),
 }
-"""By `general.architecture`."""
+"""Architectures by `general.architecture`."""
 SIZES = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -101,7 +101,7 @@ GPT2_NAMES = {
     **{"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer"},
     **{"num_attention_heads": "n_head", "max_position_embeddings": "n_positions"},
 }
-"""The same fields as GPT-2 spells them."""
+"""The names of these fields in GPT-2."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE_FACTORS = "rope_freqs.weight"
 WITHOUT_EFFECT = ("vocab_size", "rope.dimension_count", "attention.value_length")

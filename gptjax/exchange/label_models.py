@@ -12,7 +12,7 @@ from gptjax.errors import UserError
 from gptjax.exchange.families.family import Family
 
 CLASSES = {"classify": "ForSequenceClassification", "tag": "ForTokenClassification"}
-"""By `task.kind`: what their classes are called."""
+"""Suffix of the class name in transformers, by `task.kind`."""
 
 
 @dataclasses.dataclass(frozen=True)

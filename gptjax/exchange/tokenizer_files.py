@@ -22,11 +22,11 @@ class TokenizerFiles:
     vocab: dict[str, int] | None = None
     """Content of vocab.json, for a model without tokenizer.json."""
     merges: tuple[tuple[str, ...], ...] = ()
-    """Of merges.txt."""
+    """Content of merges.txt."""
     added: dict[str, int] = dataclasses.field(default_factory=dict)
     """Tokens that other files add to the vocabulary."""
     settings: dict = dataclasses.field(default_factory=dict)
-    """Of tokenizer_config.json."""
+    """Content of tokenizer_config.json."""
     end_ids: tuple[int, ...] = ()
     """End-of-text ids of the model's config."""
 

@@ -145,9 +145,10 @@ def visible_slots(
 
 
 def distances(config: ModelConfig, cache: Cache, new: int, layer: int) -> jax.Array:
-    """How far each of `new` positions after the used ones is behind the token in each slot, `[1 or B, T, S]`.
+    """Distance from each of `new` positions after the used ones back to the token in each slot, `[1 or B, T, S]`.
 
-    That to a first token stops growing when the context is full (arXiv:2309.17453, section 3.2).
+    With attention sinks, the distance to a first token stops growing when the context is full (arXiv:2309.17453,
+    section 3.2).
     """
     sinks, slots = config.attention_sinks, cache.layers[layer].k_BGSC.shape[2] - config.attention_sinks
     distance_NTS = _next_slots(cache, new)[:, :, None] - slot_tokens(cache.used, new, slots)[:, None]

@@ -96,7 +96,9 @@ class Experts(nnx.Module):
         return jnp.zeros(x_ND.shape, jnp.float32).at[order_M // K].add(y_MD)
 
     def _dropless_sharded(self, x_BTD, weights_BTK, experts_BTK, weights):
-        """The same with each device's own experts, on the tokens of all devices along the axis."""
+        """Like `_dropless` with expert parallelism: each device applies its own experts to the tokens of all devices
+        along the axis.
+        """
 
         def one_device(x_BTD, weights_BTK, experts_BTK, weights):
             gather = functools.partial(jax.lax.all_gather, axis_name=EXPERTS, tiled=True)

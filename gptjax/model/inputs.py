@@ -29,23 +29,23 @@ class Memory(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Of a cache, for the new tokens in one layer."""
+    """Slots of the cache in one layer, for the new tokens."""
 
     visible_BTS: jax.Array
     """Whether a new token may attend to a slot."""
     distance_NTS: jax.Array
-    """How far it is behind the token in the slot; N is 1, or B where rows differ."""
+    """Distance from the new token back to the token in the slot; N is 1, or B if sequences differ."""
     used: jax.Array
-    """Tokens that were written, see `Cache`."""
+    """Number of written tokens, see `Cache`."""
     padding_B: jax.Array
-    """Slots at the left of each row that hold no token."""
+    """Number of padding slots at the left of each sequence."""
     capped_BT: jax.Array | None
-    """Positions of the new tokens by which they attend to slots of first tokens, see `model.attention_sinks`; None: the
-    same as for other slots."""
+    """Positions of the new tokens for attention to the first tokens, see `model.attention_sinks`; None: the same as for
+    other slots."""
 
 
 class Earlier(NamedTuple):
-    """What a block reads of earlier layers; what the config does not use is None."""
+    """Activations of earlier layers that a block reads; None if the config does not use them."""
 
     embedded_BTD: jax.Array | None = None
     """The embeddings, for `model.residual_mix`."""

@@ -1,4 +1,4 @@
-"""Matmuls of decoding: they have few rows, so the time is that of reading the weights.
+"""Matmuls of decoding. They have few rows, so they are limited by the memory bandwidth of reading the weights.
 
 Shape suffixes: N rows, K contracted, F outputs; J stripe, G row of a stripe, see `single_row`. Of 4-bit weights: J
 group of `INT4_GROUP` contracted numbers, I a number of half a group.
@@ -27,7 +27,7 @@ LOW_STEPS = 254.0  # the second int8 of an activation has a 254 times smaller st
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """A weight laid out for decoding."""
+    """A weight in its layout for decoding."""
 
     w: jax.Array
     """`[F, K]`; or `[J, G, F]` for `single_row_matmul`; or `[P, S, W, L, I]` for `kernels.small_batch_matmul`; or uint8
@@ -39,7 +39,7 @@ class Projection:
 
 
 def make_projection(w: jax.Array, dtype: WeightDtype, one_row: bool, outputs_first: bool = False) -> Projection:
-    """Lays out a matrix, `[K, F]` or `[F, K]` if `outputs_first`, for matmuls with one row or with several rows.
+    """Converts a matrix, `[K, F]` or `[F, K]` if `outputs_first`, to its layout for one row or for several rows.
 
     The C++ kernel uses one layout for both, and so do 4-bit weights. Weights of int8 have one scale for each output.
     """
@@ -181,7 +181,11 @@ def _matmul(spec, x_NK, w):
 
 
 def _weights_left(rows: int, dtype) -> bool:
-    """Whether XLA:CPU is faster with the weights as the left operand, which it packs less (`bench/matmuls.py`)."""
+    """Whether XLA:CPU is faster with the weights as the left operand, which it packs less (`bench/matmuls.py`).
+
+    Used only without the C++ kernels. Kept because it makes the matmuls of 32 rows a quarter faster
+    (docs/experiments/decoding.md).
+    """
     return (2 if dtype == jnp.float32 else 16) <= rows < 128
 
 

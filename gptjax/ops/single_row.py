@@ -4,6 +4,9 @@ XLA's library repacks the matrix in every matmul, which takes several times as l
 this matmul is a sum of `STRIPES` rows of the matrix, each times a number. XLA compiles it into one loop, which converts
 the weights as it reads them. The loop reads all stripes in parallel, each sequentially.
 
+Used only without the C++ kernels. Kept because bfloat16 takes half to four fifths of the library's time, and int8 half
+to three quarters (`bench/matmuls.py one_row`, docs/experiments/decoding.md).
+
 Shape suffixes: K contracted, F outputs; J stripe, G row of a stripe: row `j G + g` of the matrix is row g of stripe j.
 """
 

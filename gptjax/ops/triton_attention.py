@@ -1,5 +1,8 @@
 """Attention on a GPU with deterministic gradients: JAX's Triton kernel, which sums them in a fixed order.
 
+JAX will remove this kernel in favour of the package tokamax. It is kept because no other implementation here has
+deterministic gradients at its speed (docs/experiments/gpu.md), and tokamax was not measured yet.
+
 Shape suffixes: B batch, T query position, S key position, H query heads, G key and value heads, C head_dim.
 """
 

@@ -66,7 +66,7 @@ class HeatMap:
     steps: list[int]
     tokens: list[float]
     values: list[list[float | None]]
-    """By row and step; None: not a number."""
+    """Values by row and step; None for missing values."""
 
 
 def heat_maps_of(records: Sequence[RunRecord]) -> list[HeatMap]:

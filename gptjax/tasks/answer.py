@@ -5,7 +5,6 @@ The input is: start token, question, delimiter, a window of the text, extract to
 Shape suffixes: B windows, T and S position, D n_embd.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,9 +21,9 @@ from gptjax.evaluation.predict import Predict
 from gptjax.model.gpt import Compute
 from gptjax.model.heads import head_logits, label_loss
 from gptjax.ops.cross_entropy import Loss
-from gptjax.tasks.head_task import HeadTask, build_head_task, predict_examples
+from gptjax.tasks.head_task import HeadTask, head_kind
 from gptjax.tasks.heads import NO_CANDIDATE, states_of, with_language_model
-from gptjax.tasks.task import Kind, StatesLoss, longest
+from gptjax.tasks.task import StatesLoss, longest
 from gptjax.tasks.texts import marks_of
 from gptjax.text.answers import Question, parse_question
 from gptjax.text.labelled import Examples
@@ -129,12 +128,11 @@ def _note(config: Config, examples: Examples, train: SpanSet, _validation: SpanS
 
 
 HEAD = HeadTask(_encode, lambda *_: 4, _decode, score_answers, _note, make_predict=make_predict)
-KIND = Kind(
-    functools.partial(build_head_task, HEAD),
-    span_states_loss,
+KIND = head_kind(
+    HEAD,
     parse_question,
     lambda example: f"{example.question}\n{example.text}",
-    functools.partial(predict_examples, HEAD),
     outputs,
     answer_report,
+    span_states_loss,
 )

@@ -1,6 +1,5 @@
 """Multiple choice: scores several candidates, each appended to the same text (GPT-1, section 3.3)."""
 
-import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,9 +12,7 @@ from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.choices import ChoicePredictions, choice_report, score_choices
-from gptjax.tasks.head_task import HeadTask, build_head_task, count_note, predict_examples
-from gptjax.tasks.heads import head_states_loss
-from gptjax.tasks.task import Kind
+from gptjax.tasks.head_task import HeadTask, count_note, head_kind
 from gptjax.tasks.texts import encode_choices
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Choice, Examples, string_list
@@ -73,12 +70,6 @@ def _note(config: Config, examples: Examples, train: CandidateSet, validation: C
 
 
 HEAD = HeadTask(encode_choices, lambda _, rows: rows.candidates, _decode, score_choices, _note)
-KIND = Kind(
-    functools.partial(build_head_task, HEAD),
-    head_states_loss,
-    parse_row,
-    lambda example: "\n".join((example.text, *example.candidates)),
-    functools.partial(predict_examples, HEAD),
-    outputs,
-    choice_report,
+KIND = head_kind(
+    HEAD, parse_row, lambda example: "\n".join((example.text, *example.candidates)), outputs, choice_report
 )

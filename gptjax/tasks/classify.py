@@ -14,9 +14,7 @@ from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import Predictions, score, score_table
 from gptjax.model.bag import document_frequencies
-from gptjax.tasks.head_task import HeadTask, build_head_task, count_note, predict_examples
-from gptjax.tasks.heads import head_states_loss
-from gptjax.tasks.task import Kind
+from gptjax.tasks.head_task import HeadTask, count_note, head_kind
 from gptjax.tasks.texts import encode_examples, make_rewrite
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Text, is_missing, is_placeholder, label_name, text_and_second
@@ -82,12 +80,4 @@ HEAD = HeadTask(
     make_rewrite,
     constants=_constants,
 )
-KIND = Kind(
-    functools.partial(build_head_task, HEAD),
-    head_states_loss,
-    parse_row,
-    plain_text,
-    functools.partial(predict_examples, HEAD),
-    outputs,
-    score_table,
-)
+KIND = head_kind(HEAD, parse_row, plain_text, outputs, score_table)

@@ -1,7 +1,7 @@
 """Builds tasks whose head computes outputs for each row, and predicts with them."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +14,9 @@ from gptjax.config.task import TaskConfig
 from gptjax.evaluation.predict import Predict, predict_rows
 from gptjax.model.gpt import Compute
 from gptjax.tasks.functions import with_metric
-from gptjax.tasks.heads import make_predict
-from gptjax.tasks.task import Compile, Source, Task, hash_encoded, longest
-from gptjax.text.labelled import Examples
+from gptjax.tasks.heads import head_states_loss, make_predict
+from gptjax.tasks.task import Compile, Kind, Source, StatesLoss, Task, hash_encoded, longest
+from gptjax.text.labelled import Examples, ParseRow
 from gptjax.text.tokenizers.base import Tokenizer
 
 
@@ -40,9 +40,20 @@ class HeadTask(NamedTuple):
     """Returns the leaves of the head that follow from the encoded training rows and are not trained."""
 
 
-def build_head_task(
-    head: HeadTask, config: Config, name: str, source: Source, compute: Compute, compiled: Compile
-) -> Task:
+def head_kind(
+    head: HeadTask,
+    parse_row: ParseRow,
+    plain_text: Callable[[Any], str],
+    outputs: Callable[[Any], Iterator[dict[str, Any]]],
+    report: Callable[[Any, float], str],
+    states_loss: Callable[[Config, str], StatesLoss] = head_states_loss,
+) -> Kind:
+    """Returns the functions of the task for the registry."""
+    build, predict = functools.partial(_build, head), functools.partial(_predict_examples, head)
+    return Kind(build, states_loss, parse_row, plain_text, predict, outputs, report)
+
+
+def _build(head: HeadTask, config: Config, name: str, source: Source, compute: Compute, compiled: Compile) -> Task:
     """Builds the batches and the evaluation, see `task.Kind.build`."""
     examples, tokenizer = source.examples[name], source.tokenizer
     train, validation = (head.encode(config, tokenizer, side) for side in (examples.train, examples.validation))
@@ -66,7 +77,7 @@ def build_head_task(
     )
 
 
-def predict_examples(
+def _predict_examples(
     head: HeadTask,
     config: Config,
     name: str,

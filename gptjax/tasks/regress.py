@@ -1,7 +1,6 @@
 """Regression: one or several numbers for a text or a pair of texts."""
 
 import dataclasses
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,7 @@ from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.numbers import NumberPredictions, number_report, score_numbers
 from gptjax.tasks.classify import plain_text
-from gptjax.tasks.head_task import HeadTask, build_head_task, count_note, predict_examples
-from gptjax.tasks.heads import head_states_loss
-from gptjax.tasks.task import Kind
+from gptjax.tasks.head_task import HeadTask, count_note, head_kind
 from gptjax.tasks.texts import encode_examples, make_rewrite
 from gptjax.text.formats import Row, missing_field
 from gptjax.text.labelled import Examples, Numbers, text_and_second
@@ -120,12 +117,4 @@ def _note(config: Config, examples: Examples, train: Encoded, validation: Encode
 
 
 HEAD = HeadTask(_encode, lambda config, _: len(config.task.means), _decode, score_numbers, _note, make_rewrite)
-KIND = Kind(
-    functools.partial(build_head_task, HEAD),
-    head_states_loss,
-    parse_row,
-    plain_text,
-    functools.partial(predict_examples, HEAD),
-    outputs,
-    number_report,
-)
+KIND = head_kind(HEAD, parse_row, plain_text, outputs, number_report)

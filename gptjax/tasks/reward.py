@@ -13,9 +13,8 @@ import numpy as np
 from gptjax.batches.labelled import CandidateSet, encode_rows, end_marks
 from gptjax.config.run import Config
 from gptjax.evaluation.preferences import ScorePredictions, preference_report, score_preferences
-from gptjax.tasks.head_task import HeadTask, build_head_task, count_note, predict_examples
-from gptjax.tasks.heads import head_states_loss
-from gptjax.tasks.task import Kind, longest
+from gptjax.tasks.head_task import HeadTask, count_note, head_kind
+from gptjax.tasks.task import longest
 from gptjax.text.labelled import Preference
 from gptjax.text.preferences import parse_preference, plain_text
 from gptjax.text.tokenizers.base import Tokenizer
@@ -56,12 +55,4 @@ HEAD = HeadTask(
     score_preferences,
     functools.partial(count_note, what="pairs of responses"),
 )
-KIND = Kind(
-    functools.partial(build_head_task, HEAD),
-    head_states_loss,
-    parse_preference,
-    plain_text,
-    functools.partial(predict_examples, HEAD),
-    outputs,
-    preference_report,
-)
+KIND = head_kind(HEAD, parse_preference, plain_text, outputs, preference_report)

@@ -61,7 +61,7 @@ def predict(
     compute: Compute,
     sharding: jax.sharding.Sharding,
 ) -> tuple[Predictions, float]:
-    """See `head_task.predict_examples`."""
+    """Predicts examples, see `Kind.predict`."""
     task = config.task
     words = encode_words(examples, tokenizer, task.labels, longest(config), task.lookahead)
     compiled = compiled_predict(make_predict, config.model, task, name, compute)

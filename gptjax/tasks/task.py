@@ -95,7 +95,8 @@ class Kind(NamedTuple):
     plain_text: Callable[[Any], str] = str
     """Returns the text of an example, for training a tokenizer."""
     predict: Callable[..., tuple[Any, float]] | None = None
-    """For tasks with a head: see `head_task.predict_examples`. The predictions have `cut`, a bool per example."""
+    """For tasks with a head: returns the predictions in the order of the examples, and the mean loss of those with
+    targets. The predictions have `cut`, a bool per example."""
     outputs: Callable[[Any], Iterator[dict[str, Any]]] | None = None
     """Returns the fields that `gptjax predict` adds to each row, given the predictions."""
     report: Callable[[Any, float], str] | None = None

@@ -14,15 +14,15 @@ from gptjax.text.cleaning.html import visible_text
 from gptjax.text.streams import one_line_of
 
 LARGEST_BOOK = 2**30
-"""Bytes that a book may unpack to."""
+"""Largest size of an unpacked book, in bytes."""
 
 
 def read_epub(file: io.IOBase, name: str) -> str:
-    """Returns the text of all chapters, in the order in which they are read, with an empty line between them.
+    """Returns the text of all chapters in reading order, with an empty line between them.
 
     Args:
-        file: Can seek.
-        name: Of the file.
+        file: A seekable file.
+        name: Name of the file.
 
     Raises:
         UserError: It is not an EPUB, is damaged or encrypted, or unpacks to more than `LARGEST_BOOK`.
@@ -50,20 +50,20 @@ def read_epub(file: io.IOBase, name: str) -> str:
 
 
 def read_pdf(file: io.IOBase, name: str) -> str:
-    """Returns the text of all pages, a page after another; empty: the pages are images.
+    """Returns the text of all pages; empty if the pages are images.
 
     Args:
-        file: Can seek.
-        name: Of the file.
+        file: A seekable file.
+        name: Name of the file.
 
     Raises:
-        UserError: It is no PDF, is damaged or encrypted.
+        UserError: The file is no PDF, or is damaged or encrypted.
     """
     pypdf = require("pypdf", "a PDF file", "collect")
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every small fault that it repairs
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns about every small error that it repairs
     try:
         pages = [page.extract_text() for page in pypdf.PdfReader(file).pages]
-    except Exception as error:  # of many kinds: a PDF is a program
+    except Exception as error:  # pypdf raises many kinds of errors
         raise UserError(f"{name}: not a PDF that can be read: {one_line_of(error)}") from None
     return "\n".join(page.encode("utf-8", "replace").decode() for page in pages)
 

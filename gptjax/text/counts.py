@@ -6,12 +6,12 @@ from gptjax.config.clean import PERSONAL_DATA
 from gptjax.text.cleaning.quality import LIMITS
 
 COUNTED = {
-    "unknown_files": "files of other kinds passed over",
+    "unknown_files": "files of other kinds ignored",
     "unreadable_files": "files that could not be read to their end",
-    "other_pages": "pages passed over: redirects, or of other namespaces",
-    "vendored_files": "vendored or generated files passed over",
-    "binary_files": "binary files passed over",
-    "other_records": "records passed over: no page, or stored compressed",
+    "other_pages": "pages left out: redirects, or of other namespaces",
+    "vendored_files": "vendored or generated files left out",
+    "binary_files": "binary files left out",
+    "other_records": "records left out: no page, or compressed or chunked",
     "invalid_utf8_skipped": "left out: not UTF-8",
     "invalid_utf8_replaced": "with bytes replaced that are not UTF-8",
     "empty": "left out: empty",

@@ -37,7 +37,7 @@ COLLECTIONS = (".mbox", ".warc", ".wet")
 ENDINGS = TEXT_ENDINGS + ROW_ENDINGS + COLLECTIONS
 BOOKS = {".epub": read_epub, ".pdf": read_pdf}
 NAMED_ENDINGS = (".xml", *BOOKS)
-"""Read where a file or a pattern names them; inside folders they are passed over."""
+"""Endings of files that are read only if a path or a pattern names them, not inside folders."""
 
 Columns = Sequence[str] | None
 """The fields of a row that are read and checked; None: all."""
@@ -314,7 +314,7 @@ def _first_duplicate(names: Sequence[str]) -> str | None:
 
 
 def _check_columns(names: Sequence[str], where: str, columns: Columns) -> None:
-    """Refuses a table with two columns of one name, or without one that is needed."""
+    """Checks that a table has no two columns of one name, and that it has the required ones."""
     if (twice := _first_duplicate(names)) is not None:
         places = " and ".join(str(place) for place, name in enumerate(names, 1) if name == twice)
         raise UserError(f"{where}: column {twice!r} is there twice (columns {places}); rename one of the two")

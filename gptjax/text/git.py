@@ -1,4 +1,4 @@
-"""Git repositories → the text files of their HEAD. The program `git` reads them; nothing of them is run."""
+"""Git repositories → the text files of their HEAD. The program `git` reads them; no code of a repository is run."""
 
 import re
 import subprocess
@@ -10,14 +10,14 @@ from typing import NamedTuple
 from gptjax.errors import UserError
 
 PREFIX = "git:"
-"""Of an entry of data.path that names a repository: git:FOLDER."""
+"""Prefix of an entry of data.path that names a repository: git:FOLDER."""
 _BINARY_BYTES = 8000
-"""A file with a NUL among so many first bytes is binary, as git itself decides."""
+"""A file with a NUL in this many first bytes is binary, as in git."""
 _VENDORED = re.compile(
     r"(^|/)(vendor|vendors|node_modules|bower_components|third[_-]?party|external|externals|dist|deps|_vendor|Godeps)/"
     r"|\.min\.(js|css)$|(^|/)(package-lock\.json|yarn\.lock|Cargo\.lock|poetry\.lock|go\.sum)$|-?\.bundle\.js$"
 )
-"""Other people's code and generated files, after the list of GitHub's linguist (lib/linguist/vendor.yml)."""
+"""Vendored and generated files, from the list of GitHub's linguist (lib/linguist/vendor.yml)."""
 
 
 class Repository(NamedTuple):
@@ -48,10 +48,10 @@ def read_repository(
     """Yields `(text, where)` of each file of the commit, in git's order.
 
     Args:
-        repository: As `find_repositories` returns it.
-        endings: Of the files to read, such as ".py"; none: all.
-        decode: Decodes UTF-8 by the policy `data.invalid_utf8`; None: leave the file out.
-        counts: Gets "unknown_files" (of other endings, links, submodules), "vendored_files" and "binary_files".
+        repository: Result of `find_repositories`.
+        endings: Endings of files to read, such as ".py"; empty: all.
+        decode: Decodes UTF-8 by the policy `data.invalid_utf8`; returns None to leave the file out.
+        counts: Incremented at "unknown_files" (other endings, links, submodules), "vendored_files" and "binary_files".
 
     Raises:
         UserError: git fails.
@@ -88,7 +88,7 @@ def read_repository(
 
 
 def _command(folder: Path, *words: str) -> list[str]:
-    # Programs that a repository's own configuration names are not started.
+    # Do not start programs that the repository's configuration names.
     return ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-C", str(folder), *words]
 
 

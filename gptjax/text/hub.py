@@ -48,7 +48,7 @@ def parse_spec(spec: str) -> tuple[str, str | None, str]:
 
 
 def _check_folder(folder: Path, where: str) -> None:
-    """Refuses a folder that is another one than its name says, or that holds links to files elsewhere."""
+    """Checks that a folder is no link to another folder, and contains no links to files outside it."""
     root = Path(os.path.realpath(folder))
     if not folder.is_absolute() and not root.is_relative_to(Path.cwd().resolve()):
         raise UserError(f"{where}: a link that leads out of the working folder, to {root}; give the folder's full path")

@@ -21,13 +21,13 @@ _SHORTEST_SECRET = 4
 
 @dataclasses.dataclass(frozen=True)
 class RemoteFile:
-    """A file behind an address; it has what readers use of a `Path`."""
+    """A file at an address, with the methods of `Path` that readers use."""
 
     address: str
     size: int
     """Bytes."""
     version: str
-    """Changes when the file does."""
+    """Version of the file: it changes if the file changes."""
 
     def __str__(self) -> str:
         return self.address
@@ -75,12 +75,12 @@ def file_identity(file: File) -> tuple[str, int, int | str]:
 
 
 def find_remote(address: str, option: str) -> Iterator[RemoteFile]:
-    """Yields the files that an address names: a file, what is below a folder, or the matches of a pattern.
+    """Yields the files of an address: a file, all files below a folder, or the matches of a pattern.
 
-    Hidden files below a folder or among the matches are passed over.
+    Hidden files in folders or among the matches are ignored.
 
     Raises:
-        UserError: Nothing is there, or it cannot be listed.
+        UserError: There is no such file, or the folder cannot be listed.
     """
     try:
         system, path = _file_system(address)
@@ -138,7 +138,7 @@ def _file_system(address: str) -> tuple[Any, str]:
         raise UserError(f"{address}: needs the library fsspec: pip install 'gptjax[fsspec]'") from None
     try:
         return url_to_fs(address)
-    except (ImportError, ValueError) as error:  # the protocol's own library is missing, or nobody knows the protocol
+    except (ImportError, ValueError) as error:  # the protocol's library is missing, or the protocol is unknown
         raise UserError(f"{address}: {redact(error)}") from None
 
 

@@ -27,7 +27,7 @@ _NOT_STDLIB = {
     *("encodings", "pydoc_data"),  # tables of characters and help texts, no code: a quarter of the bytes
 }
 _LIBRARIES = {".xml": "mwparserfromhell", ".pdf": "pypdf", ".epub": "selectolax"}
-"""What makes text of a kind of file: another version can make another text."""
+"""Libraries that extract text from each kind of file. Their versions are part of the fingerprint."""
 
 
 def read_documents(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:

@@ -22,7 +22,7 @@ MAKERS: dict[str, Callable[[TokenizerConfig, Documents, Report], Tokenizer]] = {
     "bpe": lambda config, documents, report: train_byte_pair(config, documents(), report),
     "wordpiece": lambda config, documents, report: train_word_pieces(config, documents(), report),
 }
-"""How the tokenizer of each `tokenizer.kind` is made."""
+"""Functions that make the tokenizer of each `tokenizer.kind`."""
 READERS: dict[str, Callable[[dict], Tokenizer]] = {
     "bytes": ByteTokenizer.from_dict,
     "chars": CharTokenizer.from_dict,
@@ -31,7 +31,7 @@ READERS: dict[str, Callable[[dict], Tokenizer]] = {
     "library": LibraryTokenizer.from_dict,
     "extended": lambda content: ExtendedTokenizer.from_dict(content, _read),
 }
-"""How each kind of saved tokenizer is read."""
+"""Functions that read each kind of saved tokenizer."""
 
 
 def make_tokenizer(config: TokenizerConfig, documents: Documents, report: Report = print) -> Tokenizer:

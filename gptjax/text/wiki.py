@@ -14,7 +14,7 @@ from gptjax.text.cleaning.extra import require
 
 _NOT_PROSE = {"ref", "references", "table", "gallery", "math", "timeline", "score", "syntaxhighlight", "imagemap"}
 _FILE, _CATEGORY = "6", "14"
-"""Keys of the namespaces whose links show no text in an article."""
+"""Keys of the namespaces whose links have no visible text in an article."""
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 
@@ -25,11 +25,11 @@ def read_mediawiki(file: io.BufferedReader, name: str, counts: Counter[str]) -> 
 
     Args:
         file: The XML, decompressed.
-        name: Of the file.
-        counts: Gets "other_pages": redirects and pages of other namespaces than that of articles.
+        name: Name of the file.
+        counts: Incremented at "other_pages" for redirects and pages of other namespaces than that of articles.
 
     Raises:
-        UserError: It is not a dump of MediaWiki, or not complete.
+        UserError: The file is no MediaWiki dump, or is incomplete.
     """
     require("mwparserfromhell", "a MediaWiki dump", "collect")
     hidden = {"file", "image", "category"}
@@ -52,7 +52,7 @@ def read_mediawiki(file: io.BufferedReader, name: str, counts: Counter[str]) -> 
             else:
                 markup = fields["text"].text if "text" in fields else ""
                 yield f"{title}\n\n{wikitext_to_text(markup or '', frozenset(hidden))}".strip(), f"{name}:{title}"
-            root.clear()  # else the whole dump stays in memory
+            root.clear()  # otherwise the whole dump stays in memory
     except ElementTree.ParseError as error:
         raise UserError(f"{name}: not valid XML: {error} (is the file truncated?)") from None
 
@@ -62,7 +62,7 @@ def wikitext_to_text(markup: str, hidden: frozenset[str]) -> str:
 
     Args:
         markup: Wikitext.
-        hidden: Namespaces, in lower case, whose links are removed whole.
+        hidden: Namespaces, in lower case, whose links are removed completely.
     """
     code = require("mwparserfromhell", "a MediaWiki dump", "collect").parse(markup)
     for tag in code.filter_tags(matches=lambda node: str(node.tag).strip().lower() in _NOT_PROSE):
@@ -76,7 +76,7 @@ def wikitext_to_text(markup: str, hidden: frozenset[str]) -> str:
 def _remove(code, node) -> None:
     try:
         code.remove(node)
-    except ValueError:  # it was inside one that is removed already
+    except ValueError:  # it was inside a node that is already removed
         return
 
 

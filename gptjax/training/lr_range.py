@@ -26,7 +26,7 @@ DIVERGED = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """What the losses say."""
+    """The result of a range test."""
 
     steepest: float
     """Rate at which the smoothed loss falls fastest per step."""

@@ -62,7 +62,7 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
     "muon": _muon,
     "schedule_free": _schedule_free_adam,
 }
-"""By `optim.name`: what turns gradients into updates, before decay and learning rate."""
+"""By `optim.name`: transforms gradients to updates, before weight decay and learning rate."""
 
 
 def in_block_matrix(path: tuple) -> bool:

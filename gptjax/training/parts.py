@@ -1,4 +1,4 @@
-"""What a run consists of."""
+"""The parts of a run."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ from gptjax.training.resolve import tokens_per_step
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Everything that a run consists of."""
+    """The parts of a run."""
 
     config: Config
     run_dir: Path
@@ -35,7 +35,7 @@ class Parts:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in a batch; on average, where batches differ."""
+        """Number of tokens in a batch, averaged if batches differ."""
         return tokens_per_step(self.config, self.task)
 
     def tokens_before(self, step: int) -> int:

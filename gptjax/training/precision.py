@@ -1,4 +1,4 @@
-"""Which precision a machine computes in, and a dynamic loss scale for float16, whose gradients would underflow
+"""Chooses the compute dtype of a machine; dynamic loss scale for float16, whose gradients would otherwise underflow
 (arXiv:1710.03740, section 3.2)."""
 
 import dataclasses
@@ -16,7 +16,7 @@ GROW_AFTER = 1000  # finite steps in a row before the scale doubles
 def compute_dtype(
     chosen: Literal["auto", "float32", "bfloat16", "float16"],
 ) -> Literal["float32", "bfloat16", "float16"]:
-    """Returns what "auto" stands for on this machine; others stand for themselves.
+    """Resolves "auto" for this machine; returns other values unchanged.
 
     A processor without such instructions takes 1.4 times as long in bfloat16 as in float32 (docs/performance.md).
     """

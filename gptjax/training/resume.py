@@ -1,4 +1,4 @@
-"""What a run keeps between its processes, and whether it may go on where an earlier one stopped."""
+"""State of a run that is kept between its processes, and checks before it resumes."""
 
 import dataclasses
 import math
@@ -30,14 +30,14 @@ RESUMABLE = (
     *("finetune.layer_decay", "finetune.head_learning_rate"),
 )
 DATA_FIELDS = ("data.", "sources", "mixture_temperature", "train.batch_size")
-"""Fields that may change too where train.allow_data_change says so."""
+"""Fields that may also change with train.allow_data_change."""
 EXTEND = ("continue", "restart", "stretch")
 """The values of `optim.extend`."""
 
 
 @dataclasses.dataclass
 class Loop:
-    """What the loop knows besides the train state; it is stored in the checkpoint."""
+    """State of the loop besides the train state; it is stored in the checkpoint."""
 
     best_loss: float = math.inf
     """Validation loss of the best evaluation."""
@@ -45,7 +45,7 @@ class Loop:
     best_score: float | None = None
     """Score of the best evaluation, by `best_by`; None: there was none, or `best_by` is the loss."""
     best_by: str = "loss"
-    """As `train.best_by` was."""
+    """The value of `train.best_by` for these scores."""
     measured_on: str = ""
     """Identity of the validation data; empty: unknown."""
     evaluation_pending: bool = False
@@ -65,7 +65,7 @@ class Loop:
 
 
 def check_run_dir(config: Config, run_dir: Path) -> None:
-    """Refuses to resume a run with a config that has another meaning."""
+    """Checks that a run does not resume with a config that changes its meaning."""
     if not (run_dir / CONFIG_FILE).exists():
         return
     changed = differing_fields(load_config(run_dir / CONFIG_FILE), config)

@@ -97,4 +97,4 @@ DECAYS: dict[str, Callable[[Point], jax.Array]] = {
     "inverse_sqrt": lambda at: at.start * jnp.sqrt(at.peak_step / (at.update + 1.0)),
     "constant": lambda at: at.start,
 }
-"""By `optim.schedule`: the learning rate after warm-up."""
+"""The learning rate after warm-up, by `optim.schedule`."""

@@ -90,7 +90,7 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
 
 
 def why_finished(parts: Parts, step: int, loop: Loop) -> str:
-    """Says why a run has no steps to train; empty: it has."""
+    """The reason why a run has no steps to train; empty if it has some."""
     train = parts.config.train
     if step >= train.num_steps:
         return (

@@ -35,29 +35,29 @@ Metrics = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes, hence all that a checkpoint must hold."""
+    """Everything that a step changes, and therefore everything that a checkpoint must contain."""
 
     step: jax.Array
-    """Batches seen, int32."""
+    """Number of batches, int32."""
     skipped: jax.Array
-    """Of those, how many made no update because their gradient was not finite or a spike, int32."""
+    """Number of batches without an update, because their gradient was not finite or a spike, int32."""
     params: dict
-    """Those that learn."""
+    """Trainable parameters."""
     opt_state: Any
     loss_scale: LossScale | None
     """Only for float16."""
     ema: dict | None
     """Average of the parameters over steps, where the config asks for it, or the iterates' of schedule_free."""
     watch: Watch
-    """What tells a spike."""
+    """Statistics for spike detection."""
     frozen: dict
-    """Parameters that stay as they are."""
+    """Frozen parameters."""
     noise: Noise | None = None
     """Only where the config asks for the noise scale."""
 
 
 def init_state(config: Config, given: dict | None = None) -> TrainState:
-    """Draws a state from `config.seed`; parameters that are given are not drawn."""
+    """Initializes a state from `config.seed`; parameters in `given` are used as they are."""
     params, frozen = init_split(config, given)
     return TrainState(
         step=jnp.int32(0),
@@ -207,7 +207,7 @@ def make_gradient_norms(
 
 
 def compute_options(config: Config) -> Compute:
-    """How the config wants the model computed."""
+    """The options of the forward pass in the config."""
     return Compute(compute_dtype(config.train.compute_dtype), config.train.remat, config.train.unroll)
 
 

@@ -1,1 +1,1 @@
-"""One file a command: what `cli.py` calls once it has read the arguments. Each can be called from Python."""
+"""One file per command. `cli.py` parses the arguments and calls them; they can also be called from Python."""

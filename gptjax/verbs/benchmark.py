@@ -36,10 +36,11 @@ def measure_benchmark(
     notify: Notify,
     progress: Callable[[int, str], None],
 ) -> list[str]:
-    """Measures a run on each source and on all of them together; returns the lines to print.
+    """Measures a run on each source and on all sources together; returns the lines to print.
 
     Raises:
-        UserError: The run does not predict text from left to right, a row is wrong, or there are too few examples.
+        UserError: The run does not predict text from left to right, a row is invalid, or there are too few rows for the
+            few-shot examples.
     """
     check_likelihood(run.config, options.run_dir)
     if options.text_scores:

@@ -12,15 +12,15 @@ from gptjax.report.progress import notify
 from gptjax.serving.conversation import Conversation
 from gptjax.verbs.sample import load_draft
 
-HELP = """/reset        forget what was said
-/system TEXT  start anew with a system message
+HELP = """/reset        delete the conversation
+/system TEXT  start a new conversation with this system message
 /save FILE    write the messages as a row of JSONL
 /exit         end, as Ctrl-D does
 Ctrl-C ends an answer."""
 
 
 def run_chat(config: ChatConfig) -> int:
-    """Reads messages from the terminal or standard input, and prints answers as they are written."""
+    """Reads messages from the terminal or standard input, and streams the answers to standard output."""
     compile_cache.start()
     run = load_run(Path(config.run_dir).expanduser(), config.checkpoint, config.strict, notify, config.base)
     draft = None if run.tokenizer is None else load_draft(config, run.tokenizer)
@@ -39,7 +39,7 @@ def run_chat(config: ChatConfig) -> int:
 
 
 def _command(conversation: Conversation, line: str) -> bool:
-    """Does what a line asks for; returns whether to go on."""
+    """Executes a line; returns whether to continue."""
     word, _, rest = line.strip().partition(" ")
     if word == "/exit":
         return False
@@ -81,7 +81,7 @@ def _answer(conversation: Conversation, line: str) -> None:
 
 
 def _reader() -> Callable[[], str | None]:
-    """A function that returns the next line, None at the end: with history and editing on a terminal."""
+    """A function that returns the next line, or None at the end. On a terminal it has history and editing."""
     if not sys.stdin.isatty():
         lines = iter(sys.stdin.readline, "")
         return lambda: next((line.removesuffix("\n") for line in lines), None)

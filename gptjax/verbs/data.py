@@ -1,4 +1,4 @@
-"""`gptjax data`: which documents a step trains on, and which ones a model finds hard or easy."""
+"""`gptjax data`: the documents of a step, and the validation documents with the highest and lowest loss."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -40,7 +40,7 @@ class Ranked(NamedTuple):
 
 
 def run_data(run_dir: str, options: DataVerbConfig) -> int:
-    """Prints what `step_lines` or `rank_documents` find."""
+    """Prints the results of `step_lines` or `rank_documents`."""
     folder = Path(run_dir).expanduser()
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE})")
@@ -61,15 +61,15 @@ def run_data(run_dir: str, options: DataVerbConfig) -> int:
 
 
 def step_lines(config: Config, run_dir: Path, step: int) -> list[str]:
-    """Returns a line for each sequence of a step and one for each document in it, with its place and hash.
+    """Returns a line for each sequence of a step, and a line for each document in it with its origin and hash.
 
     Args:
-        config: Of a run that pretrains.
-        run_dir: Of the run; holds its tokenizer.
+        config: Config of a run with task.kind=pretrain.
+        run_dir: The run directory, which contains the tokenizer.
         step: From 1, as in `metrics.jsonl`.
 
     Raises:
-        UserError: The data is not there any more, or was prepared without the places of documents.
+        UserError: The data no longer exists, or was prepared without a list of origins.
     """
     prepared, B = _prepared(config, run_dir), config.train.batch_size
     across, T = config.data.attend_across_documents, config.model.block_size
@@ -99,12 +99,12 @@ def step_lines(config: Config, run_dir: Path, step: int) -> list[str]:
 
 
 def rank_documents(config: Config, run_dir: Path, options: DataVerbConfig) -> list[Ranked]:
-    """Returns validation documents by their loss per token, the highest first.
+    """Returns validation documents ordered by loss per token, the highest first.
 
     Each document is measured alone, on at most `model.block_size` tokens after its end-of-text.
 
     Raises:
-        UserError: The run has no checkpoint, or its data is not there any more.
+        UserError: The run has no checkpoint, or its data no longer exists.
     """
     run = load_run(run_dir, options.checkpoint, options.strict, notify, options.base)
     eval_step, T = jax.jit(make_eval_step(run.config.model, compute_options(run.config))), config.model.block_size
@@ -119,7 +119,7 @@ def rank_documents(config: Config, run_dir: Path, options: DataVerbConfig) -> li
         for number in numbers:
             start, stop = starts[number], starts[number + 1]
             batch = read_windows(split, [start], T, True)
-            batch.targets[:, max(0, stop - start - 1) :] = -1  # what follows is not the document's
+            batch.targets[:, max(0, stop - start - 1) :] = -1  # later targets do not belong to the document
             nll, targets = eval_step(run.params, batch)
             if targets:
                 text = " ".join(one.tokenizer.decode(split.slice(start + 1, min(stop, start + _SHOWN))).split())
@@ -130,7 +130,7 @@ def rank_documents(config: Config, run_dir: Path, options: DataVerbConfig) -> li
 
 
 def _prepared(config: Config, run_dir: Path) -> Mapping[str, Prepared]:
-    """The run's prepared data by source; that of a run with one source has an empty name."""
+    """The run's prepared data by source; the name of a single source is empty."""
     if config.task.objective.rearranges:
         raise UserError(
             f"{run_dir}: task.objective.kind={config.task.objective.kind} rearranges text; data shows others"

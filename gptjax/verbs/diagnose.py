@@ -31,16 +31,16 @@ from gptjax.text.tokenizers.base import Tokenizer
 from gptjax.training.step import compute_options
 
 COUNTED_TOKENS = 50_000_000
-"""Tokens at the start of the training text in which frequencies are counted."""
+"""Token frequencies are counted in this many tokens at the start of the training text."""
 GRAM = 4
 SAMPLES = 8
 
 
 def run_diagnose(run_dir: str, options: DiagnoseConfig) -> int:
-    """Prints where a run's loss on its own validation text comes from.
+    """Prints the parts of a run's loss on its own validation text.
 
     Raises:
-        UserError: The run did not learn text, or its data cannot be read.
+        UserError: The run was not trained on text, or its data cannot be read.
     """
     compile_cache.start()
     run = load_run(Path(run_dir).expanduser(), options.checkpoint, options.strict, notify, options.base)
@@ -79,7 +79,7 @@ def _counts(split: TokenSplit, vocab_size: int) -> np.ndarray:
 
 
 def _print_repetition(run, tokenizer: Tokenizer, validation: TokenSplit, length: int) -> None:
-    """Compares the model's own texts with validation text of the same length."""
+    """Compares repetition in samples with that in validation text of the same length."""
     options = SampleConfig(num_samples=SAMPLES, max_new_tokens=length, seed=0, ignore_end_of_text=True)
     prompt = run.config.train.sample_prompt
     [texts] = sample_texts(run.config.model, run.params, tokenizer, [prompt], options, notify=notify)

@@ -44,7 +44,7 @@ def run_doctor(options: DoctorConfig) -> int:
 
 
 def examine(options: DoctorConfig, print_line: Callable[[str], object] = print) -> bool:
-    """Describes the machine and verifies the paths of `options.check`; returns whether nothing is damaged.
+    """Describes the machine and verifies the paths of `options.check`; returns True if nothing is damaged.
 
     Args:
         options: Config files, run directories and folders of prepared data to verify.
@@ -121,7 +121,7 @@ def _check_checkpoint(folder: Path) -> str:
 
 
 def _check_data_of(config: Config, run_dir: Path | None = None) -> str:
-    """Verifies the prepared data of a config, if there are any."""
+    """Verifies the prepared data of a config, if it exists."""
     run_dir = run_dir or Path(config.run_dir).expanduser()
     if config.sources:
         n = len(config.sources)

@@ -1,4 +1,4 @@
-"""`gptjax embed`: a vector for each row of a file."""
+"""`gptjax embed`: writes an embedding for each row of a file."""
 
 import itertools
 import json
@@ -24,24 +24,24 @@ from gptjax.text.rows import read_rows, text_field
 from gptjax.verbs.output_rows import renamed, without_nan
 
 CHUNK = 1024
-"""Rows in memory at a time."""
+"""Number of rows in memory at a time."""
 OUTPUT = "embedding"
 Batch = tuple[list[Row], np.ndarray]
-"""Rows and their vectors, float32 `[rows, n_embd]`."""
+"""Rows and their embeddings, float32 `[rows, n_embd]`."""
 
 
 def run_embed(options: EmbedConfig) -> int:
-    """Writes vectors, and prints how many."""
+    """Writes embeddings, and prints their number."""
     compile_cache.start()
     print(f"{options.out}: {embed_rows(options, notify):,} vectors")
     return 0
 
 
 def embed_rows(options: EmbedConfig, notify: Callable[[str], None] = print) -> int:
-    """Writes a vector for each row, in the order of the input, to a file that is complete or not there.
+    """Writes an embedding for each row, in input order; the file is written atomically.
 
     Returns:
-        How many.
+        The number of embeddings.
 
     Raises:
         UserError: The run has no tokenizer or no such layer, a row has no text, or the file cannot be written.
@@ -108,7 +108,7 @@ def _write_jsonl(batches: Iterable[Batch], file: IO[bytes], counts: Counter[str]
 
 
 def _write_npy(batches: Iterable[Batch], file: IO[bytes], counts: Counter[str]) -> int:
-    """Vectors alone, `[rows, n_embd]`."""
+    """Writes only the embeddings, `[rows, n_embd]`."""
     del counts
     found = [vectors_ED for _, vectors_ED in batches]
     if not found:

@@ -58,11 +58,11 @@ from gptjax.verbs.benchmark import measure_benchmark
 from gptjax.verbs.generated import GENERATING, measure_generated
 
 CLEANING = ("text_field", "invalid_utf8", "unicode", "newlines", "attend_across_documents")
-"""Options of data that another text inherits from the run, where they are not set for it."""
+"""Options of data that another text takes from the run, unless they are set."""
 SILENCE = 10.0
-"""Seconds between two lines of progress."""
+"""Seconds between two progress lines."""
 SPANS = 2**12
-"""Sliding windows that are made at once."""
+"""Number of sliding windows that are made at once."""
 Notify = Callable[[str], None]
 
 
@@ -73,7 +73,7 @@ class Measured(NamedTuple):
     text: WholeText
     nll: float
     targets: float
-    """Targets in the windows that were measured."""
+    """Number of targets in the measured windows."""
     objective: ObjectiveConfig
 
     @property
@@ -83,7 +83,7 @@ class Measured(NamedTuple):
 
     @property
     def sizes(self) -> str:
-        """Documents, tokens and bytes, and how much of it was measured."""
+        """Documents, tokens and bytes, and the measured share."""
         split, counts = self.text.split, self.text.counts
         documents = f"{split.n_documents:,} document{'s' * (split.n_documents != 1)}"
         missing = "".join(f", {text}" for text in counted(counts))
@@ -98,13 +98,13 @@ def run_evaluate(options: EvaluateConfig) -> int:
 
 
 def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
-    """Measures a run on the validation split of its own data, or on all of the data that `options.data` names.
+    """Measures a run on the validation split of its own data, or on all data of `options.data`.
 
     `notify` is called with one line for each damaged checkpoint, and while a long evaluation runs.
 
     Returns:
-        Loss, perplexity and bits per byte of text; for labels their scores as a table. For data of `options.data`
-        also its size, the checkpoint, and a line for each of several paths.
+        Loss, perplexity and bits per byte of text, or a table of scores of labels. For `options.data` also the size of
+        the data, the checkpoint, and a line for each path if there are several.
 
     Raises:
         UserError: The run does not exist, or its data cannot be read.
@@ -207,7 +207,7 @@ def _sum_loss(
         raise UserError(f"stride={options.stride} has no effect: task.objective.kind={objective.kind} rearranges text")
     if not options.stride:
         sizes = model.block_size, options.windows, options.batch_size
-        assert run.tokenizer is not None  # text cannot be measured without
+        assert run.tokenizer is not None  # the caller requires a tokenizer for text
         batches = text_batches(objective, run.tokenizer, split, *sizes, across)
         return sum_loss(_eval_step(run), run.params, _with_progress(batches, name, notify), _device())
     if options.stride > model.block_size:
@@ -234,14 +234,14 @@ def _total(measured: Sequence[Measured]) -> Evaluation:
 def _evaluate_own_text(
     run: LoadedRun, tokenizer: Tokenizer, options: EvaluateConfig, notify: Notify
 ) -> Evaluation | MixtureEvaluation:
-    """The loss of the run's objective on its validation text; of a run with labels, that of the run it started from."""
+    """The loss of the run's objective on its validation text. A run with labels uses the text of its base run."""
     owner = _text_owner(run.config)
     if owner.task.kind != "pretrain":
         raise UserError(f"{options.run_dir}: started from no run with text of its own; give --data.path")
     if owner.sources:
         return _evaluate_own_sources(run, owner, tokenizer, options, notify)
     cache = Path(owner.cache_dir).expanduser()
-    override = tokenizer if owner.init_from else None  # as the run itself was prepared
+    override = tokenizer if owner.init_from else None  # the data of such a run was prepared with the base's tokenizer
     prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=override)
     special = owner.task.objective.special_tokens
     if with_special_tokens(prepared.tokenizer, special).fingerprint != tokenizer.fingerprint:
@@ -255,17 +255,17 @@ def _evaluate_own_text(
 
 
 def _text_owner(config: Config) -> Config:
-    """The run that learned from text: this one, or one that it started from."""
+    """The config of the run that was trained on text: this run, or one of its base runs."""
     while config.task.kind != "pretrain" and config.init_from:
         config = load_config(Path(config.init_from).expanduser() / CONFIG_FILE)
     return config
 
 
 def _text_objective(config: Config, where: str) -> ObjectiveConfig:
-    """What a run is measured by on text: the next token, unless it learned another objective.
+    """The objective to measure a run on text: the next token, unless it was trained with another objective.
 
     Raises:
-        UserError: Its attention is bidirectional, and no objective is known that it learned.
+        UserError: The model is bidirectional, and its objective is unknown.
     """
     objective = _text_owner(config).task.objective if config.model.bidirectional else config.task.objective
     if config.model.bidirectional and objective.kind != "masked":
@@ -327,7 +327,7 @@ def _evaluate_preferences(run: LoadedRun, tokenizer: Tokenizer, options: Evaluat
 
 
 def _concatenated(parts: Sequence[Any]) -> Any:
-    """The predictions of several files as those of one; arrays of fewer columns get columns of zeros."""
+    """Concatenates the predictions of several files. Arrays with fewer columns are padded with zeros."""
 
     if isinstance(parts[0], Predictions) and len({part.labels for part in parts}) > 1:  # tags unseen in training
         labels = tuple(dict.fromkeys(label for part in parts for label in part.labels))
@@ -388,7 +388,7 @@ def one_task(run: LoadedRun, part: str, where: str) -> tuple[LoadedRun, str]:
 
 
 def predict_labels(run: LoadedRun, name: str, examples: list, batch_size: int) -> tuple[Any, float]:
-    """The predictions of head `name` of a run for examples, and the mean loss where the truth is known."""
+    """Predicts examples with head `name` of a run; also returns the mean loss of examples with targets."""
     config, task, tokenizer = run.config, run.config.task, run.tokenizer
     assert tokenizer is not None  # labelled tasks always have one
     predict = TASKS[task.kind].predict
@@ -397,7 +397,7 @@ def predict_labels(run: LoadedRun, name: str, examples: list, batch_size: int) -
 
 
 def _examples(config: Config, data: DataConfig | None) -> list:
-    """The examples of `data`; None: those that the run is validated on."""
+    """The examples of `data`; None: the run's validation examples."""
     if data is None:
         return read_examples(config.task, config.data).validation
     counts: Counter[str] = Counter()
@@ -417,7 +417,7 @@ def _examples(config: Config, data: DataConfig | None) -> list:
 
 
 def _sources(options: EvaluateConfig) -> list[tuple[str, DataConfig]]:
-    """Each path that was given, or the one other source, with its name."""
+    """Each path of `data.path`, or the other source, with its name."""
     data = options.data
     if not data.path:
         return [(data.source or data.hf_dataset, data)]
@@ -435,7 +435,7 @@ def _checkpoint_line(run: LoadedRun, options: EvaluateConfig) -> str:
 
 
 def _overlap_line(config: Config, measured: Sequence[Measured]) -> str:
-    """Says how many documents are also in the text that the run, or one that it started from, was trained on."""
+    """A line with the number of documents that are also in the training text of the run or its base runs."""
     given, own, known = frozenset().union(*(one.text.documents for one in measured)), frozenset(), True
     while True:
         if config.task.kind == "pretrain":
@@ -450,7 +450,7 @@ def _overlap_line(config: Config, measured: Sequence[Measured]) -> str:
     if shared:
         return f"own text    {shared:,} of {total:,} distinct documents are in the text of the run (both splits)"
     if not known:
-        return "own text    not compared: the text of the run is not at hand, or too large to be read again"
+        return "own text    not compared: the text of the run is missing, or too large to be read again"
     return f"own text    differs: none of {total:,} distinct documents is in the text of the run"
 
 

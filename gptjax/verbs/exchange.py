@@ -8,7 +8,7 @@ from gptjax.report.progress import notify
 
 
 def run_import(source: str, config: ImportConfig) -> int:
-    """Makes a run directory of a Hugging Face model folder or a GGUF file."""
+    """Creates a run directory from a Hugging Face model folder, a GGUF file or a PEFT folder."""
     run_dir = Path(config.to).expanduser()
     model = import_run(Path(source).expanduser(), run_dir, config.tokenizer, notify, config.base).model
     print(f"{run_dir}: {model.n_layer} layers, {model.n_embd} wide, vocabulary {model.vocab_size:,}")

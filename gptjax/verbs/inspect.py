@@ -15,11 +15,11 @@ from gptjax.text.unicode import has_surrogate
 
 PAGE_FILE = "inspect.html"
 MOST_TOKENS = 512
-"""Tokens of a text; the page holds a number for every pair of tokens and every head."""
+"""Largest number of tokens: the page contains a number for every pair of tokens and every head."""
 
 
 def run_inspect(run_dir: str, options: InspectConfig) -> int:
-    """Writes a page about what a run's model does with a text; prints where it is.
+    """Writes an HTML page with the activations of a run's model for a text, and prints its path.
 
     Raises:
         UserError: The run has no tokenizer, does not predict text from left to right, or the text is too long or short.

@@ -35,7 +35,7 @@ def run_lr_find(config: Config, options: LrFindConfig) -> int:
 
 
 def describe(found: Suggestion, config: Config) -> list[str]:
-    """What was found, as lines."""
+    """The result as log lines."""
     end = "did not rise up to the last rate" if found.diverged is None else f"rose above rate {found.diverged:.1e}"
     return [
         f"loss        falls fastest at rate {found.steepest:.1e}, is lowest at {found.lowest:.1e}, {end}",

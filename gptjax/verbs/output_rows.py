@@ -1,4 +1,4 @@
-"""Rows of JSONL that verbs write: the fields of the input, and what was found for each."""
+"""Writes rows of JSONL: the fields of the input rows and the results of a verb."""
 
 import json
 import math
@@ -17,10 +17,10 @@ FLUSH_EVERY = 1024
 
 
 def renamed(row: Row, outputs: Sequence[str], counts: Counter[str]) -> dict[str, Any]:
-    """The row's values, under names that the outputs do not have; `counts` gets "renamed".
+    """Renames fields of a row that have the name of an output to `input.NAME`; `counts` is incremented at "renamed".
 
     Raises:
-        UserError: It has both a name of an output and what that would become.
+        UserError: The row already has a field of the new name.
     """
     clash = [name for name in outputs if name in row.values]
     if not clash:
@@ -34,10 +34,10 @@ def renamed(row: Row, outputs: Sequence[str], counts: Counter[str]) -> dict[str,
 
 
 def write_file(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    """Writes rows as JSONL to a file that is complete or not there; returns how many.
+    """Writes rows as JSONL to a file, atomically; returns their number.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
     temporary = temporary_name(path)
     try:
@@ -54,7 +54,7 @@ def write_file(rows: Iterable[dict[str, Any]], path: Path) -> int:
 
 
 def write_rows(rows: Iterable[dict[str, Any]], file: TextIO) -> int:
-    """Writes rows as JSONL, NaN as null; returns how many."""
+    """Writes rows as JSONL, with null for NaN; returns their number."""
     count = 0
     for count, row in enumerate(rows, 1):
         file.write(json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
@@ -65,7 +65,7 @@ def write_rows(rows: Iterable[dict[str, Any]], file: TextIO) -> int:
 
 
 def without_nan(value: Any) -> Any:
-    """Nested plain values with None in place of NaN and infinity, which JSON does not have."""
+    """Replaces NaN and infinity in nested values by None, because JSON does not have them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (list, tuple)):

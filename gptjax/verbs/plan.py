@@ -11,7 +11,7 @@ from gptjax.report.progress import notify
 
 
 def run_plan(config: Config, options: PlanConfig) -> int:
-    """Prints the memory, communication and time that a run needs on other machines."""
+    """Prints the memory, communication and time of a run on other devices."""
     compile_cache.start(config.cache_dir)
     compile_cache.pretend_devices(options.devices)
     given, suggested = plan_run(config, options, notify)

@@ -102,7 +102,7 @@ def predicted_rows(
         examples = list(parse(chunk, run.config.task, data, labelled=False))
         predictions, _ = predict_labels(run, name, examples, min(batch_size, len(chunk)))
         outputs = TASKS[run.config.task.kind].outputs
-        assert outputs is not None  # as there is a function that predicts
+        assert outputs is not None  # every task with `predict` has it
         for row, predicted, cut in zip(chunk, outputs(predictions), predictions.cut, strict=True):
             counts["cut"] += cut
             values = {name: _rounded(value) for name, value in predicted.items()}
@@ -165,7 +165,7 @@ def _notes(counts: Counter[str], count: int, max_tokens: int, outputs: tuple[str
 
 
 def _rounded(value: Any) -> Any:
-    """Probabilities in lists and by label, to six digits; other values as they are."""
+    """Rounds probabilities in lists and dicts to six digits; other values are unchanged."""
     if isinstance(value, list):
         return [round(p, 6) if isinstance(p, float) else p for p in value]
     return {label: round(p, 6) for label, p in value.items()} if isinstance(value, dict) else value

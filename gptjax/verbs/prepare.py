@@ -11,11 +11,11 @@ from gptjax.text.tokenizer import load_tokenizer
 
 
 def run_prepare(start: Start, shard: str = "") -> int:
-    """Prepares data and tokenizer as `gptjax train` would, and prints where they are. With a shard, it only cleans.
+    """Prepares data and tokenizer like `gptjax train`, and prints their folder. With a shard, it only cleans.
 
     Args:
         start: The config of a run.
-        shard: "I/N": only clean part I of N; empty: everything.
+        shard: "I/N": only clean share I of N; empty: prepare everything.
 
     Raises:
         UserError: The task's rows need no preparation, or something cannot be read.

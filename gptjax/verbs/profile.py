@@ -18,15 +18,15 @@ from gptjax.training.setup import build
 from gptjax.training.trainer import device_batches
 
 WARM_UP = 2
-"""Steps before the trace begins."""
+"""Number of steps before the trace begins."""
 ROWS = 15
 
 
 def run_profile(config: Config, options: ProfileConfig) -> int:
-    """Traces steps of a run, begun anew in a temporary folder, and prints where their time goes.
+    """Traces steps of a new run in a temporary folder, and prints their time by operation.
 
     Raises:
-        UserError: The config or its data cannot be used, or the folder for the trace exists.
+        UserError: The config or its data is invalid, or the folder for the trace exists.
     """
     if options.out and Path(options.out).expanduser().exists():
         raise UserError(f"out={options.out}: exists already; name a new folder")

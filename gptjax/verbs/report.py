@@ -12,10 +12,10 @@ COMPARISON_FILE = "comparison.html"
 
 
 def run_report(options: ReportConfig) -> int:
-    """Writes the report of a run into its folder, or of several runs into the present one; prints where it is.
+    """Writes the report of a run to its folder, or of several runs to the current folder; prints the path.
 
     Raises:
-        UserError: A place is no run directory, or a file cannot be written.
+        UserError: A path is no run directory, or a file cannot be written.
     """
     places = [Path(place).expanduser() for place in options.runs]
     records = [read_record(place, name) for place, name in zip(places, names_of(places), strict=True)]

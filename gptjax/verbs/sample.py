@@ -33,7 +33,7 @@ TARGET_OPTIONS = (
 
 
 def run_sample(config: SampleConfig, prompts: list[str]) -> int:
-    """Prints continuations of prompts; a single one as it is made."""
+    """Prints samples of prompts. A single sample is streamed."""
     run, tokenizer, template = load_for_prompts(config)
     if run.config.model.encoder_layers:
         for text in write_targets(run, tokenizer, prompts, config):
@@ -74,7 +74,7 @@ def run_sample(config: SampleConfig, prompts: list[str]) -> int:
 
 
 def load_for_prompts(config: SampleConfig) -> tuple[LoadedRun, Tokenizer, str | None]:
-    """The run, its tokenizer, and the template in which it gets prompts; None: as they are.
+    """The run, its tokenizer, and the chat template of its prompts; None: prompts are used as they are.
 
     Raises:
         UserError: The run has no tokenizer, or `config.raw` has no effect.
@@ -110,10 +110,10 @@ def load_draft(options: DecodingConfig, tokenizer: Tokenizer) -> tuple[ModelConf
 
 
 def write_targets(run: LoadedRun, tokenizer: Tokenizer, sources: Sequence[str], options: SampleConfig) -> list[str]:
-    """Returns the target that an encoder-decoder writes for each source.
+    """Returns the target that an encoder-decoder generates for each source.
 
     Raises:
-        UserError: An option is set that only a run that continues text has.
+        UserError: An option is set that applies only to decoders.
     """
     for field in dataclasses.fields(SampleConfig):
         if field.name not in TARGET_OPTIONS and (field.name != "temperature" or options.temperature):
@@ -122,22 +122,22 @@ def write_targets(run: LoadedRun, tokenizer: Tokenizer, sources: Sequence[str], 
 
 
 def check_continues(config: Config, where: str) -> None:
-    """Refuses to continue text by a model that did not learn to.
+    """Checks that the model of a run can continue text.
 
     Raises:
-        UserError: It says why.
+        UserError: It cannot; the message gives the reason.
     """
     if reason := config.why_no_sample:
         raise UserError(f"{where}: cannot continue text: task.objective.kind={config.task.objective.kind}; {reason}")
 
 
 def prompt_template(run: LoadedRun, raw: bool, where: str) -> str | None:
-    """The template in which a run gets prompts; None: as they are.
+    """The chat template for prompts of a run; None: prompts are used as they are.
 
     Args:
         run: The trained run.
-        raw: Whether the prompts stay as they are.
-        where: Of the run, for error messages.
+        raw: Whether to use prompts as they are.
+        where: The run, for error messages.
 
     Raises:
         UserError: `raw` has no effect, or the run has chats of several templates.
@@ -148,14 +148,14 @@ def prompt_template(run: LoadedRun, raw: bool, where: str) -> str | None:
 
 
 def in_template(prompts: Sequence[str], template: str | None) -> list[str]:
-    """Each prompt as the user's message in a template; None: as it is."""
+    """Formats each prompt as a user message with a chat template; None: unchanged."""
     if template is None:
         return list(prompts)
     return [render_prompt([Message(USER, prompt)], template) for prompt in prompts]
 
 
 def describe(tokenizer: Tokenizer, sample: Sample) -> dict:
-    """A sample as JSON values: text, how it ended, token ids and, where asked for, log-probabilities of each token."""
+    """A sample as JSON values: text, finish reason, token ids and, if requested, log-probabilities of each token."""
     values = {"text": sample.text, "finish_reason": sample.finish, "tokens": sample.tokens}
     if sample.logprobs is None:
         return values
@@ -171,7 +171,7 @@ def describe(tokenizer: Tokenizer, sample: Sample) -> dict:
 
 
 def token_rows(tokenizer: Tokenizer, sample: Sample) -> list[TokenRow]:
-    """The tokens of a sample with their log-probabilities and those of the most likely ones."""
+    """The tokens of a sample with their log-probabilities and those of the most likely tokens."""
     if sample.logprobs is None:
         return []
     return [
@@ -185,10 +185,10 @@ def token_rows(tokenizer: Tokenizer, sample: Sample) -> list[TokenRow]:
 
 
 def read_prompts(config: SampleConfig) -> list[str]:
-    """The prompts: from the flags, a file, or standard input, byte for byte but for a byte order mark.
+    """Reads the prompts from the flags, a file, or standard input. Only a byte order mark is removed.
 
     Raises:
-        UserError: There is none, or it is not UTF-8.
+        UserError: There is no prompt, or it is not UTF-8.
     """
     if not config.run_dir:
         raise UserError("command line: --run_dir is missing; name the folder of a trained run")

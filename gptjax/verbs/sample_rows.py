@@ -1,7 +1,7 @@
-"""`gptjax sample --prompt_file IN.jsonl --out OUT.jsonl`: continues a prompt of each row of a file.
+"""`gptjax sample --prompt_file IN.jsonl --out OUT.jsonl`: samples continuations for a prompt of each row of a file.
 
-What is done is kept in `OUT.jsonl.partial`, so that the same command resumes it. Rows of similar length are continued
-together; samples depend neither on that nor on where the command was resumed.
+Finished rows are stored in `OUT.jsonl.partial`, so that the same command resumes. Rows of similar length are decoded
+together; neither this nor a resume changes the samples.
 """
 
 import json
@@ -28,20 +28,20 @@ from gptjax.verbs.sample import describe, load_draft, load_for_prompts
 
 OUTPUT = "samples"
 UNREAD = ("out", "batch_size", "run_dir", "prompt_file", "strict")
-"""Options that change no sample; the files that they name are part of the fingerprint by their content."""
+"""Options that do not change samples. The content of the files that they name is part of the fingerprint."""
 
 
 def run_sample_rows(config: SampleConfig) -> int:
-    """Continues the rows of a file, and prints how many."""
+    """Samples continuations for the rows of a file, and prints their number."""
     print(f"{config.out}: {sample_rows(config, notify):,} rows")
     return 0
 
 
 def sample_rows(config: SampleConfig, notify: Callable[[str], None] = print) -> int:
-    """Writes each row with the samples of its prompt, in the order of the input; returns how many.
+    """Writes each row with the samples of its prompt, in input order; returns the number of rows.
 
     Raises:
-        UserError: A row lacks a field of the template, a prompt cannot be encoded, or a file cannot be written.
+        UserError: A row does not have a field of the template, a prompt cannot be encoded, or a file cannot be written.
     """
     counts: Counter[str] = Counter()
     rows = list(read_rows([config.prompt_file], "prompt_file", counts=counts))
@@ -63,7 +63,7 @@ def sample_rows(config: SampleConfig, notify: Callable[[str], None] = print) -> 
     try:
         for first in range(0, len(left), config.batch_size):
             numbers = left[first : first + config.batch_size]
-            # A last batch is filled up with copies, so that no other program is compiled for it.
+            # The last batch is padded with copies, so that no additional program is compiled for it.
             filled = (numbers * config.batch_size)[: min(config.batch_size, len(rows))]
             found = samples(
                 *(run.config.model, run.params, tokenizer, [texts[n] for n in filled], config),
@@ -85,10 +85,10 @@ def sample_rows(config: SampleConfig, notify: Callable[[str], None] = print) -> 
 
 
 def fill(template: str, row: Row) -> str:
-    """The template with the row's fields in place of their names; what is no text is written as JSON.
+    """Replaces names of fields in the template by the row's values; values that are no text are written as JSON.
 
     Raises:
-        UserError: The template is malformed or names no field, or the row lacks one.
+        UserError: The template is malformed or has no field, or the row does not have a field.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -109,7 +109,7 @@ def fill(template: str, row: Row) -> str:
 
 
 class _Partial:
-    """The rows that are done, in a file that grows."""
+    """An append-only file of finished rows."""
 
     def __init__(self, path: Path, fingerprint: str):
         self.path, self.rows = path, dict[int, list[dict[str, Any]]]()
@@ -120,7 +120,7 @@ class _Partial:
                 raise UserError(
                     f"{path}: is of another run, of other options or of other prompts; delete it, or name another out"
                 )
-            for line in old[1:]:  # a last line that is not whole has no line break
+            for line in old[1:]:  # an incomplete last line has no line break
                 for number, found in json.loads(line).items():
                     self.rows[int(number)] = found
             write_atomic(path, "".join(f"{line}\n" for line in [header, *old[1:]]).encode())

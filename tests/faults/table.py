@@ -1,4 +1,4 @@
-"""The table of faults in docs/reliability.md, made from test reports."""
+"""The table of faults in docs/experiments/faults.md, made from test reports."""
 
 import dataclasses
 from collections.abc import Iterable

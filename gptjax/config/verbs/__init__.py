@@ -1,1 +1,1 @@
-"""Options of the verbs other than train, one file a verb, as frozen dataclasses: the only place of their defaults."""
+"""Options of the verbs except train, one file per verb: frozen dataclasses with the defaults."""

@@ -8,10 +8,10 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatConfig(DecodingConfig):
-    """Talks with a trained model."""
+    """An interactive chat with a trained model."""
 
     system: str = ""
-    """First message, of role system."""
+    """Text of the system message, which is the first message; empty: none."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Which checkpoint a verb uses."""
+"""Selects the checkpoint that a verb uses."""
 
 import dataclasses
 from typing import Literal
@@ -8,14 +8,15 @@ from gptjax.config.rules import usable_paths
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Which checkpoint of a run is used."""
+    """Selects the checkpoint of a run."""
 
     checkpoint: Literal["best", "latest"] = "best"
-    """best: by train.best_by of the run, lowest validation loss by default (latest where none was evaluated)."""
+    """Checkpoint to use. best: by the run's train.best_by, by default the lowest validation loss (the latest one if
+    none was evaluated); latest: the newest one."""
     strict: bool = False
-    """Refuse a damaged checkpoint instead of using another one."""
+    """Stop if the checkpoint is damaged, instead of using another one."""
     base: str = ""
-    """Run directory of the base under an adapter or a head, if it was moved."""
+    """Run directory of the base model of an adapter or a head, if it was moved."""
 
     def __post_init__(self):
         usable_paths("", self, "base")

@@ -9,16 +9,16 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataVerbConfig(CheckpointConfig):
-    """What data shows of a run."""
+    """Documents of a run's data to show."""
 
     step: int = 0
-    """Show the documents that this step (from 1) trains on."""
+    """Show the documents of the batch of this step, counted from 1."""
     rank_loss: bool = False
-    """Show the validation documents with the highest and the lowest loss, of the run's checkpoint."""
+    """Show the validation documents with the highest and the lowest loss."""
     documents: int = 256
-    """Documents that rank_loss measures, evenly spaced over the validation text; 0: all."""
+    """Number of documents that rank_loss measures, evenly spaced over the validation text; 0: all."""
     show: int = 5
-    """Documents that rank_loss prints of each kind."""
+    """Number of documents of highest loss, and of lowest loss, that rank_loss prints."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Options that sample and chat share: how tokens are chosen."""
+"""Decoding options that sample and chat share."""
 
 import dataclasses
 from typing import Literal
@@ -8,53 +8,57 @@ from gptjax.config.verbs.checkpoint import CheckpointConfig
 from gptjax.errors import UserError
 
 LARGEST_BIAS = 10_000
-"""Largest absolute value of a bias of logits."""
+"""Largest absolute value of a logit bias."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingConfig(CheckpointConfig):
-    """How tokens are chosen, how many, and in which precision: options that sample and chat share."""
+    """Choice of tokens, number of tokens, and precision: decoding options that sample and chat share."""
 
     run_dir: str = ""
     """Run directory of the model."""
     max_new_tokens: int = 256
     """Largest number of new tokens; a sample ends earlier at end-of-text."""
     temperature: float = 1.0
-    """Divides the logits; 0: greedy decoding."""
+    """Temperature of sampling, which divides the logits; 0: greedy decoding."""
     top_k: int = 0
-    """Sample among this many most likely tokens; 0: all."""
+    """Sample only from this many most likely tokens; 0: all."""
     top_p: float = 1.0
-    """Sample among the fewest tokens whose probabilities sum to this (nucleus sampling, arXiv:1904.09751)."""
+    """Sample only from the smallest set of tokens whose probabilities sum to this (nucleus sampling, arXiv:1904.09751);
+    1: all."""
     min_p: float = 0.0
-    """Leave out tokens whose probability is below this share of the largest one (arXiv:2407.01082)."""
+    """Exclude tokens whose probability is below this share of the largest one (arXiv:2407.01082); 0: none."""
     typical_p: float = 1.0
-    """Sample among the most typical tokens whose probabilities sum to this (arXiv:2202.00666)."""
+    """Sample only from the most typical tokens whose probabilities sum to this (arXiv:2202.00666); 1: all."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that prompt or sample already have become less likely (arXiv:1909.05858)."""
+    """Repetition penalty: values above 1 make tokens of the prompt and the sample less likely (arXiv:1909.05858); 1:
+    none."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of each token that the sample already has."""
+    """Presence penalty, subtracted from the logit of each token that the sample already contains; 0: none."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time that the sample already has it."""
+    """Frequency penalty, subtracted from a token's logit for each of its occurrences in the sample; 0: none."""
     logit_bias: tuple[str, ...] = ()
-    """Added to logits: TOKEN_ID=VALUE, one or several."""
+    """Logit biases as TOKEN_ID=VALUE, one or several."""
     min_new_tokens: int = 0
-    """End-of-text is not chosen before this many new tokens."""
+    """Smallest number of new tokens before end-of-text."""
     stop: tuple[str, ...] = ()
-    """Texts that end a sample; the sample is cut before them."""
+    """Stop strings: the sample ends before the first of them."""
     seed: int = 0
-    """Random seed; the same seed gives the same text, whatever else is in the batch."""
+    """Random seed of sampling. The same seed gives the same text, independent of other samples."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of matmul operands; on a GPU or TPU also of activations and the cache, which are float32 on a CPU."""
+    """Dtype of matmul operands; on a GPU or TPU also of activations and the KV cache, which are float32 on a CPU."""
     quantize: Literal["none", "int8", "int4"] = "none"
-    """int8: 8 bits a weight, a scale for each output, faster for one sequence on a CPU; int4: 4, one for each 32."""
+    """Quantization of weights. int8: 8 bits with a scale per output, faster for one sequence on a CPU; int4: 4 bits
+    with a scale per 32 weights."""
     ignore_end_of_text: bool = False
-    """Continue after end-of-text."""
+    """Do not end a sample at end-of-text."""
     draft_run_dir: str = ""
-    """Run directory of a smaller model with the same tokenizer, whose proposals are checked (speculative decoding)."""
+    """Run directory of a smaller draft model with the same tokenizer, for speculative decoding; empty: none."""
     draft_ngram: int = 0
-    """Propose the tokens that followed an earlier occurrence of this many newest tokens, or of fewer; 0: off."""
+    """Speculative decoding without a model: propose the tokens that followed an earlier occurrence of this many newest
+    tokens, or of fewer; 0: off."""
     draft_tokens: int = 4
-    """Tokens that a draft proposes at a time."""
+    """Number of tokens that a draft proposes at a time."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,20 +100,20 @@ class DecodingConfig(CheckpointConfig):
 
 
 def no_empty_text(config, name: str) -> None:
-    """Refuses a list with an empty text.
+    """Checks that a list has no empty text.
 
     Raises:
-        UserError: Naming the option.
+        UserError: It has; the message names the option.
     """
     if "" in getattr(config, name):
         raise UserError(f"{name} holds an empty text; give at least one character, or leave it out")
 
 
 def token_biases(options: DecodingConfig) -> dict[int, float]:
-    """The bias of each token id that `logit_bias` names.
+    """Parses `logit_bias` to a bias for each token id.
 
     Raises:
-        UserError: An entry has another form, is not finite, or names a token twice.
+        UserError: An entry is malformed or not finite, or a token occurs twice.
     """
     biases: dict[int, float] = {}
     for entry in options.logit_bias:

@@ -8,14 +8,14 @@ from gptjax.config.verbs.checkpoint import CheckpointConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig(CheckpointConfig):
-    """How much of a run's validation text is looked at."""
+    """Amount of validation text to analyse."""
 
     windows: int = 512
-    """Windows of text, evenly spaced; 0: all."""
+    """Number of windows of validation text, evenly spaced; 0: all."""
     batch_size: int = 8
-    """Windows in a batch; all logits of a batch are in memory."""
+    """Windows in a batch. All logits of a batch are in memory."""
     sample_tokens: int = 128
-    """Length of the texts in which repetition is measured; 0: none."""
+    """Length in tokens of the samples in which repetition is measured; 0: no samples."""
 
     def __post_init__(self):
         super().__post_init__()

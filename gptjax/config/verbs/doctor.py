@@ -8,14 +8,14 @@ from gptjax.config.run import Config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """Places to verify in full; the machine is described in any case."""
+    """Describes the machine, and verifies data and runs completely."""
 
     check: tuple[str, ...] = ()
-    """Config files, run directories and folders of prepared data; the option's name may be left out."""
+    """Config files, run directories and folders of prepared data to verify; the option's name may be omitted."""
     all_data: bool = False
-    """Verify every data set in cache_dir too."""
+    """Also verify every dataset in cache_dir."""
     cache_dir: str = Config.cache_dir
-    """Cache of prepared data and compiled programs to look at."""
+    """Folder of prepared data and compiled programs to inspect."""
 
     def __post_init__(self):
         usable_paths("", self, "check", "cache_dir")

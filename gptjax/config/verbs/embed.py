@@ -10,26 +10,26 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedConfig(CheckpointConfig):
-    """Writes a vector for each text of a file."""
+    """Writes an embedding for each text of a file."""
 
     run_dir: str = ""
     """Run directory of the model."""
     file: str = ""
-    """File of rows: .jsonl .csv .tsv .parquet."""
+    """Input file of rows: .jsonl .csv .tsv .parquet."""
     out: str = ""
-    """File to write: .parquet or .jsonl with the rows and a field `embedding`, or .npy with the vectors alone."""
+    """Output file: .parquet or .jsonl with the rows and a field embedding, or .npy with only the vectors."""
     text_field: str = "text"
-    """Field that holds the text."""
+    """Name of the field with the text."""
     layer: int = -1
-    """Hidden states after this many blocks, 0: the token embeddings; -1: after all blocks and the final norm."""
+    """Layer: hidden states after this many blocks. 0: the token embeddings; -1: after all blocks and the final norm."""
     pooling: Literal["mean", "last"] = "mean"
-    """The mean over a text's positions, or the last one."""
+    """Pooling of hidden states: the mean over a text's positions, or the last position."""
     normalized: bool = False
-    """Make vectors of length 1."""
+    """Scale vectors to length 1."""
     batch_size: int = 16
-    """Texts in a batch."""
+    """Number of texts in a batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of matmul operands and activations."""
+    """Dtype of matmul operands and activations."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -13,41 +13,42 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(CheckpointConfig):
-    """Measures a trained model on its own validation data, or on all of the text or rows that `data` names."""
+    """Measures a trained model on its own validation data, or on the text or rows in data."""
 
     run_dir: str = ""
     """Run directory of the model."""
     windows: int = 0
-    """Windows of text to measure, evenly spaced; 0: all."""
+    """Number of windows of text to measure, evenly spaced; 0: all."""
     batch_size: int = 16
-    """Windows or texts in a batch."""
+    """Number of windows or texts in a batch."""
     language_model: bool = False
-    """Measure the next-token loss of a run that learned labels, on the text of the run it started from."""
+    """For a run with labels: measure the next-token loss on the text of the run in init_from."""
     part: str = ""
-    """Name of the task, of a run that learned several."""
+    """Name of the task, for a run with task.kind=multi."""
     figure: str = ""
-    """File for a figure of the confusion matrix of labels: .png, .svg or .pdf."""
+    """File to write a figure of the confusion matrix of labels to: .png, .svg or .pdf; empty: none."""
     stride: int = 0
-    """Tokens that windows over a text move forward; each token is scored once. 0: windows stand side by side."""
+    """Sliding windows: number of tokens by which a window moves forward; each token is scored once. 0: windows do not
+    overlap."""
     benchmark: Literal[
         "none", "choices", "generate", "hellaswag", "lambada", "arc", "piqa", "winogrande", "boolq", "mmlu"
     ] = "none"
-    """Format of rows with questions: multiple choice by likelihood, or (generate) answers that are generated."""
+    """Benchmark, which sets the format of the rows: multiple choice by likelihood, or (generate) generated answers."""
     generate: bool = False
-    """Compare what a run of instruct or seq2seq writes with its rows: exact match, BLEU, chrF, ROUGE-L (extra
-    evaluate)."""
+    """For a run of instruct or seq2seq: generate responses and compare them with the rows: exact match, BLEU, chrF,
+    ROUGE-L (extra evaluate)."""
     shots: int = 0
-    """Examples with their answers before each question of a benchmark."""
+    """Number of examples with answers before each question of a benchmark (few-shot)."""
     shots_path: tuple[str, ...] = ()
-    """Files of rows that the examples are chosen from; empty: other rows of the same file."""
+    """Files of rows for few-shot examples; empty: other rows of the same file."""
     seed: int = 0
-    """Random seed of the choice of examples."""
+    """Random seed for the choice of few-shot examples."""
     max_new_tokens: int = 64
     """Largest number of tokens of a generated answer."""
     stop: tuple[str, ...] = ("\n",)
     """Strings that end a generated answer."""
     pattern: str = ""
-    """Regular expression whose first group is the answer in a generated text; empty: all of the text is."""
+    """Regular expression whose first group is the answer in a generated text; empty: the whole text is the answer."""
     text_scores: bool = False
     """Also print BLEU, chrF and ROUGE-L of generated answers (extra evaluate)."""
     compute_dtype: Literal["run", "float32", "bfloat16"] = "run"

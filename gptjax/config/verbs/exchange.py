@@ -9,14 +9,14 @@ from gptjax.config.verbs.checkpoint import CheckpointConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Options of import."""
+    """Converts a model of another program to a run."""
 
     to: str
-    """Run directory to make."""
+    """Run directory to create."""
     tokenizer: str = ""
-    """Name of a tiktoken encoding, for a model without a tokenizer file."""
+    """Name of a tiktoken encoding, for a model without a tokenizer file; empty: the model's own tokenizer."""
     base: str = ""
-    """Run directory of the model that a PEFT folder adapts."""
+    """Run directory of the base model, to import a PEFT folder."""
 
     def __post_init__(self):
         usable_paths("", self, "to", "base")
@@ -24,24 +24,24 @@ class ImportConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig(CheckpointConfig):
-    """Options of export."""
+    """Converts a run to a Hugging Face folder, a GGUF file or a PEFT folder."""
 
     to: str
-    """Folder to write, or a file whose name ends with .gguf."""
+    """Folder to write, or a file with the ending .gguf."""
     merge: bool = False
-    """Merge a lora adapter into the weights of its base."""
+    """Merge a LoRA adapter into the weights of its base."""
     adapter: bool = False
-    """Write a lora adapter alone, as a PEFT folder."""
+    """Write only a LoRA adapter, as a PEFT folder."""
     average: int = 1
-    """Average the parameters of this many newest checkpoints."""
+    """Export the average of the parameters of this many newest checkpoints."""
     head: bool = False
-    """Write the head of a run with task.kind=classify or tag in place of the output projection."""
+    """Write the head of a run with task.kind=classify or tag instead of the output projection."""
     family: str = ""
-    """Family of models to write, as config.json names it in model_type; empty: the first that computes the same."""
+    """Family of models to write (model_type in config.json); empty: the first one that is equivalent to the run."""
     max_shard_mb: int = 0
-    """Largest file of weights, in MiB; 0: one file."""
+    """Largest size of a file of weights, in MiB; 0: one file."""
     gguf_type: Literal["", "f32", "f16", "q8_0"] = ""
-    """Type of the matrices in a GGUF file; empty: f16."""
+    """Type of matrices in a GGUF file; empty: f16."""
 
     def __post_init__(self):
         super().__post_init__()

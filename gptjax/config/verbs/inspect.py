@@ -9,12 +9,12 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectConfig(CheckpointConfig):
-    """The text that a model is inspected on."""
+    """Shows attention, probabilities and layers of a model for one text."""
 
     text: str = ""
-    """The text; at most model.block_size tokens, and at most 512."""
+    """Text to run the model on; at most model.block_size tokens, and at most 512."""
     out: str = ""
-    """File to write; empty: inspect.html in the run directory."""
+    """HTML file to write; empty: inspect.html in the run directory."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -8,16 +8,16 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LrFindConfig:
-    """The rates that are tried; options of the run itself may follow, as for train."""
+    """Range of learning rates to try; options of the run may follow, as for train."""
 
     low: float = 1e-6
-    """First learning rate."""
+    """First (lowest) learning rate."""
     high: float = 1.0
-    """Last learning rate; the test ends earlier when the loss rises."""
+    """Last learning rate; the test ends earlier if the loss rises."""
     steps: int = 200
-    """Steps from the first to the last rate."""
+    """Number of steps from the first to the last rate."""
     out: str = ""
-    """File for the chart; empty: lr_find.html in this folder."""
+    """HTML file to write the chart to; empty: lr_find.html in the current folder."""
 
     def __post_init__(self):
         if not 0 < self.low < self.high:

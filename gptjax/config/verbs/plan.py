@@ -9,9 +9,9 @@ CHIP_NAMES = (
     *("h100", "h100-pcie", "h100-nvl", "h200", "h200-nvl", "gh200", "b200", "gb200"),
     *("a100", "a100-pcie", "a100-40gb", "a100-40gb-pcie", "l4", "l40", "l40s", "v4", "v5e", "v5p", "v6e"),
 )
-"""The names of `machine.chips.CHIPS`."""
+"""The keys of `machine.chips.CHIPS`."""
 MOST_DEVICES = 512
-"""Virtual devices that a step is compiled for."""
+"""Largest number of virtual devices for which a step is compiled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,10 +21,10 @@ class PlanConfig:
     devices: int
     """Number of chips, up to 512."""
     chip: str
-    """h100, h100-pcie, h100-nvl, h200, h200-nvl, gh200, b200, gb200, a100, a100-pcie, a100-40gb, a100-40gb-pcie,
-    l4, l40, l40s, v4, v5e, v5p or v6e."""
+    """Chip to plan for: h100, h100-pcie, h100-nvl, h200, h200-nvl, gh200, b200, gb200, a100, a100-pcie, a100-40gb,
+    a100-40gb-pcie, l4, l40, l40s, v4, v5e, v5p or v6e."""
     json: bool = False
-    """Print one JSON object, in bytes, FLOPs and seconds."""
+    """Print the plan as one JSON object, in bytes, FLOPs and seconds."""
 
     def __post_init__(self):
         positive("", self, "devices")

@@ -10,38 +10,40 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictDataConfig:
-    """How the file of predict is read; the other options of data are those of the run."""
+    """Format of the input file of predict; other options of data are those of the run."""
 
     text_field: str = ""
-    """Field that holds the text; empty: the one of the run."""
+    """Name of the field with the text; empty: that of the run."""
     encoding: Literal["utf-8", "utf-16", "latin-1", "cp1252"] = "utf-8"
-    """Encoding of the file; parquet is always UTF-8."""
+    """Text encoding of the file; parquet is always UTF-8."""
     quoting: Literal["format", "double", "none"] = "format"
-    """Double quotes around fields of CSV and TSV. format: CSV has them, TSV has not; none: they are plain text."""
+    """Meaning of double quotes around fields. double: they enclose a field, in CSV and TSV; format: only in CSV; none:
+    they are plain text."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
-    """Bytes that are not valid in the encoding: stop, put U+FFFD, or leave the row out (counted)."""
+    """For bytes that are invalid in the encoding. error: stop; replace: put U+FFFD; skip: leave out the row
+    (counted)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictConfig(CheckpointConfig):
-    """Adds what a model predicts to each row: labels, numbers or written text; the result is JSONL."""
+    """Adds predictions to each row: labels, numbers, answers, scores or generated text. The result is JSONL."""
 
     run_dir: str = ""
     """Run directory of the model."""
     part: str = ""
-    """Name of the task, of a run that learned several."""
+    """Name of the task, for a run with task.kind=multi."""
     text: tuple[str, ...] = ()
-    """One or several texts; for a run that tags, words separated by spaces."""
+    """One or several texts; for a run with task.kind=tag, words separated by spaces."""
     file: str = ""
     """File of rows with the fields of the run's training data: .jsonl .csv .tsv .parquet .conll .conllu."""
     out: str = ""
-    """JSONL file to write, complete or not at all; empty: standard output."""
+    """JSONL file to write (atomically); empty: standard output."""
     batch_size: int = 16
-    """Texts in a batch."""
+    """Number of texts in a batch."""
     max_new_tokens: int = 0
-    """Largest number of tokens that a run of instruct or seq2seq writes for a row; 0: 64."""
+    """For a run of instruct or seq2seq: largest number of generated tokens per row; 0: 64."""
     output_field: str = ""
-    """Field of the text that such a run writes; empty: predicted."""
+    """For a run of instruct or seq2seq: name of the field with the generated text; empty: predicted."""
     data: PredictDataConfig = dataclasses.field(default_factory=PredictDataConfig)
 
     def __post_init__(self):

@@ -8,11 +8,11 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What prepare does besides; options of the run follow, as for train."""
+    """Additional options of prepare; options of the run may follow, as for train."""
 
     shard: str = ""
-    """I/N: only clean part I (from 1) of N of the corpus, into a cache_dir that N machines share; then run prepare
-    without it."""
+    """Share of the corpus to clean, as I/N: only share I (from 1) of N, into a cache_dir that N machines have in
+    common. Afterwards run prepare without this option. Empty: prepare everything."""
 
     def __post_init__(self):
         if self.shard and not (

@@ -7,12 +7,12 @@ from gptjax.config.rules import positive, usable_paths
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """How many steps are traced; options of the run itself may follow, as for train."""
+    """Number of steps to trace; options of the run may follow, as for train."""
 
     steps: int = 5
-    """Steps in the trace, after two that are not in it."""
+    """Number of traced steps; two steps before them are not traced."""
     out: str = ""
-    """New folder to keep the trace in, for TensorBoard or Perfetto."""
+    """New folder to store the trace in, for TensorBoard or Perfetto; empty: the trace is deleted."""
 
     def __post_init__(self):
         positive("", self, "steps")

@@ -8,14 +8,15 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """The runs that are shown and where the page goes."""
+    """Runs to show, and files to write."""
 
     runs: tuple[str, ...] = ()
-    """Run directories; several are compared. The option's name may be left out."""
+    """Run directories; several runs are compared. The option's name may be omitted."""
     out: str = ""
-    """File to write; empty: report.html in the run directory, or comparison.html in this folder for several runs."""
+    """HTML file to write; empty: report.html in the run directory, or for several runs comparison.html in the current
+    folder."""
     png: str = ""
-    """Folder for the charts as PNG files."""
+    """Folder to write the charts to as PNG files; empty: none."""
 
     def __post_init__(self):
         if not self.runs:

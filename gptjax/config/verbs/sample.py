@@ -7,7 +7,7 @@ from gptjax.config.verbs.decoding import DecodingConfig, no_empty_text
 from gptjax.errors import UserError
 
 MOST_ROWS = 2**16
-"""Largest number of continuations in one call."""
+"""Largest number of samples in one call."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,36 +15,38 @@ class SampleConfig(DecodingConfig):
     """Continues prompts with a trained model."""
 
     prompt: tuple[str, ...] = ()
-    """One or several texts to continue; standard input where neither this nor prompt_file is given."""
+    """One or several prompts to continue; standard input if neither this nor prompt_file is given."""
     prompt_file: str = ""
-    """File whose whole text is the prompt; with `out`, rows of .jsonl .csv .tsv or .parquet, of which each has one."""
+    """File whose whole text is the prompt. With --out: a file of rows (.jsonl .csv .tsv .parquet), each with a
+    prompt."""
     out: str = ""
-    """JSONL file to write: the rows of prompt_file with their samples."""
+    """JSONL file to write the rows of prompt_file and their samples to; empty: print samples."""
     prompt_template: str = "{prompt}"
-    """Prompt of a row of prompt_file: {NAME} stands for the row's field, {{ and }} for braces."""
+    """Template of the prompt of a row of prompt_file: {NAME} is a field of the row, {{ and }} are braces."""
     batch_size: int = 16
-    """Prompts of rows that are continued together."""
+    """Number of rows of prompt_file that are decoded together."""
     raw: bool = False
-    """Give the prompt as it is to a run with task.kind=instruct, instead of as the user's message in its template."""
+    """For a run with task.kind=instruct: use the prompt as it is, without the chat template."""
     num_samples: int = 1
-    """Continuations of each prompt."""
+    """Number of samples for each prompt."""
     attention_sinks: int = 0
-    """First tokens of a text that stay visible when a full context slides (arXiv:2309.17453); 0: as many as
+    """Number of first tokens of a text that stay in the context when it slides (attention sinks, arXiv:2309.17453); 0:
     model.attention_sinks of the run."""
     no_repeat_ngram: int = 0
     """Never repeat an n-gram of this many tokens, prompt included; 0: n-grams may repeat."""
     bad_words: tuple[str, ...] = ()
-    """Texts that are not written, each also with a space before it, as the tokenizer splits them."""
+    """Banned texts, also with a space before them; only the tokenizer's own encoding of a text is banned."""
     regex: str = ""
-    """Regular expression that a sample matches as a whole."""
+    """Regular expression that the whole sample must match; empty: none."""
     json_schema: str = ""
-    """File with a JSON schema that a sample matches; it is written without line breaks and spaces."""
+    """File with a JSON schema that the sample must match, as JSON without line breaks and spaces; empty: none."""
     num_beams: int = 1
-    """Continuations that beam search keeps at each step; 1: no beam search."""
+    """Number of beams of beam search; 1: no beam search."""
     length_penalty: float = 1.0
-    """Beam search divides a sum of log-probabilities by the length to this power; above 0 favours long samples."""
+    """Length penalty of beam search: sums of log-probabilities are divided by the length to this power; larger values
+    favour long samples."""
     logprobs: int = 0
-    """Show the log-probability of each chosen token and of this many most likely ones."""
+    """Show the log-probability of each chosen token and of this many most likely tokens; 0: none."""
     json: bool = False
     """Print one JSON object per sample."""
     allow_special: bool = False

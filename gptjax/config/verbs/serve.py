@@ -10,36 +10,37 @@ from gptjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig(CheckpointConfig):
-    """Serves a trained model over HTTP, in the form of OpenAI's API."""
+    """Serves a trained model over HTTP with OpenAI's API."""
 
     run_dir: str = ""
     """Run directory of the model."""
     host: str = "127.0.0.1"
     """Address to listen on; the default is reachable from this machine only, 0.0.0.0 from everywhere."""
     port: int = 8000
-    """Port to listen on; 0: any free one."""
+    """Port to listen on; 0: any free port."""
     model_name: str = ""
     """Name of the model in requests; empty: the name of the run directory."""
     slots: int = 8
-    """Sequences that are decoded together; each has a cache of model.block_size tokens."""
+    """Number of sequences that are decoded together; each has a KV cache of model.block_size tokens."""
     api_keys: str = ""
-    """File with one API key per line, of which every request must have one; empty: none is needed."""
+    """File with one API key per line; every request must send one of them. Empty: no key is needed."""
     cors_origin: tuple[str, ...] = ()
-    """Origins of web pages that may use the server, such as https://example.org; none by default."""
+    """Origins of web pages that may use the server (CORS), such as https://example.org; empty: none."""
     max_body_bytes: int = 1_048_576
-    """Largest body of a request."""
+    """Largest body of a request, in bytes."""
     max_prompt_tokens: int = 0
-    """Longest prompt; 0: model.block_size."""
+    """Longest prompt, in tokens; 0: model.block_size."""
     max_new_tokens: int = 1024
     """Largest number of new tokens of a sequence."""
     max_queue: int = 64
-    """Sequences that may wait for a slot; requests beyond get status 429."""
+    """Largest number of sequences that wait for a slot; further requests get status 429."""
     max_seconds: float = 300.0
-    """Time limit of a request: one that still waits for a slot gets status 503, the text of others ends there."""
+    """Time limit of a request, in seconds. A request that still waits for a slot gets status 503; otherwise the text
+    ends at the limit."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of matmul operands; on a GPU or TPU also of activations and the cache, which are float32 on a CPU."""
+    """Dtype of matmul operands; on a GPU or TPU also of activations and the KV cache, which are float32 on a CPU."""
     quantize: Literal["none", "int8", "int4"] = "none"
-    """int8: 8 bits a weight, a scale for each output; int4: 4 bits, a scale for each 32."""
+    """Quantization of weights. int8: 8 bits with a scale per output; int4: 4 bits with a scale per 32 weights."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -27,7 +27,7 @@ BLOCK = (
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 ACTIVATION_NAMES = {"gelu": "gelu_new", "gelu_exact": "gelu"}
 SUMMARY = ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout")
-"""Of a head of two outputs that is not read."""
+"""Tensors of a head with two outputs, which is ignored."""
 
 
 def read_sizes(fields: Fields) -> dict:

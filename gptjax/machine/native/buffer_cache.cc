@@ -29,21 +29,21 @@ void* __libc_realloc(void*, size_t);
 
 namespace {
 
-constexpr size_t kLarge = size_t{32} << 20;  // glibc itself caches smaller ones
+constexpr size_t kLarge = size_t{32} << 20;  // bytes; glibc caches smaller buffers
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kSlots = 256;
 constexpr int kMostPassedOver = 64;  // requests that other buffers served before a cached buffer is freed
 // A request waits up to 5 ms for a buffer of its size that is in use, since XLA frees a step's buffer a moment after the
 // step's results are there, while the next step begins already. Only a request that finds no cached buffer waits.
 constexpr int kLooks = 50;
-constexpr timespec kPause{0, 100'000};  // between two looks
+constexpr timespec kPause{0, 100'000};  // between two attempts
 
 enum State { kEmpty, kChanging, kUsed, kCached };
 
 struct Slot {
   std::atomic<int> state{kEmpty};
   std::atomic<char*> at{nullptr};
-  std::atomic<size_t> size{0};  // other threads may read an old value: they wait once more then, or once less
+  std::atomic<size_t> size{0};  // other threads can read an old value; they then wait once more or once less
   int passed_over = 0;
   int change = 0;  // `changes` when the buffer was taken
 

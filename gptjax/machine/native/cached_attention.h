@@ -1,4 +1,4 @@
-// Attention of one new position of each sequence to a cache of keys and values. Its time is that of reading the cache.
+// Attention of one new position of each sequence to a cache of keys and values. It is limited by the memory bandwidth of reading the cache.
 //
 // B sequence, G key heads, R query heads of each, S slot, C head_dim, a multiple of 16. Of each sequence only the slots
 // from the first visible one to the last visible one are read.
@@ -35,7 +35,7 @@ void WeightedSum(const float* weights, const T* values, int64_t slots, int64_t C
   for (int i = 0; i < N; ++i) Store(y + 16 * i, _mm512_mul_ps(sums[i], _mm512_set1_ps(factor)));
 }
 
-// Prefetches memory that is read soon: the hardware prefetcher follows only long streams, and these are short.
+// Prefetches memory that is read soon: the hardware prefetcher detects only long streams, and these are short.
 template <typename T>
 inline void Prefetch(const T* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) _mm_prefetch((const char*)(from + i), _MM_HINT_T1);

@@ -11,7 +11,7 @@
 
 #include "xla/ffi/api/c_api.h"
 
-// native/check.py declares these three again.
+// native/check.py has the same declarations.
 struct gptjax_buffer {
   int64_t dtype, rank, dimensions[8];
   void* data;

@@ -1,4 +1,4 @@
-// Cross-entropy over a vocabulary, from hidden states. Logits exist for some columns at a time, in a cache, and are
+// Cross-entropy over a vocabulary, given hidden states. Only the logits of some columns are in memory at a time. They are
 // computed twice: first for the log-normalizers, then for the gradients.
 //
 // N rows, D width, V vocabulary; N and D are multiples of 32. A target of -1 does not count.
@@ -12,12 +12,12 @@
 
 namespace gptjax {
 
-constexpr int64_t kColumnsAtOnce = 1024;  // of the vocabulary
-constexpr int64_t kLossRows = 64;         // of a task at most
+constexpr int64_t kColumnsAtOnce = 1024;  // columns of the vocabulary
+constexpr int64_t kLossRows = 64;         // largest number of rows of a task
 constexpr float kNoLogit = -1e30f;
 
 struct LossOptions {
-  int64_t vocab_size;  // the columns behind are padding
+  int64_t vocab_size;  // later columns are padding
   float smoothing, z_loss;
 };
 

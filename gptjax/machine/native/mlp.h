@@ -1,5 +1,5 @@
-// An MLP: two linear layers with a GELU between, some rows at a time, so that the hidden layer never leaves the caches.
-// The backward pass recomputes it.
+// An MLP: two linear layers with a GELU between. It processes some rows at a time, so that the hidden layer stays in the
+// caches. The backward pass recomputes it.
 //
 // N rows, D width of the residual stream, F width of the hidden layer; all are multiples of 32. Both weights are [D, F].
 #pragma once

@@ -60,7 +60,7 @@ inline ffi::Error LayerNorm(ffi::ThreadPool pool, Stream x, Vector scale, Vector
   return ffi::Error::Success();
 }
 
-// dx is the gradient that comes through the norm plus `residual`, the gradient of x from the residual stream.
+// dx is the gradient through the norm plus `residual`, the gradient of x from the residual stream.
 template <typename T>
 void LayerNormGradientAs(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t D, const float* scale, const T* dy,
                          const float* residual, float epsilon, float* dx, float* dscale, float* dbias) {

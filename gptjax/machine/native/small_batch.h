@@ -1,4 +1,4 @@
-// Matmuls of a few rows with packed weights. Their time is that of reading the weights.
+// Matmuls of a few rows with packed weights. They are limited by the memory bandwidth of reading the weights.
 //
 // N rows, K contracted, F outputs. Weights are bfloat16 or int8, packed in panels of 32 outputs as in tiles.h: a panel
 // is a number of steps of 2 kB, each of 16 words of 32 bits for every output; a word holds the two or four numbers that
@@ -18,15 +18,15 @@ namespace gptjax {
 
 constexpr int64_t kHalf = kSide / 2, kStepBytes = 2048;
 constexpr int64_t kStepsAhead = 4;  // distance of prefetches
-constexpr float kInt8Max = 127.0f, kLowSteps = 254.0f;  // those of ops/projection.py
+constexpr float kInt8Max = 127.0f, kLowSteps = 254.0f;  // as in ops/projection.py
 constexpr int64_t kRowsPackedAtOnce = 64;
 
 template <typename T>
-constexpr int64_t kHeldIn = std::is_same_v<T, int8_t> ? 2 : 1;  // packed rows that represent a row
+constexpr int64_t kPackedRows = std::is_same_v<T, int8_t> ? 2 : 1;  // packed rows per row of activations
 template <typename T>
-constexpr int64_t kSummed = 64 / sizeof(T);  // contracted in a step
+constexpr int64_t kContracted = 64 / sizeof(T);  // numbers that one step contracts
 template <typename T>
-constexpr int64_t kRows = kSide / kHeldIn<T>;  // of a block
+constexpr int64_t kRows = kSide / kPackedRows<T>;  // rows of activations in a block
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
@@ -34,13 +34,14 @@ using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
 template <typename T>
 inline void MultiplyUpper(const T* left, const T* right) {
-  // Tiles read every other cache line, which the hardware does not prefetch; without this it is three times slower.
+  // Loading a tile reads every other cache line, which the hardware does not prefetch. Without prefetches this is three
+  // times slower.
   for (int64_t line = 0; line < kStepBytes; line += 64)
     _mm_prefetch((const char*)right + kStepsAhead * kStepBytes + line, _MM_HINT_T0);
   LoadTile<4>(left, 64);
   LoadTile<6>(right, 128);
   LoadTile<7>((const char*)right + 64, 128);
-  if constexpr (kHeldIn<T> == 2) {
+  if constexpr (kPackedRows<T> == 2) {
     MultiplyTilesOfInt8<0, 4, 6>();
     MultiplyTilesOfInt8<1, 4, 7>();
   } else {
@@ -52,7 +53,7 @@ inline void MultiplyUpper(const T* left, const T* right) {
 template <typename T>
 inline void MultiplyLower(const T* left) {
   LoadTile<5>(left, 64);
-  if constexpr (kHeldIn<T> == 2) {
+  if constexpr (kPackedRows<T> == 2) {
     MultiplyTilesOfInt8<2, 5, 6>();
     MultiplyTilesOfInt8<3, 5, 7>();
   } else {
@@ -87,8 +88,8 @@ inline void MultiplyPanel(const T* left, int64_t rows, const T* right, int64_t s
 
 template <typename T, int Rows>
 inline void MultiplyRows(const T* left, const T* right, int64_t steps, Sum<T>* sums) {
-  constexpr bool kBytes = kHeldIn<T> == 2;
-  const __m512i offset = _mm512_set1_epi8(-128);  // the instruction takes one operand without sign
+  constexpr bool kBytes = kPackedRows<T> == 2;
+  const __m512i offset = _mm512_set1_epi8(-128);  // one operand of the instruction is unsigned
   __m512i total[Rows][2], offsets[2] = {};
   for (int i = 0; i < Rows; ++i) total[i][0] = total[i][1] = _mm512_setzero_si512();
   auto add = [](__m512i sum, __m512i a, __m512i b) {
@@ -120,7 +121,7 @@ inline void MultiplyRows(const T* left, const T* right, int64_t steps, Sum<T>* s
 template <typename T>
 inline void MultiplyPanel(const T* left, int64_t rows, const T* right, int64_t steps, Sum<T>* sums) {
   for (int64_t i = 0, now; i < rows; i += now) {
-    const T* at = left + i * kSummed<T>;
+    const T* at = left + i * kContracted<T>;
     Sum<T>* to = sums + i * kSide;
     if (rows - i >= 8) now = 8, MultiplyRows<T, 8>(at, right, steps, to);
     else if (rows - i >= 4) now = 4, MultiplyRows<T, 4>(at, right, steps, to);
@@ -138,13 +139,13 @@ inline void PutRow(bf16* to, const float* x) {
 
 // Rounds a row to bfloat16 and packs it into a block, whose steps hold 32 rows.
 inline void PackRow(const float* x, int64_t K, bf16* to, int64_t, float*) {
-  for (int64_t k = 0; k < K; k += kSummed<bf16>, to += kSide * kSummed<bf16>)
+  for (int64_t k = 0; k < K; k += kContracted<bf16>, to += kSide * kContracted<bf16>)
     PutRow(to, x + k);
 }
 
-// Packs a row as two rows of int8; the second one is `rows` rows behind the first. `step` is the step of the first one.
+// Packs a row as two rows of int8; the second one is stored `rows` rows after the first. `step` is the quantization step of the first one.
 inline void PackRow(const float* x, int64_t K, int8_t* to, int64_t rows, float* step) {
-  __m512i largest = _mm512_setzero_si512();  // bits of numbers above zero are in their order, with NaN at the top
+  __m512i largest = _mm512_setzero_si512();  // the bits of positive floats have the order of the floats, and NaN is the largest
   for (int64_t k = 0; k < K; k += 16)
     largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + k), _mm512_set1_epi32(0x7fffffff)));
   int32_t bits = _mm512_reduce_max_epi32(largest);
@@ -152,13 +153,13 @@ inline void PackRow(const float* x, int64_t K, int8_t* to, int64_t rows, float* 
   std::memcpy(&range, &bits, 4);
   *step = std::max(range / kInt8Max, std::numeric_limits<float>::min());
   const __m512 inverse = _mm512_set1_ps(1.0f / *step), low_steps = _mm512_set1_ps(kLowSteps);
-  for (int64_t k = 0; k < K; k += kSummed<int8_t>, to += kSide * kSummed<int8_t>) {
-    for (int64_t i = 0; i < kSummed<int8_t>; i += 16) {
+  for (int64_t k = 0; k < K; k += kContracted<int8_t>, to += kSide * kContracted<int8_t>) {
+    for (int64_t i = 0; i < kContracted<int8_t>; i += 16) {
       __m512 steps = _mm512_mul_ps(_mm512_loadu_ps(x + k + i), inverse);
       __m512 high = _mm512_roundscale_ps(steps, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       __m512 low = _mm512_mul_ps(_mm512_sub_ps(steps, high), low_steps);
       _mm_storeu_si128((__m128i*)(to + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(high)));
-      _mm_storeu_si128((__m128i*)(to + rows * kSummed<int8_t> + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(low)));
+      _mm_storeu_si128((__m128i*)(to + rows * kContracted<int8_t> + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(low)));
     }
   }
 }
@@ -166,12 +167,12 @@ inline void PackRow(const float* x, int64_t K, int8_t* to, int64_t rows, float* 
 template <typename T>
 ffi::Error SmallBatchMatmulOf(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t K, const T* w, const float* scale,
                      T* left, float* row_steps, float* y, int64_t F) {
-  const int64_t steps = K / kSummed<T>, panels = (F + kSide - 1) / kSide, panel_size = K * kSide;
+  const int64_t steps = K / kContracted<T>, panels = (F + kSide - 1) / kSide, panel_size = K * kSide;
   auto block_of = [&](int64_t row) { return left + row / kRows<T> * panel_size; };
   auto rows_of = [&](int64_t row) { return std::min(N - row / kRows<T> * kRows<T>, kRows<T>); };
   Parallel(pool, (N + kRowsPackedAtOnce - 1) / kRowsPackedAtOnce, [&](int64_t task) {
     for (int64_t row = task * kRowsPackedAtOnce; row < std::min(N, (task + 1) * kRowsPackedAtOnce); ++row)
-      PackRow(x + row * K, K, block_of(row) + row % kRows<T> * kSummed<T>, rows_of(row), row_steps + row);
+      PackRow(x + row * K, K, block_of(row) + row % kRows<T> * kContracted<T>, rows_of(row), row_steps + row);
   });
   const int64_t at_once = std::max<int64_t>(1, panels / (8 * Threads(pool)));
   const int64_t row_tasks = (N + kRowsAtOnce - 1) / kRowsAtOnce, panel_tasks = (panels + at_once - 1) / at_once;
@@ -183,14 +184,14 @@ ffi::Error SmallBatchMatmulOf(ffi::ThreadPool& pool, const float* x, int64_t N, 
     for (int64_t panel = first; panel < end; ++panel) {
       for (int64_t row = first_row; row < end_row; row += kRows<T>) {
         int64_t rows = rows_of(row);
-        MultiplyPanel<T>(block_of(row), rows * kHeldIn<T>, w + panel * panel_size, steps, sums);
+        MultiplyPanel<T>(block_of(row), rows * kPackedRows<T>, w + panel * panel_size, steps, sums);
         for (int64_t half = 0; half < kSide; half += 16) {
           int64_t column = panel * kSide + half;
           __mmask16 inside = F - column >= 16 ? 0xffff : (1 << std::max<int64_t>(0, F - column)) - 1;
           for (int64_t i = 0; i < rows; ++i) {
             const Sum<T>* at = sums + i * kSide + half;
             __m512 sum;
-            if constexpr (kHeldIn<T> == 2) {
+            if constexpr (kPackedRows<T> == 2) {
               __m512 high = _mm512_cvtepi32_ps(_mm512_loadu_si512(at));
               __m512 low = _mm512_cvtepi32_ps(_mm512_loadu_si512(at + rows * kSide));
               sum = _mm512_fmadd_ps(low, _mm512_set1_ps(1 / kLowSteps), high);

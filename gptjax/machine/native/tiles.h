@@ -2,7 +2,7 @@
 // for pairs of bfloat16.
 //
 // Operands are planes of bfloat16: one plane for a bfloat16 matrix; three for a float32 matrix, which is the sum of its
-// planes. Of the nine products of two planes the six largest are added up; the others are below float32's own rounding
+// planes. Of the nine matmuls of two planes, the six largest are summed; the others are below float32's rounding error
 // (arXiv:1904.06376, section 3).
 //
 // The left operand lies in rows, or packed in blocks of 32 x 32. The right operand is packed in panels of 32 columns. In
@@ -16,7 +16,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(GPTJAX_TILES_HEADER)  // a test's, which computes without AMX what its instructions would
+#if defined(GPTJAX_TILES_HEADER)  // in tests: emulates the AMX instructions
 #include GPTJAX_TILES_HEADER
 #define GPTJAX_TILES 1
 #elif !defined(GPTJAX_WITHOUT_TILES) && ((defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)) || \
@@ -36,7 +36,7 @@ constexpr int64_t kBlock = kSide * kDepth;  // elements of a plane of a packed b
 template <typename T>
 constexpr int kPlanes = std::is_same_v<T, float> ? 3 : 1;
 
-// The pairs of planes, left and right, that are multiplied: the smallest products first.
+// The pairs of planes, left and right, that are multiplied: the smallest terms first.
 template <int P>
 constexpr int kProducts = P == 3 ? 6 : 1;
 constexpr int kLeftPlane[] = {0, 0, 1, 1, 2, 0}, kRightPlane[] = {2, 1, 1, 0, 0, 0};

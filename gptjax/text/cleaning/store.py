@@ -24,11 +24,11 @@ from gptjax.text.sources import given_files
 from gptjax.text.streams import COMPRESSIONS
 
 PART_CHARACTERS = 2**22
-"""Of a part; it depends on the documents alone, so that every process cuts the corpus in the same way."""
+"""Characters of a part. Parts depend only on the documents, so that every process splits the corpus in the same way."""
 CLEAN_VERSION = 1
-"""Of the stages: another one cleans again."""
+"""Version of the stages; if it changes, the corpus is cleaned again."""
 SHORTEST_PART = 20
-"""Shorter lines and paragraphs are kept however often they occur: brackets, headings, greetings."""
+"""Lines and paragraphs of fewer characters are kept even if they are repeated: brackets, headings, greetings."""
 _COMPLETE = "complete.json"
 _NEAR, _REPEATED = "near.npy", "repeated.npy"
 _REPORT_SECONDS = 5.0
@@ -38,7 +38,7 @@ Report = Callable[[str], object]
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which parts one of several independent processes cleans: those whose number modulo `count` is `index`."""
+    """The parts that one of several independent processes cleans: those whose number modulo `count` is `index`."""
 
     index: int
     count: int
@@ -54,7 +54,7 @@ def build_store(
     report: Report,
     share: Share = ALL_PARTS,
 ) -> bool:
-    """Cleans the corpus into `folder`. Parts that are there already, from the same documents, are kept.
+    """Cleans the corpus into `folder`. Existing parts of the same documents are kept.
 
     Args:
         folder: Of this corpus and these options alone.
@@ -174,7 +174,7 @@ def _too_short(text: str, data: DataConfig) -> str:
 
 
 def store_report(folder: Path) -> dict[str, Any]:
-    """What the stages did, summed over all parts: counts, stages, and the first examples of each reason."""
+    """Results of the stages, summed over all parts: counts, stages, and the first examples of each reason."""
     about = json.loads((folder / _COMPLETE).read_text())
     stages: dict[str, Counter[str]] = {}
     examples: dict[str, list[list[str]]] = {}

@@ -120,6 +120,6 @@ def to_utf8(text: str) -> bytes:
 
 
 def surrogate_error(error: UnicodeEncodeError) -> UserError:
-    """Says which character of a text has no UTF-8."""
+    """The error for a text with a character that cannot be encoded as UTF-8."""
     code = ord(error.object[error.start])
     return UserError(f"U+{code:04X} at character {error.start} is half of a surrogate pair and has no UTF-8; remove it")
