@@ -11,9 +11,9 @@ import numpy as np
 from scipy.optimize import least_squares
 
 HUBER = 1e-3
-"""Residual of the logarithm from which on the penalty is linear, as in the paper."""
+"""Residuals of the logarithm above this have a linear penalty, as in the paper."""
 SCALES = (1.0, 0.03, HUBER)
-"""Values of `HUBER` one after the other: with the last alone, the optimizer gets lost far from the minimum."""
+"""Thresholds of the Huber loss, one after the other: with the last alone, the optimizer can miss the minimum."""
 STARTS = 5
 """Points of the paper's grid that the optimizer starts from: those with the lowest objective."""
 

@@ -74,7 +74,7 @@ def speculate(
 
 
 def shared_block_size(model: DecodingModel, draft: DecodingModel | None) -> int:
-    """Tokens that both contexts have room for."""
+    """Number of tokens that fit in the contexts of both models."""
     return min(one.config.block_size for one in (model, draft) if one is not None)
 
 
@@ -137,10 +137,10 @@ def _first(piece: Piece, count: int) -> Piece:
 
 
 def look_up(contexts: Sequence[np.ndarray], n: int, count: int) -> np.ndarray:
-    """The tokens that followed the last earlier occurrence of the newest n of each context, int32 `[B, count]`.
+    """Returns the tokens that followed the last earlier occurrence of each context's newest n, int32 `[B, count]`.
 
-    Where there is none, of the newest n - 1 and so on; `NOTHING` behind the last token, and where even the newest token
-    is new.
+    If the newest n tokens do not occur earlier, the newest n - 1 are looked up, and so on. Places past the end of the
+    context are `NOTHING`, and so is the whole row if even the newest token is new.
     """
     found_BK = np.full((len(contexts), count), NOTHING, np.int32)
     for found_K, context_L in zip(found_BK, contexts, strict=True):
@@ -171,9 +171,9 @@ def _propose(
     count_B: jax.Array,
     numbers: Numbers,
 ) -> tuple[Cache, jax.Array, jax.Array]:
-    """K tokens of a draft that follow `last_B`, `[B, K]`, and the distributions they were drawn from, `[K, B, V]`.
+    """Returns K tokens of a draft that follow `last_B`, `[B, K]`, and their distributions, `[K, B, V]`.
 
-    The last of them is read too, so that the cache has it should it be accepted.
+    The draft also reads the last of them, so that it is in the cache if it is accepted.
     """
 
     def step(carry, n):
@@ -207,8 +207,8 @@ def _check(
 ) -> tuple[Cache, History, jax.Array, jax.Array, jax.Array, Logprobs | None]:
     """Accepts proposed tokens, and adds one of the model's own to each row that is not done.
 
-    Arguments are those of `decode.decode`, and tokens with the distributions that they were drawn from; None: a token
-    was certain. `NOTHING` stands where none is proposed.
+    Arguments are those of `decode.decode`, and the proposed tokens, `NOTHING` where there is none, with the
+    distributions that they were drawn from, or None if each was proposed with probability 1.
 
     Returns:
         The longer cache and history; the new tokens, `[B, T]`; which rows have ended by `stop_B`; how many proposed
@@ -233,7 +233,7 @@ def _check(
         uniform_B = jax.vmap(jax.random.uniform)(_keys(keys_B, count_B + n, ACCEPT))
         accepted_B = (drafted_B != NOTHING) & (uniform_B * q_B < p_B)
         rest_BV = jnp.maximum(p_BV - q_BV, 0.0)
-        # By rounding nothing may be left of two equal distributions.
+        # If p and q are equal, rounding may leave nothing of the difference.
         rest_BV = jnp.where(jnp.sum(rest_BV, axis=-1, keepdims=True) > 0, rest_BV, p_BV)
         next_B = jnp.where(accepted_B, drafted_B, draw(rest_BV, _keys(keys_B, count_B + n, REPLACE)))
         ended_B = next_B == stop_B

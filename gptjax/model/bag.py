@@ -1,7 +1,7 @@
 """A linear model over the token n-grams of a text, whose logits are added to those of a head (arXiv:1606.07792).
 
-Beside `w` and `bias` the head has `words [M, N]`, which is trained, and the constant `idf [M]`: the inverse document
-frequencies of the training texts. An n-gram's row in both is a hash of its tokens.
+The head has two more arrays than `w` and `bias`: `words [M, N]`, which is trained, and the constant `idf [M]`, the
+inverse document frequencies in the training texts. The hash of an n-gram's tokens is its row in both.
 
 Shape suffixes: B texts, T position, F n-grams of a text, M buckets, N outputs.
 """
@@ -33,7 +33,7 @@ def bag_logits(head: dict, inputs_BT: jax.Array, lengths_B: jax.Array, longest: 
     idf_M = jax.lax.stop_gradient(head["idf"].astype(jnp.float32))
     weight_BF = jnp.where(real_BF, (1.0 + jnp.log(count_BF)) * idf_M[buckets_BF], 0.0)
     length_B1 = jnp.sqrt(jnp.sum(jnp.square(weight_BF) / count_BF, axis=1, keepdims=True))
-    share_BF = weight_BF / count_BF / jnp.maximum(length_B1, 1e-6)  # a repeated n-gram's sum is its weight
+    share_BF = weight_BF / count_BF / jnp.maximum(length_B1, 1e-6)  # repeats of an n-gram sum to its weight
     return SCALE * jnp.einsum("bf,bfn->bn", share_BF, head["words"].astype(jnp.float32)[buckets_BF])
 
 

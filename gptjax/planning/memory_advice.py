@@ -36,7 +36,7 @@ def explain_out_of_memory(config: Config, error: BaseException, limit: int) -> s
     needs = _needs(config)
     if limit:
         head += f", which has {readable_bytes(limit)}"
-    # The step did not fit, so the estimate was too low where it says otherwise.
+    # The step did not fit, so an estimate below the limit was too low.
     ratio = max(1.0, limit / needs.changing) if limit else 1.0
     for changes, smaller in _smaller(config):
         one = _needs(smaller)

@@ -25,7 +25,7 @@ class BytePairTokenizer(Tokenizer):
     ranks: dict[bytes, int]
     special: dict[str, int]
     end_token: str = END_OF_TEXT
-    """One of `special`; where it is none of them, the tokenizer has no end-of-text."""
+    """Name of the end-of-text token; if `special` does not have it, the tokenizer has no such token."""
 
     @property
     def vocab_size(self) -> int:
@@ -103,7 +103,7 @@ def bpe_tokenizer_from_ranks(
         ranks: Id of each token's bytes, in the order in which they merge. All 256 single bytes are among them.
         pattern: Regular expression that cuts text before bytes are merged.
         special: Ids of tokens that no text encodes to.
-        end_token: The one of them that starts a document; where it is none of them, the tokenizer has no such token.
+        end_token: The special token that starts a document; if `special` does not have it, no token does.
 
     Raises:
         UserError: An id is given twice, a single byte is missing, or the pattern is not valid.

@@ -11,7 +11,7 @@ from gptjax.text.tokenizers.base import Tokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExtendedTokenizer(Tokenizer):
-    """Another tokenizer, and after its ids those of tokens that no text encodes to."""
+    """Another tokenizer with added tokens, whose ids come after its own; no text encodes to an added token."""
 
     base: Tokenizer
     names: tuple[str, ...]

@@ -18,17 +18,17 @@ _SPACE_IN_PIECES = "\u2581"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LibraryTokenizer(Tokenizer):
-    """A tokenizer that the tokenizers library runs, for those that are no tiktoken encoding.
+    """A tokenizer that tiktoken cannot run and the tokenizers library can.
 
-    It is a byte-level BPE, or one as SentencePiece makes them: pieces of text in which U+2581 stands for a space, and
-    tokens such as <0x0A> for the bytes of what no piece holds. Of the latter kind, many put a space before a text; it
-    is part of what the ids decode to.
+    It is a byte-level BPE, or of the kind that SentencePiece makes: its tokens are pieces of text in which U+2581
+    stands for a space, and characters that no piece has are encoded as bytes, with tokens such as <0x0A>. Many of the
+    second kind put a space before the text; the ids decode to the text with this space.
     """
 
     content: str
-    """Its tokenizer.json, whole."""
+    """The text of its tokenizer.json."""
     size: int
-    """Number of ids of the model, of which the last may have no token."""
+    """Number of ids in the model; the last ones may have no token."""
     end_token: str
     kind = "library"
 

@@ -105,5 +105,5 @@ def characters_of(documents: Iterable[str]) -> CharTokenizer:
         n_documents += 1
     if not characters:
         raise UserError("tokenizer.kind=chars: the corpus has no characters")
-    # A corpus of one document is one stream, as in the field's Shakespeare set: nothing ever ends in it.
+    # A corpus of one document, such as tiny Shakespeare, is one stream and needs no end-of-text.
     return CharTokenizer("".join(sorted(characters)), has_end_of_text=n_documents > 1)
