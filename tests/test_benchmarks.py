@@ -17,10 +17,19 @@ from gptjax.cli import main
 from gptjax.config.model import ModelConfig
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError
-from gptjax.evaluation.benchmarks import READERS, read_items
+from gptjax.evaluation.benchmarks import READERS, Item, read_items
 from gptjax.evaluation.few_shot import choose_shots, prompts
 from gptjax.evaluation.generated import extract_answer
-from gptjax.evaluation.likelihood import Span, encode_pair, make_scorer, padded_length, pair_span, score_spans
+from gptjax.evaluation.likelihood import (
+    Span,
+    SpanScore,
+    encode_pair,
+    make_scorer,
+    padded_length,
+    pair_span,
+    score_spans,
+)
+from gptjax.evaluation.multiple_choice import choice_results
 from gptjax.evaluation.statistics import mean
 from gptjax.evaluation.text_scores import text_scores
 from gptjax.model.gpt import Compute, logits
@@ -135,6 +144,12 @@ def test_the_choice_is_the_most_likely_raw_and_per_byte(run, tmp_path, capsys):
     assert 0 < sum(raw) < 11 and raw != per_byte
     assert lines[1:3] == ["benchmark   choices, no examples in the prompt", f"rows        {tmp_path / 'c.jsonl'}: 11"]
     assert lines[3].startswith("checkpoint  best, step 0")
+
+
+def test_a_choice_is_as_long_as_its_bytes_without_the_space_before_it():
+    item = Item(("Q:",) * 2, (" a", " bbbb"), 1, "r:1")
+    found = choice_results([item], [SpanScore(-1.5, False), SpanScore(-4.0, False)])  # -1.5 and -1 for each byte
+    assert (found.right.tolist(), found.right_per_byte.tolist()) == ([0.0], [1.0])
 
 
 def test_files_have_a_line_each_and_a_total(run, tmp_path, capsys):
