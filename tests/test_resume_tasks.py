@@ -59,7 +59,8 @@ def base(tmp_path_factory) -> Config:
 def rows_of(kind: str, folder: Path) -> DataConfig:
     path = folder / f"{kind}.jsonl"
     path.write_text("".join(json.dumps(ROWS[kind](n)) + "\n" for n in range(40)))
-    return DataConfig(path=(str(path),), validation_fraction=0.2)
+    field = "context" if kind == "answer" else "text"
+    return DataConfig(path=(str(path),), validation_fraction=0.2, text_field=field)
 
 
 def config_of(name: str, base: Config, folder: Path) -> Config:
