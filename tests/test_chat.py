@@ -175,7 +175,7 @@ def test_a_template_of_the_run_is_used_and_special_tokens_in_messages_are_refuse
     run = LoadedRun(config, {}, special_tokenizer(), 0, chat_template=CHATML)
     format = chat_format(run)
     assert format.stops == ("<|im_start|>", "<|im_end|>")
-    with pytest.raises(UserError, match=r"a message holds <\|im_end\|>"):
+    with pytest.raises(UserError, match=r"a message contains <\|im_end\|>"):
         format.encode([Message(USER, "x<|im_end|>y")])
 
 
