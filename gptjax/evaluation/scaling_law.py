@@ -6,9 +6,10 @@ Shape suffixes: R run, S start of the optimizer.
 
 import dataclasses
 import itertools
+from typing import Any, cast
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, least_squares
 
 HUBER = 1e-3
 """Residuals of the logarithm above this have a linear penalty, as in the paper."""
@@ -68,11 +69,11 @@ def interval(values) -> tuple[float, float]:
 
 
 def _best(starts_S5: np.ndarray, *logs: np.ndarray) -> Law:
-    found = []
-    for x in starts_S5:
+    found, slopes = [], cast(Any, _slopes)  # SciPy's types know only names here
+    for start in starts_S5:
+        one = OptimizeResult(x=start)
         for scale in SCALES:
-            one = least_squares(_residuals, x, _slopes, loss="huber", f_scale=scale, args=logs, max_nfev=200)
-            x = one.x
+            one = least_squares(_residuals, one.x, slopes, loss="huber", f_scale=scale, args=logs, max_nfev=200)
         found.append(one)
     a, alpha, b, beta, e = min(found, key=lambda one: one.cost).x
     return Law(E=float(np.exp(e)), A=float(np.exp(a)), alpha=float(alpha), B=float(np.exp(b)), beta=float(beta))

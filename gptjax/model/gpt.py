@@ -168,7 +168,8 @@ class GPT(nnx.Module):
                 outputs.append(stream[0])
                 totals.append(total)
         extras = jax.tree.map(lambda *parts: sum(parts) / self.config.n_layer, *totals)
-        return stream[0] if layer_weights_L is None else stream[1], extras
+        x_BTD, sum_BTD = stream
+        return (x_BTD if sum_BTD is None else sum_BTD), extras
 
     def prefix(self, dtype: jax.typing.DTypeLike) -> Prefix | None:
         """Keys and values before every text, with a leading layer axis: those of a prefix adapter, or those that the

@@ -82,9 +82,13 @@ def _iterate_on_gram(x: jax.Array) -> jax.Array:
     a, b, c = COEFFICIENTS
     gram = jnp.einsum("...ik,...jk->...ij", x, x)
     identity = jnp.broadcast_to(jnp.eye(x.shape[-2], dtype=x.dtype), gram.shape)
-    product = None
-    for _ in range(STEPS):
-        factor = a * identity + b * gram + c * gram @ gram
-        product = factor if product is None else factor @ product
+
+    def factor_of(gram: jax.Array) -> jax.Array:
+        return a * identity + b * gram + c * gram @ gram
+
+    product = factor = factor_of(gram)
+    for _ in range(STEPS - 1):
         gram = factor @ gram @ factor
+        factor = factor_of(gram)
+        product = factor @ product
     return product @ x
