@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from bench import mutants
-from bench.mutants import Mutant, read_mutants, run_mutants, table
+from bench.mutants import Mutant, problems, read_mutants, run_mutants, table
 
 CODE = "def double(x):\n    return 2 * x\n\n\ndef half(x):\n    return x / 2\n"
 TESTS = "from code_under_test import double\n\n\ndef test_doubles():\n    assert double(3) == 6\n"
@@ -58,7 +58,8 @@ def test_tests_that_fail_by_themselves_prove_nothing(tree):
         run_mutants(tree, [CAUGHT])
 
 
-def test_the_list_has_sixty_mutants_or_more():
+def test_the_list_has_sixty_mutants_or_more_and_fits_the_code():
     listed = read_mutants(mutants.ROOT / "bench" / "mutants.yaml")
     assert len(listed) >= 60
     assert len({mutant.breaks for mutant in listed}) == len(listed)
+    assert not list(problems(mutants.ROOT, listed))

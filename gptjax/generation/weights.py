@@ -43,13 +43,18 @@ def decoding_weights(config: ModelConfig, params: dict, dtype: WeightDtype, one_
     if dtype == "float32" and w_VD.shape[0] == config.vocab_size and w_VD.dtype == dtype:
         readout = Projection(w_VD, None, config.vocab_size)  # no copy is needed
     else:
-        readout = _readout(w_VD, config.vocab_size, dtype, one_row)
+        readout = _readout(w_VD, config.vocab_size, _readout_dtype(dtype), one_row)
     trunk = {name: params[name] for name in ("embed", "norm_f", "head") if name in params}
     if "head" in trunk:  # its weight is the output projection
         trunk["head"] = {name: leaf for name, leaf in trunk["head"].items() if name != "w"}
     if "adapters" in params:
         trunk["adapters"] = {n: jax.tree.map(lambda x, n=n: x[n], params["adapters"]) for n in range(config.n_layer)}
     return DecodingWeights(trunk | {"blocks": dict(enumerate(layers))}, readout)
+
+
+def _readout_dtype(dtype: WeightDtype) -> WeightDtype:
+    """Dtype of the output projection: 8 bits beside blocks of 4, because errors in it reach the logits undamped."""
+    return "int8" if dtype == "int4" else dtype
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -77,7 +82,7 @@ def rounded_weights(config: ModelConfig, params: dict, dtype: WeightDtype) -> tu
     The readout has a matrix of its own then, as embeddings are not rounded.
     """
     config, params = for_decoding(config, params)
-    head = dict(params.get("head", {})) | {"w": _rounded(unembedding(params), dtype, True)}
+    head = dict(params.get("head", {})) | {"w": _rounded(unembedding(params), _readout_dtype(dtype), True)}
     blocks = _rounded_blocks(params["blocks"], dtype)
     return dataclasses.replace(config, tied_embeddings=False), params | {"head": head, "blocks": blocks}
 
