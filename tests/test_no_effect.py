@@ -17,10 +17,13 @@ from gptjax.config.cluster import ClusterConfig
 from gptjax.config.data import DataConfig
 from gptjax.config.mixtures import PartConfig
 from gptjax.config.model import ModelConfig
+from gptjax.config.optim import OptimConfig
 from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
+from gptjax.config.train import TrainConfig
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.config.verbs.sample import SampleConfig
+from gptjax.config.verbs.tokenizer import TokenizerVerbConfig
 from gptjax.errors import UserError
 
 ROOT = Path(gptjax.config.__path__[0])
@@ -49,6 +52,8 @@ TEXTS = dict.fromkeys(("rows", "loss", "metric", "reward"), "m:f") | {
     "targets": ("mlp/w_in",),
     "name": "r50k_base",
     "coordinator": "node:1",
+    "batch_ramp": ("0:8", "100:16"),
+    "length_ramp": ("0:512", "100:1024"),
 }
 TWO_PARTS = tuple(PartConfig(name=name, task=TaskConfig(kind="tag")) for name in "ab")
 # Configs that one change of one field does not reach.
@@ -64,6 +69,12 @@ MORE = [
     (SampleConfig, {"prompt_file": "p", "out": "o"}),
     (EvaluateConfig, {"benchmark": "choices", "data": DataConfig(path=("x",))}),
     (ModelConfig, {"n_expert": 4, "bias": False, "expert_width": 8}),
+    (ModelConfig, {"n_layer": 1}),
+    (TaskConfig, {"kind": "classify", "second_field": "b", "both_orders": True}),
+    (TrainConfig, {"batch_ramp": ("0:8", "100:16")}),
+    (OptimConfig, {"name": "schedule_free", "schedule": "constant"}),
+    (Config, {"optim": OptimConfig(name="schedule_free", schedule="constant")}),
+    (TokenizerVerbConfig, {"extend": 8, "to": "t", "data": DataConfig(path=("x",))}),
 ]
 
 

@@ -280,7 +280,9 @@ def test_plan_accepts_and_lists_exactly_the_chips_of_the_table():
     assert tuple(CHIPS) == CHIP_NAMES
     kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
     assert len(set(kinds)) == len(kinds)
-    listed = re.search(r"\n    chip: str\n    \"\"\"(.*?)\.\"\"\"", inspect.getsource(PlanConfig), re.DOTALL)
+    listed = re.search(
+        r"\n    chip: str\n    \"\"\"Chip to plan for: (.*?)\.\"\"\"", inspect.getsource(PlanConfig), re.DOTALL
+    )
     assert listed and tuple(re.findall(r"[a-z0-9-]+", listed[1].replace(" or ", " "))) == CHIP_NAMES
 
 

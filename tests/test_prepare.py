@@ -94,12 +94,15 @@ OTHER_OPTIONS = {
     "min_characters": 30,
     "drop_duplicates": True,
     "clean": CleanConfig(personal_data=("email",), workers=1),
+    "license": "MIT",
+    "unreadable_files": "skip",
 }
 
 
 def test_every_option_that_changes_tokens_makes_another_folder(corpus, tmp_path):
     Path(corpus.path[0]).write_text("".join(json.dumps({"text": text, "body": text[::-1]}) + "\n" for text in TEXTS))
     kept_elsewhere = {"path", "source", "hf_dataset", "streaming", "attend_across_documents", "verify", "skip"}
+    kept_elsewhere |= {"packing", "git_endings"}  # the latter is for repositories alone
     assert {field.name for field in dataclasses.fields(DataConfig)} == set(OTHER_OPTIONS) | kept_elsewhere
     configs = [dataclasses.replace(corpus, **{name: value}) for name, value in OTHER_OPTIONS.items()]
     made = [prepare(data, BYTES, tmp_path, report=quiet) for data in (corpus, *configs)]

@@ -111,9 +111,9 @@ def test_labels_and_their_loss_are_the_same_for_every_batch_size():
         p = (1.0 + size % 7) / 9
         return jnp.stack([p, 1 - p], axis=-1), jnp.stack([jnp.sum(size * asked), jnp.sum(asked)])
 
-    def predict_texts(predict, params, rows, labels, batch_size, sharding):
-        probabilities, loss = predict_rows(predict, params, rows, len(labels), batch_size, sharding)
-        return Predictions(probabilities, rows.targets, labels), loss
+    def predict_texts(predict, params, rows, batch_size, sharding):
+        probabilities, loss = predict_rows(predict, params, rows, 2, batch_size, sharding)
+        return Predictions(probabilities, rows.targets, ("a", "b")), loss
 
     encoded = encode_texts(texts, BYTES, ("a", "b"), False, 32)
     tagged = encode_words(words, BYTES, ("a", "b"), 24, 0)
@@ -123,7 +123,7 @@ def test_labels_and_their_loss_are_the_same_for_every_batch_size():
     }
     for predict_all, examples in ((predict_texts, encoded), (predict_words, tagged)):
         for batch_size in (1, 5, 64):
-            predictions, loss = predict_all(predict, {}, examples, ("a", "b"), batch_size, DEVICE)
+            predictions, loss = predict_all(predict, {}, examples, batch_size, DEVICE)
             np.testing.assert_allclose(
                 predictions.probabilities_EN[:, 0], (1.0 + sizes[predict_all] % 7) / 9, rtol=1e-6
             )

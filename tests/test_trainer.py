@@ -18,7 +18,7 @@ from gptjax.errors import UserError
 from gptjax.report.metrics import MetricsFile, read_metrics
 from gptjax.tasks import pretrain
 from gptjax.text.tokenizers.plain import CharTokenizer
-from gptjax.training import in_flight, precision, setup, trainer
+from gptjax.training import in_flight, precision, resolve, trainer
 from gptjax.training.guard import locked
 from tests.faults.runs import SHARED_CACHE, process_config, wait_for_rows, write_config
 from tests.tiny import CONFIG, HARD, assert_trees_equal, final_state, init_state, replace, rows, run_config
@@ -316,11 +316,11 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch):
     config = replace(CONFIG, run_dir=str(tmp_path), train={"compute_dtype": "auto"})
     for on_cpu, chosen in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(precision, "multiplies_bfloat16", lambda on_cpu=on_cpu: on_cpu)
-        settled = setup.with_compute_dtype(config, tmp_path)
+        settled = resolve.with_compute_dtype(config, tmp_path)
         assert settled.train.compute_dtype == chosen
     write_description(tmp_path, settled, None)
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
-    assert setup.with_compute_dtype(config, tmp_path).train.compute_dtype == "float32"
+    assert resolve.with_compute_dtype(config, tmp_path).train.compute_dtype == "float32"
 
 
 def test_a_sample_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
@@ -346,8 +346,8 @@ def test_an_evaluation_that_fails_ends_the_run_after_it_has_saved(tmp_path, monk
 
 
 def test_the_default_prompt_is_one_that_the_tokenizer_can_encode():
-    prompts = [setup._sample_prompt(CONFIG, CharTokenizer(text, has_end_of_text=False)) for text in (" abc", "\nabc")]
+    prompts = [resolve._sample_prompt(CONFIG, CharTokenizer(text, has_end_of_text=False)) for text in (" abc", "\nabc")]
     assert prompts == [" ", "\n"]
     config = replace(CONFIG, train={"sample_prompt": "é"})
     with pytest.raises(UserError, match=r"train.sample_prompt='é': character 'é' \(U\+00E9\)"):
-        setup._sample_prompt(config, CharTokenizer("abc", has_end_of_text=False))
+        resolve._sample_prompt(config, CharTokenizer("abc", has_end_of_text=False))

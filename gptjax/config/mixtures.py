@@ -31,8 +31,11 @@ class PartConfig:
         positive(f"parts: {self.name}", self, "weight")
         if self.task.kind not in PARTS:
             raise UserError(f"parts: {self.name}: task.kind={self.task.kind} must be one of {', '.join(PARTS)}")
-        objective = self.task.objective
-        no_effect(f"parts: {self.name}: task.objective", objective, "kind", False, "a run of one task")
+        if self.task.objective.kind != "causal":
+            raise UserError(
+                f"parts: {self.name}: task.objective.kind={self.task.objective.kind} must be causal in a run of several"
+                " tasks"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

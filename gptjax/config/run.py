@@ -303,5 +303,10 @@ class Config:
                     f"model.positions={model.positions}: task.objective.kind=permutation shuffles tokens, so it needs"
                     " positions of tokens: learned, sinusoidal or rope"
                 )
-            for name in ("attention_window", "attention_stride", "attention_sinks"):
+            for name in ("attention_window", "attention_sinks"):
                 no_effect("model", model, name, False, "tokens in their order: permutation shuffles them")
+            if model.attention_stride:
+                raise UserError(
+                    f"model.attention_stride={model.attention_stride} needs tokens in their order, and"
+                    " task.objective.kind=permutation shuffles them; leave it out, and the layers that use it"
+                )

@@ -82,6 +82,8 @@ def find_remote(address: str, option: str) -> Iterator[RemoteFile]:
     Raises:
         UserError: There is no such file, or the folder cannot be listed.
     """
+    if address.startswith(("file:", "local:")):
+        raise UserError(f"{option}: {address}: is on this machine; give the path without the address")
     try:
         system, path = _file_system(address)
         if any(character in path for character in "*?["):
@@ -96,8 +98,8 @@ def find_remote(address: str, option: str) -> Iterator[RemoteFile]:
             for name, one in sorted(found.items())
             if one["type"] == "file"
         ]
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
     except FileNotFoundError:
         files = []
     except Exception as error:  # every file system has its own

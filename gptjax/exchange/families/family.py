@@ -169,7 +169,14 @@ def choose_family(families: dict[str, Family], model: ModelConfig, name: str = "
     """
     if name:
         families = {name: families[name]}
-    missing = {key: differences(family, model) for key, family in families.items()}
+    missing, refusal = {}, UserError("no family of models is known")
+    for key, family in families.items():
+        try:
+            missing[key] = differences(family, model)
+        except UserError as error:  # the family's reader refuses what its writer made of this model
+            refusal = error
+    if not missing:
+        raise refusal
     nearest = min(missing, key=lambda key: len(missing[key]))
     if not missing[nearest]:
         return families[nearest]
