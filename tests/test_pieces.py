@@ -185,7 +185,7 @@ def test_a_chat_has_the_ids_that_transformers_gives_it(tmp_path):
     expected = theirs.apply_chat_template(values, add_generation_prompt=True)["input_ids"]
     assert format.encode(messages).tolist() == expected
     assert expected[0] == 1 and expected.count(2) == 2
-    with pytest.raises(UserError, match="a message holds </s>"):
+    with pytest.raises(UserError, match="a message contains </s>"):
         format.encode([Message(USER, "x</s>")])
     (tmp_path / "chat_template.jinja").write_text(files.chat_template)  # as an export has it
     assert read_tokenizer_files(tmp_path).chat_template == files.chat_template
