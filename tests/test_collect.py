@@ -243,6 +243,18 @@ def test_a_repository_gives_the_text_of_its_last_commit(repository):
         list(read_documents(DataConfig(path=(f"git:{repository.parent}",)), Counter()))
 
 
+def test_no_program_that_a_repository_names_is_run(repository, tmp_path):
+    """A partial clone fetches what it lacks from an address that may be a command."""
+    git(repository, "config", "uploadpack.allowFilter", "true")
+    clone, planted = tmp_path / "clone", tmp_path / "planted"
+    git(repository, "clone", "-q", "--no-checkout", "--filter=blob:none", f"file://{repository}", str(clone))
+    git(clone, "config", "remote.origin.url", f"ext::sh -c touch% {planted}")
+    git(clone, "config", "protocol.ext.allow", "always")
+    with pytest.raises(UserError, match="git cannot read this file"):
+        list(read_documents(DataConfig(path=(f"git:{clone}",)), Counter()))
+    assert not planted.exists()
+
+
 @pytest.fixture
 def memory():
     fsspec = pytest.importorskip("fsspec", reason="needs the extra `fsspec`")

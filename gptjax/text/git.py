@@ -1,11 +1,12 @@
 """Git repositories → the text files of their HEAD. The program `git` reads them; no code of a repository is run."""
 
+import os
 import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gptjax.errors import UserError
 
@@ -69,7 +70,7 @@ def read_repository(
         else:
             wanted.append((blob, path))
     with subprocess.Popen(
-        _command(folder, "cat-file", "--batch"), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        **_command(folder, "cat-file", "--batch"), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdin and process.stdout
         for blob, path in wanted:
@@ -87,14 +88,18 @@ def read_repository(
                 yield text.removeprefix("\ufeff"), where
 
 
-def _command(folder: Path, *words: str) -> list[str]:
-    # Do not start programs that the repository's configuration names.
-    return ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-C", str(folder), *words]
+def _command(folder: Path, *words: str) -> dict[str, Any]:
+    """Arguments for `subprocess`: git runs no program that the repository's configuration names, and fetches nothing
+    that a partial clone lacks.
+    """
+    options = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
+    closed = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1"}
+    return {"args": ["git", *options, "-C", str(folder), *words], "env": os.environ | closed}
 
 
 def _git(folder: Path, *words: str) -> bytes:
     try:
-        done = subprocess.run(_command(folder, *words), capture_output=True, check=False)
+        done = subprocess.run(**_command(folder, *words), capture_output=True, check=False)
     except FileNotFoundError:
         raise UserError(f"{PREFIX}{folder}: needs the program git; install it") from None
     if done.returncode:
