@@ -1,4 +1,4 @@
-"""make bench: gptjax and PyTorch in turn, A B A B, each run a process of its own.
+"""make bench: gptjax and PyTorch alternate, A B A B, and each run is a separate process.
 
 The peer is the fastest of `transformers` and a plain PyTorch model, eager and compiled.
 

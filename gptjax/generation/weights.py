@@ -79,7 +79,7 @@ def _readout(w_VD: jax.Array, vocab_size: int, dtype: Any, one_row: bool) -> Pro
 def rounded_weights(config: ModelConfig, params: dict, dtype: WeightDtype) -> tuple[ModelConfig, dict]:
     """The model whose matrices are those that decoding in `dtype` multiplies by, as float32: to measure what they cost.
 
-    The readout has a matrix of its own then, as embeddings are not rounded.
+    The output projection is then a separate matrix, because embeddings are not rounded.
     """
     config, params = for_decoding(config, params)
     head = dict(params.get("head", {})) | {"w": _rounded(unembedding(params), _readout_dtype(dtype), True)}

@@ -14,7 +14,7 @@ import numpy as np
 
 BUCKETS = 2**18
 SCALE = 32.0
-"""Factor of the logits: a text's features have length 1, so their weights must become larger than those of a head."""
+"""Factor of the logits. The features of a text have norm 1, so without it the weights would have to grow far."""
 
 
 def init_bag(outputs: int) -> dict:

@@ -86,7 +86,7 @@ def heat_maps_of(records: Sequence[RunRecord]) -> list[HeatMap]:
 
 
 LEAST_PARALLEL = 3
-"""Runs from which on a comparison has parallel coordinates."""
+"""Smallest number of runs for which a comparison shows parallel coordinates."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Log:
         flops = cost.flops_per_token(config.model, state.params) if whole else 0.0
         peak = cost.peak_flops() if whole else None
         self._costs = {"flops_per_token": flops, "peak_flops": peak}
+        self._reference = find_reference(config, parts.task.data_hash)
         self.progress = Progress(
             config.train.num_steps,
             first,
@@ -54,7 +55,7 @@ class Log:
             flops_per_token=flops,
             peak_flops=peak,
             name=str(parts.run_dir),
-            reference=find_reference(config, parts.task.data_hash),
+            reference=self._reference,
         )
         self.file = MetricsFile(parts.run_dir, first, self.progress.line) if cluster.is_first() else Nowhere()
         self._waited = 0.0
@@ -67,8 +68,7 @@ class Log:
 
     def started(self, step: int, facts: list[tuple[str, str]], origin: Origin | None) -> None:
         """Records the start or the resume of the run, with the facts that were printed and the versions used."""
-        reference = find_reference(self._parts.config, self._parts.task.data_hash)
-        known = {"data": self._parts.data} | ({} if reference is None else {"reference": reference.preset})
+        known = {"data": self._parts.data} | ({} if self._reference is None else {"reference": self._reference.preset})
         known |= {} if origin is None else {"origin": dataclasses.asdict(origin)}
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         versions = {"gptjax": __version__, "python": platform.python_version(), **versions}

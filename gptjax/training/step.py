@@ -47,7 +47,7 @@ class TrainState:
     loss_scale: LossScale | None
     """Only for float16."""
     ema: dict | None
-    """Average of the parameters over steps, where the config asks for it, or the iterates' of schedule_free."""
+    """Average of the parameters over steps: of `train.ema`, or that of schedule_free; None: there is none."""
     watch: Watch
     """Statistics for spike detection."""
     frozen: dict

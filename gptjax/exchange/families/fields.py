@@ -43,7 +43,7 @@ class Fields:
     def __init__(self, raw: dict, where: str):
         self.raw, self.where, self.seen = raw, where, set[str]()
         self.notes: list[str] = []
-        """What is said about fields that are read and have no effect here."""
+        """Lines for the user about fields that are read and have no effect here."""
 
     def get(self, name: str, default: Any) -> Any:
         """The value of a field."""
