@@ -2,8 +2,9 @@
 
 The peer is the fastest of `transformers` and a plain PyTorch model, eager and compiled.
 
-Prints the table of docs/performance.md and writes every time measured to bench/results/. Arguments choose rows by the
-beginning of their names: `python bench/run.py small medium_bfloat16 --rounds 5`. Nothing else should run meanwhile.
+Prints the table of docs/performance.md and writes every time measured to bench/results/. Arguments choose rows by name
+or by the beginning of their names: `python bench/run.py small medium_bfloat16 --rounds 5`. Nothing else should run
+meanwhile.
 """
 
 import argparse
@@ -47,6 +48,12 @@ def rows(on_gpu: bool) -> dict[str, tuple]:
     table["tokenize"] = ("tokenize", "100_MB", "", [""], 2, {})
     table["whole"] = ("whole", "shakespeare_cpu", "bfloat16", ["float32", "bfloat16"], 1, {})
     return table
+
+
+def choose(table: dict[str, tuple], names: list[str]) -> dict[str, tuple]:
+    """The rows that have one of the names; a name that no row has chooses the rows that begin with it."""
+    beginnings = tuple(name for name in names if name not in table)
+    return {name: row for name, row in table.items() if name in names or name.startswith(beginnings)}
 
 
 def run(program: str, *arguments: str, environment: dict) -> dict:
@@ -127,7 +134,7 @@ def main() -> None:
         options.modes = [mode for mode in options.modes if mode.endswith("eager")]
         print("torch.compile needs a C++ compiler and there is none, so the peers run eager alone")
     peaks = run("peak.py", environment={})
-    chosen = {name: row for name, row in rows("gpu" in peaks).items() if name.startswith(tuple(options.rows))}
+    chosen = choose(rows("gpu" in peaks), options.rows)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(json.dumps(peaks))
     print("| work | gptjax, tokens (bytes)/s | peer, the same | ratio (spread of pairs) | peak memory, GB | share |")
