@@ -10,8 +10,8 @@ TEXT ?= ../shared/data/tinyshakespeare.txt
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py configs/demo.yaml
-	$(BIN)/python sample.py --run_dir runs/demo --prompt "def " --prompt "import " --prompt "class " \
-		--num_samples 1 --max_new_tokens 120 --temperature 0.7 --top_k 50 --seed 1
+	$(BIN)/python sample.py --run_dir runs/demo --prompt "def get_name(" --prompt "class Reader(" --prompt "    def __init__(self" \
+		--num_samples 1 --max_new_tokens 100 --temperature 0.7 --top_p 0.9 --repetition_penalty 1.1 --seed 1
 
 # From text to a model that answers: pretraining with a tokenizer of its own, evaluation, instructions, report.
 speedrun: $(VENV)/installed
