@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import xxhash
 
 from gptjax.batches.labelled import Marks, TextSet, encode_rows
 from gptjax.cli import main
@@ -21,6 +22,7 @@ from gptjax.model import bag, gpt
 from gptjax.model.gpt import Compute
 from gptjax.model.inputs import BlockInputs
 from gptjax.report.metrics import read_metrics
+from gptjax.tasks.classify import HEAD
 from gptjax.tasks.heads import make_predict
 from gptjax.tasks.registry import make_loss, parse, read_examples
 from gptjax.tasks.regress import with_moments
@@ -28,6 +30,7 @@ from gptjax.tasks.texts import encode_choices, encode_examples
 from gptjax.tasks.trainable import init_all
 from gptjax.text.formats import Row
 from gptjax.text.labelled import Choice, Numbers, Text
+from gptjax.text.ngrams import BUCKETS, HALF, ngram_counts
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import trainer
 from tests.tiny import MODEL, hidden_states, replace, run_config
@@ -98,30 +101,61 @@ def test_a_layer_mixture_is_the_softmax_weighted_sum_of_all_normalised_layers():
 
 
 @pytest.mark.parametrize("longest", (1, 3))
-def test_a_bag_of_words_adds_the_logits_of_a_linear_model_over_tf_idf(longest):
+def test_a_bag_of_words_is_a_linear_model_over_tf_idf_beside_the_head(longest):
     text = pytest.importorskip("sklearn.feature_extraction.text", reason="needs scikit-learn (the extra finetune)")
     random = np.random.default_rng(0)
-    texts = ["".join(random.choice(list("abcde"), size)) for size in (6, 1, 9, 9, 20, 14)]
-    vectorizer = text.TfidfVectorizer(ngram_range=(1, longest), analyzer="char", sublinear_tf=True)
-    expected_BN = vectorizer.fit_transform(texts) @ np.eye(len(vectorizer.vocabulary_))[:, :2]
+    texts = [" ".join(random.choice(["a", "Be", "bee", "Cedar", "déjà"], size)) for size in (6, 1, 9, 9, 12, 4)]
+    expected_B, words_MN = np.zeros(len(texts)), np.zeros((BUCKETS, 2), np.float32)
+    for options, first in (
+        ({"ngram_range": (1, longest), "token_pattern": r"\w+"}, 0),
+        ({"ngram_range": (3, 5), "analyzer": "char_wb"}, HALF),
+    ):
+        vectorizer = text.TfidfVectorizer(sublinear_tf=True, **options)
+        tf_idf = vectorizer.fit_transform(texts)
+        weights = random.normal(size=len(vectorizer.vocabulary_)).astype(np.float32)
+        expected_B += bag.SCALE / 2 * (tf_idf @ weights)
+        for name, weight in zip(vectorizer.get_feature_names_out(), weights, strict=True):
+            words_MN[first + xxhash.xxh32_intdigest(name.encode()) % HALF, 0] = weight
 
-    ids = [np.frombuffer(one.encode(), np.uint8).astype(np.int32) for one in texts]
-    ngrams = [np.frombuffer(name.encode(), np.uint8)[None] for name in vectorizer.get_feature_names_out()]
-    places = [bag._ngrams(one, np.array([one.shape[1]]), longest, np)[0][0, -1] for one in ngrams]
-    words_MN = np.zeros((bag.BUCKETS, 2), np.float32)
-    words_MN[places[:2]] = np.eye(2)
-    config = task_config(kind="classify", labels=("x", "y"), bag_of_words=longest)
-    params = init_all(config, jax.random.key(0), {"heads": {"classify": {"words": words_MN}}})
-    params["heads"]["classify"]["idf"] = bag.document_frequencies(ids, longest)
-    without = jax.tree.map(np.copy, params)
-    without["heads"]["classify"]["words"][:] = 0
-    rows = TextSet(ids, np.zeros(len(ids), np.int32), np.zeros(len(ids), bool), 32)
-    odds_B, odds_without_B = (
-        np.log(p_BN[:, 0] / p_BN[:, 1]) for p_BN in (outputs(config, params, rows), outputs(config, without, rows))
+    config = task_config(kind="classify", labels=("x", "y"), bag_of_words=longest, max_tokens=128)
+    config = replace(config, model={"block_size": 128})
+    rows = encode_examples(config, BYTES, [Text(one, (), "") for one in texts], np.zeros(len(texts), np.int32))
+    params = init_all(config, jax.random.key(0), {"heads": {"classify": HEAD.constants(config, rows)}})
+    odds_without_B, odds_B = (
+        np.log(p_BN[:, 0] / p_BN[:, 1])
+        for words in (np.zeros_like(words_MN), words_MN)
+        for p_BN in [
+            outputs(config, params | {"heads": {"classify": params["heads"]["classify"] | {"words": words}}}, rows)
+        ]
     )
     # float32 log-probabilities near 0 and 1
-    expected_B = bag.SCALE * (expected_BN[:, 0] - expected_BN[:, 1])
-    np.testing.assert_allclose(odds_B - odds_without_B, expected_B, atol=2e-3)
+    np.testing.assert_allclose(odds_B - odds_without_B, expected_B, rtol=1e-3, atol=2e-3)
+
+
+def test_a_model_and_its_bag_of_words_learn_from_losses_of_their_own():
+    config = task_config(kind="classify", labels=("x", "y"), bag_of_words=1)
+    rows = encode_examples(config, BYTES, [Text("ab", (), ""), Text("cd", (), "")], np.array([0, 1], np.int32))
+    batch, params = rows.batch(np.arange(2), rows.tokens, np.ones(2)), init_all(config, jax.random.key(0))
+    other = jax.tree.map(np.copy, params)
+    other["heads"]["classify"]["w"] *= 100
+    loss = make_loss(config, Compute())
+    gradient = jax.jit(jax.grad(lambda params: loss(params, batch, None).objective))
+    one, two = (gradient(side)["heads"]["classify"] for side in (params, other))
+    assert np.asarray(one["words"]).any() and not np.allclose(one["bias"], two["bias"])
+    np.testing.assert_array_equal(one["words"], two["words"])
+
+
+def test_the_ngrams_of_a_text_are_those_of_its_tokens_and_padding_has_none():
+    config = task_config(kind="classify", labels=("x",), bag_of_words=1, max_tokens=9)
+    examples = [Text("ab abcdefgh", (), ""), Text("ab abcd", (), ""), Text("b", (), "")]
+    rows = encode_examples(config, BYTES, examples, np.zeros(3, np.int32))
+    assert rows.cut.tolist() == [True, False, False]
+    batch = rows.batch(np.array([0, 1, 2, -1]), [*rows.tokens, np.empty(0, np.int32)], np.ones(4))
+    cut, whole, short, nothing = (
+        {b: n for b, n in zip(*row, strict=True) if n} for row in zip(batch.buckets, batch.counts, strict=True)
+    )
+    assert cut == whole and cut == dict(zip(*ngram_counts("ab abcd", 1), strict=True))
+    assert len(short) == 2 and not nothing  # the word, and the characters of " b "
 
 
 def test_scores_of_numbers_are_those_of_scipy():

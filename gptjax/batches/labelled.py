@@ -34,6 +34,10 @@ class TextBatch(NamedTuple):
     """
     weights: Any
     """float32 `[B]`: weight of the text in the loss; 0 for padding rows."""
+    buckets: Any = None
+    """int32 `[B, F]`: the n-grams of each text (`text.ngrams`); None: the head reads none."""
+    counts: Any = None
+    """float32 `[B, F]`: how often each n-gram occurs in the text; 0 for padding."""
 
 
 class CandidateBatch(NamedTuple):
@@ -92,6 +96,8 @@ class TextSet:
     cut: np.ndarray
     """bool: texts that were cut at `max_tokens`."""
     max_tokens: int
+    ngrams: Sequence[tuple[np.ndarray, np.ndarray]] = ()
+    """The n-grams of each text and their counts (`text.ngrams`), if the head reads them."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -106,7 +112,26 @@ class TextSet:
     def batch(self, numbers: np.ndarray, tokens: Sequence[np.ndarray], weights: np.ndarray) -> TextBatch:
         """Puts `tokens` of the texts `numbers` into one batch; number -1 gives a row without a text."""
         inputs, lengths = _padded(tokens, self.max_tokens)
-        return TextBatch(inputs, lengths, *_taken(self.targets, numbers, weights))
+        return TextBatch(inputs, lengths, *_taken(self.targets, numbers, weights), *self._taken_ngrams(numbers))
+
+    def _taken_ngrams(self, numbers: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """The padded n-grams of the texts `numbers` and their counts."""
+        if not self.ngrams:
+            return None, None
+        nothing = np.empty(0, np.int32), np.empty(0, np.float32)
+        rows = [self.ngrams[n] if n >= 0 else nothing for n in numbers]
+        most = max(len(buckets) for buckets, _ in rows)
+        F = next(width for width in self._ngram_widths if width >= most)
+        buckets_BF, counts_BF = np.zeros((len(rows), F), np.int32), np.zeros((len(rows), F), np.float32)
+        for row, (buckets, counts) in enumerate(rows):
+            buckets_BF[row, : len(buckets)], counts_BF[row, : len(counts)] = buckets, counts
+        return buckets_BF, counts_BF
+
+    @functools.cached_property
+    def _ngram_widths(self) -> list[int]:
+        """The most n-grams of a text in a batch of each of the `widths`: few shapes, so that few programs compile."""
+        sizes, lengths = np.array([len(buckets) for buckets, _ in self.ngrams]), self.lengths
+        return sorted({int(sizes[lengths <= width].max(initial=1)) for width in widths(self.max_tokens)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,7 +149,7 @@ class TaskConfig:
     """The head reads a sum of the outputs of all layers with learned weights, instead of the last layer (ELMo,
     arXiv:1802.05365, equation 1)."""
     bag_of_words: int = 0
-    """For classify: add the logits of a linear model over TF-IDF weighted n-grams of up to this many tokens
+    """For classify: add a linear model over TF-IDF weighted n-grams of up to this many words, and of characters
     (arXiv:1606.07792); 0: none."""
     lm_weight: float = 0.0
     """Weight of an auxiliary next-token loss on the texts (GPT-1, section 3.2)."""

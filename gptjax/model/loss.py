@@ -115,13 +115,17 @@ def label_logits(
 
 def state_logits(task: TaskConfig, params: dict, name: str, x_BTD: jax.Array, batch: TextBatch | Batch) -> jax.Array:
     """Like `label_logits`, given final hidden states."""
+    if not isinstance(batch, TextBatch):
+        return head_logits(params["heads"][name], x_BTD)
+    logits = text_logits(task, params, name, x_BTD, batch)
+    return sum(logits[1:], logits[0]) / len(logits)
+
+
+def text_logits(task: TaskConfig, params: dict, name: str, x_BTD: jax.Array, batch: TextBatch) -> list[jax.Array]:
+    """Returns float32 label logits `[B, N]` of the model and, with `task.bag_of_words`, of the one over n-grams."""
     head = params["heads"][name]
-    if isinstance(batch, TextBatch):
-        logits_BN = head_logits(head, pool(x_BTD, batch.lengths, task.pooling))
-        if task.bag_of_words:
-            logits_BN = logits_BN + bag_logits(head, batch.inputs, batch.lengths, task.bag_of_words)
-        return logits_BN
-    return head_logits(head, x_BTD)
+    logits = [head_logits(head, pool(x_BTD, batch.lengths, task.pooling))]
+    return [*logits, bag_logits(head, batch.buckets, batch.counts)] if task.bag_of_words else logits
 
 
 def label_batch_loss(task: TaskConfig, logits: jax.Array, batch: TextBatch | Batch, smoothing: float = 0.0) -> Loss:

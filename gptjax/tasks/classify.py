@@ -13,7 +13,7 @@ from gptjax.config.run import Config
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.labels import Predictions, score, score_table
-from gptjax.model.bag import document_frequencies
+from gptjax.model.bag import inverse_document_frequencies
 from gptjax.tasks.head_task import HeadTask, count_note, head_kind
 from gptjax.tasks.texts import encode_examples, make_rewrite
 from gptjax.text.formats import Row, missing_field
@@ -66,9 +66,10 @@ def _decode(config: Config, _examples: Sequence[Text], rows: Encoded, probabilit
     return Predictions(probabilities_EN, rows.targets, config.task.labels, cut=tuple(rows.cut.tolist()))
 
 
-def _constants(config: Config, train: Encoded) -> dict[str, np.ndarray]:
-    longest = config.task.bag_of_words
-    return {"idf": document_frequencies(train.tokens, longest)} if longest else {}
+def _constants(config: Config, train: Any) -> dict[str, np.ndarray]:
+    if not config.task.bag_of_words:
+        return {}
+    return {"idf": inverse_document_frequencies([buckets for buckets, _ in train.ngrams])}
 
 
 HEAD = HeadTask(

@@ -6,6 +6,7 @@ embeddings of a start, a delimiter and an extract token. Their ids follow those 
 Shape suffixes: B examples, K sequences of an example, R = B K sequences, T position, D n_embd, N outputs.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from gptjax.errors import UserError
 from gptjax.model.bag import init_bag
 from gptjax.model.gpt import Compute, states_and_extras
 from gptjax.model.heads import head_logits, init_head, label_loss, pool
-from gptjax.model.loss import all_inputs, label_batch_loss, loss_options, state_logits, token_loss
+from gptjax.model.loss import all_inputs, label_batch_loss, loss_options, state_logits, text_logits, token_loss
 from gptjax.model.parameters import INIT_STD, normal
 from gptjax.ops.cross_entropy import Loss, with_extras
 from gptjax.tasks.functions import call_function
@@ -159,6 +160,10 @@ def head_states_loss(config: Config, name: str) -> Callable[[dict, jax.Array, An
 
     def states_loss(params: dict, x_RTD: jax.Array, batch: Any) -> Loss:
         loss = output_loss(task, head_outputs(task, params, name, x_RTD, batch), batch, smoothing)
+        if task.bag_of_words:  # a sum of two losses: together, the n-grams would soon fit all rows, and the model none
+            models = text_logits(task, params, name, x_RTD, batch)
+            own = [output_loss(task, logits, batch, smoothing).objective for logits in models]
+            loss = dataclasses.replace(loss, objective=jnp.sum(jnp.stack(own)))
         return with_language_model(config, params, x_RTD, batch, loss)
 
     return states_loss

@@ -9,6 +9,7 @@ from gptjax.config.run import Config
 from gptjax.tasks.heads import learned_marks
 from gptjax.tasks.task import longest
 from gptjax.text.labelled import Choice, Numbers, Text
+from gptjax.text.ngrams import ngram_counts
 from gptjax.text.replace import read_synonyms, replace_words
 from gptjax.text.tokenizers.base import Tokenizer
 
@@ -26,9 +27,28 @@ def encode_examples(
     rows = [(example.text,) if example.second is None else (example.text, example.second) for example in examples]
     tokens, cut = encode_rows(rows, tokenizer, marks, room)
     if not config.task.both_orders:
-        return TextSet(tokens, targets, cut, room)
+        ngrams = _ngrams(config, tokenizer, rows, tokens, cut) if config.task.bag_of_words else ()
+        return TextSet(tokens, targets, cut, room, ngrams)
     turned, cut_too = encode_rows([row[::-1] for row in rows], tokenizer, marks, room)
     return CandidateSet(list(zip(tokens, turned, strict=True)), targets, cut | cut_too, room, 2)
+
+
+def _ngrams(
+    config: Config,
+    tokenizer: Tokenizer,
+    rows: Sequence[tuple[str, ...]],
+    tokens: Sequence[np.ndarray],
+    cut: np.ndarray,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The n-grams of each row and their counts. Those of a text that was cut are of the tokens that are left."""
+    marks = {mark for place in marks_of(config, tokenizer) for mark in place}
+    return [
+        ngram_counts(
+            tokenizer.decode(i for i in ids.tolist() if i not in marks) if short else "\n".join(row),
+            config.task.bag_of_words,
+        )
+        for row, ids, short in zip(rows, tokens, cut, strict=True)
+    ]
 
 
 def make_rewrite(
