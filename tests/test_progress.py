@@ -4,6 +4,7 @@ import pytest
 
 from gptjax.config.train import TrainConfig
 from gptjax.report import progress
+from gptjax.report.cost import readable_time
 from gptjax.report.progress import Progress
 from gptjax.training.log import evaluations_after
 
@@ -85,8 +86,27 @@ def test_a_sample_is_printed_as_text(capsys):
     assert capsys.readouterr().out == "    | def f():\n    | \treturn '\ufffd[31m'\n    | \n"
 
 
+@pytest.mark.parametrize("every", [0, 5, 10])
+def test_a_step_is_shown_with_the_time_of_the_evaluation_that_follows_it(clock, capsys, every):
+    train = TrainConfig(num_steps=10, eval_every=every)
+    shown = Progress(10, 0, lambda step: evaluations_after(train, step), 60, 2, 0.0, None)
+    clock.now = 10.0
+    shown.step(row(5))
+    shown.step(row(10))
+    step, evaluation = 10.0 / 5, 10.0 / 5 * 60 / 2 / 3  # not measured yet: 60 forward passes
+    found = [line.rpartition(" · ")[2] for line in capsys.readouterr().out.splitlines()]
+    expected = [5 * step + evaluation * (2 if every == 5 else 1), evaluation / 2]
+    assert found == [f"{readable_time(seconds)} left" for seconds in expected]
+    with shown.evaluation(10, 4) as before_batch:
+        for _ in range(4):
+            before_batch()
+            clock.now += 15.0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" · ")[2] for line in lines] == ["0:45 left", "0:30 left", "0:15 left"]
+
+
 def test_lines_are_not_wrapped(capsys, clock):
-    shown = make({123456: 1}, num_steps=1_000_000)
+    shown = make({123455: 1}, num_steps=1_000_000)
     shown.step(row(123456, skipped=12345, tokens_per_s=1e9, loss=123456.7))
     shown.line("x" * 300)
     step, line = capsys.readouterr().out.splitlines()

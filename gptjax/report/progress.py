@@ -133,7 +133,7 @@ class Progress:
             parts.append(f"{above:+.3f} to reference")
         if row["skipped"]:
             parts.append(f"{row['skipped']} steps skipped")
-        parts.append(f"{readable_time(self.seconds_left(row['step']))} left")
+        parts.append(f"{readable_time(self._seconds_left_at_step(row['step']))} left")
         self._show(" · ".join(parts))
 
     @contextlib.contextmanager
@@ -202,12 +202,19 @@ class Progress:
 
     def seconds_left(self, step: int) -> float:
         """Estimates the time of the steps after `step` and their evaluations."""
+        return self._estimate(step, self._evaluations_after(step))
+
+    def _seconds_left_at_step(self, step: int) -> float:
+        """The same including the evaluation of `step` itself: a step is shown before its evaluation is made."""
+        return self._estimate(step, self._evaluations_after(step - 1))
+
+    def _estimate(self, step: int, evaluations: int) -> float:
         training = time.monotonic() - self._started - self._seconds_evaluating
         each = training / max(1, step - self._first_step)
         evaluation = self._evaluation_seconds
         if evaluation is None:
             evaluation = each * self._evaluation_in_steps
-        return each * (self._num_steps - step) + evaluation * self._evaluations_after(step)
+        return each * (self._num_steps - step) + evaluation * evaluations
 
     def _above_reference(self, row: dict) -> float | None:
         """How far the newest training losses are above the reference."""
@@ -219,7 +226,7 @@ class Progress:
 
     def _update_view(self, row: dict, data_wait: float, memory: int) -> None:
         view = self._view
-        view.step, view.left = row["step"], readable_time(self.seconds_left(row["step"]))
+        view.step, view.left = row["step"], readable_time(self._seconds_left_at_step(row["step"]))
         view.losses = [*view.losses, row["loss"]][-MOST_LOSSES:]
         view.learning_rate, view.grad_norm, view.skipped = row["learning_rate"], row["grad_norm"], row["skipped"]
         view.tokens_per_s, view.data_wait, view.memory = row["tokens_per_s"], data_wait, memory
