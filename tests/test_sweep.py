@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 
 from gptjax.cli import main
-from gptjax.config.reader import load_config
+from gptjax.config.reader import load_config, to_yaml
 from gptjax.config.sweep import load_sweep
 from gptjax.errors import UserError
 from gptjax.report import html
 from gptjax.report.charts import parallel_axes
 from gptjax.report.record import read_record
 from gptjax.verbs.sweep import train_all
+from tests.faults.inputs import refused
 from tests.test_report import Page, write_run
 from tests.tiny import CONFIG, replace
 
+DRAWN = "method: random\nruns: 2\noptions:\n "
 BASE = "run_dir: ignored\ntrain: {num_steps: 20}\noptim: {min_learning_rate: 0}\n"
 
 
@@ -65,13 +68,56 @@ def test_random_draws_are_in_range_spread_by_scale_and_stay_when_runs_are_added(
         ("method: bayes\noptions: {seed: [1]}", "must be grid or random"),
         ("option: {seed: [1]}", "unknown key 'option'. Did you mean 'options'?"),
         ("options: {run_dir: [a]}", "unknown option 'run_dir'"),
+        ("options: {seed: [1, 2, 1]}", "seed=1 is the same run twice"),
+        ("options: {optim.learning_rate: [1e-3, 0.001]}", "optim.learning_rate=0.001 is the same run twice"),
+        ("options: {seed: [{}]}", "seed={} must be a whole number"),
+        (f"{DRAWN} seed: {{min: 1, max: .inf}}", "min=1 and max=inf must be numbers"),
+        (f"{DRAWN} train.ema: {{min: true, max: 3}}", "min=True and max=3 must be numbers"),
+        (f"{DRAWN} seed: {{min: 0.2, max: 0.4}}", "min=0.2 and max=0.4 must be whole numbers"),
+        (f"{DRAWN} optim.name: {{min: 1, max: 3}}", "optim.name is no number"),
+        (f"{DRAWN} data.path: {{min: 1, max: 3}}", "data.path is no number"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, message, capsys):
-    assert main(["sweep", str(write(tmp_path, text))]) == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(capsys, "sweep", write(tmp_path, text))
     with pytest.raises(UserError):
         load_sweep(tmp_path / "base.yaml", {})
+
+
+@pytest.mark.parametrize("flags", [("--run_dir", "x"), ("--seed", "3")], ids=" ".join)
+def test_a_flag_that_the_file_overrules_is_refused(tmp_path, capsys, flags):
+    line = refused(capsys, "sweep", write(tmp_path, "options: {seed: [1, 2]}"), *flags)
+    assert f"{flags[0]} has no effect" in line and not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("key", ["config", "run_dir"])
+def test_places_are_text(tmp_path, capsys, key):
+    path = write(tmp_path, "options: {seed: [1]}")
+    path.write_text(path.read_text().replace(f"{key}: ", f"{key}: 3 # "))
+    assert f"{key}=3 must be text" in refused(capsys, "sweep", path)
+
+
+def test_draws_that_are_equal_are_one_run_and_counted(tmp_path):
+    sweep = load_sweep(write(tmp_path, "method: random\nruns: 9\noptions: {seed: [1, 2]}"), {})
+    assert len(sweep.runs) == 2 and sweep.repeated == 7
+
+
+def test_a_finished_run_of_another_config_is_not_taken_for_this_one(tmp_path):
+    path, trained = write(tmp_path, "options: {seed: [1]}"), []
+
+    def train(run, folder):
+        trained.append(run.config.train.num_steps)
+        (folder / f"{run.name}.yaml").write_text(to_yaml(run.config))
+        shutil.rmtree(folder / run.name, ignore_errors=True)
+        write_run(folder / run.name, run.config.train.num_steps, run.config)
+        return 0
+
+    assert train_all(load_sweep(path, {}), 1, train) == train_all(load_sweep(path, {}), 1, train) == 0
+    assert trained == [20]
+    with pytest.raises(UserError, match=r"was trained with optim.beta2=0.95, now optim.beta2=0.9; give the sweep"):
+        train_all(load_sweep(path, {"optim": {"beta2": 0.9}}), 1, train)
+    assert train_all(load_sweep(path, {"train": {"num_steps": 40}, "log": {"by_layer": True}}), 1, train) == 0
+    assert trained == [20, 40], "a longer run is not finished"
 
 
 def test_finished_runs_are_left_alone_and_failures_are_listed(tmp_path, capsys):

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gptjax.config.reader import flag_types, load_config, read_yaml
+from gptjax.config.reader import flag_types, flatten, load_config, read_yaml
 from gptjax.config.run import Config
 from gptjax.errors import UserError, did_you_mean
 
@@ -37,6 +37,8 @@ class Sweep:
     """Folder of all runs."""
     runs: list[SweepRun]
     """In the order of the file's options."""
+    repeated: int = 0
+    """Draws that are equal to an earlier one, and therefore no run."""
 
 
 def load_sweep(path: Path, overrides: dict) -> Sweep:
@@ -58,13 +60,18 @@ def load_sweep(path: Path, overrides: dict) -> Sweep:
     for key in ("config", "run_dir", "options"):
         if not values.get(key):
             raise UserError(f"{path}: {key} is missing")
+        if key != "options" and not isinstance(values[key], str):
+            raise UserError(f"{path}: {key}={values[key]!r} must be text, the path of a file or folder")
     options, method = values["options"], values.get("method", "grid")
     if not isinstance(options, dict):
         raise UserError(f"{path}: options must hold `section.key: [values]` lines")
-    known = flag_types(Config)
+    known, given = flag_types(Config), flatten(overrides)
     for name in options:
         if name not in known or name == "run_dir":
             raise UserError(f"{path}: options: unknown option {name!r}.{did_you_mean(str(name), known)}")
+    for name in given:
+        if name == "run_dir" or name in options:
+            raise UserError(f"command line: --{name} has no effect: {path} sets {name}; change it there")
     if method == "grid":
         for key in ("runs", "seed"):
             if key in values:
@@ -74,16 +81,20 @@ def load_sweep(path: Path, overrides: dict) -> Sweep:
         chosen = _random(path, options, values.get("runs", 0), values.get("seed", 0))
     else:
         raise UserError(f"{path}: method={method!r} must be grid or random")
-    folder = Path(str(values["run_dir"]))
-    runs: dict[str, SweepRun] = {}
+    folder, file = Path(values["run_dir"]), Path(values["config"]).expanduser()
+    runs: dict[Config, SweepRun] = {}
     for each in chosen:
-        name = _name(each)
-        nested = {"run_dir": str(folder / name)}
+        nested = {}
         for option, value in each.items():
             _set(nested, option, value)
-        config = load_config(Path(str(values["config"])), _merged(overrides, nested))
-        runs[name] = SweepRun(name, each, config)
-    return Sweep(folder, list(runs.values()))
+        config = load_config(file, _merged(overrides, nested))
+        if config not in runs:
+            name = _name(each)
+            runs[config] = SweepRun(name, each, dataclasses.replace(config, run_dir=str(folder / name)))
+        elif method == "grid":
+            words = " ".join(f"{name}={value}" for name, value in each.items())
+            raise UserError(f"{path}: options: {words} is the same run twice; give every value once")
+    return Sweep(folder, list(runs.values()), repeated=len(chosen) - len(runs))
 
 
 def _grid(path: Path, options: dict) -> list[dict]:
@@ -114,16 +125,24 @@ def _drawn(path: Path, name: str, values: Any, chance: random.Random) -> Any:
         return chance.choice(values)
     if not isinstance(values, dict) or set(values) - set(RANGE) or not {"min", "max"} <= set(values):
         raise UserError(f"{path}: options: {name} must be a list, or min, max and scale (linear or log)")
+    kind = flag_types(Config)[name]
+    if kind not in (int, float):
+        raise UserError(f"{path}: options: {name} is no number; give a list of its values, not min and max")
     try:
-        low, high = float(values["min"]), float(values["max"])  # YAML 1.1 reads 1e-3 as text
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: options: {name}: min and max must be numbers") from None
+        low, high = (math.nan if isinstance(values[key], bool) else float(values[key]) for key in ("min", "max"))
+    except (TypeError, ValueError, OverflowError):  # YAML 1.1 reads 1e-3 as text
+        low = high = math.nan
+    if not math.isfinite(low + high):
+        raise UserError(f"{path}: options: {name}: min={values['min']!r} and max={values['max']!r} must be numbers")
     scale = values.get("scale", "linear")
     if scale not in ("linear", "log") or not low < high or (scale == "log" and low <= 0):
         raise UserError(f"{path}: options: {name}: needs min < max, and scale linear, or log with min above 0")
-    if flag_types(Config)[name] is int:
+    if kind is int:
+        if low % 1 or high % 1:
+            raise UserError(f"{path}: options: {name}: min={low:g} and max={high:g} must be whole numbers")
         return chance.randint(round(low), round(high)) if scale == "linear" else round(_log(low, high, chance))
-    return float(f"{chance.uniform(low, high) if scale == 'linear' else _log(low, high, chance):.4g}")
+    drawn = chance.uniform(low, high) if scale == "linear" else _log(low, high, chance)
+    return min(max(float(f"{drawn:.4g}"), low), high)
 
 
 def _log(low: float, high: float, chance: random.Random) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gptjax.config.reader import to_yaml
+from gptjax.config.reader import differing_fields, load_config, to_yaml
 from gptjax.config.start import CONFIG_FILE
 from gptjax.config.sweep import Sweep, SweepRun, load_sweep
 from gptjax.config.verbs.sweep import SweepConfig
@@ -29,6 +29,9 @@ STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGINT)}
 REPEATED = ("task.fold", "seed")
 """Options whose runs repeat an experiment, so that their scores are averaged."""
 
+MAY_CHANGE = ("run_dir", "cache_dir", "cluster.", "log.", "train.num_steps", "train.save_every", "train.log_every")
+"""Options that may differ when a sweep continues: they do not change what a finished run has learned."""
+
 Train = Callable[[SweepRun, Path], int]
 """Trains a run, given the folder of the sweep; returns the exit status."""
 
@@ -41,6 +44,9 @@ def run_sweep(path: str, options: SweepConfig, overrides: dict) -> int:
         UserError: The sweep's file or a config is wrong.
     """
     sweep = load_sweep(Path(path), overrides)
+    if sweep.repeated:
+        draws = sweep.repeated + len(sweep.runs)
+        print(f"{sweep.repeated} of {draws} draws are equal to earlier ones and are left out")
     return write_array(sweep, options.parallel) if options.slurm else train_all(sweep, options.parallel, _train)
 
 
@@ -51,7 +57,7 @@ def write_array(sweep: Sweep, parallel: int) -> int:
     """
     folder = Path(sweep.run_dir).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = [run for run in sweep.runs if not _finished(run)]
+    waiting = _waiting(sweep, folder)
     if not waiting:
         print(f"all {len(sweep.runs)} runs are finished; without --slurm, the same command prints their table")
         return 0
@@ -62,7 +68,7 @@ def write_array(sweep: Sweep, parallel: int) -> int:
     job = f"""#!/usr/bin/env bash
 #SBATCH --job-name={re.sub(r"[^A-Za-z0-9._-]", "_", folder.name)}
 #SBATCH --array=0-{len(waiting) - 1}{limit}
-#SBATCH --output={folder}/slurm-%A_%a.log
+#SBATCH --output={shlex.quote(f"{folder}/slurm-%A_%a.log")}
 #SBATCH --signal=TERM@120
 # Add what your cluster needs, such as --partition, --time, --gres=gpu:1 and --mem.
 configs=(
@@ -83,7 +89,7 @@ def train_all(sweep: Sweep, parallel: int, train: Train) -> int:
     """The same for runs that are made; `train` starts one."""
     folder = Path(sweep.run_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = [run for run in sweep.runs if not _finished(run)]
+    waiting = _waiting(sweep, folder)
     done = len(sweep.runs) - len(waiting)
     print(f"{len(sweep.runs)} runs, {done} of them finished before", flush=True)
     failed: dict[str, int] = {}
@@ -182,17 +188,44 @@ def _train(run: SweepRun, folder: Path) -> int:
                 return process.wait()
 
 
+def _config_file(run: SweepRun, folder: Path) -> Path:
+    return folder / f"{run.name}.yaml"
+
+
 def _write_config(run: SweepRun, folder: Path) -> Path:
-    path = folder / f"{run.name}.yaml"
+    path = _config_file(run, folder)
     write_atomic(path, to_yaml(run.config).encode())
     return path
+
+
+def _waiting(sweep: Sweep, folder: Path) -> list[SweepRun]:
+    """The runs that are not finished.
+
+    Raises:
+        UserError: A finished run had other options than the sweep asks for now, so that its scores are not those of
+            this sweep.
+    """
+    waiting = [run for run in sweep.runs if not _finished(run)]
+    for run in sweep.runs:
+        file = _config_file(run, folder)
+        if run in waiting or not file.is_file():
+            continue
+        changed = differing_fields(load_config(file), run.config)
+        for name, (old, new) in changed.items():
+            if not name.startswith(MAY_CHANGE):
+                raise UserError(
+                    f"{folder / run.name}: was trained with {name}={old!r}, now {name}={new!r}; give the sweep another"
+                    " run_dir, or the old value"
+                )
+    return waiting
 
 
 def _finished(run: SweepRun) -> bool:
     record = _record(run)
     if record is None:
         return False
-    if any(row["step"] >= record.config.train.num_steps for row in record.evaluations):
+    steps = (record if run.config.train.num_epochs else run).config.train.num_steps
+    if any(row["step"] >= steps for row in record.evaluations):
         return True
     last = record.events[-1] if record.events else {}
     return last.get("event") == "stop" and str(last.get("reason")).startswith("no better")
