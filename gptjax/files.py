@@ -48,6 +48,22 @@ def _process_token(pid: int) -> str:
     return f"{host}-{pid}-{secrets.token_hex(4)}"
 
 
+def check_writable(option: str, path: Path) -> None:
+    """Checks that a file can be written to `path`, before the work whose result it holds.
+
+    Raises:
+        UserError: It is a folder, or its folder does not exist or cannot be written to.
+    """
+    if path.is_dir():
+        raise UserError(f"{option}={path}: is a folder; name a file")
+    temporary = temporary_name(path)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"{option}={path}: cannot be written: {error.strerror}; name another file") from None
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Renames a synced file or folder and syncs the folder that holds it."""
     os.replace(temporary, path)

@@ -18,6 +18,7 @@ from gptjax.report import charts, html
 from gptjax.report.events import add_event, read_events
 from gptjax.report.page import asset, json_for_html
 from gptjax.report.record import names_of, read_record, read_samples
+from tests.faults.inputs import refused
 from tests.tiny import CONFIG, replace
 
 HOSTILE = "</script><script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">&<!--"
@@ -178,6 +179,10 @@ def test_the_verb_writes_page_and_figures(tmp_path, capsys, monkeypatch):
     assert main(["report", str(tmp_path)]) == 2
     assert "no run directory" in capsys.readouterr().err
     assert main(["report"]) == 2
+    for out, message in (("config.yaml", "must end in .html"), ("nowhere/a.html", "cannot be written: No such file")):
+        before = (one / "config.yaml").read_bytes()
+        assert message in refused(capsys, "report", one, "--out", one / out)
+        assert (one / "config.yaml").read_bytes() == before and not (one / "nowhere").exists()
     (one / "metrics.jsonl").unlink()
     assert main(["report", str(one)]) == 2
     assert "no metrics.jsonl yet" in capsys.readouterr().err

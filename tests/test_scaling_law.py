@@ -1,10 +1,14 @@
 """The scaling law: it finds the coefficients that made the losses, its intervals hold them, and the verb reads runs."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
 from gptjax.cli import main
+from gptjax.config.task import TaskConfig
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.scaling_law import HUBER, Law, bootstrap, fit, interval
 from gptjax.verbs.scaling_fit import read_points
@@ -113,3 +117,30 @@ def test_mistakes_are_told(runs, tmp_path, capsys):
     assert "give both" in capsys.readouterr().err
     with pytest.raises(UserError, match="neither a run directory"):
         read_points([tmp_path])
+    with pytest.raises(UserError, match="16_100: is named twice"):
+        read_points([runs, runs / "16_100"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": TokenizerConfig(kind="bytes")}, "tokenizer.kind='bpe' and 'bytes', so their losses are not"),
+        ({"data": {"validation_fraction": 0.5}}, "data.validation_fraction=0.1 and 0.5"),
+        ({"task": TaskConfig(kind="classify")}, "two: has task.kind=classify"),
+    ],
+)
+def test_losses_of_other_tokens_are_not_fitted_together(tmp_path, change, message):
+    write_run(tmp_path / "one")
+    write_run(tmp_path / "two", config=replace(CONFIG, **change))
+    with pytest.raises(UserError, match=message):
+        read_points([tmp_path])
+
+
+@pytest.mark.parametrize("row", ['"val_loss": null', '"tokens": null'])
+def test_a_run_without_a_number_is_left_out(tmp_path, capsys, row):
+    path = write_run(tmp_path / "one") / "metrics.jsonl"
+    name = row.split(":")[0]
+    lines = [re.sub(f"{name}: [^,]*", row, line) for line in path.read_text().splitlines(keepends=True)]
+    path.write_text("".join(lines))
+    assert read_points([tmp_path]) == []
+    assert capsys.readouterr().out.startswith("left out    one: it has no evaluation after its last step, or no finite")

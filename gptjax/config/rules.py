@@ -83,6 +83,18 @@ def usable_path(name: str, path: str) -> None:
         raise UserError(f"{name}={path!r} is not a usable path; give one without NUL, and '~' without a name")
 
 
+def not_empty(config, name: str) -> None:
+    """Requires a path: an empty one would be the current folder."""
+    if not getattr(config, name):
+        raise UserError(f"{name} is empty; name a folder or file to write")
+
+
+def page_file(config, name: str) -> None:
+    """Requires the ending of a page for a file that a page is written to, so that it replaces no other kind of file."""
+    if (path := getattr(config, name)) and not path.lower().endswith((".html", ".htm")):
+        raise UserError(f"{name}={path!r} must end in .html")
+
+
 def different_files(config, given: str, out: str) -> None:
     """Refuses to write over the file that is read."""
     paths = [getattr(config, name) for name in (given, out)]

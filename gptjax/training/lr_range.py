@@ -55,7 +55,12 @@ def measure(config: Config, run_dir: Path, low: float, high: float, steps: int) 
         low: First rate.
         high: Last rate.
         steps: At least 2.
+
+    Raises:
+        UserError: The config or its data cannot be used, or the task has no loss to minimise.
     """
+    if config.task.kind == "reinforce":
+        raise UserError("task.kind=reinforce: lr-find needs a loss that falls, and this task raises a reward")
     train = dataclasses.replace(
         config.train, num_steps=steps, num_epochs=0.0, spike_sigma=0.0, max_skipped_in_a_row=steps
     )

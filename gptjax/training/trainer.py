@@ -102,7 +102,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals, origin: 
             say(finished)
             _write_report(parts)
     batches = device_batches(parts, first, options.num_steps)
-    _follow(parts, state)
+    follow_model(parts, state)
     batch = next(batches)
     step_program = _program(parts, state, batch, programs, say)
     facts = _describe(parts, state, step_program)
@@ -124,7 +124,7 @@ def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals, origin: 
             in_flight.add(metrics["loss"])
             if step != options.num_steps:
                 with log.data_wait():
-                    _follow(parts, state)
+                    follow_model(parts, state)
                     batch = next(batches)
             log.flush()
             in_flight.wait()
@@ -249,7 +249,7 @@ def device_batches(parts: Parts, first: int, stop: int) -> Generator[Any]:
         yield put_rows(batch, sharding, micro_batch(step) * pieces(step))
 
 
-def _follow(parts: Parts, state: TrainState) -> None:
+def follow_model(parts: Parts, state: TrainState) -> None:
     """Gives the parameters to batches that are sampled from the model."""
     if parts.task.follow is not None:
         parts.task.follow(join(state.params, state.frozen))

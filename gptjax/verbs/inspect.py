@@ -7,7 +7,7 @@ from gptjax.config.verbs.inspect import InspectConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.inside import inspect_text
 from gptjax.evaluation.likelihood import check_likelihood
-from gptjax.files import write_atomic
+from gptjax.files import check_writable, write_atomic
 from gptjax.machine import compile_cache
 from gptjax.report.inspect_page import render_inspection
 from gptjax.report.progress import notify
@@ -26,8 +26,11 @@ def run_inspect(run_dir: str, options: InspectConfig) -> int:
     """
     if has_surrogate(options.text):
         raise UserError("text is not UTF-8")
-    compile_cache.start()
     place = Path(run_dir).expanduser()
+    path = Path(options.out).expanduser() if options.out else place / PAGE_FILE
+    if options.out:
+        check_writable("out", path)
+    compile_cache.start()
     run = load_run(place, options.checkpoint, options.strict, notify, options.base)
     if run.tokenizer is None:
         raise UserError(f"{run_dir}: has no tokenizer; import the model again with --tokenizer gpt2")
@@ -41,7 +44,6 @@ def run_inspect(run_dir: str, options: InspectConfig) -> int:
         )
     inspection = inspect_text(run.config.model, run.params, tokens)
     page = render_inspection(inspection, place.resolve().name, lambda token: tokenizer.decode([token]))
-    path = Path(options.out).expanduser() if options.out else place / PAGE_FILE
     write_atomic(path, page.encode("utf-8", "replace"))
     print(path)
     return 0

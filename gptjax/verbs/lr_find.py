@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gptjax.config.run import Config
 from gptjax.config.verbs.lr_find import LrFindConfig
-from gptjax.files import write_atomic
+from gptjax.files import check_writable, write_atomic
 from gptjax.machine import compile_cache
 from gptjax.report.page import escape, page
 from gptjax.report.panel import sparkline
@@ -21,6 +21,8 @@ def run_lr_find(config: Config, options: LrFindConfig) -> int:
     Raises:
         UserError: The config or its data cannot be used, or the loss does not fall.
     """
+    path = Path(options.out or PAGE_FILE).expanduser()
+    check_writable("out", path)
     compile_cache.start(config.cache_dir)
     with tempfile.TemporaryDirectory(prefix="gptjax-lr-find-") as folder:
         rates, losses = measure(config, Path(folder) / "run", options.low, options.high, options.steps)
@@ -28,7 +30,6 @@ def run_lr_find(config: Config, options: LrFindConfig) -> int:
     print(f"rate        {rates[0]:.1e} {sparkline(losses, WIDTH)} {rates[-1]:.1e}")
     for line in describe(found, config):
         print(line)
-    path = Path(options.out or PAGE_FILE).expanduser()
     write_atomic(path, render(rates, losses, describe(found, config)).encode())
     print(path)
     return 0

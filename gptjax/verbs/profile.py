@@ -11,11 +11,12 @@ import jax
 from gptjax.config.run import Config
 from gptjax.config.verbs.profile import ProfileConfig
 from gptjax.errors import UserError
+from gptjax.files import check_writable
 from gptjax.machine import compile_cache
 from gptjax.report import cost
 from gptjax.report.trace import by_kind, descriptions, measured
 from gptjax.training.setup import build
-from gptjax.training.trainer import device_batches
+from gptjax.training.trainer import device_batches, follow_model
 
 WARM_UP = 2
 """Number of steps before the trace begins."""
@@ -28,15 +29,18 @@ def run_profile(config: Config, options: ProfileConfig) -> int:
     Raises:
         UserError: The config or its data is invalid, or the folder for the trace exists.
     """
-    if options.out and Path(options.out).expanduser().exists():
-        raise UserError(f"out={options.out}: exists already; name a new folder")
+    out = Path(options.out).expanduser().absolute()
+    if options.out:
+        if out.exists():
+            raise UserError(f"out={options.out}: exists already; name a new folder")
+        check_writable("out", next(folder for folder in out.parents if folder.exists()) / out.name)
     compile_cache.start(config.cache_dir)
     with tempfile.TemporaryDirectory(prefix="gptjax-profile-") as folder:
         run_dir, trace = Path(folder) / "run", Path(folder) / "trace"
         seconds, tokens, flops, program = _trace(config, run_dir, trace, options.steps)
         found = measured(trace)
         if options.out:
-            shutil.copytree(trace, Path(options.out).expanduser())
+            shutil.copytree(trace, out)
     each = seconds / options.steps
     print(f"step        {1000 * each:.1f} ms, {tokens / each:,.0f} tokens/s, on {jax.device_count()} devices")
     if peak := cost.peak_flops():
@@ -68,15 +72,18 @@ def _trace(config: Config, run_dir: Path, trace: Path, steps: int) -> tuple[floa
     batches = device_batches(parts, 0, WARM_UP + steps)
     flops = cost.flops_per_token(parts.config.model, state.params) if parts.config.finetune.train == "all" else 0.0
     try:
+        follow_model(parts, state)
         batch = next(batches)
         step = parts.train_step.lower(state, batch).compile()
         state, metrics = step(state, batch)
         for _ in range(WARM_UP - 1):
+            follow_model(parts, state)
             state, metrics = step(state, next(batches))
         jax.block_until_ready(state)
         with jax.profiler.trace(str(trace)):
             began = time.monotonic()
             for _ in range(steps):
+                follow_model(parts, state)
                 state, metrics = step(state, next(batches))
             jax.block_until_ready((state, metrics))
             seconds = time.monotonic() - began

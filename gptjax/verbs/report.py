@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gptjax.config.verbs.report import ReportConfig
 from gptjax.errors import UserError
+from gptjax.files import check_writable
 from gptjax.report.figures import save_figures
 from gptjax.report.html import REPORT_FILE, write_report
 from gptjax.report.record import names_of, read_record
@@ -21,11 +22,12 @@ def run_report(options: ReportConfig) -> int:
     records = [read_record(place, name) for place, name in zip(places, names_of(places), strict=True)]
     default = places[0] / REPORT_FILE if len(places) == 1 else Path(COMPARISON_FILE)
     path = Path(options.out).expanduser() if options.out else default
-    if path.is_dir():
-        raise UserError(f"out={path}: is a folder; name a file, such as {path / REPORT_FILE}")
+    check_writable("out", path)
+    folder = Path(options.png).expanduser()
+    if options.png and folder.exists() and not folder.is_dir():
+        raise UserError(f"png={folder}: is a file; name a folder")
+    figures = save_figures(records, folder) if options.png else []
     write_report(records, path)
-    print(path)
-    if options.png:
-        for figure in save_figures(records, Path(options.png).expanduser()):
-            print(figure)
+    for written in (path, *figures):
+        print(written)
     return 0

@@ -7,22 +7,27 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gptjax.config.reader import differing_fields
 from gptjax.config.start import CONFIG_FILE
 from gptjax.config.verbs.scaling_fit import ScalingFitConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evaluation.scaling_law import Law, bootstrap, fit, interval
-from gptjax.files import write_atomic
+from gptjax.files import check_writable, write_atomic
 from gptjax.machine.chips import CHIPS
 from gptjax.model.gpt import init_params
 from gptjax.report.cost import matmul_parameters, readable_count, readable_number
 from gptjax.report.metrics import METRICS_FILE
 from gptjax.report.page import escape, page
-from gptjax.report.record import RunRecord, names_of, read_record
+from gptjax.report.record import RunRecord, is_number, names_of, read_record
 
 PAGE_FILE = "scaling_fit.html"
 LEAST_RUNS = 12
 LEAST_SIZES = 3
 CURVE_POINTS = 40
+SAME = ("data.", "sources", "mixture_temperature", "tokenizer.", "task.", "model.vocab_size")
+"""Options that decide which tokens a validation loss is the mean of."""
+MAY_DIFFER = ("data.packing", "data.verify", "data.skip")
+"""Those of them that change nothing of the validation text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,8 @@ def run_scaling_fit(options: ScalingFitConfig) -> int:
     Raises:
         UserError: There are too few finished runs, or they are of too few sizes.
     """
+    path = Path(options.out or PAGE_FILE).expanduser()
+    check_writable("out", path)
     points = read_points([Path(place).expanduser() for place in options.runs])
     held = _held_back(points, options.hold_out)
     used = [point for point in points if point is not held]
@@ -53,7 +60,6 @@ def run_scaling_fit(options: ScalingFitConfig) -> int:
     laws = bootstrap(n, d, loss, law, options.bootstrap, options.seed)
     lines = describe(used, held, law, laws, options)
     print("\n".join(lines))
-    path = Path(options.out or PAGE_FILE).expanduser()
     write_atomic(path, render(used, held, law, lines).encode())
     print(path)
     return 0
@@ -63,7 +69,8 @@ def read_points(places: Sequence[Path]) -> list[Point]:
     """Reads run directories and folders of them; prints which ones are left out, and why.
 
     Raises:
-        UserError: A place is neither.
+        UserError: A place is neither, a run is named twice, or losses are not comparable: they are of other text, or
+            of other tokens.
     """
     folders: list[Path] = []
     for place in places:
@@ -71,17 +78,34 @@ def read_points(places: Sequence[Path]) -> list[Point]:
         if not inside and not (place / CONFIG_FILE).is_file():
             raise UserError(f"{place}: neither a run directory nor a folder that holds some")
         folders += [place] if (place / CONFIG_FILE).is_file() else inside
-    points = []
+    resolved = [folder.resolve() for folder in folders]
+    if twice := next((folder for folder in resolved if resolved.count(folder) > 1), None):
+        raise UserError(f"{twice}: is named twice, and would count twice in the fit; name every run once")
+    points, first = [], None
     for folder, name in zip(folders, names_of(folders), strict=True):
         record = read_record(folder, name) if (folder / METRICS_FILE).is_file() else None
         row = None if record is None else _last_evaluation(record)
         if record is None or row is None:
-            print(f"left out    {name}: it has no evaluation after its last step")
+            print(f"left out    {name}: it has no evaluation after its last step, or no finite loss")
             continue
+        first = first or record
+        _check_comparable(first, record)
         model, tokens = record.config.model, record.steps[-1]["tokens"]
         shapes = jax.eval_shape(lambda model=model: init_params(model, jax.random.key(0)))
         points.append(Point(name, matmul_parameters(model, shapes), tokens, row["val_loss"]))
     return points
+
+
+def _check_comparable(first: RunRecord, other: RunRecord) -> None:
+    """Requires two runs that predict the same tokens of the same text."""
+    if other.config.task.kind != "pretrain":
+        raise UserError(f"{other.name}: has task.kind={other.config.task.kind}; a law is fitted to runs of pretrain")
+    for name, (one, another) in differing_fields(first.config, other.config).items():
+        if name.startswith(SAME) and name not in MAY_DIFFER:
+            raise UserError(
+                f"{first.name} and {other.name}: {name}={one!r} and {another!r}, so their losses are not of the same"
+                " tokens; fit runs that differ in size and length alone"
+            )
 
 
 def describe(used: Sequence[Point], held: Point, law: Law, laws: Sequence[Law], options: ScalingFitConfig) -> list[str]:
@@ -111,14 +135,20 @@ def _larger(law: Law, laws: Sequence[Law], options: ScalingFitConfig) -> list[st
     flops = 6 * n * d
     hours = flops / (options.mfu * CHIPS[options.chip].peak_flops) / 3600
     cost = f", which cost {hours * options.price:,.2f} at {options.price:g} an hour" if options.price else ""
-    best_n, best_d = law.optimum(flops)
+    if min(law.alpha, law.beta) > 0:
+        best_n, best_d = law.optimum(flops)
+        optimum = (
+            f"the same FLOPs: {readable_count(best_n)} parameters, {readable_count(best_d)} tokens: loss"
+            f" {law.loss(best_n, best_d):.4f}"
+        )
+    else:
+        optimum = "none: by this law, more parameters or more tokens do not lower the loss; fit more runs"
     return [
         f"predicted   {readable_count(n)} parameters, {readable_count(d)} tokens: loss {law.loss(n, d):.4f}"
         f" ({low:.4f} to {high:.4f})",
         f"            {flops:.3g} FLOPs (6 N D) = {readable_number(hours)} hours of one {options.chip} at"
         f" {options.mfu:.0%} of its peak{cost}",
-        f"optimum     the same FLOPs: {readable_count(best_n)} parameters, {readable_count(best_d)} tokens: loss"
-        f" {law.loss(best_n, best_d):.4f}",
+        f"optimum     {optimum}",
     ]
 
 
@@ -157,7 +187,8 @@ def render(used: Sequence[Point], held: Point, law: Law, lines: Sequence[str]) -
 
 def _last_evaluation(record: RunRecord) -> dict | None:
     last = [row for row in record.evaluations if row["step"] == record.config.train.num_steps]
-    return last[-1] if last and record.steps else None
+    known = last and record.steps and all(map(is_number, (last[-1]["val_loss"], record.steps[-1].get("tokens"))))
+    return last[-1] if known else None
 
 
 def _held_back(points: Sequence[Point], name: str) -> Point:

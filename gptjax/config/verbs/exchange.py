@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from gptjax.config.rules import no_effect, not_negative, positive, usable_paths
+from gptjax.config.rules import no_effect, not_empty, not_negative, positive, usable_paths
 from gptjax.config.verbs.checkpoint import CheckpointConfig
 
 
@@ -19,6 +19,7 @@ class ImportConfig:
     """Run directory of the base model, to import a PEFT folder."""
 
     def __post_init__(self):
+        not_empty(self, "to")
         usable_paths("", self, "to", "base")
 
 
@@ -45,6 +46,7 @@ class ExportConfig(CheckpointConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        not_empty(self, "to")
         usable_paths("", self, "to")
         not_negative("", self, "max_shard_mb")
         positive("", self, "average")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gptjax.config.rules import usable_paths
+from gptjax.config.rules import page_file, usable_paths
 from gptjax.config.verbs.checkpoint import CheckpointConfig
 from gptjax.errors import UserError
 
@@ -21,3 +21,4 @@ class InspectConfig(CheckpointConfig):
         if not self.text:
             raise UserError("text is missing; give --text TEXT")
         usable_paths("", self, "out")
+        page_file(self, "out")

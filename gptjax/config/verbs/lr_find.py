@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gptjax.config.rules import positive, usable_paths
+from gptjax.config.rules import page_file, positive, usable_paths
 from gptjax.errors import UserError
 
 
@@ -26,3 +26,4 @@ class LrFindConfig:
             raise UserError(f"steps={self.steps} must be at least 10")
         positive("", self, "steps")
         usable_paths("", self, "out")
+        page_file(self, "out")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gptjax.config.rules import usable_paths
+from gptjax.config.rules import page_file, usable_paths
 from gptjax.errors import UserError
 
 
@@ -22,3 +22,4 @@ class ReportConfig:
         if not self.runs:
             raise UserError("no run is named; give the folder of one run, or of several to compare them")
         usable_paths("", self, "runs", "out", "png")
+        page_file(self, "out")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gptjax.config.rules import no_effect, not_negative, positive, usable_paths
+from gptjax.config.rules import no_effect, not_negative, page_file, positive, usable_paths
 from gptjax.config.verbs.plan import CHIP_NAMES
 from gptjax.errors import UserError, did_you_mean
 
@@ -30,12 +30,13 @@ class ScalingFitConfig:
     price: float = 0.0
     """Price of an hour of one chip, in any currency; 0: unknown."""
     out: str = ""
-    """File for the chart; empty: scaling_fit.html in this folder."""
+    """HTML file to write the chart to; empty: scaling_fit.html in this folder."""
 
     def __post_init__(self):
         if not self.runs:
             raise UserError("no run is named; give run directories, or the folder of a sweep")
         usable_paths("", self, "runs", "out")
+        page_file(self, "out")
         not_negative("", self, "seed")
         positive("", self, "bootstrap")
         if (self.params > 0) != (self.tokens > 0) or min(self.params, self.tokens) < 0:
