@@ -1,13 +1,15 @@
 """Diagnostics: groups and scores against plain counting, and the predictions against the measured loss."""
 
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from gptjax.batches.pretraining import Batch
+from gptjax.batches.pretraining import Batch, PackedWindows
 from gptjax.cli import main
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.evaluation.diagnose import (
     Predictions,
     by_confidence,
@@ -20,8 +22,13 @@ from gptjax.evaluation.diagnose import (
 )
 from gptjax.evaluation.loss import make_eval_step, measure
 from gptjax.model.gpt import Compute
+from gptjax.text.prepare import prepare
+from gptjax.text.tokenizer import load_tokenizer
 from gptjax.training import trainer
-from tests.tiny import MODEL, init_params, make_batch, run_config
+from gptjax.verbs.data import step_lines
+from gptjax.verbs.own_text import open_own_text
+from tests.faults.inputs import refused
+from tests.tiny import MODEL, init_params, make_batch, run_config, untrained_run
 
 
 def predictions(**arrays) -> Predictions:
@@ -97,3 +104,31 @@ def test_the_verb_prints_all_parts(tmp_path, capsys):
     assert printed.split("loss ")[1][:5] in loss, "that of the evaluation on the same windows"
     for part in ("position in the document", "occurrences", "calibration error", "Repeated 4-grams within 12 tokens"):
         assert part in printed
+    assert main(["data", config.run_dir, "--step", "2"]) == 0
+    assert "step=3 must be at most train.num_steps=2" in refused(capsys, "data", config.run_dir, "--step", "3")
+    (Path(config.data.path[0]) / "000.txt").write_text("other words than those of training\n" * 20)
+    assert "its text has changed since it was trained" in refused(capsys, "data", config.run_dir, "--step", "2")
+
+
+def test_text_that_has_changed_is_read_with_the_tokenizer_of_the_run(tmp_path):
+    config = untrained_run(tmp_path, tokenizer=TokenizerConfig(kind="bpe", vocab_size=280))
+    tokenizer = load_tokenizer(Path(config.run_dir) / "tokenizer.json")
+    learned = set()
+    for _ in range(2):
+        assert open_own_text(config, tokenizer, str).tokenizer.fingerprint == tokenizer.fingerprint
+        learned.add(prepare(config.data, config.tokenizer, Path(config.cache_dir), report=str).tokenizer.fingerprint)
+        for path in Path(config.data.path[0]).iterdir():
+            path.write_text(path.read_text().replace("a", "xyz") + path.name)
+    assert len(learned) == 2, "the tokenizer that is learned from the text has changed"
+
+
+def test_the_documents_of_a_step_are_those_of_its_batch_while_the_batch_grows(tmp_path):
+    config = untrained_run(tmp_path, train={"batch_ramp": ("0:2", "2:4", "3:8")})
+    lines = step_lines(config, Path(config.run_dir), 4)
+    first = 2 + 2 + 4
+    assert lines[0] == f"step 4: sequences {first} to {first + 7} of the run"
+    prepared = prepare(config.data, config.tokenizer, Path(config.cache_dir), report=str)
+    windows = PackedWindows(prepared.dataset.train, config.model.block_size, config.seed, False)
+    expected = [prepared.tokenizer.decode(windows.row(first + n).inputs) for n in range(8)]
+    shown = [line for line in lines if line.startswith("sequence ")]
+    assert [line.rpartition(": ")[2] for line in shown] == [repr(" ".join(text.split())) for text in expected]

@@ -90,9 +90,10 @@ class PackedWindows:
             batch_size: Rows of the global batch; a ramp has its own.
             rows: Rows to make; a process makes only its own.
         """
-        return self.windows(self._numbers(step, batch_size)[rows])
+        return self.windows(self.numbers(step, batch_size)[rows])
 
-    def _numbers(self, step: int, batch_size: int) -> np.ndarray:
+    def numbers(self, step: int, batch_size: int) -> np.ndarray:
+        """Returns the numbers of the windows of the batch of `step`, counted over all epochs."""
         first, size = step * batch_size, batch_size
         if self.ramp:
             first, size = sum_before(self.ramp, step), value_at(self.ramp, step)
@@ -116,7 +117,7 @@ class PackedWindows:
 
     def documents(self, step: int, batch_size: int) -> list[tuple[int, int]]:
         """Returns the ranges of documents in each row of the batch of `step`, numbered in the stream from 0."""
-        return [pair for n in self._numbers(step, batch_size) for pair in self.documents_of(int(n))]
+        return [pair for n in self.numbers(step, batch_size) for pair in self.documents_of(int(n))]
 
     def documents_of(self, number: int) -> list[tuple[int, int]]:
         """Returns the first and the last document of each range of the stream that this window holds."""

@@ -9,11 +9,15 @@ import jax
 from gptjax.batches.pairs import PairBatch
 from gptjax.batches.pretraining import Batch, PrefixBatch
 from gptjax.config.model import ModelConfig
+from gptjax.errors import UserError
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import batch_loss, loss_options
 from gptjax.parallel.place import put
 
 EvalStep = Callable[[dict, Any], tuple[jax.Array, jax.Array]]
+
+
+NO_TARGETS = "no token of the text can be predicted: each of its documents has a single token; give other text"
 
 
 class Evaluation(NamedTuple):
@@ -105,7 +109,13 @@ def sum_loss(
 
 
 def evaluation_of(nll: float, count: float, bytes_per_token: float | None) -> Evaluation:
-    """Computes loss, perplexity and bits per byte from a summed loss."""
+    """Computes loss, perplexity and bits per byte from a summed loss.
+
+    Raises:
+        UserError: There was no target.
+    """
+    if not count:
+        raise UserError(NO_TARGETS)
     loss = nll / count
     bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
     return Evaluation(loss, math.exp(min(loss, 700.0)), bits)

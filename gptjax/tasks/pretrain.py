@@ -84,7 +84,7 @@ def _build_mixture(config: Config, source: Source, compute: Compute, compiled: C
         }
         return mean_evaluation(weights, found)
 
-    identity = hash_texts([*(one.hash for one in sources.values()), repr(stages)])
+    identity = mixture_hash((one.hash for one in sources.values()), stages)
     windows = {
         name: MAKERS[config.data.packing](
             one.train, model.block_size, config.seed, across, source.skipped.get(name, frozenset())
@@ -126,6 +126,11 @@ def mixture_stages(config: Config, n_tokens: dict[str, int]) -> tuple[Stage, ...
         return (Stage(0, tuple(weights)),)
     steps = sorted({0, *(step for source in config.sources for step in source.weight_changes)})
     return tuple(Stage(step, tuple(source.weight_at(step) for source in config.sources)) for step in steps)
+
+
+def mixture_hash(hashes: Iterable[str], stages: tuple[Stage, ...]) -> str:
+    """The identity of the data of a run with several sources."""
+    return hash_texts([*hashes, repr(stages)])
 
 
 def describe_stages(config: Config, stages: tuple[Stage, ...], n_tokens: dict[str, int]) -> list[str]:

@@ -9,20 +9,24 @@ import jax
 
 from gptjax.batches.mixture import MixtureWindows
 from gptjax.batches.pretraining import MAKERS, read_windows
-from gptjax.checkpoints.run_dir import CONFIG_FILE, load_run
+from gptjax.checkpoints.checkpoint import FOLDER
+from gptjax.checkpoints.choice import choose
+from gptjax.checkpoints.run_dir import CONFIG_FILE, TOKENIZER_FILE, load_run
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config
 from gptjax.config.verbs.data import DataVerbConfig
 from gptjax.errors import UserError
+from gptjax.evaluation.likelihood import check_likelihood
 from gptjax.evaluation.loss import make_eval_step
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
-from gptjax.tasks.pretrain import mixture_stages
+from gptjax.tasks.pretrain import mixture_hash, mixture_stages
 from gptjax.text.documents import Origin, read_origins
 from gptjax.text.mixture import prepare_sources
-from gptjax.text.prepare import Prepared, prepare
+from gptjax.text.prepare import Prepared
 from gptjax.text.tokenizer import load_tokenizer
 from gptjax.training.step import compute_options
+from gptjax.verbs.own_text import open_own_text
 
 _SHOWN = 60
 
@@ -71,16 +75,24 @@ def step_lines(config: Config, run_dir: Path, step: int) -> list[str]:
     Raises:
         UserError: The data no longer exists, or was prepared without a list of origins.
     """
-    prepared, B = _prepared(config, run_dir), config.train.batch_size
+    B, steps = config.train.batch_size, config.train.num_steps
+    if step > steps:
+        raise UserError(f"step={step} must be at most train.num_steps={steps} of {run_dir}")
+    prepared = _prepared(config, run_dir)
     across, T = config.data.attend_across_documents, config.model.block_size
-    make = MAKERS[config.data.packing]
-    windows = {name: make(one.dataset.train, T, config.seed, across) for name, one in prepared.items()}
+    make, ramp = MAKERS[config.data.packing], config.train.batch_sizes if config.train.batch_ramp else ()
+    windows = {name: make(one.dataset.train, T, config.seed, across, ramp=ramp) for name, one in prepared.items()}
+    first = (step - 1) * B
+    hashes = [one.dataset.hash for one in prepared.values()]
     if config.sources:
         stages = mixture_stages(config, {name: one.split.n_tokens for name, one in windows.items()})
+        _check_unchanged(run_dir, mixture_hash(hashes, stages))
         source_B, window_B = MixtureWindows(windows, stages).choose(step - 1, B)
         chosen = [(list(windows)[k], int(number)) for k, number in zip(source_B, window_B, strict=True)]
     else:
-        chosen = [("", number) for number in range((step - 1) * B, step * B)]
+        _check_unchanged(run_dir, hashes[0])
+        chosen = [("", int(number)) for number in windows[""].numbers(step - 1, B)]
+        first = chosen[0][1]
     documents = [
         [document for first, last in windows[name].documents_of(number) for document in range(first, last + 1)]
         for name, number in chosen
@@ -89,7 +101,7 @@ def step_lines(config: Config, run_dir: Path, step: int) -> list[str]:
     for (name, _), numbers in zip(chosen, documents, strict=True):
         wanted.setdefault(name, set()).update(numbers)
     origins = {name: _origins(prepared[name], "train", numbers) for name, numbers in wanted.items()}
-    lines = [f"step {step:,}: sequences {(step - 1) * B:,} to {step * B - 1:,} of the run"]
+    lines = [f"step {step:,}: sequences {first:,} to {first + len(chosen) - 1:,} of the run"]
     for row, ((name, number), numbers) in enumerate(zip(chosen, documents, strict=True)):
         tokens = windows[name].row(number).inputs[:_SHOWN]
         text = " ".join(prepared[name].tokenizer.decode(tokens).split())[:_SHOWN]
@@ -107,6 +119,7 @@ def rank_documents(config: Config, run_dir: Path, options: DataVerbConfig) -> li
         UserError: The run has no checkpoint, or its data no longer exists.
     """
     run = load_run(run_dir, options.checkpoint, options.strict, notify, options.base)
+    check_likelihood(run.config, str(run_dir))
     eval_step, T = jax.jit(make_eval_step(run.config.model, compute_options(run.config))), config.model.block_size
     ranked = []
     for name, one in _prepared(config, run_dir).items():
@@ -135,13 +148,24 @@ def _prepared(config: Config, run_dir: Path) -> Mapping[str, Prepared]:
         raise UserError(
             f"{run_dir}: task.objective.kind={config.task.objective.kind} rearranges text; data shows others"
         )
-    cache = Path(config.cache_dir).expanduser()
-    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    tokenizer = load_tokenizer(run_dir / TOKENIZER_FILE)
     if config.sources:
+        cache = Path(config.cache_dir).expanduser()
         sources = {source.name: source.data for source in config.sources}
         return prepare_sources(sources, config.tokenizer, cache, report=notify, tokenizer_override=tokenizer)
-    override = tokenizer if config.init_from else None
-    return {"": prepare(config.data, config.tokenizer, cache, report=notify, tokenizer_override=override)}
+    return {"": open_own_text(config, tokenizer, notify)}
+
+
+def _check_unchanged(run_dir: Path, data_hash: str) -> None:
+    """Requires the text that the newest checkpoint was trained on: of other text, the batches are others.
+
+    Raises:
+        UserError: The text has changed.
+    """
+    manifest = choose(run_dir / FOLDER, "latest").manifest
+    trained_on = "" if manifest is None else manifest.meta.get("data_hash", "")
+    if trained_on and trained_on != data_hash:
+        raise UserError(f"{run_dir}: its text has changed since it was trained, so its steps cannot be shown any more")
 
 
 def _origins(prepared: Prepared, split: str, numbers: Iterable[int]) -> dict[int, Origin]:

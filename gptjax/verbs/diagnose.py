@@ -22,13 +22,14 @@ from gptjax.evaluation.diagnose import (
     used_context,
 )
 from gptjax.evaluation.likelihood import check_likelihood
+from gptjax.evaluation.loss import NO_TARGETS
 from gptjax.generation.sample import sample_texts
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
-from gptjax.text.prepare import prepare
 from gptjax.text.shards import TokenSplit
 from gptjax.text.tokenizers.base import Tokenizer
 from gptjax.training.step import compute_options
+from gptjax.verbs.own_text import open_own_text
 
 COUNTED_TOKENS = 50_000_000
 """Token frequencies are counted in this many tokens at the start of the training text."""
@@ -48,13 +49,17 @@ def run_diagnose(run_dir: str, options: DiagnoseConfig) -> int:
     if config.task.kind != "pretrain" or run.tokenizer is None:
         raise UserError(f"{run_dir}: diagnose needs a run with task.kind=pretrain and a tokenizer")
     check_likelihood(config, run_dir)
-    override = run.tokenizer if config.init_from else None
-    cache = Path(config.cache_dir).expanduser()
-    dataset = prepare(config.data, config.tokenizer, cache, tokenizer_override=override).dataset
+    if config.sources:
+        raise UserError(f"{run_dir}: mixes {len(config.sources)} texts; diagnose needs one, evaluate measures each")
+    dataset = open_own_text(config, run.tokenizer, notify).dataset
+    if run.data_hash and dataset.hash != run.data_hash:
+        notify(f"{run_dir}: its text has changed since it was trained; the loss is that of the new text")
     block, across = config.model.block_size, config.data.attend_across_documents
     batches = evaluation_batches(dataset.validation, block, options.windows, options.batch_size, across)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     predictions = predict_targets(config.model, run.params, batches, compute_options(config), device)
+    if not len(predictions.nll):
+        raise UserError(NO_TARGETS)
     loss = float(predictions.nll.mean(dtype=np.float64))
     accuracy = predictions.correct.mean()
     print(f"step {run.step:,}: {len(predictions.nll):,} targets, loss {loss:.4f}, accuracy {accuracy:.2%}")

@@ -32,6 +32,7 @@ from gptjax.evaluation.loss import (
     sum_loss,
 )
 from gptjax.evaluation.sliding import sliding_spans
+from gptjax.files import check_writable
 from gptjax.generation.weights import rounded_weights
 from gptjax.machine import compile_cache
 from gptjax.report.progress import notify
@@ -47,15 +48,14 @@ from gptjax.tasks.seq2seq import measure_pairs
 from gptjax.text.counts import counted
 from gptjax.text.labelled import check_labels, read_data_rows
 from gptjax.text.mixture import prepare_sources
-from gptjax.text.prepare import prepare
 from gptjax.text.rows import limited
 from gptjax.text.shards import TokenSplit
 from gptjax.text.tokenizers.base import Tokenizer
-from gptjax.text.tokenizers.extended import with_special_tokens
 from gptjax.text.whole import WholeText, document_hashes, read_whole
 from gptjax.training.step import compute_options
 from gptjax.verbs.benchmark import measure_benchmark
 from gptjax.verbs.generated import GENERATING, measure_generated
+from gptjax.verbs.own_text import open_own_text
 
 CLEANING = ("text_field", "invalid_utf8", "unicode", "newlines", "attend_across_documents")
 """Options of data that another text takes from the run, unless they are set."""
@@ -123,6 +123,8 @@ def evaluate_run(options: EvaluateConfig, notify: Notify = notify) -> str:
     kind = run.config.task.kind
     if options.figure and kind not in LABELLED:
         raise UserError(f"figure={options.figure!r} has no effect: {options.run_dir} has task.kind={kind}, no labels")
+    if options.figure:
+        check_writable("figure", Path(options.figure).expanduser())
     if options.generate:
         return _evaluate_generated(run, tokenizer, options, notify)
     if kind == "pretrain":
@@ -240,12 +242,7 @@ def _evaluate_own_text(
         raise UserError(f"{options.run_dir}: started from no run with text of its own; give --data.path")
     if owner.sources:
         return _evaluate_own_sources(run, owner, tokenizer, options, notify)
-    cache = Path(owner.cache_dir).expanduser()
-    override = tokenizer if owner.init_from else None  # the data of such a run was prepared with the base's tokenizer
-    prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=override)
-    special = owner.task.objective.special_tokens
-    if with_special_tokens(prepared.tokenizer, special).fingerprint != tokenizer.fingerprint:
-        prepared = prepare(owner.data, owner.tokenizer, cache, report=notify, tokenizer_override=tokenizer)
+    prepared = open_own_text(owner, tokenizer, notify)
     if owner is run.config and run.data_hash and prepared.dataset.hash not in run.data_hash.split():
         notify(f"{options.run_dir}: its text has changed since it was trained; the loss is that of the new text")
     split, across = prepared.dataset.validation, owner.data.attend_across_documents
