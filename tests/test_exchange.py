@@ -16,7 +16,9 @@ from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
-from gptjax.exchange.hf_model import export_model, import_model
+from gptjax.exchange.families import FAMILIES
+from gptjax.exchange.families.fields import Fields
+from gptjax.exchange.hf_model import export_model, import_model, read_model_config
 from gptjax.exchange.mixed_texts import mixed_texts
 from gptjax.exchange.runs import export_run, import_run
 from gptjax.generation.decode import generate
@@ -141,6 +143,33 @@ def test_a_model_that_computes_something_else_is_refused(fields, message, tmp_pa
     with pytest.raises(UserError, match=message) as error:
         import_model(hf_dir)
     assert "\n" not in str(error.value)
+
+
+SHAPE = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"intermediate_size": 40, "vocab_size": 61, "max_position_embeddings": 48, "rope_theta": 1e4},
+    **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48},
+}
+ODD = (
+    *([], {}, [[]], [{}], "x", "", -1, 0, 10**30, 10**400, float("nan"), True),
+    *({"rope_type": []}, {"rope_type": "yarn", "factor": "x"}, {"rope_type": "yarn", "factor": 2, "beta_fast": "x"}),
+    {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": "x"},
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_value_of_a_wrong_kind_in_any_field_is_one_clear_line(family):
+    raw, refused = SHAPE | {"model_type": family}, 0
+    fields = Fields(raw, "config.json")
+    FAMILIES[family].read(fields)
+    for name in ("model_type", *fields.seen):
+        for value in ODD:
+            try:
+                read_model_config(raw | {name: value}, "config.json", str)
+            except UserError as error:
+                assert str(error).startswith("config.json: ") and "\n" not in str(error)
+                refused += 1
+    assert refused > 5 * len(fields.seen)
 
 
 def test_a_readout_that_is_only_said_to_be_tied_is_refused(tmp_path):
@@ -523,6 +552,15 @@ def test_wrong_imports_to_a_run_are_refused(tmp_path):
     import_run(hf_dir, tmp_path / "run")
     with pytest.raises(UserError, match="already contains a run"):
         import_run(hf_dir, tmp_path / "run")
+    with pytest.raises(UserError, match="is the folder that is imported"):
+        import_run(hf_dir, tmp_path / "run" / ".." / "hf")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "tokenizer.json").write_text("theirs")
+    with pytest.raises(UserError, match=r"theirs: has a tokenizer.json of another program"):
+        import_run(hf_dir, tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["tokenizer.json"]
+    with pytest.raises(UserError, match=r"no run directory \(it has no config.yaml\); convert it with gptjax import"):
+        load_run(hf_dir)
 
 
 def test_a_published_encoding_can_be_named(tmp_path):

@@ -219,6 +219,12 @@ def test_an_adapter_of_another_base_is_refused(folder, trained, tmp_path):
     trainer.train(other)
     with pytest.raises(UserError, match=r"was trained with another base than .*base.json identifies"):
         load_run(Path(config.run_dir), base_dir=other.run_dir)
+    broken = tmp_path / "broken"
+    shutil.copytree(config.run_dir, broken)
+    for content in ("", "{", "[]", "{}", "3"):
+        (broken / "base.json").write_text(content)
+        with pytest.raises(UserError, match=r"base.json: cannot be read .*; restore it, or train again"):
+            load_run(broken)
     moved = tmp_path / "moved"
     shutil.copytree(folder / "base", moved)
     assert_trees_equal(

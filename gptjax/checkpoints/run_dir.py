@@ -53,8 +53,12 @@ def write_description(
     """Writes `config.yaml`, `tokenizer.json` and, if the run needs parameters of `base` to resume, `base.json`.
 
     Raises:
-        UserError: The run was started from another base.
+        UserError: The run was started from another base, or the folder has the tokenizer of another program.
     """
+    if (run_dir / TOKENIZER_FILE).exists() and not (run_dir / CONFIG_FILE).exists():
+        raise UserError(
+            f"{run_dir}: has a {TOKENIZER_FILE} of another program, which a run replaces; name another folder"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     if base is not None and (config.finetune.train != "all" or config.finetune.mixout):
         if (run_dir / BASE_FILE).is_file():
@@ -90,7 +94,9 @@ def load_run(
             differs from the one that was used in training.
     """
     if not (run_dir / CONFIG_FILE).is_file():
-        raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE}); train one with gptjax train")
+        foreign = (run_dir / "config.json").is_file() or run_dir.suffix == ".gguf"
+        advice = "convert it with gptjax import" if foreign else "train one with gptjax train"
+        raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE}); {advice}")
     config = load_config(run_dir / CONFIG_FILE)
     choices = choose_many(run_dir / FOLDER, average, which, strict, notify, config.train.best_by)
     choice, folders = choices[0], [each.folder for each in choices if each.folder is not None]
@@ -200,7 +206,12 @@ def frozen_params(run_dir: Path, config: Config, base_dir: str, strict: bool, no
 
 
 def _check_base(run_dir: Path, params: dict, base_dir: str) -> None:
-    expected = json.loads((run_dir / BASE_FILE).read_text())["fingerprint"]
+    try:
+        expected = str(json.loads((run_dir / BASE_FILE).read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{run_dir / BASE_FILE}: cannot be read ({type(error).__name__}: {error}); restore it, or train again"
+        ) from None
     if fingerprint(params) != expected:
         raise UserError(
             f"{run_dir}: was trained with another base than {base_dir}: its parameters are not those that"

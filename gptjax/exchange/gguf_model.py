@@ -19,6 +19,7 @@ from gptjax.exchange.families.family import Family, choose_family
 from gptjax.exchange.families.gpt2 import DROPOUTS
 from gptjax.exchange.gguf_file import GgufFile, import_gguf, open_gguf
 from gptjax.exchange.gguf_tokenizer import gguf_tokenizer_files, write_tokenizer
+from gptjax.exchange.hf_files import readable_values
 from gptjax.exchange.hf_model import Imported, read_model_config, read_params, tensor_shapes, tensors_of
 from gptjax.exchange.hf_tokenizer import import_tokenizer
 from gptjax.text.tokenizers.base import Tokenizer
@@ -116,12 +117,13 @@ def import_gguf_model(path: Path, notify: Callable[[str], None]) -> Imported:
     """
     file = open_gguf(path)
     name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(
             f"{path}: general.architecture={name!r} is not supported; supported: {', '.join(ARCHITECTURES)}."
             f"{did_you_mean(str(name), ARCHITECTURES)}"
         )
-    family, model = read_model_config(_hf_config(file, name), str(path), notify)
+    with readable_values(str(path)):
+        family, model = read_model_config(_hf_config(file, name), str(path), notify)
     theirs = _gguf_names(family, model, name)
     shapes = {hf: _hf_shape(family, hf, file.shapes[their]) for hf, their in theirs.items() if their in file.shapes}
     if unknown := sorted(file.shapes.keys() - theirs.values() - {ROPE_FACTORS}):
@@ -135,7 +137,8 @@ def import_gguf_model(path: Path, notify: Callable[[str], None]) -> Imported:
         return to_hf(hf_name, file.read(theirs[hf_name]))
 
     params = read_params(family, model, shapes, read, str(path))
-    files = gguf_tokenizer_files(file, notify)
+    with readable_values(str(path)):
+        files = gguf_tokenizer_files(file, notify)
     tokenizer = import_tokenizer(files, model.vocab_size, notify)
     return Imported(model, params, tokenizer, files.chat_template, files.end_ids)
 

@@ -23,6 +23,7 @@ from gptjax.exchange.hf_files import (
     make_empty_folder,
     open_tensors,
     read_config,
+    readable_values,
     write_json,
     write_tensors,
 )
@@ -75,7 +76,8 @@ def import_model(hf_dir: Path, notify: Callable[[str], None] = lambda message: N
     """
     raw = read_config(hf_dir)
     family, model = read_model_config(raw, str(hf_dir / "config.json"), notify)
-    kind, task = head_kind(raw), TaskConfig()
+    with readable_values(str(hf_dir / "config.json")):
+        kind, task = head_kind(raw), TaskConfig()
     if kind:
         model = dataclasses.replace(model, tied_embeddings=True)
     with open_tensors(hf_dir) as (shapes, read):
@@ -85,9 +87,11 @@ def import_model(hf_dir: Path, notify: Callable[[str], None] = lambda message: N
         params = read_params(family, model, shapes, read, str(hf_dir))
     if kind:
         params["heads"] = {kind: read_head(head, name, model, str(hf_dir))}
-        task = read_task(raw, kind, len(params["heads"][kind]["w"]))
+        with readable_values(str(hf_dir / "config.json")):
+            task = read_task(raw, kind, len(params["heads"][kind]["w"]))
         notify(f"{hf_dir}: gptjax puts the end token around a text before it labels it; the model may not have seen it")
-    files = read_tokenizer_files(hf_dir)
+    with readable_values(f"a tokenizer file of {hf_dir}"):
+        files = read_tokenizer_files(hf_dir)
     tokenizer = import_tokenizer(files, model.vocab_size, notify)
     return Imported(model, params, tokenizer, files.chat_template, files.end_ids, task)
 
@@ -149,7 +153,7 @@ def read_model_config(raw: dict, where: str, notify: Callable[[str], None]) -> t
         UserError: The family or an option of the model is not supported.
     """
     name = raw.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"{where}: model_type={name!r} is not supported; supported: {', '.join(FAMILIES)}."
             f"{did_you_mean(str(name), FAMILIES)}"
@@ -158,7 +162,8 @@ def read_model_config(raw: dict, where: str, notify: Callable[[str], None]) -> t
         raise UserError(f"{where}: quantization_config is not supported; save the model dequantized, or as GGUF")
     fields = Fields(raw, where)
     try:
-        model = normal_form(FAMILIES[name].read(fields))
+        with readable_values(where):
+            model = normal_form(FAMILIES[name].read(fields))
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     for note in fields.notes:

@@ -72,6 +72,8 @@ def read_head(tensors: dict[str, np.ndarray], name: str, model: ModelConfig, whe
     if w_ND.ndim != 2 or w_ND.shape[1] != model.n_embd:
         raise UserError(f"{where}: tensor {name}.weight has shape {list(w_ND.shape)}, must be [labels, {model.n_embd}]")
     bias_N = tensors.get(f"{name}.bias", np.zeros(len(w_ND), np.float32))
+    if bias_N.shape != w_ND.shape[:1]:
+        raise UserError(f"{where}: tensor {name}.bias has shape {list(bias_N.shape)}, must be [{len(w_ND)}]")
     return {"w": jnp.asarray(w_ND.astype(np.float32)), "bias": jnp.asarray(bias_N.astype(np.float32))}
 
 

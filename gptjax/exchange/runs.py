@@ -40,6 +40,8 @@ def import_run(
         UserError: The model is not supported, its files are damaged, the encoding does not fit, or `run_dir` already
             contains a run.
     """
+    if run_dir.resolve() == source.resolve():
+        raise UserError(f"to={run_dir}: is the folder that is imported; name another one")
     if is_peft(source):
         return _import_adapter(source, run_dir, tokenizer_name, base, notify)
     if base:

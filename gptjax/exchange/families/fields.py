@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from gptjax.config.rules import LARGEST_COUNT
 from gptjax.errors import UserError
 
 ACTIVATIONS = {
@@ -13,6 +14,8 @@ ACTIVATIONS = {
 """Names of transformers, and ours; `gelu` is the exact one there."""
 ACTIVATION_NAMES = {"gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu"}
 """Ours where theirs differs."""
+LAYERS, MOST_LAYERS = ("num_hidden_layers", "n_layer"), 10_000
+"""Names of the number of layers, and the largest one: readers make lists as long as this."""
 NEUTRAL = {
     *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id"),
@@ -58,10 +61,10 @@ class Fields:
         return value
 
     def size(self, name: str, default: int | None) -> int:
-        """An integer of at least 1. A default of None means that the field is required."""
-        value = self.get(name, default)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{self.where}: {name}={value!r} must be a whole number of at least 1")
+        """An integer from 1 on. A default of None means that the field is required."""
+        value, most = self.get(name, default), MOST_LAYERS if name in LAYERS else LARGEST_COUNT
+        if type(value) is not int or not 1 <= value <= most:
+            raise UserError(f"{self.where}: {name}={value!r} must be a whole number from 1 to {most}")
         return value
 
     def optional_size(self, name: str, default: int | None) -> int:
@@ -92,7 +95,7 @@ class Fields:
             raise UserError(f"{self.where}: {name} must be a list of {count} kinds of layers")
         names = {"full_attention": "full", "sliding_attention": "local"}
         for kind in value:
-            if kind not in names:
+            if not isinstance(kind, str) or kind not in names:
                 raise self.refusal(name, kind, f"must be {' or '.join(map(repr, names))}")
         return tuple(names[kind] for kind in value)
 
