@@ -20,6 +20,8 @@ import numpy as np
 from gptjax.checkpoints.checkpoint import FOLDER
 from gptjax.checkpoints.choice import NAME
 from gptjax.checkpoints.manifest import MANIFEST
+from gptjax.config.cluster import ClusterConfig
+from gptjax.config.log import LogConfig
 from gptjax.config.reader import to_yaml
 from gptjax.config.run import Config
 from gptjax.config.verbs.verify_resume import VerifyResumeConfig
@@ -71,14 +73,18 @@ def verify_resume(config: Config, options: VerifyResumeConfig, notify: Callable[
     train = dataclasses.replace(
         config.train,
         num_steps=options.steps,
+        num_epochs=0.0,
         save_every=min(options.save_every, options.steps),
         log_every=1,
         eval_every=0,
+        patience=0,
         keep_checkpoints=2,
+        strict_checkpoints=False,  # a kill during a save leaves a checkpoint that is not complete
     )
+    log = dataclasses.replace(LogConfig(), by_layer=config.log.by_layer)  # other programs get nothing of these runs
     with tempfile.TemporaryDirectory(prefix="gptjax-verify-resume-") as folder:
         configs = [
-            dataclasses.replace(config, run_dir=str(Path(folder) / name), train=train)
+            dataclasses.replace(config, run_dir=str(Path(folder) / name), train=train, log=log, cluster=ClusterConfig())
             for name in ("unbroken", "killed")
         ]
         notify(f"an uninterrupted run of {options.steps} steps")

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from gptjax.cli import main
+from gptjax.config.cluster import ClusterConfig
+from gptjax.config.log import LogConfig
+from gptjax.config.verbs.verify_resume import VerifyResumeConfig
 from gptjax.errors import UserError
 from gptjax.verbs import verify_resume
 from gptjax.verbs.verify_resume import acknowledged, first_difference, kill_often
@@ -120,6 +123,25 @@ def test_verify_resume_names_what_differs(tmp_path, monkeypatch, capsys):
     path = write_config(process_config(tmp_path))
     assert main(["verify-resume", str(path), "--steps", "2"]) == 1
     assert "DIFFERENT: ema" not in (said := capsys.readouterr().out) and "differs by up to" in said
+
+
+def test_verify_resume_trains_for_its_own_steps_alone_and_sends_nothing(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(verify_resume, "_start", trained.append)
+    monkeypatch.setattr(verify_resume, "_finish", lambda *_: None)
+    monkeypatch.setattr(verify_resume, "kill_often", lambda config, *_: trained.append(config))
+    monkeypatch.setattr(verify_resume, "first_difference", lambda *_: "")
+    train = {"num_steps": 1000, "num_epochs": 3.0, "eval_every": 10, "patience": 2, "strict_checkpoints": True}
+    cluster = {"coordinator": "node:1", "num_processes": 2, "process_id": 0}
+    log = {"tensorboard": True, "wandb": True, "project": "mine", "by_layer": True}
+    config = replace(process_config(tmp_path), train=train, cluster=cluster, log=log)
+    assert verify_resume.verify_resume(config, VerifyResumeConfig(steps=7), str) == ""
+    assert len(trained) == 2
+    for one in trained:
+        assert (one.train.num_steps, one.train.num_epochs, one.train.patience) == (7, 0.0, 0)
+        assert one.log == LogConfig(by_layer=True) and one.cluster == ClusterConfig()
+        assert not one.train.strict_checkpoints, "a kill leaves checkpoints that are not complete"
+        assert one.optim == config.optim and not Path(one.run_dir).is_relative_to(tmp_path)
 
 
 def test_verify_resume_says_what_a_gpu_needs(monkeypatch):
