@@ -13,6 +13,7 @@ from gptjax.config.task import LORA_TARGETS, AdapterConfig, TaskConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.decode import stream
 from gptjax.generation.weights import decoding_weights
+from gptjax.machine.native import build
 from gptjax.model import gpt, loss
 from gptjax.model.adapters import merge_lora
 from gptjax.model.cache import init_cache
@@ -78,6 +79,26 @@ def test_gradients_in_bfloat16_are_those_of_float32(kind):
     expected, actual = (jax.flatten_util.ravel_pytree(gradient(dtype, params))[0] for dtype in ("float32", "bfloat16"))
     # activations have 8 bits of mantissa; the error of a direction of many parameters is a fraction of that
     assert float(jnp.vdot(expected, actual) / (jnp.linalg.norm(expected) * jnp.linalg.norm(actual))) > 0.99
+
+
+def test_a_prefix_is_trained_on_rows_of_one_token(monkeypatch):
+    """A row of one token attends to the prefix as a decoded token does to a cache, which has a kernel of its own."""
+    change = {"n_layer": 1, "n_embd": 32}  # heads of 16 numbers, which the kernel needs
+    model, params = adapted("prefix", change=change)
+    tokens_B1 = jnp.asarray([[3], [5]])
+
+    def gradient():
+        def objective(adapters):
+            states = gpt.hidden_states(model, params | {"adapters": adapters}, tokens_B1, jnp.zeros_like(tokens_B1))
+            return jnp.sum(jnp.sin(states))
+
+        return jax.jit(jax.grad(objective))(params["adapters"])
+
+    found = gradient()  # by the kernel, where the machine has it
+    monkeypatch.setattr(build, "ready", lambda: False)
+    expected = gradient()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    assert all(float(jnp.abs(leaf).max()) > 1e-3 for leaf in jax.tree.leaves(found))
 
 
 @pytest.mark.parametrize("change", [{"rank": 2}, {"alpha": 1.0}, {"targets": ("mlp/w_in",)}, {"dropout": 0.5}])

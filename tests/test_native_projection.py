@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.task import AdapterConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.decode import DecodingModel, generate, prefilled
 from gptjax.generation.weights import decoding_weights
 from gptjax.machine.native import build
-from gptjax.model import gpt
 from gptjax.ops.attention import cached_attention, cached_attention_reference
 from gptjax.ops.projection import dequantized, make_projection, project
 from tests.native.kernels import kernels_of, need
@@ -129,20 +127,6 @@ def test_the_gradient_of_one_position_is_that_of_the_reference(dtype):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype == jnp.dtype(dtype)
         np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), atol=1e-5 if dtype == "float32" else 0.02)
-
-
-def test_a_prefix_is_trained_on_rows_of_one_token():
-    model = ModelConfig(
-        n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=57, adapter=AdapterConfig(kind="prefix", tokens=3)
-    )
-    params = init_params(model, jax.random.key(0))
-    tokens_B1 = jnp.asarray([[3], [5]])
-
-    def total(params):
-        return jnp.sum(gpt.hidden_states(model, params, tokens_B1, jnp.zeros_like(tokens_B1)) ** 2)
-
-    gradient = jax.jit(jax.grad(total))(params)["adapters"]
-    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
 
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=57)
