@@ -81,6 +81,18 @@ def test_constrained_rows_match_and_others_are_as_alone():
 
 
 @pytest.mark.parametrize(
+    ("regex", "text"), [("a/b", "a/b"), (r"a\/b", "a/b"), (r"a\\/b", "a\\/b"), ("a\n[/]", "a\n/"), (r"\\\/", "\\/")]
+)
+def test_a_slash_and_a_backslash_are_those_of_the_expression(regex, text):
+    assert re.fullmatch(regex, text)
+    constraint, tokenizer = Constrainer(ByteTokenizer()).make(Form(regex=regex)), ByteTokenizer()
+    for token in tokenizer.encode(text).tolist():
+        assert np.flatnonzero(constraint.allowed()).tolist() == [token]
+        constraint.add([token])
+    assert np.flatnonzero(constraint.allowed()).tolist() == [tokenizer.end_of_text]
+
+
+@pytest.mark.parametrize(
     ("form", "message"),
     [(Form(regex="(a"), r"regex: .*unclosed group"), (Form(schema={"type": "cat"}), "JSON schema: .*Invalid type")],
 )

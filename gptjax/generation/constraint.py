@@ -6,6 +6,7 @@ Shape suffixes: V vocabulary.
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ class Form:
         if self.schema is not None:
             compact = {"x-guidance": {"whitespace_flexible": False}} | self.schema
             return f"{start}\nbody: %json {json.dumps(compact)}"
-        escaped = self.regex.replace("\\/", "/").replace("/", "\\/").replace("\n", "\\n")
+        # A slash ends the expression in a grammar, unless it is escaped, which it may be already.
+        escaped = re.sub(r"\\.|/", lambda found: found[0] if len(found[0]) == 2 else "\\/", self.regex, flags=re.DOTALL)
+        escaped = escaped.replace("\n", "\\n")
         return f"{start}\nbody: /{escaped}/"
 
 
