@@ -69,7 +69,8 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path}: no such config file.{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML's constructors of numbers, booleans and dates fail with any of these on odd values such as `!!int ""`
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if raw is None:
         return {}

@@ -92,6 +92,7 @@ class TrainConfig:
         )
         not_negative("train", self, "z_loss", "sample_tokens", "spike_sigma", "num_epochs")
         no_effect("train", self, "num_steps", not self.num_epochs, "train.num_epochs=0")
+        no_effect("train", self, "patience", self.eval_every > 0, "train.eval_every above 0")
         fraction("train", self, "label_smoothing", "ema")
         if self.batch_size % self.micro_batch:
             raise UserError(

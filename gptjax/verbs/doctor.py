@@ -22,7 +22,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config
 from gptjax.config.verbs.doctor import DoctorConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, one_line
 from gptjax.machine import allocator, compile_cache
 from gptjax.machine.native import build
 from gptjax.machine.processor import core_count
@@ -69,9 +69,9 @@ def examine(options: DoctorConfig, print_line: Callable[[str], object] = print) 
     for check in checks:
         try:
             print_row("ok", check())
-        except UserError as error:
+        except (UserError, OSError) as error:
             damaged += 1
-            print_row("DAMAGED", str(error))
+            print_row("DAMAGED", one_line(error) or "")
     if checks:
         print_row("verdict", f"{damaged} of {len(checks)} damaged" if damaged else f"all {len(checks)} good")
     return not damaged
@@ -123,12 +123,15 @@ def _check_checkpoint(folder: Path) -> str:
 def _check_data_of(config: Config, run_dir: Path | None = None) -> str:
     """Verifies the prepared data of a config, if it exists."""
     run_dir = run_dir or Path(config.run_dir).expanduser()
+    if config.task.kind != "pretrain":
+        return f"{run_dir}: task.kind={config.task.kind} reads rows when training starts; none are prepared"
     if config.sources:
         n = len(config.sources)
         return f"{run_dir or config.run_dir}: mixes {n} sources; gptjax doctor --all_data verifies their data"
     if not (config.data.path or config.data.source or config.data.hf_dataset):
         return f"{run_dir}: its config names no data"
-    override = load_tokenizer(run_dir / TOKENIZER_FILE) if config.init_from and run_dir.exists() else None
+    owner = run_dir if (run_dir / TOKENIZER_FILE).exists() else Path(config.init_from).expanduser()
+    override = load_tokenizer(owner / TOKENIZER_FILE) if config.init_from else None
     folder, _ = find_folder(config.data, config.tokenizer, Path(config.cache_dir), override)
     if not (folder / MANIFEST).exists():
         return f"{folder}: not prepared yet"

@@ -125,7 +125,7 @@ class _Partial:
                     self.rows[int(number)] = found
             write_atomic(path, "".join(f"{line}\n" for line in [header, *old[1:]]).encode())
             self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: cannot be read or written: {error}") from None

@@ -82,9 +82,11 @@ def _tokenizer(place: str) -> Tokenizer:
 
 
 def _sources(options: TokenizerVerbConfig) -> dict[str, Iterator[Document]]:
-    """The documents of each entry of data.path, or of data.source."""
+    """The documents of each entry of data.path, or of another source."""
     data = options.data
-    parts = {path: dataclasses.replace(data, path=(path,)) for path in data.path} or {data.source: data}
+    parts = {path: dataclasses.replace(data, path=(path,)) for path in data.path} or {
+        data.source or data.hf_dataset: data
+    }
     return {
         name: sample(clean(read_documents(part, Counter()), part, Counter()), options.characters)
         for name, part in parts.items()

@@ -64,7 +64,7 @@ class EvaluateConfig(CheckpointConfig):
         usable_paths("", self, "run_dir", "figure")
         for name in ("validation_fraction", "verify"):
             no_effect("data", self.data, name, False, "a split for validation, which evaluate does not make")
-        for name in ("clean", "skip"):
+        for name in ("clean", "skip", "packing", "license"):
             no_effect("data", self.data, name, False, "a text to train on")
         if not (self.data.path or self.data.source or self.data.hf_dataset) and self.data != DataConfig():
             raise UserError(
