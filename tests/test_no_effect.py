@@ -71,6 +71,7 @@ MORE = [
     (ModelConfig, {"n_expert": 4, "bias": False, "expert_width": 8}),
     (ModelConfig, {"n_layer": 1}),
     (TaskConfig, {"kind": "classify", "second_field": "b", "both_orders": True}),
+    (TrainConfig, {"eval_every": 0}),
     (TrainConfig, {"batch_ramp": ("0:8", "100:16")}),
     (OptimConfig, {"name": "schedule_free", "schedule": "constant"}),
     (Config, {"optim": OptimConfig(name="schedule_free", schedule="constant")}),

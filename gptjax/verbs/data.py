@@ -162,7 +162,7 @@ def _check_unchanged(run_dir: Path, data_hash: str) -> None:
     Raises:
         UserError: The text has changed.
     """
-    manifest = choose(run_dir / FOLDER, "latest").manifest
+    manifest = choose(run_dir / FOLDER, "latest", strict=False, notify=notify).manifest
     trained_on = "" if manifest is None else manifest.meta.get("data_hash", "")
     if trained_on and trained_on != data_hash:
         raise UserError(f"{run_dir}: its text has changed since it was trained, so its steps cannot be shown any more")

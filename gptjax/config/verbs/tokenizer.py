@@ -34,12 +34,12 @@ class TokenizerVerbConfig(CheckpointConfig):
         usable_paths("", self, "to")
         not_negative("", self, "characters", "extend", "prune")
         positive("", self, "show")
+        for name in ("validation_fraction", "skip", "packing", "attend_across_documents", "verify", "license"):
+            no_effect("data", self.data, name, False, "a text to train on")
         if not (self.data.path or self.data.source or self.data.hf_dataset):
             raise UserError("no text: name files as --data.path")
         if self.extend and self.prune:
             raise UserError("give --extend or --prune, not both")
-        for name in ("validation_fraction", "skip", "packing", "attend_across_documents", "verify", "license"):
-            no_effect("data", self.data, name, False, "a text to train on")
         changes = bool(self.extend or self.prune)
         if changes != bool(self.to):
             raise UserError("--extend and --prune need --to, a run directory to make, and --to needs one of them")
