@@ -124,7 +124,10 @@ def test_mistakes_are_told(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer": TokenizerConfig(kind="bytes")}, "tokenizer.kind='tiktoken' and 'bytes', so their losses are not"),
+        (
+            {"tokenizer": TokenizerConfig(kind="bytes")},
+            "tokenizer.kind='tiktoken' and 'bytes', so their losses are not",
+        ),
         ({"data": {"validation_fraction": 0.5}}, "data.validation_fraction=0.1 and 0.5"),
         ({"task": TaskConfig(kind="classify")}, "two: has task.kind=classify"),
     ],
