@@ -66,6 +66,7 @@ MORE = [
     (ClusterConfig, {"coordinator": "node:1", "num_processes": 2, "process_id": 0}),
     (SampleConfig, {"temperature": 0.0}),
     (SampleConfig, {"temperature": 0.0, "num_beams": 2}),
+    (SampleConfig, {"temperature": 0.0, "top_k": 4, "contrastive_alpha": 0.5}),
     (SampleConfig, {"prompt_file": "p", "out": "o"}),
     (EvaluateConfig, {"benchmark": "choices", "data": DataConfig(path=("x",))}),
     (ModelConfig, {"n_expert": 4, "bias": False, "expert_width": 8}),

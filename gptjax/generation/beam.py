@@ -1,21 +1,25 @@
 """Beam search: finds continuations of high total log-probability.
 
-Shape suffixes: P prompt, B beam (of all prompts), N candidates of a prompt, V vocabulary.
+Diverse beam search (arXiv:1610.02424) divides the beams into groups. In each step the groups choose one after another,
+and the score of a token falls by `diversity_penalty` for each beam of earlier groups that chose it.
+
+Shape suffixes: P prompt, G group, K beam of a group, B beam (of all prompts), N candidates of a group, V
+vocabulary.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
 from gptjax.config.verbs.decoding import token_biases
 from gptjax.config.verbs.sample import SampleConfig
-from gptjax.errors import UserError
 from gptjax.generation.choose import Numbers, Rule, choice_numbers, choice_rule
 from gptjax.generation.controls import History, Tables, control, make_history, make_tables, remember
-from gptjax.generation.decode import NOTHING, check_prompts, next_logits, prefilled, prepare, window_slots
+from gptjax.generation.decode import NOTHING, check_prompts, check_room, next_logits, prefilled, prepare, window_slots
 from gptjax.generation.weights import DecodingWeights
 from gptjax.model.cache import Cache, select_rows
 
@@ -39,6 +43,7 @@ def beam_search(
     Each step keeps the `num_beams` continuations with the highest sums of log-probabilities. A continuation that ends
     is stored with its score: the sum divided by its length to the power `length_penalty`. The search ends at
     `max_new_tokens`, or when no continuation of the current length would beat the worst of `num_beams` stored ones.
+    Each group of `beam_groups` is such a search; the sums of its beams include the penalties for tokens of others.
 
     Arguments are those of `decode.stream`.
 
@@ -46,15 +51,10 @@ def beam_search(
         UserError: As `decode.stream`, or a prompt and its new tokens do not fit in the context.
     """
     check_prompts(config, prompts, options)
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) + options.max_new_tokens > config.block_size + 1:
-            raise UserError(
-                f"num_beams={options.num_beams}: prompt {number} has {len(prompt)} tokens, and max_new_tokens="
-                f"{options.max_new_tokens} more do not fit in model.block_size={config.block_size}; ask for fewer"
-            )
+    check_room(config, prompts, options, "num_beams")
     stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
-    beams, rule = options.num_beams, choice_rule(options, words=bool(bad_words))
-    searches = [_Search(options, config.vocab_size, stop) for _ in prompts]
+    beams, groups, rule = options.num_beams, options.beam_groups, choice_rule(options, words=bool(bad_words))
+    searches = [_Search(options, config.vocab_size, stop) for _ in range(len(prompts) * groups)]
     contexts = [np.asarray(prompt, np.int32) for prompt in prompts]
     model = prepare(config, params, options, len(prompts) * beams, prefix)
     slots = window_slots(model.config, contexts, options.max_new_tokens)
@@ -66,27 +66,26 @@ def beam_search(
     for number in range(options.max_new_tokens):
         scores_B = np.concatenate([search.scores for search in searches])
         places = np.int32(number), np.full(len(rows), stop, np.int32)
-        cache, sums_PN, places_PN = _best(
-            *(model.config, model.dtype, rule, beams, model.weights, cache, history, last_B, scores_B),
-            *(*places, numbers, tables),
+        cache, *best = _best(
+            *(model.config, model.dtype, rule, beams, groups, model.weights, cache, history, last_B, scores_B),
+            *(*places, numbers, tables, np.float32(options.diversity_penalty)),
         )
-        chosen = [
-            search.advance(sums_N, places_N)
-            for search, sums_N, places_N in zip(searches, np.asarray(sums_PN), np.asarray(places_PN), strict=True)
-        ]
+        candidates = (np.asarray(part).reshape(len(searches), -1) for part in best)
+        chosen = [search.advance(*mine) for search, *mine in zip(searches, *candidates, strict=True)]
         if not any(search.improvable for search in searches):
             break
-        parents_B = np.concatenate([parents + number * beams for number, (parents, _) in enumerate(chosen)])
+        parents_B = np.concatenate([parents + first * beams // groups for first, (parents, _) in enumerate(chosen)])
         last_B = np.concatenate([tokens for _, tokens in chosen])
         cache, history = _follow(cache, history, parents_B, last_B)
-    return [search.best(options.num_samples) for search in searches]
+    parts = (searches[first : first + groups] for first in range(0, len(searches), groups))
+    return [_best_of(part, options.num_samples) for part in parts]
 
 
 class _Search:
-    """The beams of one prompt."""
+    """The beams of one group of a prompt."""
 
     def __init__(self, options: SampleConfig, vocab_size: int, stop: int):
-        beams = options.num_beams
+        beams = options.num_beams // options.beam_groups
         self._beams, self._vocab_size, self._stop = beams, vocab_size, stop
         self._most, self._penalty = options.max_new_tokens, options.length_penalty
         self._rows: list[list[int]] = [[] for _ in range(beams)]
@@ -120,18 +119,26 @@ class _Search:
         self.improvable &= bool(self.scores[0] / np.float32(length**self._penalty) > worst)
         return parents_N[going_on], tokens_N[going_on].astype(np.int32)
 
-    def best(self, count: int) -> list[np.ndarray]:
-        """The best finished continuations."""
-        rows = [row for _, row, _ in self._ended[:count]]
-        return [np.array(row[:-1] if row and row[-1] == self._stop else row, np.int32) for row in rows]
+    @property
+    def ended(self) -> list[tuple[np.float32, np.ndarray]]:
+        """Scores and tokens of the best finished continuations."""
+        found = [(score, row[:-1] if row and row[-1] == self._stop else row) for score, row, _ in self._ended]
+        return [(score, np.array(row, np.int32)) for score, row in found]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "rule", "beams"), donate_argnames="cache")
+def _best_of(groups: Sequence[_Search], count: int) -> list[np.ndarray]:
+    """The best continuations of a prompt's groups, best first."""
+    found = sorted((one for group in groups for one in group.ended), key=lambda one: -one[0])
+    return [row for _, row in found[:count]]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "rule", "beams", "groups"), donate_argnames="cache")
 def _best(
     config: ModelConfig,
     dtype: str,
     rule: Rule,
     beams: int,
+    groups: int,
     weights: DecodingWeights,
     cache: Cache,
     history: History,
@@ -141,15 +148,27 @@ def _best(
     stop_B: jax.Array,
     numbers: Numbers,
     tables: Tables,
+    penalty: jax.Array,
 ) -> tuple[Cache, jax.Array, jax.Array]:
-    """The best `2 * beams` one-token continuations of each prompt: sums, and `beam * V + token`, both `[P, N]`.
+    """The best one-token continuations of each group: sums, and `beam * V + token` with its number of the beam, both
+    `[P, G, N]`.
 
-    There are twice as many as beams, so that `beams` continuations remain even if that many end.
+    There are twice as many as beams, so that enough remain even if each beam ends.
     """
     logits_BV, cache = next_logits(config, dtype, weights, last_B, cache)
     log_p_BV = control(jax.nn.log_softmax(logits_BV), rule, numbers, tables, history, number, stop_B)
-    sums = (log_p_BV + scores_B[:, None]).reshape(-1, beams * logits_BV.shape[1])
-    return cache, *jax.lax.top_k(sums, min(2 * beams, sums.shape[1]))
+    (B, V), size = logits_BV.shape, beams // groups
+    sums_PGKV = (log_p_BV + scores_B[:, None]).reshape(B // beams, groups, size, V)
+    penalties_PV, found = jnp.zeros((B // beams, V)), []
+    for group in range(groups):
+        sums = (sums_PGKV[:, group] - penalties_PV[:, None]).reshape(-1, size * V)
+        found.append(jax.lax.top_k(sums, min(2 * size, size * V)))
+        tokens_PN = found[-1][1] % V
+        going_on_PN = jnp.argsort(tokens_PN == stop_B[::beams, None], axis=1, stable=True)[:, :size]
+        chosen = jax.nn.one_hot(jnp.take_along_axis(tokens_PN, going_on_PN, axis=1), V)
+        penalties_PV += penalty * jnp.sum(chosen, axis=1)
+    sums_PGN, places_PGN = (jnp.stack(part, axis=1) for part in zip(*found, strict=True))
+    return cache, sums_PGN, places_PGN
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -364,11 +364,15 @@ def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int, 
 
 
 def prefill_length(contexts) -> int:
-    """Slots for the longest context without its last token, rounded up so that few programs compile."""
-    longest = max(len(c) for c in contexts) - 1
-    if longest > PREFILL:
-        return round_up(longest, PREFILL)
-    return max(16, 1 << (longest - 1).bit_length()) if longest else 0
+    """Slots for the longest context without its last token, rounded up."""
+    return padded_length(max(len(c) for c in contexts) - 1)
+
+
+def padded_length(tokens: int) -> int:
+    """A number of tokens rounded up so that few programs compile."""
+    if tokens > PREFILL:
+        return round_up(tokens, PREFILL)
+    return max(16, 1 << (tokens - 1).bit_length()) if tokens else 0
 
 
 def window_slots(config: ModelConfig, contexts, new: int) -> int:
@@ -456,4 +460,18 @@ def check_prompts(config: ModelConfig, prompts: Sequence[np.ndarray], options: S
             outside = next(int(t) for t in prompt if not 0 <= t < config.vocab_size)
             raise UserError(
                 f"prompt {number} contains token {outside}, which is outside model.vocab_size={config.vocab_size}"
+            )
+
+
+def check_room(config: ModelConfig, prompts: Sequence[np.ndarray], options: SampleConfig, option: str) -> None:
+    """Checks that prompts and their new tokens fit in the context: with `option` it does not slide.
+
+    Raises:
+        UserError: A prompt and its new tokens do not fit.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) + options.max_new_tokens > config.block_size + 1:
+            raise UserError(
+                f"{option}={getattr(options, option)}: prompt {number} has {len(prompt)} tokens, and max_new_tokens="
+                f"{options.max_new_tokens} more do not fit in model.block_size={config.block_size}; ask for fewer"
             )

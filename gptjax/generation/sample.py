@@ -11,6 +11,7 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.beam import beam_search
 from gptjax.generation.constraint import make_constraints
+from gptjax.generation.contrastive import contrastive_search
 from gptjax.generation.decode import BUFFER, Logprobs, Piece, prepare, stream
 from gptjax.generation.speculative import speculate
 from gptjax.generation.stream import StopFilter, make_text_stream
@@ -112,7 +113,10 @@ def samples(
         **{"end_of_text": tokenizer.end_of_text, "bad_words": bad_words, "numbers": numbers, "notify": notify},
         "is_finished": lambda row: rows[row].stopped,
     }
-    if options.speculates:
+    if options.contrastive_alpha:
+        given = {name: shared[name] for name in ("end_of_text", "bad_words", "is_finished")}
+        found = contrastive_search(config, params, ids, options, prefix=prefix, **given)
+    elif options.speculates:
         if prefix:
             raise UserError("task.objective.kind=prefix: a draft needs a run that reads a prompt from left to right")
         model = prepare(config, params, options, len(rows))

@@ -100,7 +100,7 @@ def check_options(options: SampleConfig) -> None:
     Raises:
         UserError: An option is not supported; the message names it.
     """
-    for name, off in (("no_repeat_ngram", 0), ("bad_words", ()), ("num_beams", 1)):
+    for name, off in (("no_repeat_ngram", 0), ("bad_words", ()), ("num_beams", 1), ("contrastive_alpha", 0)):
         if getattr(options, name) != off:
             raise UserError(
                 f"{name}={getattr(options, name)!r} is supported by gptjax sample only; leave it at {off!r}"

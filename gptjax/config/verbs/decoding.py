@@ -90,8 +90,14 @@ class DecodingConfig(CheckpointConfig):
                 f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}"
             )
         no_effect("", self, "min_new_tokens", not self.ignore_end_of_text, "ignore_end_of_text=false")
-        for name in ("top_k", "top_p", "min_p", "typical_p"):
+        no_effect("", self, "top_k", self.uses_top_k, "temperature above 0")
+        for name in ("top_p", "min_p", "typical_p"):
             no_effect("", self, name, self.temperature > 0, "temperature above 0")
+
+    @property
+    def uses_top_k(self) -> bool:
+        """Whether `top_k` has an effect."""
+        return self.temperature > 0
 
     @property
     def speculates(self) -> bool:

@@ -8,6 +8,8 @@ from gptjax.errors import UserError
 
 MOST_ROWS = 2**16
 """Largest number of samples in one call."""
+OF_STREAMS = ("attention_sinks", "draft_run_dir", "draft_ngram", "regex", "json_schema")
+"""Options that neither beam search nor contrastive search supports."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,14 @@ class SampleConfig(DecodingConfig):
     length_penalty: float = 1.0
     """Length penalty of beam search: sums of log-probabilities are divided by the length to this power; larger values
     favour long samples."""
+    beam_groups: int = 1
+    """Number of groups of beams: each group prefers tokens that earlier groups did not choose (diverse beam search,
+    arXiv:1610.02424)."""
+    diversity_penalty: float = 0.5
+    """Penalty of a token in a group of beams, for each beam of earlier groups that chose it in the same step."""
+    contrastive_alpha: float = 0.0
+    """Contrastive search (arXiv:2202.06417) among the top_k most likely tokens: weight of the penalty for a hidden
+    state similar to an earlier one; 0: off."""
     logprobs: int = 0
     """Show the log-probability of each chosen token and of this many most likely tokens; 0: none."""
     json: bool = False
@@ -70,14 +80,20 @@ class SampleConfig(DecodingConfig):
         if self.prompt and self.prompt_file:
             raise UserError("prompt and prompt_file are both set; give one")
         no_empty_text(self, "bad_words")
-        no_effect("", self, "length_penalty", self.num_beams > 1, "num_beams above 1")
+        for name in ("length_penalty", "beam_groups"):
+            no_effect("", self, name, self.num_beams > 1, "num_beams above 1")
+        positive("", self, "beam_groups", "diversity_penalty")
+        no_effect("", self, "diversity_penalty", self.beam_groups > 1, "beam_groups above 1")
+        if self.num_beams % self.beam_groups:
+            raise UserError(f"num_beams={self.num_beams} must be a multiple of beam_groups={self.beam_groups}")
         if self.num_beams > 1:
             if self.temperature > 0:
                 raise UserError(f"num_beams={self.num_beams} needs temperature=0: beam search draws nothing")
             if self.num_samples > self.num_beams:
                 raise UserError(f"num_samples={self.num_samples} must be at most num_beams={self.num_beams}")
-            for name in ("stop", "logprobs", "attention_sinks", "draft_run_dir", "draft_ngram", "regex", "json_schema"):
+            for name in ("stop", "logprobs", "contrastive_alpha", *OF_STREAMS):
                 no_effect("", self, name, False, "num_beams=1")
+        self._check_contrastive()
         no_effect("", self, "attention_sinks", not self.speculates, "a context that slides: with a draft it does not")
         if self.regex and self.json_schema:
             raise UserError("regex and json_schema are both set; give one")
@@ -85,3 +101,24 @@ class SampleConfig(DecodingConfig):
             unfit = ("ignore_end_of_text", "min_new_tokens", "no_repeat_ngram", "bad_words")
             for name in (*unfit, "draft_run_dir", "draft_ngram"):
                 no_effect("", self, name, False, "free text: regex and json_schema decide which tokens may follow")
+
+    def _check_contrastive(self) -> None:
+        if not 0 <= self.contrastive_alpha <= 1:
+            raise UserError(f"contrastive_alpha={self.contrastive_alpha} must lie in [0, 1]")
+        if not self.contrastive_alpha:
+            return
+        if self.temperature > 0:
+            raise UserError(
+                f"contrastive_alpha={self.contrastive_alpha} needs temperature=0: contrastive search draws nothing"
+            )
+        if self.top_k < 2:
+            raise UserError(
+                f"contrastive_alpha={self.contrastive_alpha} needs top_k of at least 2, its number of candidates"
+            )
+        for name in ("num_samples", *OF_STREAMS):
+            no_effect("", self, name, False, "contrastive_alpha=0")
+
+    @property
+    def uses_top_k(self) -> bool:
+        """Whether `top_k` has an effect."""
+        return self.temperature > 0 or self.contrastive_alpha > 0
