@@ -18,10 +18,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Programs are compiled once per machine; later runs, and the other worker of this one, read them.
 CACHE = Path(__file__).parents[1] / ".pytest_cache"
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
+# XLA's own caches would make the path of the folder part of each program's key.
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 if option := os.environ.get("GPTJAX_TEST_OPTION"):  # for the compiler of kernels, which may name a header of tests
     header = Path(__file__).with_name("native") / "emulated_tiles.h"
     compiler.OPTIONS += (option, f"-DGPTJAX_TEST=0x{zlib.crc32(header.read_bytes()):x}")
-if folder := compile_cache.usable_folder(str(CACHE)):
+if folder := compile_cache.usable_folder(str(CACHE / "shared")):  # which processes of tests read too
     build.keep_in(folder)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

@@ -71,7 +71,7 @@ def test_gradients_in_bfloat16_are_those_of_float32(kind):
     @functools.partial(jax.jit, static_argnums=0)
     def gradient(dtype, params):
         def objective(params):
-            x_BTD = gpt.hidden_states(model, params, TOKENS, POSITIONS, compute=Compute(dtype=dtype))
+            x_BTD = gpt.hidden_states(model, params, TOKENS, POSITIONS, compute=Compute(dtype=dtype, unroll=1))
             return jnp.mean(x_BTD.astype(jnp.float32) @ weights_D)
 
         return jax.grad(objective)(params)
@@ -126,7 +126,7 @@ def test_lora_adds_its_product_times_alpha_by_rank():
     assert float(jnp.abs(found - hidden_states(MODEL, base, TOKENS, POSITIONS)).max()) > 0.05
 
 
-@pytest.mark.parametrize("targets", [*((target,) for target in LORA_TARGETS), LORA_TARGETS])
+@pytest.mark.parametrize("targets", [LORA_TARGETS[:1], LORA_TARGETS])
 def test_merged_and_unmerged_agree(targets):
     model, params = adapted("lora")
     model = dataclasses.replace(model, adapter=dataclasses.replace(model.adapter, targets=targets))
@@ -156,8 +156,8 @@ def test_decoding_with_a_cache_is_the_full_forward_pass(kind, change):
     model, params = gpt.for_decoding(model, params)
     params = decoding_weights(model, params, "float32", one_row=False).params
     cache = init_cache(model, jnp.zeros(3, jnp.int32), 16, jnp.float32)
-    first, cache = extend(model, params, TOKENS[:, :6], cache, "float32")
-    rest, _ = extend(model, params, TOKENS[:, 6:], cache, "float32")
+    first, cache = extend(model, params, TOKENS[:, :5], cache, "float32")
+    rest, _ = extend(model, params, TOKENS[:, 5:], cache, "float32")
     np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), full, atol=3e-5)  # lora is merged: see above
 
 
@@ -213,14 +213,14 @@ def test_padding_never_leaks(kind, pooling):
         return TextBatch(inputs, lengths, np.zeros(len(inputs), np.int32), np.ones(len(inputs), np.float32))
 
     def run(inputs, lengths):
-        return label_logits(model, task, Compute(), params, "classify", batch(inputs, lengths))
+        return label_logits(model, task, Compute(unroll=1), params, "classify", batch(inputs, lengths))
 
     together = run(rows, lengths)
     garbage = np.where(np.arange(10)[None] < lengths[:, None], rows, 63)
     np.testing.assert_array_equal(run(garbage, lengths), together)
-    for row, length, expected in zip(rows, lengths, together, strict=True):
-        alone = run(row[None, :length], np.array([length]))
-        np.testing.assert_allclose(alone[0], expected, atol=1e-6)  # other shapes sum in another order
+    short = lengths == 4
+    alone = run(rows[short, :4], lengths[short])
+    np.testing.assert_allclose(alone, together[short], atol=1e-6)  # other shapes sum in another order
 
 
 def test_pooling_reads_real_tokens_only():
@@ -255,7 +255,7 @@ def test_tags_read_every_position():
     model, params = with_head(None)
     params["heads"] = {"tag": params["heads"]["classify"]}
     arrays = Batch(TOKENS, TOKENS, jnp.zeros_like(TOKENS), POSITIONS)
-    found = label_logits(model, TaskConfig(kind="tag"), Compute(), params, "tag", arrays)
+    found = label_logits(model, TaskConfig(kind="tag"), Compute(unroll=1), params, "tag", arrays)
     x_BTD = hidden_states(model, params, TOKENS, POSITIONS)
     head = params["heads"]["tag"]
     np.testing.assert_allclose(found, x_BTD @ head["w"].T + head["bias"][None, None], atol=1e-5)

@@ -5,7 +5,9 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gptjax.batches.pretraining import Batch
 from gptjax.checkpoints.run_dir import write_run
@@ -16,6 +18,7 @@ from gptjax.config.run import Config
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.train import TrainConfig
 from gptjax.model import gpt
+from gptjax.ops.cross_entropy import Loss
 from gptjax.report.metrics import read_metrics
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import step
@@ -63,6 +66,21 @@ def make_batch(micro_batches: int = 1, batch_size: int = 8, model: ModelConfig =
 def train_step(config: Config):
     """The compiled step of a config; states are not donated, so that tests may look at them again."""
     return jax.jit(step.make_train_step(config))
+
+
+def make_step_without_model(config: Config):
+    """A step whose gradient is a function of parameters and step number, so that compiling it takes little time."""
+
+    def gradient(state, _batch):
+        def of_leaf(leaf):
+            angles = 20.0 * leaf + jnp.arange(leaf.size).reshape(leaf.shape)
+            return 0.01 * (1 + state.step) * jnp.sin(angles + state.step)  # of a norm below 1 first, then above
+
+        return Loss(jnp.float32(3.0), jnp.float32(3.0), jnp.float32(1.0)), jax.tree.map(of_leaf, state.params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "make_gradient", lambda _config: gradient)
+        return step.make_train_step(config)
 
 
 def run_steps(config: Config, steps: int, batch: Batch):
