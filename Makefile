@@ -33,11 +33,10 @@ slow: $(VENV)/installed-dev
 		--ignore tests/test_parallel.py --ignore tests/test_plan.py
 
 native: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m slow tests/test_native_library.py
+	$(BIN)/python -m pytest $(PARALLEL) -m slow tests/test_native_library.py
 
 cluster: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m slow tests/cluster tests/faults/test_cluster.py
-	$(BIN)/python -m pytest $(PARALLEL) -m slow tests/test_parallel.py tests/test_plan.py
+	$(BIN)/python -m pytest $(PARALLEL) -m slow tests/test_parallel.py tests/test_plan.py tests/cluster tests/faults/test_cluster.py
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) tests/faults --fault-table docs/experiments/faults.md

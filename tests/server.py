@@ -22,12 +22,17 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def served(run_dir: Path, *flags: str, seconds: float = 120, module: str = "gptjax serve") -> Iterator[Served]:
-    """Starts a server on a free port of loopback, and kills it at the end where it still runs."""
+def served(
+    run_dir: Path, *flags: str, seconds: float = 120, module: str = "gptjax serve", **variables: str
+) -> Iterator[Served]:
+    """Starts a server on a free port of loopback, and kills it at the end where it still runs.
+
+    `variables` are added to its environment.
+    """
     command = [sys.executable, "-m", *module.split(), "--run_dir", str(run_dir)]
     if module == "gptjax serve":
         command += ["--port", "0", "--no-restart"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | variables
     process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""A run that ends early and resumes gives the bits of an uninterrupted one, for every objective and task."""
+"""A run that ends early and resumes gives the bits of an uninterrupted one, for objectives and tasks of every kind."""
 
 import dataclasses
 import json
@@ -20,10 +20,8 @@ from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.training import trainer
 from tests.tiny import replace, run_config
 
-OBJECTIVES = (
-    *("backward", "fill_in_the_middle", "prefix", "multi_token", "masked", "permutation"),
-    *("span_corruption", "ul2"),
-)
+# ul2 is made of the others; that each batch depends on its seed and step alone, test_objectives.py tests of all.
+OBJECTIVES = ("fill_in_the_middle", "multi_token", "masked", "permutation", "ul2")
 ROWS = {
     "classify": lambda n: {"text": f"{'x' * (n % 5)} {n}", "label": "ab"[n % 2]},
     "regress": lambda n: {"text": f"{'y' * (n % 5)} {n}", "label": n},

@@ -470,12 +470,23 @@ def server(run_dir):
         yield server
 
 
-def test_lm_eval_measures_a_served_model(server):
+@pytest.fixture(scope="module")
+def lm_eval():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("tenacity", reason="needs lm-eval[api]")
+        return pytest.importorskip("lm_eval", reason="needs lm-eval[api]")
+
+
+@pytest.fixture(scope="module")
+def openai():
+    return pytest.importorskip("openai")
+
+
+def test_lm_eval_measures_a_served_model(lm_eval, server):
     """Log-likelihoods are those of the model, without a tokenizer of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in ("lm_eval", "tenacity"):
-            pytest.importorskip(name, reason="needs lm-eval[api]")
         from lm_eval.api.instance import Instance
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -498,9 +509,8 @@ def test_lm_eval_measures_a_served_model(server):
     assert text == expected.text
 
 
-def test_openais_client_is_served_and_what_runs_finishes_when_the_server_is_stopped(server):
+def test_openais_client_is_served_and_what_runs_finishes_when_the_server_is_stopped(openai, server):
     """The last one with this server, which has ended after it."""
-    openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=f"{server.url}v1", api_key="none", max_retries=0) as api:
         assert [model.id for model in api.models.list()] == ["tiny"]
         text = api.completions.create(model="tiny", prompt="abc", max_tokens=6, temperature=0).choices[0].text

@@ -202,7 +202,7 @@ def finished_shards(building: Path) -> dict[str, tuple[int, int]]:
     43, "preparation killed with SIGKILL at random moments", "continues after the finished shards; none half"
 )
 @pytest.mark.parametrize(
-    ("kind", "kills"), [("bytes", 4), ("chars", 2), pytest.param("bpe", 30, marks=pytest.mark.slow)]
+    ("kind", "kills"), [("bytes", 4), ("chars", 2), pytest.param("bpe", 10, marks=pytest.mark.slow)]
 )
 def test_killed_preparation(tmp_path, seen, kind, kills):
     corpus, rng = tmp_path / "corpus.jsonl", random.Random(0)

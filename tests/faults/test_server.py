@@ -29,7 +29,9 @@ BODY = {"prompt": "ab", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with served(make_run(tmp_path_factory.mktemp("server") / "run"), "--slots", "4", "--max_queue", "8") as server:
+    run_dir = make_run(tmp_path_factory.mktemp("server") / "run")
+    # Without kernels, which would be compiled in an empty cache.
+    with served(run_dir, "--slots", "4", "--max_queue", "8", GPTJAX_NATIVE="0") as server:
         yield server
 
 
