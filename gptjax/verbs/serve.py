@@ -48,6 +48,7 @@ def run_serve(config: ServeConfig) -> int:
         make_app(service, config, keys),
         log_level="warning",
         server_header=False,
+        timeout_keep_alive=75,  # seconds; after uvicorn's 5 a client's pool may use a connection just as it is closed
         timeout_graceful_shutdown=int(config.max_seconds) + 1,
     )
     Server(settings).run(sockets=[listening])
