@@ -19,11 +19,11 @@ from gptjax.generation.weights import decoding_weights, rounded_weights
 from gptjax.model.block import Block
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import extend as extend_layers
-from gptjax.model.gpt import hidden_states, logits
+from gptjax.model.gpt import logits
 from gptjax.ops.projection import project
 from gptjax.text.tokenizers.byte_pair import bpe_tokenizer_from_ranks
 from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
-from tests.tiny import extend, init_params, layer_by_layer
+from tests.tiny import extend, hidden_states, init_params, layer_by_layer
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=37)
 VARIANTS = {

@@ -31,11 +31,11 @@ from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.embeddings import EmbeddingOptions
 from gptjax.generation.sample import samples
-from gptjax.tasks.trainable import init_all
 from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.server import served, wait_for
 from tests.test_chat import make_run
 from tests.test_chat import options as chat_options
+from tests.tiny import init_all
 
 for module in ("starlette", "uvicorn", "prometheus_client", "httpx"):
     pytest.importorskip(module, reason="needs the packages of gptjax[serve]")

@@ -15,9 +15,9 @@ from gptjax.generation.decode import generate, prepare
 from gptjax.generation.slots import CHUNKS, Row, SlotDecoder
 from gptjax.model import cache as kv
 from gptjax.model.cache import init_cache
-from gptjax.model.gpt import hidden_states, logits
+from gptjax.model.gpt import logits
 from tests.test_decode import VARIANTS, make_params
-from tests.tiny import extend, init_params, layer_by_layer
+from tests.tiny import extend, hidden_states, init_params, layer_by_layer
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=64, vocab_size=37)
 LONG = dataclasses.replace(MODEL, block_size=320)

@@ -16,13 +16,13 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.decode import NOTHING, generate, prepare, stream
 from gptjax.generation.speculative import look_up, speculate
-from gptjax.model.gpt import hidden_states, logits
+from gptjax.model.gpt import logits
 from gptjax.serving.conversation import Conversation
 from gptjax.text.tokenizers.plain import ByteTokenizer, CharTokenizer
 from tests.test_chat import MODEL as CHAT_MODEL
 from tests.test_chat import make_run, talk
 from tests.test_decode import VARIANTS, make_params, make_prompts
-from tests.tiny import init_params
+from tests.tiny import hidden_states, init_params
 
 DRAFT = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=40, vocab_size=37)
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=5)

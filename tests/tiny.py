@@ -18,8 +18,10 @@ from gptjax.config.run import Config
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.train import TrainConfig
 from gptjax.model import gpt
+from gptjax.model.gpt import Compute
 from gptjax.ops.cross_entropy import Loss
 from gptjax.report.metrics import read_metrics
+from gptjax.tasks import trainable
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import step
 from gptjax.training.resume import load_state
@@ -36,7 +38,10 @@ CONFIG = Config(
 # Compiled as wholes, which takes a fraction of compiling operation by operation.
 init_params = jax.jit(gpt.init_params, static_argnums=0)
 init_state = jax.jit(step.init_state, static_argnums=0)
-hidden_states = jax.jit(gpt.hidden_states, static_argnums=0, static_argnames="compute")
+init_all = jax.jit(trainable.init_all, static_argnums=0)
+hidden_states = jax.jit(
+    functools.partial(gpt.hidden_states, compute=Compute(unroll=1)), static_argnums=0, static_argnames="compute"
+)
 extend = jax.jit(gpt.extend, static_argnums=(0, 4))
 
 

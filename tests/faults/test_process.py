@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -101,27 +102,48 @@ def test_a_run_that_is_stopped_again_and_again_has_the_same_bits(tmp_path, unbro
     seen("parameters, moments, average, counters and metrics are equal")
 
 
+@pytest.mark.fault(3, "SIGTERM", "the step is finished and saved; 143")
+def test_a_signal_saves_and_exits(tmp_path, seen):
+    config = process_config(tmp_path, train=LONG)
+    process = start("train", write_config(config))
+    wait_for_rows(config, 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    seen(stopped_and_saved(config, output, process.returncode, 143))
+
+
 @pytest.mark.parametrize(
     ("number", "status"),
     [
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.fault(3, "SIGTERM", "the step is finished and saved; 143")),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.fault(4, "SIGINT", "the step is finished and saved; 130")),
         pytest.param(signal.SIGHUP, 129, marks=pytest.mark.fault(4, "SIGHUP", "the step is finished and saved; 129")),
     ],
 )
-def test_a_signal_saves_and_exits(tmp_path, number, status, seen):
+def test_an_interrupt_and_the_end_of_a_terminal_save_too(tmp_path, number, status, capsys, seen):
     config = process_config(tmp_path, train=LONG)
-    ignored = signal.signal(number, signal.default_int_handler)  # under nohup a child would inherit that it is ignored
-    process = start("train", write_config(config))
-    signal.signal(number, ignored)
-    wait_for_rows(config, 3)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == status
+
+    def send():
+        wait_for_rows(config, 3)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(number, signal.default_int_handler)  # under nohup it would be ignored
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        returned = main(["train", str(write_config(config))])
+    finally:
+        sender.join()
+        signal.signal(number, before)
+    seen(stopped_and_saved(config, capsys.readouterr().out, returned, status))
+
+
+def stopped_and_saved(config, output: str, status: int, expected: int) -> str:
+    """Checks the end of a run that a signal has stopped; what was seen."""
+    assert status == expected
     line = output.splitlines()[-1]
     assert "stopped at step" in line and "saved" in line
     assert load_run(Path(config.run_dir), "latest", strict=True).step == rows(config)[-1]["step"]
-    seen(f"{line.partition(' (')[0]}, saved; status {process.returncode}")
+    return f"{line.partition(' (')[0]}, saved; status {status}"
 
 
 SAVES_SLOWLY = """
@@ -141,26 +163,19 @@ sys.exit(main(["train", sys.argv[1]]))
 
 
 @pytest.mark.fault(3, "a second SIGTERM while the first is served", "the process ends at once, without saving; 143")
-@pytest.mark.parametrize("signals", [1, 2])
-def test_a_second_signal_ends_at_once(tmp_path, signals, seen):
+def test_a_second_signal_ends_at_once(tmp_path, seen):
     config, marker = process_config(tmp_path, train=LONG), tmp_path / "saving"
-    with script(SAVES_SLOWLY, write_config(config), marker, 1 if signals == 1 else 120) as process:
+    with script(SAVES_SLOWLY, write_config(config), marker, 120) as process:
         wait_for_rows(config, 3)
         process.send_signal(signal.SIGTERM)
         while process.poll() is None and not marker.exists():
             time.sleep(0.01)
-        if signals == 2:
-            process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)  # shorter than the save would take
     assert process.returncode == 143
     first, *second = error.splitlines()
     assert first.startswith("gptjax: SIGTERM: Stopping after this step")
-    saved = (Path(config.run_dir) / "checkpoints").is_dir()
-    if signals == 1:
-        assert saved and not second
-        seen("a single signal: saved")
-        return
-    assert not saved and second == [
+    assert not (Path(config.run_dir) / "checkpoints").is_dir() and second == [
         "gptjax: stopped by a second signal (SIGTERM); nothing was saved since the first one"
     ]
     seen(f"{second[0].removeprefix('gptjax: ')}; status {process.returncode}")
@@ -267,13 +282,14 @@ def test_a_signal_while_data_is_prepared(tmp_path, number, seen):
             time.sleep(0.01)
         line = ended_early(process, number)
     assert len(list((tmp_path / "cache").glob("data/*.tmp/*.bin"))) >= 5
+    seen(f"{line.partition(';')[0]}: status {128 + number}")
+    if number != signal.SIGTERM:
+        return
     with script(PREPARES, path, GPTJAX_NATIVE="0") as process:
         output, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     [resumed] = [text for text in output.splitlines() if "continues after" in text]
-    seen(f"{line.partition(';')[0]}: status {128 + number}")
-    if number == signal.SIGTERM:
-        seen(resumed)
+    seen(resumed)
 
 
 @pytest.mark.fault(3, "a signal while train compiles", EARLY)
@@ -398,7 +414,7 @@ def test_a_disk_that_fills_up_during_a_save(tmp_path, monkeypatch, unbroken, see
 
 
 @pytest.mark.fault(8, "the disk is full for metrics.jsonl only", "reported once; training continues; no partial rows")
-def test_metrics_that_cannot_be_written_stop_no_run(tmp_path, seen):
+def test_metrics_that_cannot_be_written_stop_no_run(tmp_path, capsys, seen):
     config = process_config(tmp_path, train={"num_steps": 30, "eval_every": 0, "save_every": 10})
     with small_disk(tmp_path / "small", "4k") as disk:
         Path(config.run_dir).mkdir()
@@ -408,13 +424,14 @@ def test_metrics_that_cannot_be_written_stop_no_run(tmp_path, seen):
         )
         assert done_before.returncode == 0
         try:
-            done = run("train", write_config(config))
+            status = main(["train", str(write_config(config))])
             text = (Path(config.run_dir) / "metrics.jsonl").read_text()
         finally:
             subprocess.run(["umount", "--lazy", str(touched(config))], check=True)
-    assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if "cannot be written" in line]
-    assert len(said) == 1 and "rows could not be written" in done.stdout
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    said = [line for line in printed.out.splitlines() if "cannot be written" in line]
+    assert len(said) == 1 and "rows could not be written" in printed.out
     assert all(json.loads(line)["step"] for line in text.splitlines()) and text.endswith("\n")
     assert load_run(Path(config.run_dir), "latest", strict=True).step == 30
     seen(f"{said[0].partition('metrics.jsonl: ')[2]}; 30 of 30 steps, status 0")
@@ -427,14 +444,13 @@ def touched(config) -> Path:
 
 
 @pytest.mark.fault(18, "a second train in the same run directory", "it exits at once and names the first")
-def test_a_second_writer_is_refused(tmp_path, seen):
+def test_a_second_writer_is_refused(tmp_path, capsys, seen):
     config = process_config(tmp_path, train=LONG)
     path = write_config(config)
     first = start("train", path)
     wait_for_rows(config, 1)
-    second = run("train", path)
-    assert second.returncode == 2
-    error = one_line(second.stderr)
+    assert main(["train", str(path)]) == 2
+    error = one_line(capsys.readouterr().err)
     assert f"is in use by process {first.pid} on " in error
     first.kill()
     first.communicate()
@@ -453,21 +469,22 @@ def test_a_stale_lock_is_taken_over(tmp_path, unbroken, seen):
 
 @pytest.mark.fault(19, "the run directory cannot be written to", "one line before anything is compiled; status 2")
 @pytest.mark.parametrize("how", ["below a file", "read-only mount"])
-def test_a_run_directory_that_cannot_be_written_to(tmp_path, how, seen):
+def test_a_run_directory_that_cannot_be_written_to(tmp_path, how, capsys, seen):
     if how == "below a file":
         (tmp_path / "file").write_text("")
         config = process_config(tmp_path, run_dir=str(tmp_path / "file" / "run"))
         path = tmp_path / "c.yaml"
         path.write_text(write_config(replace(config, run_dir=str(tmp_path / "x"))).read_text())
-        done = run("train", path, "--run_dir", config.run_dir)
+        status = main(["train", str(path), "--run_dir", config.run_dir])
     else:
         with small_disk(tmp_path / "small", "1m") as disk:
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
             config = process_config(tmp_path, run_dir=str(tmp_path / "x"))
-            done = run("train", write_config(config), "--run_dir", disk / "run")
-    assert done.returncode == 2
-    error = one_line(done.stderr)
-    assert "cannot be written to" in error and "device" not in done.stdout
+            status = main(["train", str(write_config(config)), "--run_dir", str(disk / "run")])
+    assert status == 2
+    printed = capsys.readouterr()
+    error = one_line(printed.err)
+    assert "cannot be written to" in error and "device" not in printed.out
     seen(f"{how}: run_dir=... {error.partition(' cannot')[1]}{error.partition(' cannot')[2]}")
 
 
@@ -520,20 +537,18 @@ def test_other_data_is_allowed_when_asked_for(tmp_path, capsys, seen):
 
 
 @pytest.mark.fault(21, "resumed under another tokenizer", "rejected by name, not by a shape")
-@pytest.mark.parametrize("kind", ["another kind", "other characters"])
-def test_another_tokenizer_is_refused(tmp_path, kind, seen):
-    chars = {"tokenizer": {"kind": "chars"}}
-    config = run_config(tmp_path, train={"num_steps": 1, "eval_every": 0}, **chars)
+def test_another_tokenizer_is_refused(tmp_path, seen):
+    config = run_config(tmp_path, train={"num_steps": 1, "eval_every": 0}, tokenizer={"kind": "chars"})
     trainer.train(config)
-    if kind == "another kind":
-        changed = replace(config, tokenizer={"kind": "bytes"})
-    else:
+    for changed in (
+        replace(config, tokenizer={"kind": "bytes"}),
+        replace(config, train={"num_steps": 2, "allow_data_change": True}),  # other characters
+    ):
+        with pytest.raises(UserError, match="tokenizer") as error:
+            trainer.train(changed)
+        seen(str(error.value).rpartition("run: ")[2].partition("; give")[0])
         for path in (tmp_path / "corpus").iterdir():
             path.write_text(path.read_text().replace("a", "z"))
-        changed = replace(config, train={"num_steps": 2, "allow_data_change": True})
-    with pytest.raises(UserError, match="tokenizer") as error:
-        trainer.train(changed)
-    seen(str(error.value).rpartition("run: ")[2].partition("; give")[0])
 
 
 @pytest.mark.slow
