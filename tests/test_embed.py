@@ -16,6 +16,7 @@ from gptjax.checkpoints.run_dir import LoadedRun, write_run
 from gptjax.cli import main
 from gptjax.config.model import ModelConfig
 from gptjax.config.run import Config
+from gptjax.config.task import AdapterConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.evaluation.embeddings import EmbeddingOptions, embed_decoding, embed_ids
@@ -24,6 +25,7 @@ from gptjax.model.gpt import Compute, apply_blocks, embed_tokens
 from gptjax.model.inputs import BlockInputs
 from gptjax.model.inside import look_inside
 from gptjax.text.tokenizers.plain import ByteTokenizer
+from tests.test_adapters import adapted
 from tests.test_decode import make_params
 
 MODEL = ModelConfig(n_layer=3, n_head=2, n_embd=16, block_size=32, vocab_size=257)
@@ -34,6 +36,18 @@ def run():
     return LoadedRun(
         Config(model=MODEL, tokenizer=TokenizerConfig(kind="bytes")), make_params(MODEL), ByteTokenizer(), 0
     )
+
+
+def test_a_layer_after_a_prompt_is_that_of_decoding():
+    model, params = adapted("prompt")
+    texts, decoding = [np.arange(n, dtype=np.int32) for n in (5, 9)], prepare(model, params, SampleConfig(), 2)
+    for layer in (0, 1):
+        options = EmbeddingOptions(layer, "mean")
+        found = embed_ids(model, params, texts, options, Compute(unroll=1))
+        np.testing.assert_allclose(found, embed_decoding(decoding, texts, options), atol=1e-5)
+    without = dataclasses.replace(model, adapter=AdapterConfig())
+    plain = embed_ids(without, {k: v for k, v in params.items() if k != "prompt"}, texts, options, Compute(unroll=1))
+    assert np.abs(found - plain).max() > 1e-3, "the text attends to the prompt"
 
 
 def test_a_layer_gives_the_residual_stream_after_so_many_blocks(run):

@@ -17,7 +17,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation.decode import DecodingModel
 from gptjax.model.cache import init_cache
-from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, extend
+from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, extend, for_decoding
 from gptjax.model.heads import pool
 from gptjax.model.loss import batch_states, inputs_of
 from gptjax.text.tokenizers.base import Tokenizer
@@ -123,6 +123,8 @@ def _embed(
         inputs = inputs_of(model, batch)
         x_BTD = embed_tokens(model, params, batch.inputs, inputs.positions_BT)
         if options.layer:
+            if model.adapter.kind == "prompt":  # its keys and values in a layer are made by all layers below
+                model, params = for_decoding(model, params)
             x_BTD, _ = apply_blocks(model, _first_layers(params, options.layer), x_BTD, inputs, compute=compute)
     return _pooled(x_BTD, batch, options)
 
@@ -133,13 +135,10 @@ def _embed_decoding(
 ) -> jax.Array:
     count = model.n_layer if options.layer == -1 else options.layer
     tokens_BT = batch.inputs
-    if count:
-        kept = {name: {n: part[n] for n in range(count)} for name, part in params.items() if name in LISTS}
-        cache = init_cache(model, jnp.zeros(tokens_BT.shape[0], jnp.int32), tokens_BT.shape[1], dtype)
-        cache = cache._replace(layers=cache.layers[:count])
-        x_BTD, _ = extend(model, params | kept, tokens_BT, cache, dtype, final_norm=options.layer == -1)
-    else:
-        x_BTD = embed_tokens(model, params, tokens_BT, inputs_of(model, batch).positions_BT)
+    kept = {name: {n: part[n] for n in range(count)} for name, part in params.items() if name in LISTS}
+    cache = init_cache(model, jnp.zeros(tokens_BT.shape[0], jnp.int32), tokens_BT.shape[1], dtype)
+    cache = cache._replace(layers=cache.layers[:count])
+    x_BTD, _ = extend(model, params | kept, tokens_BT, cache, dtype, final_norm=options.layer == -1)
     return _pooled(x_BTD, batch, options)
 
 
