@@ -394,6 +394,8 @@ def _config_and_options(args: Sequence[str], cls: type, usage: str) -> tuple[Con
 def _positional(args: Sequence[str], usage: str) -> tuple[str, Sequence[str]]:
     if not args or args[0].startswith("-"):
         raise UserError(f"usage: gptjax {usage}")
+    if not args[0]:
+        raise UserError("command line: the first word is an empty path; name a file or folder")
     usable_path("command line", args[0])
     return args[0], args[1:]
 

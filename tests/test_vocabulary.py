@@ -11,7 +11,10 @@ from gptjax.checkpoints.run_dir import load_run, write_run
 from gptjax.cli import main
 from gptjax.config.data import DataConfig
 from gptjax.config.run import Config
+from gptjax.config.task import TaskConfig
 from gptjax.config.tokenizer import TokenizerConfig
+from gptjax.errors import UserError
+from gptjax.exchange.vocabulary import write_with_vocabulary
 from gptjax.text.prepare import prepare
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.text.tokenizers.byte_pair import BytePairTokenizer
@@ -120,6 +123,14 @@ def test_an_extended_run_has_means_of_pieces_as_rows(run, tokenizer, tmp_path, c
     capsys.readouterr()
     assert main(["tokenizer", str(run), *flags]) == 2
     assert "already contains a run" in capsys.readouterr().err
+
+
+def test_a_run_that_is_compared_with_its_base_keeps_its_tokens(run, tokenizer, tmp_path):
+    loaded = load_run(run)
+    config = dataclasses.replace(loaded.config, task=TaskConfig(kind="dpo"), init_from="base")
+    with pytest.raises(UserError, match=r"task.kind=dpo needs the run that it started from.* vocabulary of base"):
+        write_with_vocabulary(dataclasses.replace(loaded, config=config), tmp_path / "new", tokenizer, [])
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_report_counts_bytes_words_and_unused_tokens(run, tokenizer, tmp_path, capsys):

@@ -47,16 +47,20 @@ def import_path(section: str, config, name: str) -> None:
 
 
 def usable_paths(section: str, config, *names: str) -> None:
-    """Checks that paths are valid on a file system."""
+    """Checks that paths are valid on a file system, and that no path of a list is empty: it would be this folder."""
     for name in names:
         value = getattr(config, name)
+        if "" in value and not isinstance(value, str):
+            raise UserError(f"{_full(section, name)} holds an empty path; name a file or folder, or leave it out")
         for path in (value,) if isinstance(value, str) else value:
             usable_path(_full(section, name), path)
 
 
 def local_folders(section: str, config, *names: str) -> None:
-    """Rejects addresses such as gs://bucket/x, which would create a folder named `gs:`."""
+    """Rejects addresses such as gs://bucket/x, which would create a folder named `gs:`, and empty paths."""
     for name in names:
+        if not getattr(config, name):
+            raise UserError(f"{_full(section, name)} is empty; name a folder")
         if "://" in (value := getattr(config, name)):
             raise UserError(
                 f"{_full(section, name)}={value!r} is an address; name a folder of this machine's file systems"

@@ -59,8 +59,6 @@ class Config:
     """Instead of weights of sources: shares are proportional to tokens^(1 / temperature); 0: use weights."""
 
     def __post_init__(self):
-        if not self.run_dir:
-            raise UserError("run_dir is empty; name a folder for the run")
         usable_paths("", self, "run_dir", "init_from", "cache_dir")
         local_folders("", self, "run_dir", "cache_dir")
         if self.init_from == self.run_dir:

@@ -26,17 +26,24 @@ def write_with_vocabulary(run: LoadedRun, run_dir: Path, tokenizer: Tokenizer, r
         rows: Old ids for each new id: one for a token that stays, those of its pieces for a new one.
 
     Raises:
-        UserError: The run has an adapter, or `run_dir` holds a run.
+        UserError: The run has an adapter or is compared with its base, or `run_dir` holds a run.
     """
     if run.config.model.adapter.kind != "none":
         raise UserError(f"{run_dir}: the run has an adapter; export it with --merge and import the result first")
+    if run.config.task.kind in ("dpo", "reinforce"):
+        raise UserError(
+            f"{run_dir}: task.kind={run.config.task.kind} needs the run that it started from, with the same tokens; change"
+            f" the vocabulary of {run.config.init_from}"
+        )
     model = dataclasses.replace(run.config.model, vocab_size=tokenizer.vocab_size)
     params = dict(run.params)
     params["embed"] = params["embed"] | {"tokens": new_rows(params["embed"]["tokens"], rows, model.padded_vocab_size)}
     if head := params.get("head"):
         params["head"] = {name: new_rows(table, rows, model.padded_vocab_size) for name, table in head.items()}
     described = TokenizerConfig(kind="bpe", vocab_size=tokenizer.vocab_size)
-    config = Config(run_dir=str(run_dir), model=model, tokenizer=described, task=run.config.task)
+    config = Config(
+        run_dir=str(run_dir), model=model, tokenizer=described, task=run.config.task, parts=run.config.parts
+    )
     write_run(run_dir, config, params, tokenizer)
     return config
 
