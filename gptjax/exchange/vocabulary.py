@@ -32,8 +32,8 @@ def write_with_vocabulary(run: LoadedRun, run_dir: Path, tokenizer: Tokenizer, r
         raise UserError(f"{run_dir}: the run has an adapter; export it with --merge and import the result first")
     if run.config.task.kind in ("dpo", "reinforce"):
         raise UserError(
-            f"{run_dir}: task.kind={run.config.task.kind} needs the run that it started from, with the same tokens; change"
-            f" the vocabulary of {run.config.init_from}"
+            f"{run_dir}: task.kind={run.config.task.kind} needs the run that it started from, with the same tokens;"
+            f" change the vocabulary of {run.config.init_from}"
         )
     model = dataclasses.replace(run.config.model, vocab_size=tokenizer.vocab_size)
     params = dict(run.params)
