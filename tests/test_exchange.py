@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptjax.checkpoints.run_dir import load_run
+from gptjax.checkpoints.run_dir import load_run, write_run
 from gptjax.config.model import ModelConfig
+from gptjax.config.objective import ObjectiveConfig
+from gptjax.config.run import Config
+from gptjax.config.task import TaskConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.config.verbs.sample import SampleConfig
@@ -538,6 +541,25 @@ def test_import_to_a_run_and_export_from_it_is_the_identity(tmp_path):
     export_run(tmp_path / "run", ExportConfig(to=str(tmp_path / "again")))
     for path in hf_dir.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (TaskConfig(), ""),
+        (
+            TaskConfig(objective=ObjectiveConfig(kind="prefix")),
+            "read every text from left to right, but it learned to read",
+        ),
+        (TaskConfig(kind="instruct"), "do not know task.template="),
+    ],
+)
+def test_what_other_programs_do_not_know_of_a_run_is_told(tmp_path, task, message):
+    config = Config(model=MODEL, tokenizer=TokenizerConfig(kind="bytes"), task=task)
+    write_run(tmp_path / "run", config, make_params(MODEL), None)
+    lines = []
+    export_run(tmp_path / "run", ExportConfig(to=str(tmp_path / "hf")), lines.append)
+    assert [line for line in lines if "other programs" in line and message in line] == (lines if message else [])
 
 
 def test_wrong_imports_to_a_run_are_refused(tmp_path):

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from gptjax.checkpoints.run_dir import CHAT_TEMPLATE_FILE, load_run, write_run
+from gptjax.checkpoints.run_dir import CHAT_TEMPLATE_FILE, LoadedRun, load_run, write_run
 from gptjax.config.run import Config
-from gptjax.config.task import FinetuneConfig
+from gptjax.config.task import CHATS, FinetuneConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.verbs.exchange import ExportConfig
 from gptjax.errors import UserError, did_you_mean
@@ -16,6 +16,7 @@ from gptjax.exchange.label_models import CLASSES, label_head
 from gptjax.exchange.peft import export_lora, import_lora, is_peft
 from gptjax.files import write_atomic
 from gptjax.model.adapters import merge_lora
+from gptjax.tasks.multi import parts_of
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.text.tokenizers.base import Tokenizer
 
@@ -93,6 +94,8 @@ def export_run(run_dir: Path, options: ExportConfig, notify: Callable[[str], Non
     for asked in ("merge", "adapter"):
         if getattr(options, asked) and kind != "lora":
             raise UserError(f"{run_dir}: {asked} needs a lora adapter, this run has model.adapter.kind={kind}")
+    for line in _not_written(run):
+        notify(f"{run_dir}: {line}")
     if options.adapter:
         export_lora(model, params, Path(options.to).expanduser(), options.family)
         return
@@ -118,6 +121,18 @@ def export_run(run_dir: Path, options: ExportConfig, notify: Callable[[str], Non
         export_gguf_model(model, params, run.tokenizer, to, kind, notify, options.family, run.chat_template)
         return
     export_model(model, params, run.tokenizer, to, notify, options.family, shard_bytes, run.chat_template, head)
+
+
+def _not_written(run: LoadedRun) -> list[str]:
+    """What other programs do not know of a run, although it changes how its model is used."""
+    lines = []
+    if run.config.learned_text and (reason := run.config.why_no_likelihood):
+        lines.append(f"other programs read every text from left to right, but {reason}")
+    templates = {part.task.template for part in parts_of(run.config).values() if part.task.kind in CHATS}
+    if templates and not run.chat_template:
+        named = " or ".join(map(repr, sorted(templates)))
+        lines.append(f"other programs do not know task.template={named}; write prompts in it")
+    return lines
 
 
 def _import_adapter(
