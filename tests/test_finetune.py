@@ -28,12 +28,12 @@ from gptjax.model.adapters import merge_lora
 from gptjax.model.gpt import Compute
 from gptjax.report.metrics import read_metrics
 from gptjax.tasks.registry import make_loss, make_part_loss, parts_of
-from gptjax.tasks.trainable import init_all, join, rates, split
+from gptjax.tasks.trainable import join, rates, split
 from gptjax.text.labelled import Text, Words
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import trainer
 from gptjax.training.step import make_train_step
-from tests.tiny import assert_trees_equal, hidden_states, init_state, replace, run_config
+from tests.tiny import assert_trees_equal, hidden_states, init_all, init_state, replace, run_config, untrained_run
 
 METHODS = {
     "all": ("all", AdapterConfig(), {}),
@@ -133,7 +133,11 @@ def test_what_is_frozen_keeps_its_bits_and_what_learns_changes(folder, trained, 
     assert not still
 
 
-@pytest.mark.parametrize("method", ["top", "paths", "lora", "prompt"])  # parameters of every place
+# A part of a stack, and an adapter before the blocks; in them, with dropout, and chosen by path.
+@pytest.mark.parametrize(
+    "method",
+    ["top", "prompt", pytest.param("lora", marks=pytest.mark.slow), pytest.param("paths", marks=pytest.mark.slow)],
+)
 def test_going_on_gives_the_same_bits(folder, trained, method):
     config = trained(method)
     again = dataclasses.replace(config, run_dir=str(folder / "again" / method))
@@ -147,16 +151,22 @@ def test_going_on_gives_the_same_bits(folder, trained, method):
 
 
 @pytest.mark.parametrize("method", ["head", "top", *ADAPTERS])
-def test_checkpoints_and_moments_hold_only_what_learns(folder, trained, method):
-    config = trained(method)
-    config = load_config(Path(config.run_dir) / "config.yaml")  # with the labels that were found
-    state = jax.eval_shape(lambda given: init_state(config, given), base_params(folder))
+def test_moments_are_only_of_what_learns(folder, method):
+    config = replace(make_config(folder, method, task={"labels": ("a", "b")}), model={"vocab_size": 257})
+    given = base_params(folder)
+    state = jax.eval_shape(lambda given: init_state(config, given), given)
     learning = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
     assert moments == 2 * learning + 1
+    whole = jax.eval_shape(lambda given: init_all(config, jax.random.key(0), given), given)
     assert learning + sum(leaf.size for leaf in jax.tree.leaves(state.frozen)) == sum(
-        leaf.size for leaf in jax.tree.leaves(load_run(Path(config.run_dir)).params)
+        leaf.size for leaf in jax.tree.leaves(whole)
     )
+
+
+@pytest.mark.parametrize("method", ["top", "prompt"])
+def test_checkpoints_hold_only_what_learns(folder, trained, method):
+    config = trained(method)
     newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (Path(config.run_dir), folder / "base")]
     size, base_size = (sum(path.stat().st_size for path in n.rglob("*") if path.is_file()) for n in newest)
     assert size < base_size
@@ -184,9 +194,9 @@ def make_task_batch(config: Config):
     )
 
 
-def test_split_and_join_are_each_others_inverse(folder, trained):
+def test_split_and_join_are_each_others_inverse(folder):
     for method in METHODS:
-        config = load_config(Path(trained(method).run_dir) / "config.yaml")
+        config = replace(make_config(folder, method, task={"labels": ("a", "b")}), model={"vocab_size": 257})
         params = init_all(config, jax.random.key(1))
         assert_trees_equal(join(*split(config, params)), params)
         assert flat(split(config, params)[0]).keys() >= {"heads/classify/w", "heads/classify/bias"}
@@ -215,8 +225,7 @@ def test_deeper_layers_learn_slower_and_the_head_at_its_own_rate(folder, trained
 
 def test_an_adapter_of_another_base_is_refused(folder, trained, tmp_path):
     config = trained("lora")
-    other = run_config(tmp_path, seed=7, train={"num_steps": 1})
-    trainer.train(other)
+    other = untrained_run(tmp_path)
     with pytest.raises(UserError, match=r"was trained with another base than .*base.json identifies"):
         load_run(Path(config.run_dir), base_dir=other.run_dir)
     broken = tmp_path / "broken"
@@ -253,9 +262,9 @@ def test_export_merges_lora(folder, trained, tmp_path, capsys):
     np.testing.assert_allclose(before, after, atol=2e-5)
     model, merged = merge_lora(run.config.model, run.params)
     assert model.adapter.kind == "none" and "adapters" not in merged
-    assert main(["export", trained("prefix").run_dir, "--to", str(tmp_path / "no")]) == 2
-    assert "has a prefix adapter" in capsys.readouterr().err
-    assert main(["export", trained("head").run_dir, "--to", str(tmp_path / "no"), "--merge"]) == 2
+    assert main(["export", trained("prompt").run_dir, "--to", str(tmp_path / "no")]) == 2
+    assert "has a prompt adapter" in capsys.readouterr().err
+    assert main(["export", trained("top").run_dir, "--to", str(tmp_path / "no"), "--merge"]) == 2
     assert "merge needs a lora adapter" in capsys.readouterr().err
 
 
@@ -286,7 +295,7 @@ def test_predict_streams_rows_in_their_order(folder, trained, tmp_path, capsys, 
 )
 def test_wrong_input_to_predict_is_one_line(folder, trained, capsys, args, message):
     filled = [arg.replace("{folder}", str(folder)) for arg in args]
-    assert main(["predict", "--run_dir", trained("head").run_dir, *filled]) == 2
+    assert main(["predict", "--run_dir", trained("lora").run_dir, *filled]) == 2
     assert message in capsys.readouterr().err
     assert main(["predict", "--run_dir", str(folder / "base"), "--text", "a"]) == 2
     assert "which has no labels; use gptjax sample" in capsys.readouterr().err

@@ -27,13 +27,12 @@ from gptjax.tasks.heads import make_predict
 from gptjax.tasks.registry import make_loss, parse, read_examples
 from gptjax.tasks.regress import with_moments
 from gptjax.tasks.texts import encode_choices, encode_examples
-from gptjax.tasks.trainable import init_all
 from gptjax.text.formats import Row
 from gptjax.text.labelled import Choice, Numbers, Text
 from gptjax.text.ngrams import BUCKETS, HALF, ngram_counts
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import trainer
-from tests.tiny import MODEL, hidden_states, replace, run_config
+from tests.tiny import MODEL, hidden_states, init_all, replace, run_config
 
 BYTES = make_tokenizer(TokenizerConfig(kind="bytes"), lambda: [])
 END = BYTES.end_of_text
@@ -77,26 +76,20 @@ def test_a_layer_mixture_is_the_softmax_weighted_sum_of_all_normalised_layers():
     head |= {"mix": np.array([0.3, -1.0, 2.0], np.float32), "scale": np.float32(1.7)}
     ids = np.array([[5, 1, 4, 2]], np.int32)
     positions = np.arange(4)[None]
-    layers = [gpt.embed_tokens(model, params, ids, positions)]
+    layers = [jax.jit(gpt.embed_tokens, static_argnums=0)(model, params, ids, positions)]
     one = dataclasses.replace(model, n_layer=1)
     for layer in range(model.n_layer):
         block = params | {"blocks": jax.tree.map(lambda leaf, n=layer: leaf[n : n + 1], params["blocks"])}
-        layers.append(gpt.apply_blocks(one, block, layers[-1], BlockInputs(positions), first=layer)[0])
+        apply = jax.jit(lambda params, x, n=layer: gpt.apply_blocks(one, params, x, BlockInputs(positions), first=n)[0])
+        layers.append(apply(block, layers[-1]))
     states_LD = np.stack([np.asarray(gpt.final_norm(model, params, x))[0].mean(0) for x in layers])
     expected = 1.7 * softmax(head["mix"].astype(np.float64)) @ states_LD @ np.asarray(head["w"][0])
     found = outputs(config, params, TextSet([ids[0]], np.zeros((1, 1), np.float32), np.zeros(1, bool), 32))
     np.testing.assert_allclose(found[0, 0], expected, rtol=1e-4)  # float32 sums in another order
-    gradient = jax.grad(
-        lambda head: (
-            make_loss(config, Compute())(
-                params | {"heads": {"regress": head}},
-                TextSet([ids[0]], np.ones((1, 1), np.float32), np.zeros(1, bool), 32).batch(
-                    np.arange(1), [ids[0]], np.ones(1)
-                ),
-                None,
-            ).objective
-        )
-    )(head)
+    rows = TextSet([ids[0]], np.ones((1, 1), np.float32), np.zeros(1, bool), 32)
+    batch = rows.batch(np.arange(1), [ids[0]], np.ones(1))
+    loss = make_loss(config, Compute(unroll=1))
+    gradient = jax.jit(jax.grad(lambda head: loss(params | {"heads": {"regress": head}}, batch, None).objective))(head)
     assert np.all(np.asarray(gradient["mix"]) != 0) and gradient["scale"] != 0
 
 

@@ -67,7 +67,7 @@ def test_the_last_stream_gives_the_models_logits_and_weights_are_those_of_attent
 def test_attention_is_that_of_numpy():
     config, params = MODEL, drawn(MODEL)
     tokens_T = np.arange(8) * 5
-    weights = look_inside(config, params, jnp.asarray(tokens_T)[None]).weights_NBHTS[0, 0]
+    weights = jax.jit(look_inside, static_argnums=0)(config, params, jnp.asarray(tokens_T)[None]).weights_NBHTS[0, 0]
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x = p["embed"]["tokens"][tokens_T] + p["embed"]["positions"][:8]
     norm, attn = (jax.tree.map(lambda leaf: leaf[0], p["blocks"][part]) for part in ("norm_1", "attn"))

@@ -3,6 +3,8 @@
 Shape suffixes: N rows, K contracted, F outputs; B sequence, G key heads, H query heads, S slot, C head_dim.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ ROWS = [1, 2, 5, 8, 16, 17, 32, 40, 200, 300]
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    """Calls a function with the kernels turned off."""
+    """Calls a function with the kernels turned off. All programs are compiled again, before and after it."""
 
     def call(function, *args):
         jax.clear_caches()
@@ -43,17 +45,24 @@ def without_kernels(monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("outputs_first", [False, True])
-@pytest.mark.parametrize(("K", "F"), SIZES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_weights_are_those_of_the_layout_for_xla(without_kernels, dtype, K, F, outputs_first):
-    w_KF = jnp.asarray(np.random.default_rng(0).standard_normal((K, F), np.float32))
-    arguments = w_KF.T if outputs_first else w_KF, dtype, False, outputs_first
+def test_weights_are_those_of_the_layout_for_xla(without_kernels):
+    cases = []
+    for dtype, (K, F), outputs_first in itertools.product(["bfloat16", "int8"], SIZES, [False, True]):
+        w_KF = np.random.default_rng(0).standard_normal((K, F), np.float32)
+        cases.append((K, (jnp.asarray(w_KF.T if outputs_first else w_KF), dtype, False, outputs_first)))
     make = jax.jit(make_projection, static_argnums=(1, 2, 3))
-    assert kernels_of(lambda w: make_projection(w, *arguments[1:]), arguments[0]) == {"pack_weights"}
-    ours, expected = make(*arguments), without_kernels(make, *arguments)
-    assert (ours.w.ndim, expected.w.ndim) == (5, 2)
-    np.testing.assert_array_equal(dequantized(ours, K), dequantized(expected, K))
+
+    def all_weights():
+        made = [(K, make(*arguments)) for K, arguments in cases]
+        return [(weights.w.ndim, np.asarray(dequantized(weights, K))) for K, weights in made]
+
+    for _, (w, *options) in cases:
+        assert kernels_of(lambda w, options=options: make_projection(w, *options), w) == {"pack_weights"}
+    for (ndim, ours), (other_ndim, expected), (_, case) in zip(
+        all_weights(), without_kernels(all_weights), cases, strict=True
+    ):
+        assert (ndim, other_ndim) == (5, 2)
+        np.testing.assert_array_equal(ours, expected, err_msg=str(case[1:]))
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -140,24 +149,29 @@ def params():
     return jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf + 0.1, drawn)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("options", [{"quantize": "int8"}, {}], ids=str)
-def test_greedy_samples_are_those_without_kernels(without_kernels, params, options, rows):
-    arguments = MODEL, params, PROMPTS[:rows], SampleConfig(max_new_tokens=20, temperature=0.0, **options)
-    ours, expected = generate(*arguments), without_kernels(generate, *arguments)
-    assert [row[0].tolist() for row in ours] == [row[0].tolist() for row in expected]
+def test_greedy_samples_are_those_without_kernels(without_kernels, params):
+    def samples():
+        found = {}
+        for rows, quantize in itertools.product([1, 3], ["int8", "none"]):
+            options = SampleConfig(max_new_tokens=20, temperature=0.0, quantize=quantize)
+            tokens = generate(MODEL, params, PROMPTS[:rows], options)
+            found[rows, quantize] = [row[0].tolist() for row in tokens]
+        return found
+
+    assert samples() == without_kernels(samples)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_logits_of_bfloat16_are_nearly_those_without_kernels(without_kernels, params, rows):
+def test_logits_of_bfloat16_are_nearly_those_without_kernels(without_kernels, params):
     """Both round activations; the kernels also round keys and values in the cache."""
 
-    def last_logits(stored):
+    def last_logits(rows, stored):
         weights = decoding_weights(MODEL, params, "bfloat16", rows == 1)
         cache = prefilled(DecodingModel(MODEL, weights, "float32", stored), PROMPTS[:rows], 64)
         last_B1 = jnp.asarray([[prompt[-1]] for prompt in PROMPTS[:rows]])
         x_B1D, _ = extend(MODEL, weights.params, last_B1, cache, "float32")
         return np.asarray(project(x_B1D, weights.readout)[:, 0])
 
-    ours, expected = last_logits("bfloat16"), without_kernels(last_logits, "float32")
-    np.testing.assert_allclose(ours, expected, atol=0.03 * np.abs(expected).max())
+    ours = [last_logits(rows, "bfloat16") for rows in (1, 3)]
+    expected = without_kernels(lambda: [last_logits(rows, "float32") for rows in (1, 3)])
+    for found, wanted in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=0.03 * np.abs(wanted).max())

@@ -29,7 +29,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.training import trainer
 from gptjax.verbs.evaluate import evaluate_run
 from tests.faults.inputs import refused
-from tests.tiny import MODEL, init_params, replace, rows, run_config
+from tests.tiny import MODEL, hidden_states, init_params, replace, rows, run_config
 
 
 def make_run(folder, kind, **sections):
@@ -89,7 +89,7 @@ def test_a_prompt_of_a_prefix_model_attends_to_itself_in_both_directions():
         for _ in range(6):
             ids, T = np.array([tokens + [0] * (11 - len(tokens))]), 11
             positions, ahead = np.arange(T)[None], np.arange(T)[None] < len(prompt)
-            x_BTD = gpt.hidden_states(MODEL, params, ids, positions, ahead_BT=jnp.asarray(ahead))
+            x_BTD = hidden_states(MODEL, params, ids, positions, ahead_BT=jnp.asarray(ahead))
             tokens.append(int(gpt.logits(MODEL, params, x_BTD)[0, len(tokens) - 1].argmax()))
         assert new.tolist() == tokens[len(prompt) :]
 
@@ -113,7 +113,8 @@ def test_labels_are_learned_over_a_masked_model(folder, tmp_path):
     alone = TextBatch(texts[1:, :2], batch.lengths[1:], batch.targets[1:], batch.weights[1:])
 
     def logits(batch):
-        return np.asarray(label_logits(run.config.model, run.config.task, Compute(), run.params, "classify", batch))
+        of_batch = jax.jit(label_logits, static_argnums=(0, 1, 2, 4))
+        return np.asarray(of_batch(run.config.model, run.config.task, Compute(unroll=1), run.params, "classify", batch))
 
     np.testing.assert_allclose(logits(batch)[1], logits(alone)[0], atol=1e-6)  # padding is not attended to
     later = batch._replace(inputs=np.where(np.arange(5) == 4, 98, texts).astype(np.int32))

@@ -12,16 +12,15 @@ from gptjax.batches.objectives import OBJECTIVES, ArrangedWindows, vocabulary_of
 from gptjax.batches.pretraining import PrefixBatch
 from gptjax.config.objective import FILL, MASK, MODES, NEXT, SPANS, SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.errors import UserError
-from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, final_norm, init_params
+from gptjax.model.gpt import Compute, apply_blocks, embed_tokens, final_norm
 from gptjax.model.loss import inputs_of, loss_options, token_loss
 from gptjax.model.multi_token import multi_token_loss, targets_ahead
-from gptjax.tasks.trainable import init_all
 from gptjax.text.tokenizer import tokenizer_from_json
 from gptjax.text.tokenizers.base import tokenizer_to_json
 from gptjax.text.tokenizers.extended import with_special_tokens
 from gptjax.text.tokenizers.plain import ByteTokenizer
 from tests.test_batches import END, LENGTHS, make_split
-from tests.tiny import CONFIG, MODEL, make_batch, replace
+from tests.tiny import CONFIG, MODEL, init_all, init_params, make_batch, replace
 
 KINDS = sorted(OBJECTIVES)
 NAMES = (*FILL, MASK, *SPANS, *MODES)
@@ -142,8 +141,8 @@ def test_each_head_has_the_target_so_many_tokens_ahead():
     params, x_BTD = init_all(config, jax.random.key(0)), jax.random.normal(jax.random.key(1), (4, T, MODEL.n_embd))
     options = loss_options(MODEL)
     with_heads, alone = (
-        multi_token_loss(MODEL, options)(params, x_BTD, batch),
-        token_loss(MODEL, options, params, x_BTD, batch),
+        jax.jit(multi_token_loss(MODEL, options))(params, x_BTD, batch),
+        jax.jit(token_loss, static_argnums=(0, 1))(MODEL, options, params, x_BTD, batch),
     )
     assert float(with_heads.nll) == float(alone.nll) and float(with_heads.count) == float(alone.count)
     assert set(with_heads.extras) == {"loss_2_ahead", "loss_3_ahead"}

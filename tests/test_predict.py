@@ -23,11 +23,10 @@ from gptjax.config.verbs.predict import PredictConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
-from gptjax.tasks.trainable import init_all
 from gptjax.text.chats import Message, render_chat
 from gptjax.text.labelled import Text, Words
 from gptjax.text.tokenizers.plain import ByteTokenizer
-from tests.tiny import MODEL, replace
+from tests.tiny import MODEL, init_all, replace
 
 CONFIG = Config(model=MODEL, tokenizer=TokenizerConfig(kind="bytes"), data=DataConfig(path=("unused",)))
 

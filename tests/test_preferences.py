@@ -23,11 +23,10 @@ from gptjax.report.metrics import read_metrics
 from gptjax.tasks.dpo import with_reference
 from gptjax.tasks.registry import make_loss, parse
 from gptjax.tasks.reward import _encode
-from gptjax.tasks.trainable import init_all
 from gptjax.text.formats import Row
 from gptjax.text.tokenizer import make_tokenizer
 from gptjax.training import trainer
-from tests.tiny import MODEL, hidden_states, replace, run_config
+from tests.tiny import MODEL, hidden_states, init_all, replace, run_config
 
 BYTES = make_tokenizer(TokenizerConfig(kind="bytes"), lambda: [])
 END = BYTES.end_of_text
