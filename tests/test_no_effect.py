@@ -61,6 +61,7 @@ MORE = [
     (Config, {"task": TaskConfig(kind="seq2seq"), "model": ModelConfig(encoder_layers=1)}),
     (Config, {"task": TaskConfig(kind="multi"), "parts": TWO_PARTS}),
     (Config, {"task": TaskConfig(kind="classify", multi_label=True)}),
+    (Config, {"task": TaskConfig(kind="classify", folds=5)}),
     (Config, {"task": TaskConfig(kind="dpo"), "init_from": "b"}),
     (Config, {"task": TaskConfig(kind="reinforce", reward="m:f"), "init_from": "b"}),
     (ClusterConfig, {"coordinator": "node:1", "num_processes": 2, "process_id": 0}),

@@ -184,6 +184,8 @@ class Config:
                 "attend_across_documents",
             ):
                 no_effect("data", self.data, name, False, "task.kind=pretrain")
+        if self.task.folds or self.task.validation_path:
+            no_effect("data", self.data, "validation_fraction", False, "task.folds=0 and an empty task.validation_path")
         if not self._has_score(self.train.best_by):
             no_effect("train", self.train, "best_by", False, "a task that has such a score")
         if self.task.kind in HEADED:
