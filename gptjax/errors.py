@@ -1,7 +1,8 @@
 """The one exception that a user is meant to read."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -14,6 +15,21 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))
+
+
+@contextmanager
+def readable_values(where: str) -> Iterator[None]:
+    """Turns the failure to read a value of a file, such as a list in place of a number, into one line.
+
+    Raises:
+        UserError: A value in `where` is of a wrong kind.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{where}: has a value of a wrong kind: {type(error).__name__}: {error}") from None
 
 
 def one_line(error: BaseException) -> str | None:

@@ -167,6 +167,22 @@ def test_gaps_damage_and_repeats_are_told(tmp_path):
     assert read_samples(run / "samples.txt") == [(3, "new\nline"), (6, "x")], "made again after a resume"
 
 
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("metrics.jsonl", '{"step": 1, "tokens": "x", "loss": 1, "tokens_per_s": 1}'),
+        ("metrics.jsonl", '{"step": 1, "by_layer": {"grad_norm": [1, 2]}}'),
+        ("events.jsonl", '{"event": "start", "step": 0, "time": 1, "facts": [1]}'),
+        ("events.jsonl", '{"event": "start", "step": 0, "time": 1, "versions": []}'),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_one_line(tmp_path, capsys, file, line):
+    run = write_run(tmp_path / "run")
+    (run / file).write_text(line + "\n")
+    assert "run: has a value of a wrong kind: " in refused(capsys, "report", run)
+    assert not (run / "report.html").exists()
+
+
 def test_the_verb_writes_page_and_figures(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs the extra report")
     monkeypatch.chdir(tmp_path)

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError, did_you_mean, readable_values
 from gptjax.exchange.families import FAMILIES
 from gptjax.exchange.families.family import Family, choose_family
 from gptjax.exchange.families.gpt2 import DROPOUTS
 from gptjax.exchange.gguf_file import GgufFile, import_gguf, open_gguf
 from gptjax.exchange.gguf_tokenizer import gguf_tokenizer_files, write_tokenizer
-from gptjax.exchange.hf_files import readable_values
 from gptjax.exchange.hf_model import Imported, read_model_config, read_params, tensor_shapes, tensors_of
 from gptjax.exchange.hf_tokenizer import import_tokenizer
 from gptjax.text.tokenizers.base import Tokenizer

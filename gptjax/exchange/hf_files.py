@@ -31,21 +31,6 @@ def read_json(path: Path) -> dict:
     return content
 
 
-@contextmanager
-def readable_values(where: str) -> Iterator[None]:
-    """Turns the failure to convert a value of a foreign file, such as a list in place of a number, into one line.
-
-    Raises:
-        UserError: A value in `where` is of a wrong kind.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        raise UserError(f"{where}: has a value of a wrong kind: {type(error).__name__}: {error}") from None
-
-
 def write_json(path: Path, content: dict) -> None:
     """Writes JSON as transformers does, indented by two spaces."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptjax.config.model import ModelConfig
 from gptjax.config.task import TaskConfig
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError, did_you_mean, readable_values
 from gptjax.exchange.families import FAMILIES
 from gptjax.exchange.families.family import Entry, Family, choose_family, normal_form
 from gptjax.exchange.families.fields import Fields
@@ -23,7 +23,6 @@ from gptjax.exchange.hf_files import (
     make_empty_folder,
     open_tensors,
     read_config,
-    readable_values,
     write_json,
     write_tensors,
 )
