@@ -112,26 +112,28 @@ class TextSet:
     def batch(self, numbers: np.ndarray, tokens: Sequence[np.ndarray], weights: np.ndarray) -> TextBatch:
         """Puts `tokens` of the texts `numbers` into one batch; number -1 gives a row without a text."""
         inputs, lengths = _padded(tokens, self.max_tokens)
-        return TextBatch(inputs, lengths, *_taken(self.targets, numbers, weights), *self._taken_ngrams(numbers))
+        return TextBatch(
+            inputs, lengths, *_taken(self.targets, numbers, weights), *self._taken_ngrams(numbers, inputs.shape[1])
+        )
 
-    def _taken_ngrams(self, numbers: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """The padded n-grams of the texts `numbers` and their counts."""
+    def _taken_ngrams(self, numbers: np.ndarray, T: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """The padded n-grams of the texts `numbers` and their counts, for a batch of `T` tokens."""
         if not self.ngrams:
             return None, None
         nothing = np.empty(0, np.int32), np.empty(0, np.float32)
         rows = [self.ngrams[n] if n >= 0 else nothing for n in numbers]
         most = max(len(buckets) for buckets, _ in rows)
-        F = next(width for width in self._ngram_widths if width >= most)
+        F = next(size for width, size in self._ngram_widths if width >= T and size >= most)
         buckets_BF, counts_BF = np.zeros((len(rows), F), np.int32), np.zeros((len(rows), F), np.float32)
         for row, (buckets, counts) in enumerate(rows):
             buckets_BF[row, : len(buckets)], counts_BF[row, : len(counts)] = buckets, counts
         return buckets_BF, counts_BF
 
     @functools.cached_property
-    def _ngram_widths(self) -> list[int]:
-        """The most n-grams of a text in a batch of each of the `widths`: few shapes, so that few programs compile."""
+    def _ngram_widths(self) -> list[tuple[int, int]]:
+        """Each of the `widths`, and the most n-grams of a text of so many tokens: a width has one shape of batch."""
         sizes, lengths = np.array([len(buckets) for buckets, _ in self.ngrams]), self.lengths
-        return sorted({int(sizes[lengths <= width].max(initial=1)) for width in widths(self.max_tokens)})
+        return [(width, int(sizes[lengths <= width].max(initial=1))) for width in widths(self.max_tokens)]
 
 
 @dataclasses.dataclass(frozen=True)
