@@ -93,8 +93,8 @@ def test_a_layer_mixture_is_the_softmax_weighted_sum_of_all_normalised_layers():
     assert np.all(np.asarray(gradient["mix"]) != 0) and gradient["scale"] != 0
 
 
-@pytest.mark.parametrize("longest", (1, 3))
-def test_a_bag_of_words_is_a_linear_model_over_tf_idf_beside_the_head(longest):
+@pytest.mark.parametrize(("longest", "share"), [(1, 0.75), (3, 0.4)])
+def test_a_bag_of_words_is_a_linear_model_over_tf_idf_beside_the_head(longest, share):
     text = pytest.importorskip("sklearn.feature_extraction.text", reason="needs scikit-learn (the extra finetune)")
     random = np.random.default_rng(0)
     texts = [" ".join(random.choice(["a", "Be", "bee", "Cedar", "déjà"], size)) for size in (6, 1, 9, 9, 12, 4)]
@@ -106,11 +106,11 @@ def test_a_bag_of_words_is_a_linear_model_over_tf_idf_beside_the_head(longest):
         vectorizer = text.TfidfVectorizer(sublinear_tf=True, **options)
         tf_idf = vectorizer.fit_transform(texts)
         weights = random.normal(size=len(vectorizer.vocabulary_)).astype(np.float32)
-        expected_B += bag.SCALE / 2 * (tf_idf @ weights)
+        expected_B += share * bag.SCALE * (tf_idf @ weights)
         for name, weight in zip(vectorizer.get_feature_names_out(), weights, strict=True):
             words_MN[first + xxhash.xxh32_intdigest(name.encode()) % HALF, 0] = weight
 
-    config = task_config(kind="classify", labels=("x", "y"), bag_of_words=longest, max_tokens=128)
+    config = task_config(kind="classify", labels=("x", "y"), bag_of_words=longest, bag_share=share, max_tokens=128)
     config = replace(config, model={"block_size": 128})
     rows = encode_examples(config, BYTES, [Text(one, (), "") for one in texts], np.zeros(len(texts), np.int32))
     params = init_all(config, jax.random.key(0), {"heads": {"classify": HEAD.constants(config, rows)}})

@@ -134,7 +134,10 @@ ELSEWHERE = {
     ),
     "test_heads::test_a_pair_is_read_as_start_first_delimiter_second_extract": ("task.second_field", "task.delimiters"),
     "test_heads::test_a_layer_mixture_is_the_softmax_weighted_sum_of_all_normalised_layers": ("task.layer_mixture",),
-    "test_heads::test_a_bag_of_words_is_a_linear_model_over_tf_idf_beside_the_head": ("task.bag_of_words",),
+    "test_heads::test_a_bag_of_words_is_a_linear_model_over_tf_idf_beside_the_head": (
+        "task.bag_of_words",
+        "task.bag_share",
+    ),
     "test_heads::test_both_orders_add_their_representations": ("task.both_orders",),
     "test_heads::test_a_wrong_row_is_named": ("task.candidates_field",),
     "test_heads::test_the_auxiliary_loss_is_the_mean_over_tokens_times_its_weight": ("task.lm_weight",),

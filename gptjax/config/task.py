@@ -151,6 +151,8 @@ class TaskConfig:
     bag_of_words: int = 0
     """For classify: add a linear model over TF-IDF weighted n-grams of up to this many words, and of characters
     (arXiv:1606.07792); 0: none."""
+    bag_share: float = 0.75
+    """Share of the n-grams in the logits of a prediction, with task.bag_of_words; the other share is the model's."""
     lm_weight: float = 0.0
     """Weight of an auxiliary next-token loss on the texts (GPT-1, section 3.2)."""
     means: tuple[float, ...] = ()
@@ -207,7 +209,7 @@ class TaskConfig:
             raise UserError(f"task.group_size={self.group_size} must be at least 2: responses are compared")
         if self.beta <= 0:
             raise UserError(f"task.beta={self.beta} must be above 0")
-        fraction("task", self, "augment_delete", "augment_swap", "augment_synonyms")
+        fraction("task", self, "bag_share", "augment_delete", "augment_swap", "augment_synonyms")
         not_negative("task", self, "folds", "fold")
         texts = ("classify", "regress")
         for kinds, names in {
@@ -238,6 +240,7 @@ class TaskConfig:
         no_effect("task.objective", self.objective, "kind", self.kind == "pretrain", "task.kind=pretrain")
         no_effect("task", self, "both_orders", bool(self.second_field), "task.second_field")
         no_effect("task", self, "bag_of_words", not self.both_orders, "one order of a pair (task.both_orders=false)")
+        no_effect("task", self, "bag_share", self.bag_of_words > 0, "task.bag_of_words")
         no_effect("task", self, "fold", self.folds > 0, "task.folds")
         no_effect("task", self, "synonyms", self.augment_synonyms > 0, "task.augment_synonyms")
         if self.augment_synonyms and not self.synonyms:

@@ -1,4 +1,4 @@
-"""A linear model over the n-grams of a text; a head averages its logits with its own (arXiv:1606.07792).
+"""A linear model over the n-grams of a text; a head adds its logits to its own (arXiv:1606.07792).
 
 The head has two more arrays than `w` and `bias`: `words [M, N]`, which is trained, and the constant `idf [M]`, the
 inverse document frequencies in the training texts. `text.ngrams` says which row of both an n-gram has.

@@ -118,7 +118,9 @@ def state_logits(task: TaskConfig, params: dict, name: str, x_BTD: jax.Array, ba
     if not isinstance(batch, TextBatch):
         return head_logits(params["heads"][name], x_BTD)
     logits = text_logits(task, params, name, x_BTD, batch)
-    return sum(logits[1:], logits[0]) / len(logits)
+    if not task.bag_of_words:
+        return logits[0]
+    return (1.0 - task.bag_share) * logits[0] + task.bag_share * logits[1]
 
 
 def text_logits(task: TaskConfig, params: dict, name: str, x_BTD: jax.Array, batch: TextBatch) -> list[jax.Array]:
