@@ -11,8 +11,8 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation import slots as slots_module
-from gptjax.generation.decode import generate, prepare
-from gptjax.generation.slots import CHUNKS, Row, SlotDecoder
+from gptjax.generation.decode import BUFFER, generate, prepare
+from gptjax.generation.slots import BURST_SECONDS, CHUNKS, Row, SlotDecoder, burst_length, chunk_shape
 from gptjax.model import cache as kv
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import logits
@@ -176,7 +176,32 @@ def test_a_stopped_sequence_frees_its_slot_and_leaves_the_others_alone():
         assert row.tokens[len(row.prompt) :] == alone(MODEL, row)
 
 
-@pytest.mark.parametrize("length", [1, 2, *(size + 1 for _, size in CHUNKS), 140])
+@pytest.mark.parametrize(
+    ("prompts", "tokens", "shape"),
+    [(1, 1, (1, 32)), (1, 32, (1, 32)), (2, 9, (4, 32)), (9, 32, (4, 32)), (1, 33, (1, 128)), (5, 400, (1, 128))],
+)
+def test_few_short_prompts_are_not_padded_to_many(prompts, tokens, shape):
+    assert chunk_shape(prompts, tokens) == shape
+
+
+def test_a_burst_takes_a_bounded_time_and_ends_with_a_sequence():
+    assert burst_length(BURST_SECONDS / 8.5, [100, 50]) == 8
+    assert burst_length(10 * BURST_SECONDS, [100, 50]) == 1
+    assert burst_length(BURST_SECONDS / 8.5, [100, 5]) == 5
+    assert burst_length(BURST_SECONDS / 8.5, [100, 3]) == 8, "so short a burst would cost more than it saves"
+    assert burst_length(BURST_SECONDS / 8.5, [2, 3]) == 3
+    assert burst_length(BURST_SECONDS / 1000, [10_000]) <= BUFFER
+
+
+@pytest.mark.parametrize("model", [MODEL, dataclasses.replace(MODEL, n_layer=1, attention_sinks=2)])
+def test_several_prompts_in_one_chunk_are_read_as_each_alone(model):
+    rows = make_rows(3, longest=30, temperature=0)
+    slot_decoder = decoder(model)
+    assert run(slot_decoder, rows) == [alone(model, row) for row in rows]
+    assert slot_decoder.prompt_tokens_read == sum(len(row.prompt) - 1 for row in rows)
+
+
+@pytest.mark.parametrize("length", [1, 2, *sorted({size + 1 for _, size in CHUNKS}), 140])
 def test_prompts_of_every_size_of_chunk(length):
     row = Row(np.random.default_rng(1).integers(0, 37, length, dtype=np.int32), SampleConfig(max_new_tokens=5))
     assert run(decoder(LONG, slots=2), [row]) == [alone(LONG, row)]

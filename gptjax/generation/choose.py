@@ -82,21 +82,20 @@ def choice_rule(options: SampleConfig, words: bool = False) -> Rule:
 
 def choice_numbers(options: SampleConfig, rows: int) -> Numbers:
     """Returns the numbers of sampling options, the same for every sequence."""
-    return Numbers(
-        *(
-            jnp.full(rows, number, jnp.int32 if isinstance(number, int) else jnp.float32)
-            for number in (
-                options.temperature,
-                options.top_k,
-                options.top_p,
-                options.min_p,
-                options.typical_p,
-                options.repetition_penalty,
-                options.presence_penalty,
-                options.frequency_penalty,
-                options.min_new_tokens,
-            )
-        )
+    numbers = (
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.min_p,
+        options.typical_p,
+        options.repetition_penalty,
+        options.presence_penalty,
+        options.frequency_penalty,
+        options.min_new_tokens,
+    )
+    dtypes = (np.int32 if isinstance(number, int) else np.float32 for number in numbers)
+    return jax.device_put(
+        Numbers(*(np.full(rows, number, dtype) for number, dtype in zip(numbers, dtypes, strict=True)))
     )
 
 

@@ -10,6 +10,8 @@ Shape suffixes: B slot, P prompt of a chunk, T position, V vocabulary, K most li
 
 import dataclasses
 import functools
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +22,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.verbs.decoding import token_biases
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
-from gptjax.generation.choose import Rule, choice_numbers, log_probabilities
+from gptjax.generation.choose import Numbers, Rule, choice_numbers, log_probabilities
 from gptjax.generation.constraint import Constraint
 from gptjax.generation.controls import History, Tables, make_history, make_tables
 from gptjax.generation.decode import (
@@ -36,14 +38,15 @@ from gptjax.generation.decode import (
     split_rows,
 )
 from gptjax.generation.weights import DecodingWeights
-from gptjax.model.cache import Cache, init_cache, replace_rows, select_rows
+from gptjax.model.cache import Cache, copy_tokens, init_cache, replace_rows, select_rows
 from gptjax.model.gpt import extend, finish_logits
 from gptjax.ops.projection import project
 
-CHUNKS = ((8, 16), (4, 32), (1, PREFILL))
-"""Number of prompts and tokens of each in one prefill: about 128 tokens, of many short prompts or of a long one."""
-BURST = 4
-"""Tokens that are decoded before new requests are accepted; only one token while prompts wait."""
+CHUNKS = ((1, 32), (4, 32), (1, PREFILL))
+"""Number of prompts and tokens of each in one prefill: of one or several short prompts, or of a long one."""
+BURST_SECONDS, LONGEST_BURST = 0.1, 16
+"""Time of the decoding steps that run before new requests are accepted, and their largest number; only one step while
+prompts wait."""
 WORTH_COPYING = 64
 """A common prefix of at least this many tokens is copied from another slot."""
 SLOTS_MULTIPLE = 64
@@ -94,6 +97,18 @@ class Event(NamedTuple):
     """Log-probabilities of a part of the prompt (without its first token), if the row asks for them."""
 
 
+class _Burst(NamedTuple):
+    """Decoding steps that the device computes."""
+
+    rows: list[Row]
+    limit: int
+    """Number of steps."""
+    begin: float
+    """Time at which it started."""
+    new_BN: jax.Array
+    logprobs: Logprobs | None
+
+
 def check_options(options: SampleConfig) -> None:
     """Checks that slots support the options.
 
@@ -130,7 +145,7 @@ class SlotDecoder:
         self._rows: list[Row | None] = [None] * slots
         self._kept: list[list[int]] = [[] for _ in range(slots)]  # tokens in the cache of a free slot
         self._freed = [0] * slots  # when the slot became free: smaller is longer ago
-        self._clock = 0
+        self._clock, self._step_seconds = 0, BURST_SECONDS
         self._fresh: set[Row] = set()  # rows whose prefix was not yet searched for in other slots
 
     @property
@@ -163,8 +178,10 @@ class SlotDecoder:
         row.slot = max(free, key=lambda slot: (_common(self._kept[slot], row.prompt), -self._freed[slot]))
         self._rows[row.slot] = row
         self._fresh.add(row)
-        new_rows = row_key(np.uint32(options.seed), *row.number)[None], choice_numbers(options, 1)
-        self._keys_B, self._numbers = _set_row((self._keys_B, self._numbers), row.slot, new_rows)
+        self._keys_B, self._numbers = _set_choice(
+            *(self._keys_B, self._numbers, row.slot),
+            *(np.uint32(options.seed), *row.number, choice_numbers(options, 1)),
+        )
         if _is_controlled(row) or self._history.counts_BV is not None:  # replaces the tables of an earlier row
             self._set_controls(row)
 
@@ -181,17 +198,20 @@ class SlotDecoder:
         """The tokens in a row's slot that a prompt with the same prefix can reuse: none once the first are replaced."""
         return row.tokens[: row.read] if row.read <= self._size else []
 
-    def step(self) -> list[Event]:
+    def step(self, while_computing: Callable[[], None] = lambda: None) -> list[Event]:
         """Prefills one chunk of waiting prompts, if there are any, and adds tokens to the other sequences.
 
-        Stops sequences that end.
+        Stops sequences that end. `while_computing` is called once, when the device has its work; it may stop sequences.
         """
         waiting = [row for row in self.rows if row.read < len(row.prompt) - 1 or row in self._fresh]
         events = self._read(waiting) if waiting else []
         ready = [row for row in self.rows if row.read >= len(row.prompt) - 1 and row not in self._fresh]
-        events += [Event(row, _NO_TOKENS, True) for row in ready if row.score_only]
-        if decoded := [row for row in ready if not row.score_only]:
-            events += self._decode(decoded, 1 if len(decoded) < len(self.rows) else BURST)
+        ended = {row for row in ready if row.score_only or not self._constrain(row)}
+        events += [Event(row, _NO_TOKENS, True) for row in ready if row in ended]
+        burst = self._launch([row for row in ready if row not in ended]) if len(ready) > len(ended) else None
+        while_computing()
+        if burst is not None:
+            events += self._collect(burst)
         for event in events:
             if event.ended:
                 self.stop(event.row)
@@ -201,12 +221,11 @@ class SlotDecoder:
         first = self._begin(waiting)
         if not first:
             return []
-        missing = len(first[0].prompt) - 1 - first[0].read
-        P, T = next((shape for shape in CHUNKS if shape[1] >= missing), CHUNKS[-1])
+        P, T = chunk_shape(len(first), len(first[0].prompt) - 1 - first[0].read)
         chosen = first[:P]
-        slots_P, used_P = np.full(P, self._slots, np.int32), np.zeros(P, np.int32)
-        tokens_PT, next_PT = np.zeros((P, T), np.int32), np.zeros((P, T), np.int32)
-        for n, row in enumerate(chosen):
+        slots_P, used_P = np.zeros((2, P), np.int32)
+        tokens_PT, next_PT = np.zeros((2, P, T), np.int32)
+        for n, row in enumerate((chosen * P)[:P]):  # the rest are copies, which write the same again
             end = min(row.read + T, len(row.prompt) - 1)
             slots_P[n], used_P[n] = row.slot, row.read
             tokens_PT[n, : end - row.read] = row.prompt[row.read : end]
@@ -259,13 +278,12 @@ class SlotDecoder:
             row.read = lengths[row.slot]
         row.read = min(row.read, len(row.prompt) - 1)
 
-    def _decode(self, decoded: list[Row], limit: int) -> list[Event]:
-        limit = min(limit, max(row.options.max_new_tokens - row.new for row in decoded))
-        for row in decoded:
-            if row.constraint is not None:
-                limit = 1  # each token changes what the constraint allows next
-                if not self._constrain(row, row.constraint):
-                    return [Event(row, _NO_TOKENS, True)]
+    def _launch(self, decoded: list[Row]) -> _Burst:
+        """Starts the next decoding steps of sequences."""
+        left = [row.options.max_new_tokens - row.new for row in decoded]
+        # Others wait for their prefill, or each token changes what the constraint allows next.
+        single = len(decoded) < len(self.rows) or any(row.constraint is not None for row in decoded)
+        limit = 1 if single else burst_length(self._step_seconds, left)
         done_B, last_B, count_B = np.ones(self._slots, bool), *np.zeros((2, self._slots), np.int32)
         stop_B, used_B = np.full(self._slots, NOTHING, np.int32), np.zeros(self._slots, np.int32)
         for slot, row in enumerate(self._rows):
@@ -276,16 +294,23 @@ class SlotDecoder:
                 stop_B[row.slot] = row.end_of_text
         rule = self._rule(decoded)
         history, tables = (self._history, self._tables) if rule.penalties else (History(), Tables())
-        model, cache = self._model, self._cache._replace(used=jnp.asarray(used_B))
+        model, cache, begin = self._model, self._cache._replace(used=jnp.asarray(used_B)), time.monotonic()
         self._cache, history, new_BN, logprobs = decode(
             *(model.config, model.dtype, rule, model.weights, cache, history),
             *(last_B, done_B, self._keys_B, count_B, np.int32(limit), stop_B, self._numbers, tables),
         )
         if rule.penalties:
             self._history = history
-        pieces = split_rows(np.asarray(new_BN)[:, :limit], jax.device_get(logprobs))
-        events = []
-        for row in decoded:
+        return _Burst(decoded, limit, begin, new_BN, logprobs)
+
+    def _collect(self, burst: _Burst) -> list[Event]:
+        """Waits for the new tokens and adds them to their sequences."""
+        limit, events = burst.limit, []
+        pieces = split_rows(np.asarray(burst.new_BN)[:, :limit], jax.device_get(burst.logprobs))
+        self._step_seconds = (time.monotonic() - burst.begin) / limit
+        for row in burst.rows:
+            if self._rows[row.slot] is not row:  # it was stopped while the device computed
+                continue
             piece = pieces[row.slot]
             ended = len(piece.tokens_N) < limit
             left = row.options.max_new_tokens - row.new
@@ -315,10 +340,12 @@ class SlotDecoder:
             logprobs=min(MOST_LOGPROBS, self._model.config.vocab_size) if any(o.logprobs for o in options) else 0,
         )
 
-    def _constrain(self, row: Row, constraint: Constraint) -> bool:
-        """Bans all tokens that the constraint does not allow next; returns whether any token is allowed."""
+    def _constrain(self, row: Row) -> bool:
+        """Bans all tokens that a row's constraint does not allow next; returns whether any token is allowed."""
+        if row.constraint is None:
+            return True
         [bias_V] = np.asarray(make_tables(BIAS, token_biases(row.options), (), self._model.config.vocab_size).bias_BV)
-        biases_V = constraint.biases(bias_V)
+        biases_V = row.constraint.biases(bias_V)
         if biases_V is not None:
             self._tables = _set_row(self._tables, row.slot, Tables(jnp.asarray(biases_V)[None]))
         return biases_V is not None
@@ -334,6 +361,29 @@ class SlotDecoder:
             make_tables(rule, token_biases(row.options), (), V),
         )
         self._history, self._tables = _set_row((self._history, self._tables), row.slot, new_rows)
+
+
+def burst_length(step_seconds: float, left: list[int]) -> int:
+    """Number of decoding steps before new requests are accepted.
+
+    Args:
+        step_seconds: Time of a step.
+        left: Number of tokens that each sequence may still get. The burst ends with the first sequence that ends in its
+            second half, because steps after that would do nothing for it.
+    """
+    longest = max(1, min(LONGEST_BURST, int(BURST_SECONDS / step_seconds)))
+    return min(longest, min((n for n in left if 2 * n >= longest), default=max(left)))
+
+
+def chunk_shape(prompts: int, tokens: int) -> tuple[int, int]:
+    """Number of prompts and tokens of each in the next prefill.
+
+    Args:
+        prompts: Number of prompts that wait.
+        tokens: Number of tokens of the first one that are not read yet.
+    """
+    shapes = [shape for shape in CHUNKS if shape[1] >= tokens] or [CHUNKS[-1]]
+    return next((shape for shape in shapes if shape[0] >= prompts), max(shapes))
 
 
 BIAS = Rule(greedy=False, bias=True)
@@ -352,7 +402,7 @@ def _read_chunk(
     used_P: jax.Array,
     next_PT: jax.Array,
 ) -> tuple[Cache, Logprobs | None]:
-    """Prefills one chunk of prompts in their slots; ignores slot numbers that are out of range.
+    """Prefills one chunk of prompts in their slots. Several may be the same one.
 
     Args:
         config: Shape of the model.
@@ -365,12 +415,12 @@ def _read_chunk(
         used_P: Number of tokens before them.
         next_PT: The token after each one.
     """
+    P, T = tokens_PT.shape
     part = select_rows(cache, slots_P)._replace(used=used_P)
     x_PTD, part = extend(config, weights.params, tokens_PT, part, dtype)
-    cache = replace_rows(cache, slots_P, part)
+    cache = copy_tokens(cache, part, slots_P, used_P, T, config.attention_sinks)
     if not K:
         return cache, None
-    P, T = tokens_PT.shape
     logits_PTV = finish_logits(config, weights.params, project(x_PTD, weights.readout))
     found = log_probabilities(logits_PTV.reshape(P * T, -1), next_PT.reshape(-1), K)
     return cache, Logprobs(*(part.reshape(P, T, *part.shape[1:]) for part in found))
@@ -380,6 +430,21 @@ def _read_chunk(
 def _copy_slot(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
     """Copies the keys and values of one slot to another."""
     return replace_rows(cache, target[None], select_rows(cache, source[None]))
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _set_choice(
+    keys_B: jax.Array,
+    numbers: Numbers,
+    row: jax.Array | int,
+    seed: jax.Array,
+    prompt: jax.Array | int,
+    sample: jax.Array | int,
+    new: Numbers,
+) -> tuple[jax.Array, Numbers]:
+    """Sets the random key and the sampling parameters of a row."""
+    numbers = jax.tree.map(lambda old, new: old.at[row].set(new[0]), numbers, new)
+    return keys_B.at[row].set(row_key(seed, prompt, sample)), numbers
 
 
 @functools.partial(jax.jit, donate_argnums=0)

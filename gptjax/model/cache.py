@@ -5,7 +5,7 @@ Each layer has its own arrays. If they were stacked, XLA would copy a layer's sl
 Shape suffixes: B batch, G key and value heads, S slot, C head_dim, T new positions, K slots of first tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,27 @@ def replace_rows(cache: Cache, rows: jax.Array, others: Cache) -> Cache:
     return cache._replace(layers=layers, used=cache.used.at[rows].set(others.used, mode="drop"))
 
 
+def copy_tokens(cache: Cache, others: Cache, rows: jax.Array, used: jax.Array, count: int, sinks: int) -> Cache:
+    """Returns a cache with `count` tokens of each of `others` in the sequences `rows`, those after `used` ones.
+
+    They must not wrap around. `sinks` is the number of slots of first tokens, which are copied too.
+    """
+    parts = jax.tree.map(_bits, others.layers)
+
+    def copy(n: jax.Array, layers: Any) -> Any:
+        def put(old_BGSC, new_PGSC):
+            for first, length in ((sinks + used[n], count), *(((0, sinks),) if sinks else ())):
+                size = (1, old_BGSC.shape[1], length, old_BGSC.shape[3])
+                new_1GNC = jax.lax.dynamic_slice(new_PGSC, (n, 0, first, 0), size)
+                old_BGSC = jax.lax.dynamic_update_slice(old_BGSC, new_1GNC, (rows[n], 0, first, 0))
+            return old_BGSC
+
+        return jax.tree.map(put, layers, parts)
+
+    layers = jax.lax.fori_loop(0, rows.shape[0], copy, jax.tree.map(_bits, cache.layers))
+    return cache._replace(layers=jax.tree.map(lambda old, new: _from_bits(new, old.dtype), cache.layers, layers))
+
+
 def layer_view(config: ModelConfig, cache: Cache, new: int, layer: int, spec: AttentionSpec, prefix: bool) -> Slots:
     """The slots of a layer for `new` new tokens; `spec` is the layer's attention."""
     slides = config.attention_sinks > 0 and not cache.used.ndim  # sequences with their own number of slots do not slide
@@ -184,11 +205,7 @@ def write(layer: LayerCache, slots: Slots, sinks: int, k_BTGC: jax.Array, v_BTGC
 
     def put(old_BGSC, new_BTGC):
         new_BGTC = new_BTGC.transpose(0, 2, 1, 3).astype(old_BGSC.dtype)
-        if old_BGSC.dtype != jnp.bfloat16:
-            return update(old_BGSC, new_BGTC)
-        # XLA:CPU would convert all bfloat16 slots to float32 and back for every token, so the update handles bits.
-        old_BGSC, new_BGTC = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old_BGSC, new_BGTC))
-        return jax.lax.bitcast_convert_type(update(old_BGSC, new_BGTC), jnp.bfloat16)
+        return _from_bits(update(_bits(old_BGSC), _bits(new_BGTC)), old_BGSC.dtype)
 
     def update(old_BGSC, new_BGTC):
         if sinks:
@@ -206,3 +223,15 @@ def write(layer: LayerCache, slots: Slots, sinks: int, k_BTGC: jax.Array, v_BTGC
         return jnp.where(is_new_BK[:, None, :, None], found_BGKC, old_BGSC[:, :, :sinks])
 
     return LayerCache(put(layer.k_BGSC, k_BTGC), put(layer.v_BGSC, v_BTGC))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """The bits of bfloat16 numbers as integers; others unchanged. XLA:CPU would convert all bfloat16 slots to float32
+    and back for every update.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The numbers of `_bits`."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)

@@ -107,6 +107,7 @@ class Engine:
         self._decoder = SlotDecoder(model, slots)
         self._queue: collections.deque[Job] = collections.deque()
         self._running: dict[Row, Job] = {}
+        self._late: list[Event] = []  # delivered while the device computes the next step
         self._condition, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
 
@@ -121,12 +122,14 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles the programs that most requests need. Call it before `start`."""
-        lengths = [length for _, length in CHUNKS if length < self._model.config.block_size] or [1]
+        chunks = [(rows, length) for rows, length in CHUNKS if length < self._model.config.block_size] or [(1, 1)]
+        vocab_size = self._model.config.vocab_size
         kinds = ((1.0, 0), (0.9, 0), (1.0, 1), (0.9, 1))
         for number, (top_p, logprobs) in enumerate(kinds):
             options = SampleConfig(max_new_tokens=1, top_p=top_p, logprobs=logprobs)
-            for length in lengths if number == 0 else lengths[:1]:
-                self._decoder.start(Row(np.full(length, number, np.int32), options))
+            for rows, length in chunks if number == 0 else chunks[:1]:
+                for row in range(min(rows, self._slots)):
+                    self._decoder.start(Row(np.full(length, (number + row) % vocab_size, np.int32), options))
                 while self._decoder.rows:
                     self._decoder.step()
 
@@ -183,12 +186,20 @@ class Engine:
                     self._start(job)
                 self._drop()
                 if self._running:
-                    for event in self._decoder.step():
-                        self._deliver(event)
+                    self._step()
             except Exception as error:
                 traceback.print_exc()
                 self._fail(error)
             self._metrics.slots(self.busy, self.waiting)
+
+    def _step(self) -> None:
+        """Advances all sequences. Events of sequences that end are delivered at once, because they free a slot."""
+        events = self._decoder.step(self._deliver_late)
+        ended = {event.row for event in events if event.ended}
+        self._late = [event for event in events if event.row not in ended]
+        for event in events:
+            if event.row in ended:
+                self._deliver(event)
 
     def _take(self) -> list[Job]:
         """Takes jobs for the free slots, oldest first; ends those whose time limit has passed."""
@@ -215,11 +226,17 @@ class Engine:
     def _drop(self) -> None:
         """Frees the slots of jobs that were cancelled or whose time limit has passed."""
         for row, job in list(self._running.items()):
+            if job.overdue and not job.cancelled:
+                self._deliver_late()
             if job.cancelled or job.overdue:
                 self._decoder.stop(row)
-                del self._running[row]
-                if not job.cancelled:
+                if self._running.pop(row, None) is not None and not job.cancelled:
                     job.on_update(job.close("length"))
+
+    def _deliver_late(self) -> None:
+        late, self._late = self._late, []
+        for event in late:
+            self._deliver(event)
 
     def _deliver(self, event: Event) -> None:
         job = self._running.get(event.row)
@@ -241,6 +258,7 @@ class Engine:
         for job in self._running.values():
             job.on_update(Update(error=failure))
         self._running.clear()
+        self._late.clear()
         self._decoder = SlotDecoder(self._model, self._slots)
 
 
