@@ -93,10 +93,8 @@ def choice_numbers(options: SampleConfig, rows: int) -> Numbers:
         options.frequency_penalty,
         options.min_new_tokens,
     )
-    dtypes = (np.int32 if isinstance(number, int) else np.float32 for number in numbers)
-    return jax.device_put(
-        Numbers(*(np.full(rows, number, dtype) for number, dtype in zip(numbers, dtypes, strict=True)))
-    )
+    arrays = [np.full(rows, number, np.int32 if isinstance(number, int) else np.float32) for number in numbers]
+    return Numbers(*jax.device_put(arrays))
 
 
 def choose(logits_BV: jax.Array, keys_B: jax.Array, rule: Rule, numbers: Numbers) -> jax.Array:
