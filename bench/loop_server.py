@@ -22,6 +22,7 @@ from starlette.routing import Route
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.decode import stream
+from gptjax.generation.request import Request as GenerationRequest
 from gptjax.generation.stream import make_text_stream
 from gptjax.machine import compile_cache
 
@@ -42,7 +43,7 @@ def make_app(run_dir: Path) -> Starlette:
         try:
             with lock:
                 ids, decode = tokenizer.encode(body["prompt"]), make_text_stream()
-                for [piece] in stream(run.config.model, run.params, [ids], options):
+                for [piece] in stream(run.config.model, run.params, GenerationRequest([ids], options)):
                     put((decode(tokenizer.decode_bytes(piece.tokens_N), False), piece.tokens_N.tolist()))
         finally:
             put(None)

@@ -12,6 +12,7 @@ from gptjax.batches.pretraining import Batch
 from gptjax.config.task import LORA_TARGETS, AdapterConfig, TaskConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.decode import stream
+from gptjax.generation.request import Request
 from gptjax.generation.weights import decoding_weights
 from gptjax.machine.native import build
 from gptjax.model import gpt, loss
@@ -166,7 +167,7 @@ def test_sampling_uses_the_adapter(kind):
     model, params = adapted(kind)
     options = SampleConfig(max_new_tokens=4, temperature=0.0)
     prompt = np.asarray(TOKENS[0])
-    new = np.concatenate([piece.tokens_N for [piece] in stream(model, params, [prompt], options)])
+    new = np.concatenate([piece.tokens_N for [piece] in stream(model, params, Request([prompt], options))])
     ids_BT = jnp.concatenate([prompt, new])[None]
     x_BTD = hidden_states(model, params, ids_BT, jnp.arange(ids_BT.shape[1])[None])
     likeliest = jnp.argmax(logits(model, params, x_BTD)[0], axis=-1)

@@ -13,6 +13,7 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.beam import beam_search
 from gptjax.generation.decode import generate
+from gptjax.generation.request import Request
 from gptjax.generation.sample import samples
 from gptjax.model.gpt import logits
 from gptjax.text.tokenizers.plain import ByteTokenizer
@@ -46,7 +47,7 @@ def test_beams_are_those_of_transformers(beams, penalty, controls, theirs, count
         **{"max_new_tokens": 12, "temperature": 0, "num_beams": beams, "num_samples": beams, "length_penalty": penalty},
         **controls,
     )
-    ours = beam_search(model, params, prompts, options, end_of_text=END)
+    ours = beam_search(model, params, Request(prompts, options, END))
     ended = 0
     for prompt, rows in zip(prompts, ours, strict=True):
         inputs = torch.from_numpy(prompt)[None]
@@ -75,7 +76,7 @@ def test_beams_wide_enough_find_the_best_of_all_continuations():
     model = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=24, vocab_size=6)
     params, prompt, new = make_params(model), np.array([1, 4, 2]), 4
     options = SampleConfig(max_new_tokens=new, temperature=0, num_beams=6 ** (new - 1))
-    [[found]] = beam_search(model, params, [prompt], options)
+    [[found]] = beam_search(model, params, Request([prompt], options))
     rows = np.array([[*prompt, *tail] for tail in itertools.product(range(6), repeat=new)])
     x_BTD = hidden_states(model, params, rows, jnp.broadcast_to(jnp.arange(7), rows.shape))
     log_p = np.asarray(jax.nn.log_softmax(logits(model, params, x_BTD)))[:, 2:-1]
@@ -130,17 +131,21 @@ def test_groups_of_beams_are_those_of_the_paper(beams, groups, penalty):
         **{"max_new_tokens": 6, "temperature": 0, "num_beams": beams, "num_samples": beams},
         **{"beam_groups": groups, "diversity_penalty": penalty},
     )
-    found = [[row.tolist() for row in rows] for rows in beam_search(MODEL, make_params(MODEL), prompts, options)]
+    found = [
+        [row.tolist() for row in rows] for rows in beam_search(MODEL, make_params(MODEL), Request(prompts, options))
+    ]
     assert found == [diverse_beams(MODEL, prompt, options, None) for prompt in prompts]
     plain = dataclasses.replace(options, beam_groups=1, diversity_penalty=0.5)
-    others = [[row.tolist() for row in rows] for rows in beam_search(MODEL, make_params(MODEL), prompts, plain)]
+    others = [
+        [row.tolist() for row in rows] for rows in beam_search(MODEL, make_params(MODEL), Request(prompts, plain))
+    ]
     assert found != others
 
 
 def test_groups_that_end_do_not_count_end_of_text_as_chosen():
     options = SampleConfig(max_new_tokens=5, temperature=0, num_beams=4, num_samples=4, beam_groups=2)
     prompts, end = make_prompts(4, 7, 11, 6, 9), 3
-    found = [beam_search(MODEL, make_params(MODEL), [prompt], options, end_of_text=end)[0] for prompt in prompts]
+    found = [beam_search(MODEL, make_params(MODEL), Request([prompt], options, end))[0] for prompt in prompts]
     assert [[row.tolist() for row in rows] for rows in found] == [
         diverse_beams(MODEL, p, options, end) for p in prompts
     ]
@@ -164,20 +169,20 @@ def test_options_of_groups_are_checked(options, message):
 def test_a_prompts_beams_do_not_depend_on_other_prompts():
     options = SampleConfig(max_new_tokens=8, temperature=0, num_beams=3, num_samples=2)
     first, second = make_prompts(5, 14)
-    together = beam_search(MODEL, make_params(MODEL), [first, second], options, end_of_text=3)
-    alone = beam_search(MODEL, make_params(MODEL), [first], options, end_of_text=3)
+    together = beam_search(MODEL, make_params(MODEL), Request([first, second], options, 3))
+    alone = beam_search(MODEL, make_params(MODEL), Request([first], options, 3))
     assert [row.tolist() for row in together[0]] == [row.tolist() for row in alone[0]]
 
 
 def test_a_context_that_would_slide_is_refused():
     options = SampleConfig(max_new_tokens=20, temperature=0, num_beams=2)
     with pytest.raises(UserError, match=r"prompt 2 has 6 tokens.*model.block_size=24"):
-        beam_search(MODEL, make_params(MODEL), make_prompts(5, 6), options)
+        beam_search(MODEL, make_params(MODEL), Request(make_prompts(5, 6), options))
 
 
 def test_texts_come_from_beams():
     options = SampleConfig(max_new_tokens=8, temperature=0, num_beams=3, num_samples=3, logit_bias=("97=9", "98=8"))
     [row] = samples(BYTES, make_params(BYTES), ByteTokenizer(), ["ab"], options)
-    ids = beam_search(BYTES, make_params(BYTES), [np.array([97, 98])], options, end_of_text=256)
+    ids = beam_search(BYTES, make_params(BYTES), Request([np.array([97, 98])], options, 256))
     assert [sample.text for sample in row] == [ByteTokenizer().decode(tokens) for tokens in ids[0]]
     assert len({sample.text for sample in row}) == 3

@@ -9,6 +9,7 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.contrastive import contrastive_search
 from gptjax.generation.decode import generate
+from gptjax.generation.request import Request
 from gptjax.generation.sample import samples
 from gptjax.model.gpt import logits
 from gptjax.text.tokenizers.plain import ByteTokenizer
@@ -51,7 +52,7 @@ def expected(model, prompt, options, repetition=1.0):
 
 def search(model, prompts, options, **given):
     rows = [[] for _ in prompts]
-    for pieces in contrastive_search(model, make_params(model), prompts, options, end_of_text=END, **given):
+    for pieces in contrastive_search(model, make_params(model), Request(prompts, options, END, **given)):
         for row, piece in zip(rows, pieces, strict=True):
             row += piece.tokens_N.tolist()
     return rows

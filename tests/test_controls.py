@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs.decoding import token_biases
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.choose import _filtered as filtered
 from gptjax.generation.choose import choice_numbers, choice_rule
-from gptjax.generation.controls import BANNED, control, make_history, make_tables
+from gptjax.generation.controls import BANNED, control, make_history
 from gptjax.generation.decode import generate, stream
+from gptjax.generation.request import Request
 from gptjax.generation.sample import bad_word_ids, sample_texts, samples, tokens_of
 from gptjax.generation.stream import StopFilter
 from gptjax.text.tokenizers.plain import ByteTokenizer
@@ -70,12 +70,9 @@ def test_controlled_logits_are_those_of_transformers(case):
     tokens_BT = rng.integers(0, 4, (5, 12))  # few different tokens, so that n-grams repeat and words are begun
     logits_BV = rng.normal(size=(5, V)).astype(np.float32) * 3
     expected = processors(theirs)(torch.from_numpy(tokens_BT), torch.from_numpy(logits_BV.copy())).numpy()
-    rule = choice_rule(options, words=bool(words))
-    history = make_history(rule, list(tokens_BT), 4, V)
-    tables = make_tables(rule, token_biases(options), words, V)
-    run = jax.jit(control, static_argnums=1)
-    # six of the twelve tokens are the prompt
-    ours = np.asarray(run(logits_BV, rule, choice_numbers(options, 5), tables, history, np.int32(6), np.full(5, END)))
+    controls = Request([], options, END, words).controls(V, 5)
+    history = make_history(controls.rule, list(tokens_BT), 4, V)
+    ours = np.asarray(jax.jit(control)(logits_BV, controls, history, np.int32(6)))  # six of the tokens are the prompt
     assert not np.array_equal(expected, logits_BV), "the test needs logits that change"
     np.testing.assert_array_equal(ours <= BANNED / 2, np.isinf(expected))
     np.testing.assert_allclose(
@@ -119,13 +116,11 @@ def test_greedy_decoding_with_controls_chooses_the_tokens_of_transformers(case):
 
 def test_presence_and_frequency_are_subtracted_for_new_tokens_alone():
     options = SampleConfig(presence_penalty=0.7, frequency_penalty=0.2)
-    rule = choice_rule(options)
-    history = make_history(rule, [np.array([1, 2, 2])], 4, V)
+    controls = Request([], options).controls(V, 1)
+    history = make_history(controls.rule, [np.array([1, 2, 2])], 4, V)
     history = history._replace(counts_BV=jnp.zeros((1, V), jnp.int32).at[0, 3].set(2).at[0, 2].set(1))
     logits_1V = np.linspace(-1, 1, V, dtype=np.float32)[None]
-    ours = control(
-        logits_1V, rule, choice_numbers(options, 1), make_tables(rule, {}, (), V), history, 3, jnp.full(1, -1)
-    )
+    ours = control(logits_1V, controls, history, 3)
     expected = logits_1V.copy()
     expected[0, 3] -= 0.7 + 2 * 0.2
     expected[0, 2] -= 0.7 + 0.2
@@ -152,7 +147,7 @@ def test_a_sample_with_controls_does_not_depend_on_the_batch_or_the_pieces(contr
     together = generate(MODEL, make_params(MODEL), [first, second], options)
     [[alone]] = generate(MODEL, make_params(MODEL), [first], options)
     np.testing.assert_array_equal(together[0][0], alone)
-    pieces = list(stream(MODEL, make_params(MODEL), [first, second], options, piece_length=3))
+    pieces = list(stream(MODEL, make_params(MODEL), Request([first, second], options), piece_length=3))
     joined = [np.concatenate([piece.tokens_N for piece in row]).tolist() for row in zip(*pieces, strict=True)]
     assert joined == [row[0].tolist() for row in together]
 
@@ -163,7 +158,7 @@ def test_log_probabilities_are_those_of_a_full_forward_pass():
     [prompt] = make_prompts(4)
     options = SampleConfig(max_new_tokens=12, logprobs=3, temperature=0.5, repetition_penalty=1.4, seed=2)
     params = make_params(MODEL)
-    pieces = [piece for [piece] in stream(MODEL, params, [prompt], options, piece_length=5)]
+    pieces = [piece for [piece] in stream(MODEL, params, Request([prompt], options), piece_length=5)]
     tokens = np.concatenate([prompt, *(piece.tokens_N for piece in pieces)])
     chosen, ids, top = (np.concatenate(part) for part in zip(*(piece.logprobs for piece in pieces), strict=True))
     x_1TD = jax.jit(hidden_states, static_argnums=0)(MODEL, params, tokens[None, :-1], jnp.arange(15)[None])

@@ -12,8 +12,9 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation import decode
 from gptjax.generation.choose import choice_numbers, choice_rule, choose
-from gptjax.generation.controls import History, Tables
+from gptjax.generation.controls import History
 from gptjax.generation.decode import DecodingModel, generate, prefilled, stream
+from gptjax.generation.request import Request
 from gptjax.generation.sample import sample_texts
 from gptjax.generation.weights import decoding_weights, rounded_weights
 from gptjax.model.block import Block
@@ -177,7 +178,7 @@ def test_the_loop_ends_when_all_rows_have_stopped():
     endless = generate(MODEL, make_params(MODEL), [prompt], SampleConfig(max_new_tokens=3, temperature=0))
     stop = int(endless[0][0][-1])
     first = endless[0][0].tolist().index(stop)
-    pieces = list(stream(MODEL, make_params(MODEL), [prompt], options, end_of_text=stop))
+    pieces = list(stream(MODEL, make_params(MODEL), Request([prompt], options, stop)))
     assert len(pieces) == 1
     assert pieces[0][0].tokens_N.tolist() == endless[0][0][:first].tolist()
 
@@ -196,7 +197,7 @@ def test_streamed_pieces_join_to_what_generate_returns(piece_length):
     options = SampleConfig(max_new_tokens=40, num_samples=2, seed=6)
     prompts, params = make_prompts(3, 11), make_params(MODEL)
     whole = generate(MODEL, params, prompts, options, end_of_text=3)
-    pieces = list(stream(MODEL, params, prompts, options, end_of_text=3, piece_length=piece_length))
+    pieces = list(stream(MODEL, params, Request(prompts, options, 3), piece_length=piece_length))
     joined = [np.concatenate([piece.tokens_N for piece in row]) for row in zip(*pieces, strict=True)]
     assert [row.tolist() for row in joined] == [sample.tolist() for samples in whole for sample in samples]
 
@@ -253,15 +254,10 @@ def _compiled_decode(model):
     weights = decoding_weights(model, make_params(model), "float32", one_row=False)
     cache = init_cache(model, jnp.zeros(rows, jnp.int32), 64, "float32")
     keys = jax.random.split(jax.random.key(0), rows)
-    arguments = (
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, bool),
-        keys,
-        *(jnp.full(rows, 0), jnp.int32(9), jnp.full(rows, -1)),
-    )
-    options = SampleConfig(temperature=0)
-    rest = choice_numbers(options, rows), Tables()
-    lowered = decode.decode.lower(model, "float32", choice_rule(options), weights, cache, History(), *arguments, *rest)
+    arguments = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), keys, jnp.full(rows, 0), jnp.int32(9)
+    controls = Request([], SampleConfig(temperature=0)).controls(model.vocab_size, rows)
+    decoding = DecodingModel(model, weights, "float32", "float32")
+    lowered = decode.decode.lower(decoding, controls, cache, History(), *arguments)
     return lowered.compile().as_text()
 
 
@@ -351,7 +347,7 @@ def test_params_that_lie_on_several_devices_decode_the_same():
 )
 def test_wrong_input_is_refused_before_anything_runs(prompts, options, message):
     with pytest.raises(UserError, match=message):
-        stream(MODEL, {}, prompts, SampleConfig(**options))
+        stream(MODEL, {}, Request(prompts, SampleConfig(**options)))
 
 
 # --- texts ------------------------------------------------------------------------------------------------------
@@ -381,9 +377,22 @@ def test_pieces_of_text_join_to_the_texts():
     assert [[pieces[prompt, number] for number in range(2)] for prompt in range(2)] == texts
 
 
+def prompts_of_stream(monkeypatch):
+    seen = []
+
+    def stand_in(_config, _params, request, **_):
+        seen.extend(request.prompts)
+        return iter(())
+
+    monkeypatch.setattr("gptjax.generation.sample.stream", stand_in)
+    return seen
+
+
 def test_end_of_text_in_a_prompt_is_plain_text_unless_allowed(monkeypatch):
     seen = []
-    monkeypatch.setattr("gptjax.generation.sample.stream", lambda *args, **kwargs: seen.extend(args[2]) or iter(()))
+    monkeypatch.setattr(
+        "gptjax.generation.sample.stream", lambda *args, **kwargs: seen.extend(args[2].prompts) or iter(())
+    )
     sample(["a<|endoftext|>b"])
     sample(["a<|endoftext|>b", "<|endoftext|>"], allow_special=True)
     assert seen[0].tolist() == list(b"a<|endoftext|>b")
@@ -418,7 +427,9 @@ def test_ids_that_only_the_model_has_are_never_chosen():
 
 def test_a_prompt_at_the_start_of_a_document_begins_with_end_of_text(monkeypatch):
     seen = []
-    monkeypatch.setattr("gptjax.generation.sample.stream", lambda *args, **kwargs: seen.extend(args[2]) or iter(()))
+    monkeypatch.setattr(
+        "gptjax.generation.sample.stream", lambda *args, **kwargs: seen.extend(args[2].prompts) or iter(())
+    )
     sample_texts(BYTES, {}, ByteTokenizer(), ["ab"], SampleConfig(), at_start=True)
     sample_texts(BYTES, {}, ByteTokenizer(), ["ab"], SampleConfig())
     assert [ids.tolist() for ids in seen] == [[256, 97, 98], [97, 98]]

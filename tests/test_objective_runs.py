@@ -21,6 +21,7 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.loss import Evaluation
 from gptjax.generation.decode import stream
+from gptjax.generation.request import Request
 from gptjax.model import gpt
 from gptjax.model.gpt import Compute
 from gptjax.model.loss import label_logits
@@ -82,7 +83,7 @@ def test_a_prompt_of_a_prefix_model_attends_to_itself_in_both_directions():
     params = jax.tree.map(lambda p: 8 * p, init_params(MODEL, jax.random.key(0)))
     prompts = [np.array([3, 9, 4, 1, 7]), np.array([5, 2])]
     options = SampleConfig(max_new_tokens=6, temperature=0.0, compute_dtype="float32")
-    pieces = list(stream(MODEL, params, prompts, options, prefix=True, piece_length=2))
+    pieces = list(stream(MODEL, params, Request(prompts, options), prefix=True, piece_length=2))
     for prompt, parts in zip(prompts, zip(*pieces, strict=True), strict=True):
         new = np.concatenate([part.tokens_N for part in parts])
         tokens = prompt.tolist()

@@ -15,6 +15,7 @@ from gptjax.config.verbs.chat import ChatConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.decode import NOTHING, generate, prepare, stream
+from gptjax.generation.request import Request
 from gptjax.generation.speculative import look_up, speculate
 from gptjax.model.gpt import logits
 from gptjax.serving.conversation import Conversation
@@ -51,15 +52,11 @@ def test_greedy_decoding_writes_the_tokens_of_plain_greedy_decoding(kind):
     words = ([3, 4], [9])
     plain = SampleConfig(**shared)
     expected, expected_logprobs = joined(
-        stream(model, make_params(model), prompts, plain, end_of_text=2, bad_words=words, piece_length=1)
+        stream(model, make_params(model), Request(prompts, plain, 2, words), piece_length=1)
     )
     target, draft = models(model, model if kind == "itself" else DRAFT, options, 4)
-    tokens, logprobs = joined(
-        speculate(
-            *(target, None if kind == "n-gram" else draft, prompts, options),
-            **{"end_of_text": 2, "bad_words": words, "notify": told.append},
-        )
-    )
+    request = Request(prompts, options, 2, words, notify=told.append)
+    tokens, logprobs = joined(speculate(target, None if kind == "n-gram" else draft, request))
     assert tokens == expected
     for found, same in zip(logprobs, expected_logprobs, strict=True):
         np.testing.assert_allclose(found, same, atol=2e-5)  # several tokens at once are summed in another order
@@ -98,7 +95,8 @@ def test_sequences_have_the_distribution_of_the_model(kind):
     options = SampleConfig(max_new_tokens=new, num_samples=count, temperature=1.5, draft_tokens=2, seed=3, **proposing)
     target, draft = models(TINY, other, options, count, spread_params)
     told = []
-    tokens, _ = joined(speculate(target, None if kind == "n-gram" else draft, [prompt], options, notify=told.append))
+    request = Request([prompt], options, notify=told.append)
+    tokens, _ = joined(speculate(target, None if kind == "n-gram" else draft, request))
     expected = count * exact_distribution(TINY, spread_params(TINY), prompt, new, 1.5)
     found = np.bincount(np.array(tokens) @ [25, 5, 1], minlength=125)
     chi_square = np.sum((found - expected) ** 2 / expected)
@@ -112,8 +110,9 @@ def test_sequences_have_the_distribution_of_the_model(kind):
 def test_rows_get_the_same_tokens_whatever_else_is_in_the_batch():
     options = SampleConfig(max_new_tokens=10, draft_run_dir="x", draft_tokens=3, num_samples=2, top_k=9, top_p=0.9)
     prompts = make_prompts(3, 5)
-    together, _ = joined(speculate(*models(VARIANTS["plain"], DRAFT, options, 4), prompts, options))
-    alone, _ = joined(speculate(*models(VARIANTS["plain"], DRAFT, options, 2), prompts[1:], options, numbers=[1]))
+    together, _ = joined(speculate(*models(VARIANTS["plain"], DRAFT, options, 4), Request(prompts, options)))
+    second = Request(prompts[1:], options, numbers=[1])
+    alone, _ = joined(speculate(*models(VARIANTS["plain"], DRAFT, options, 2), second))
     assert together[2:] == alone
     assert alone[0] != alone[1]
 
@@ -176,7 +175,7 @@ def test_a_draft_needs_no_more_room_than_it_says():
     [prompt] = make_prompts(14)
     model, params = VARIANTS["plain"], make_params(VARIANTS["plain"])
     target, _ = models(model, DRAFT, options, 1)
-    found, _ = joined(speculate(target, None, [prompt], options))
+    found, _ = joined(speculate(target, None, Request([prompt], options)))
     assert found == [generate(model, params, [prompt], SampleConfig(max_new_tokens=6, temperature=0))[0][0].tolist()]
     with pytest.raises(UserError, match=r"do not fit in model\.block_size=24"):
-        speculate(target, None, make_prompts(15), options)
+        speculate(target, None, Request(make_prompts(15), options))

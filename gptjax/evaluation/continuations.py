@@ -8,6 +8,7 @@ import numpy as np
 from gptjax.config.model import ModelConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.generation.decode import stream
+from gptjax.generation.request import Request
 from gptjax.generation.sample import TextCollector
 from gptjax.text.tokenizers.base import Tokenizer
 
@@ -46,16 +47,12 @@ def generate_until(
         rows = [prompts[number] for number in numbers]
         rows += rows[-1:] * (batch_size - len(rows))
         collectors = [TextCollector(tokenizer, options) for _ in rows]
-        for pieces in stream(
-            model,
-            params,
-            rows,
-            options,
-            end_of_text=tokenizer.end_of_text,
+        request = Request(
+            *(rows, options, tokenizer.end_of_text),
             is_finished=lambda row, collectors=collectors: collectors[row].stopped,
             notify=notify,
-            piece_length=PIECE,
-        ):
+        )
+        for pieces in stream(model, params, request, piece_length=PIECE):
             for collector, piece in zip(collectors, pieces, strict=True):
                 collector.add(piece)
         for number, collector in zip(numbers, collectors, strict=False):

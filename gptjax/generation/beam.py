@@ -8,36 +8,24 @@ vocabulary.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs.decoding import token_biases
 from gptjax.config.verbs.sample import SampleConfig
-from gptjax.generation.choose import Numbers, Rule, choice_numbers, choice_rule
-from gptjax.generation.controls import History, Tables, control, make_history, make_tables, remember
-from gptjax.generation.decode import NOTHING, check_prompts, check_room, next_logits, prefilled, prepare, window_slots
-from gptjax.generation.weights import DecodingWeights
+from gptjax.generation.controls import Controls, History, control, make_history, remember
+from gptjax.generation.decode import DecodingModel, next_logits, prefilled, prepare, window_slots
+from gptjax.generation.request import Request, check_prompts, check_room
 from gptjax.model.cache import Cache, select_rows
 
 IMPOSSIBLE = np.float32(-1e9)
 """Score of a candidate that must not be chosen."""
 
 
-def beam_search(
-    config: ModelConfig,
-    params: dict,
-    prompts: Sequence[np.ndarray],
-    options: SampleConfig,
-    *,
-    end_of_text: int | None = None,
-    bad_words: Sequence[Sequence[int]] = (),
-    notify: Callable[[str], None] = lambda message: None,
-    prefix: bool = False,
-) -> list[list[np.ndarray]]:
+def beam_search(config: ModelConfig, params: dict, request: Request, *, prefix: bool = False) -> list[list[np.ndarray]]:
     """Returns the `options.num_samples` best continuations of each prompt, best first, without end-of-text.
 
     Each step keeps the `num_beams` continuations with the highest sums of log-probabilities. A continuation that ends
@@ -50,25 +38,23 @@ def beam_search(
     Raises:
         UserError: As `decode.stream`, or a prompt and its new tokens do not fit in the context.
     """
+    prompts, options = request.prompts, request.options
     check_prompts(config, prompts, options)
     check_room(config, prompts, options, "num_beams")
-    stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
-    beams, groups, rule = options.num_beams, options.beam_groups, choice_rule(options, words=bool(bad_words))
-    searches = [_Search(options, config.vocab_size, stop) for _ in range(len(prompts) * groups)]
+    beams, groups = options.num_beams, options.beam_groups
+    searches = [_Search(options, config.vocab_size, request.stop) for _ in range(len(prompts) * groups)]
     contexts = [np.asarray(prompt, np.int32) for prompt in prompts]
     model = prepare(config, params, options, len(prompts) * beams, prefix)
     slots = window_slots(model.config, contexts, options.max_new_tokens)
     cache = select_rows(prefilled(model, contexts, slots), np.repeat(np.arange(len(prompts)), beams))
     rows = [context for context in contexts for _ in range(beams)]
-    tables = make_tables(rule, token_biases(options), bad_words, config.vocab_size)
-    history = make_history(rule, rows, options.max_new_tokens, config.vocab_size)
-    numbers, last_B = choice_numbers(options, len(rows)), np.array([row[-1] for row in rows], np.int32)
+    controls, last_B = request.controls(config.vocab_size, len(rows)), np.array([row[-1] for row in rows], np.int32)
+    history = make_history(controls.rule, rows, options.max_new_tokens, config.vocab_size)
     for number in range(options.max_new_tokens):
         scores_B = np.concatenate([search.scores for search in searches])
-        places = np.int32(number), np.full(len(rows), stop, np.int32)
         cache, *best = _best(
-            *(model.config, model.dtype, rule, beams, groups, model.weights, cache, history, last_B, scores_B),
-            *(*places, numbers, tables, np.float32(options.diversity_penalty)),
+            *(model, controls, beams, groups, cache, history, last_B, scores_B),
+            *(np.int32(number), np.float32(options.diversity_penalty)),
         )
         candidates = (np.asarray(part).reshape(len(searches), -1) for part in best)
         chosen = [search.advance(*mine) for search, *mine in zip(searches, *candidates, strict=True)]
@@ -132,22 +118,17 @@ def _best_of(groups: Sequence[_Search], count: int) -> list[np.ndarray]:
     return [row for _, row in found[:count]]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "rule", "beams", "groups"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("beams", "groups"), donate_argnames="cache")
 def _best(
-    config: ModelConfig,
-    dtype: str,
-    rule: Rule,
+    model: DecodingModel,
+    controls: Controls,
     beams: int,
     groups: int,
-    weights: DecodingWeights,
     cache: Cache,
     history: History,
     last_B: jax.Array,
     scores_B: jax.Array,
     number: jax.Array,
-    stop_B: jax.Array,
-    numbers: Numbers,
-    tables: Tables,
     penalty: jax.Array,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """The best one-token continuations of each group: sums, and `beam * V + token` with its number of the beam, both
@@ -155,8 +136,8 @@ def _best(
 
     There are twice as many as beams, so that enough remain even if each beam ends.
     """
-    logits_BV, cache = next_logits(config, dtype, weights, last_B, cache)
-    log_p_BV = control(jax.nn.log_softmax(logits_BV), rule, numbers, tables, history, number, stop_B)
+    logits_BV, cache = next_logits(model, last_B, cache)
+    log_p_BV = control(jax.nn.log_softmax(logits_BV), controls, history, number)
     (B, V), size = logits_BV.shape, beams // groups
     sums_PGKV = (log_p_BV + scores_B[:, None]).reshape(B // beams, groups, size, V)
     penalties_PV, found = jnp.zeros((B // beams, V)), []
@@ -164,7 +145,7 @@ def _best(
         sums = (sums_PGKV[:, group] - penalties_PV[:, None]).reshape(-1, size * V)
         found.append(jax.lax.top_k(sums, min(2 * size, size * V)))
         tokens_PN = found[-1][1] % V
-        going_on_PN = jnp.argsort(tokens_PN == stop_B[::beams, None], axis=1, stable=True)[:, :size]
+        going_on_PN = jnp.argsort(tokens_PN == controls.stop_B[::beams, None], axis=1, stable=True)[:, :size]
         chosen = jax.nn.one_hot(jnp.take_along_axis(tokens_PN, going_on_PN, axis=1), V)
         penalties_PV += penalty * jnp.sum(chosen, axis=1)
     sums_PGN, places_PGN = (jnp.stack(part, axis=1) for part in zip(*found, strict=True))

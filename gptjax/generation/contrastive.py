@@ -14,7 +14,7 @@ Source: arXiv:2202.06417, equation 5.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -22,10 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs.decoding import token_biases
 from gptjax.config.verbs.sample import SampleConfig
-from gptjax.generation.choose import Numbers, Rule, choice_numbers, choice_rule, log_probabilities
-from gptjax.generation.controls import History, Tables, control, make_history, make_tables, remember
+from gptjax.generation.choose import log_probabilities
+from gptjax.generation.controls import Controls, History, control, make_history, remember
 from gptjax.generation.decode import (
     NOTHING,
     PREFILL,
@@ -33,14 +32,12 @@ from gptjax.generation.decode import (
     DecodingModel,
     Logprobs,
     Piece,
-    check_prompts,
-    check_room,
     padded_length,
     prepare,
     round_up,
     split_rows,
 )
-from gptjax.generation.weights import DecodingWeights
+from gptjax.generation.request import Request, check_prompts, check_room
 from gptjax.model.cache import Cache, init_cache, select_rows
 from gptjax.model.gpt import extend, finish_logits
 from gptjax.ops.projection import project
@@ -58,15 +55,7 @@ class _Context(NamedTuple):
 
 
 def contrastive_search(
-    config: ModelConfig,
-    params: dict,
-    prompts: Sequence[np.ndarray],
-    options: SampleConfig,
-    *,
-    end_of_text: int | None = None,
-    bad_words: Sequence[Sequence[int]] = (),
-    is_finished: Callable[[int], bool] = lambda row: False,
-    prefix: bool = False,
+    config: ModelConfig, params: dict, request: Request, *, prefix: bool = False
 ) -> Iterator[list[Piece]]:
     """Yields one token of each prompt at a time; arguments are those of `decode.stream`.
 
@@ -75,28 +64,25 @@ def contrastive_search(
     Raises:
         UserError: As `decode.stream`, or a prompt and its new tokens do not fit in the context.
     """
+    prompts, options = request.prompts, request.options
     check_prompts(config, prompts, options)
     check_room(config, prompts, options, "contrastive_alpha")
-    model = prepare(config, params, options, len(prompts) * options.top_k, prefix)
-    return _search(model, prompts, options, end_of_text, bad_words, is_finished)
+    return _search(prepare(config, params, options, len(prompts) * options.top_k, prefix), request)
 
 
-def _search(model, prompts, options, end_of_text, bad_words, is_finished):
+def _search(model: DecodingModel, request: Request) -> Iterator[list[Piece]]:
+    prompts, options = request.prompts, request.options
     rows, vocab_size = len(prompts), model.config.vocab_size
     context = _read(model, [np.asarray(prompt, np.int32) for prompt in prompts], options)
-    rule, numbers = choice_rule(options, words=bool(bad_words)), choice_numbers(options, rows)
-    tables = make_tables(rule, token_biases(options), bad_words, vocab_size)
-    history = make_history(rule, prompts, options.max_new_tokens, vocab_size)
-    stop_P = np.full(rows, NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text, np.int32)
+    controls = request.controls(vocab_size, rows)
+    history = make_history(controls.rule, prompts, options.max_new_tokens, vocab_size)
     done_P = np.zeros(rows, bool)
     for number in range(options.max_new_tokens):
-        context, history, next_P, logprobs = _step(
-            *(model.config, model.dtype, rule, options.top_k, model.weights, context, history),
-            *(np.float32(options.contrastive_alpha), np.int32(number), stop_P, numbers, tables),
-        )
-        done_P |= np.asarray(next_P) == stop_P
+        numbers = np.float32(options.contrastive_alpha), np.int32(number)
+        context, history, next_P, logprobs = _step(model, controls, options.top_k, context, history, *numbers)
+        done_P |= np.asarray(next_P) == request.stop
         yield split_rows(np.where(done_P, NOTHING, next_P)[:, None], jax.device_get(logprobs))
-        done_P |= [is_finished(row) for row in range(rows)]
+        done_P |= [request.is_finished(row) for row in range(rows)]
         if done_P.all():
             return
 
@@ -110,40 +96,32 @@ def _read(model: DecodingModel, prompts: list[np.ndarray], options: SampleConfig
     cache = init_cache(model.config, jnp.asarray(padding_P), slots, model.stored)
     parts, chunk = [], length if model.prefix else PREFILL
     for start in range(0, length, chunk):
-        arguments = model.weights, tokens_PT[:, start : start + chunk], cache
-        x_PTD, cache = _extend(model.config, model.dtype, *arguments, model.prefix)
+        x_PTD, cache = _extend(model, tokens_PT[:, start : start + chunk], cache)
         parts.append(x_PTD)
-    logits_PV = _logits(model.config, model.weights, parts[-1][:, -1])
+    logits_PV = _logits(model, parts[-1][:, -1])
     states_PSD = _unit(jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (0, slots - length), (0, 0))))
     return _Context(select_rows(cache, np.repeat(np.arange(len(prompts)), K)), logits_PV, states_PSD)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "prefix"), donate_argnames="cache")
-def _extend(
-    config: ModelConfig, dtype: str, weights: DecodingWeights, tokens_PT: jax.Array, cache: Cache, prefix: bool
-) -> tuple[jax.Array, Cache]:
-    return extend(config, weights.params, tokens_PT, cache, dtype, prefix)
+@functools.partial(jax.jit, donate_argnames="cache")
+def _extend(model: DecodingModel, tokens_PT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    return extend(model.config, model.weights.params, tokens_PT, cache, model.dtype, model.prefix)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _logits(config: ModelConfig, weights: DecodingWeights, x_PD: jax.Array) -> jax.Array:
-    return finish_logits(config, weights.params, project(x_PD, weights.readout))
+@jax.jit
+def _logits(model: DecodingModel, x_PD: jax.Array) -> jax.Array:
+    return finish_logits(model.config, model.weights.params, project(x_PD, model.weights.readout))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "rule", "K"), donate_argnames=("context", "history"))
+@functools.partial(jax.jit, static_argnames="K", donate_argnames=("context", "history"))
 def _step(
-    config: ModelConfig,
-    dtype: str,
-    rule: Rule,
+    model: DecodingModel,
+    controls: Controls,
     K: int,
-    weights: DecodingWeights,
     context: _Context,
     history: History,
     alpha: jax.Array,
     number: jax.Array,
-    stop_P: jax.Array,
-    numbers: Numbers,
-    tables: Tables,
 ) -> tuple[_Context, History, jax.Array, Logprobs | None]:
     """Chooses and reads one token of each prompt; `number` is the number of new tokens before it.
 
@@ -153,9 +131,9 @@ def _step(
     cache, logits_PV, states_PSD = context
     P, S, D = states_PSD.shape
     slot, first_PK = cache.used, cache.padding_B.reshape(P, K)[:, :1]
-    controlled_PV = control(logits_PV, rule, numbers, tables, history, number, stop_P)
+    controlled_PV = control(logits_PV, controls, history, number)
     probs_PK, tokens_PK = jax.lax.top_k(jax.nn.softmax(controlled_PV), K)
-    x_B1D, cache = extend(config, weights.params, tokens_PK.reshape(P * K, 1), cache, dtype)
+    x_B1D, cache = extend(model.config, model.weights.params, tokens_PK.reshape(P * K, 1), cache, model.dtype)
     x_PKD = x_B1D.reshape(P, K, D)
     is_token_PS = (jnp.arange(S)[None] >= first_PK) & (jnp.arange(S)[None] < slot)
     cosines_PKS = jnp.einsum("pkd,psd->pks", _unit(x_PKD), states_PSD, precision="highest")
@@ -164,11 +142,11 @@ def _step(
     next_P = jnp.take_along_axis(tokens_PK, best_P[:, None], axis=1)[:, 0]
     x_PD = jnp.take_along_axis(x_PKD, best_P[:, None, None], axis=1)[:, 0]
     logprobs = None
-    if rule.logprobs:
-        logprobs = Logprobs(*(part[:, None] for part in log_probabilities(logits_PV, next_P, rule.logprobs)))
+    if count := controls.rule.logprobs:
+        logprobs = Logprobs(*(part[:, None] for part in log_probabilities(logits_PV, next_P, count)))
     cache = select_rows(cache, jnp.repeat(jnp.arange(P) * K + best_P, K, total_repeat_length=P * K))
     states_PSD = jax.lax.dynamic_update_slice(states_PSD, _unit(x_PD)[:, None], (0, slot, 0))
-    logits_PV = finish_logits(config, weights.params, project(x_PD, weights.readout))
+    logits_PV = _logits(model, x_PD)
     return _Context(cache, logits_PV, states_PSD), remember(history, next_P), next_P, logprobs
 
 

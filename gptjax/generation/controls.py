@@ -1,9 +1,10 @@
-"""Changes logits before a token is chosen: biases, repetition penalties, banned tokens.
+"""How the next token is chosen, and how logits change before that: biases, repetition penalties, banned tokens.
 
 Shape suffixes: B sequence, V vocabulary, L token of a sequence's history, W banned sequence, N token of a banned
 sequence except its last.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,18 @@ class Tables(NamedTuple):
     """Banned sequences without their last token, right-aligned; shorter ones are padded with `ANY_TOKEN`."""
     last_W: jax.Array | None = None
     """Their last tokens."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """How the next token of each sequence is chosen; only a constraint changes it during decoding."""
+
+    rule: Rule = dataclasses.field(metadata={"static": True})
+    numbers: Numbers
+    tables: Tables
+    stop_B: np.ndarray | jax.Array
+    """Id that ends a sequence; `NO_TOKEN` if there is none."""
 
 
 class History(NamedTuple):
@@ -88,31 +101,20 @@ def remember(history: History, next_B: jax.Array, taken_B: jax.Array | bool = Tr
     return history
 
 
-def control(
-    logits_BV: jax.Array,
-    rule: Rule,
-    numbers: Numbers,
-    tables: Tables,
-    history: History,
-    count: jax.Array,
-    end_B: jax.Array,
-) -> jax.Array:
+def control(logits_BV: jax.Array, controls: Controls, history: History, count: jax.Array) -> jax.Array:
     """Applies the controls of the rule, in this order: bias, repetition, presence and frequency, n-grams, words, end.
 
     Args:
         logits_BV: The model's logits, float32.
-        rule: Which controls to apply.
-        numbers: Penalties of each sequence. The repetition penalty divides positive logits of tokens in the history
-            (prompt included) and multiplies negative ones. The presence penalty is subtracted once for each token that
-            was generated, the frequency penalty once per occurrence.
-        tables: Biases and banned sequences.
+        controls: The repetition penalty divides positive logits of tokens in the history (prompt included) and
+            multiplies negative ones. The presence penalty is subtracted once for each token that was generated, the
+            frequency penalty once per occurrence.
         history: Tokens so far.
         count: New tokens so far, a scalar or `[B]`.
-        end_B: Id of end-of-text; `NO_TOKEN` if there is none.
 
     Source: repetition penalty: arXiv:1909.05858, section 4.1; presence and frequency penalties: OpenAI's API.
     """
-    V = logits_BV.shape[1]
+    rule, numbers, tables, V = controls.rule, controls.numbers, controls.tables, logits_BV.shape[1]
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     if tables.bias_BV is not None and rule.bias:
         logits_BV = logits_BV + tables.bias_BV
@@ -133,7 +135,7 @@ def control(
             logits_BV = logits_BV.at[rows_B1, banned_BW].set(BANNED, mode="drop")
     if rule.min_new:
         early_B1 = (count < numbers.min_new)[:, None]
-        logits_BV = jnp.where(early_B1 & (jnp.arange(V)[None] == end_B[:, None]), BANNED, logits_BV)
+        logits_BV = jnp.where(early_B1 & (jnp.arange(V)[None] == controls.stop_B[:, None]), BANNED, logits_BV)
     return logits_BV
 
 

@@ -15,20 +15,18 @@ Shape suffixes: B sequence (one sample of one prompt), T position, N new token, 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.model import ModelConfig
-from gptjax.config.verbs.decoding import token_biases
 from gptjax.config.verbs.sample import SampleConfig
-from gptjax.errors import UserError
-from gptjax.generation.choose import Numbers, Rule, choice_numbers, choice_rule, choose, log_probabilities
-from gptjax.generation.constraint import Constraint
-from gptjax.generation.controls import History, Tables, control, make_history, make_tables, remember
+from gptjax.generation.choose import choose, log_probabilities
+from gptjax.generation.controls import Controls, History, control, make_history, remember
+from gptjax.generation.request import Request, check_prompts
 from gptjax.generation.weights import DecodingWeights, decoding_weights
 from gptjax.machine.platform import target_platform
 from gptjax.model.cache import Cache, grow_cache, init_cache
@@ -44,16 +42,18 @@ LARGE = 2**25  # a cache of more bytes grows as it fills: reading less memory th
 NOTHING = -1  # in the buffer: no token
 
 
-class DecodingModel(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodingModel:
     """A model with weights in their layout for decoding."""
 
-    config: ModelConfig
+    config: ModelConfig = dataclasses.field(metadata={"static": True})
     weights: DecodingWeights
-    dtype: str
+    dtype: str = dataclasses.field(metadata={"static": True})
     """Dtype of activations."""
-    stored: str
+    stored: str = dataclasses.field(metadata={"static": True})
     """Dtype of the cache."""
-    prefix: bool = False
+    prefix: bool = dataclasses.field(default=False, metadata={"static": True})
     """Whether the tokens of a context also attend to later ones, as in a prefix LM."""
 
 
@@ -78,30 +78,15 @@ class Piece(NamedTuple):
 
 
 def generate(
-    config: ModelConfig,
-    params: dict,
-    prompts: Sequence[np.ndarray],
-    options: SampleConfig,
-    *,
-    end_of_text: int | None = None,
-    bad_words: Sequence[Sequence[int]] = (),
-    notify: Callable[[str], None] = lambda message: None,
+    config: ModelConfig, params: dict, prompts: Sequence[np.ndarray], options: SampleConfig, **others: Any
 ) -> list[list[np.ndarray]]:
     """Returns the new token ids of every sample, `[prompt][sample]`, without prompt and end-of-text.
 
-    Arguments and errors are those of `stream`.
+    `others` are other fields of a `Request`. Errors are those of `stream`.
     """
-    rows: list[list[np.ndarray]] = [[] for _ in range(len(prompts) * options.num_samples)]
-    for pieces in stream(
-        config,
-        params,
-        prompts,
-        options,
-        end_of_text=end_of_text,
-        bad_words=bad_words,
-        notify=notify,
-        piece_length=BUFFER,
-    ):
+    request = Request(prompts, options, **others)
+    rows: list[list[np.ndarray]] = [[] for _ in range(request.rows)]
+    for pieces in stream(config, params, request, piece_length=BUFFER):
         for row, piece in zip(rows, pieces, strict=True):
             row.append(piece.tokens_N)
     samples = [np.concatenate([np.zeros(0, np.int32), *row]) for row in rows]
@@ -109,19 +94,7 @@ def generate(
 
 
 def stream(
-    config: ModelConfig,
-    params: dict,
-    prompts: Sequence[np.ndarray],
-    options: SampleConfig,
-    *,
-    end_of_text: int | None = None,
-    bad_words: Sequence[Sequence[int]] = (),
-    constraints: Sequence[Constraint] = (),
-    numbers: Sequence[int] | None = None,
-    is_finished: Callable[[int], bool] = lambda row: False,
-    notify: Callable[[str], None] = lambda message: None,
-    piece_length: int = 8,
-    prefix: bool = False,
+    config: ModelConfig, params: dict, request: Request, *, piece_length: int = 8, prefix: bool = False
 ) -> Iterator[list[Piece]]:
     """Yields new tokens as they are generated: a list with one `Piece` per sequence (prompt by prompt, sample by
     sample).
@@ -132,26 +105,15 @@ def stream(
     Args:
         config: Shape of the model.
         params: As `init_params` returns them.
-        prompts: Token ids, one array each, none empty.
-        options: Number and length of samples, choice of tokens, precision. Fields that hold texts are not used.
-        end_of_text: Id that ends a sequence; None: no such id. `options.ignore_end_of_text` overrides it.
-        bad_words: Sequences of token ids that are never completed.
-        constraints: The required form of the new tokens of each sequence; empty: any text.
-        numbers: Numbers of the prompts; None: 0, 1, 2 ...
-        is_finished: Called with the number of each sequence after each piece; True ends the sequence.
-        notify: Receives one line when a prompt is cut and, once, when contexts slide.
+        request: Prompts and how they are continued.
         piece_length: New tokens per sequence in one piece, at most 64.
         prefix: See `DecodingModel`.
 
     Raises:
         UserError: A prompt is empty or holds an id outside the vocabulary, or an option names such an id.
     """
-    check_prompts(config, prompts, options)
-    numbers = range(len(prompts)) if numbers is None else numbers
-    return _stream(
-        *(config, params, prompts, options, end_of_text, bad_words, constraints, numbers, is_finished, notify),
-        *(min(piece_length, BUFFER), prefix),
-    )
+    check_prompts(config, request.prompts, request.options)
+    return _stream(config, params, request, min(piece_length, BUFFER), prefix)
 
 
 def prepare(config: ModelConfig, params: dict, options: SampleConfig, rows: int, prefix: bool = False) -> DecodingModel:
@@ -165,32 +127,14 @@ def prepare(config: ModelConfig, params: dict, options: SampleConfig, rows: int,
     return DecodingModel(config, decoding_weights(config, params, weight_dtype, rows == 1), dtype, stored, prefix)
 
 
-def _stream(
-    config,
-    params,
-    prompts,
-    options,
-    end_of_text,
-    bad_words,
-    constraints,
-    prompt_numbers,
-    is_finished,
-    notify,
-    piece_length,
-    prefix,
-):
-    rows = len(prompts) * options.num_samples
+def _stream(config: ModelConfig, params: dict, request: Request, piece_length: int, prefix: bool):
+    options, constraints, notify, rows = request.options, request.constraints, request.notify, request.rows
     model = prepare(config, params, options, rows, prefix)
     config = model.config
-    rule = choice_rule(options, words=bool(bad_words))
-    rule = rule._replace(bias=rule.bias or bool(constraints))
-    stop = NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text
-    contexts = [context for context in _cut(config, prompts, notify) for _ in range(options.num_samples)]
-    keys_B = row_keys(np.uint32(options.seed), np.array(prompt_numbers, np.int32), options.num_samples)
-    tables = make_tables(rule, token_biases(options), bad_words, config.vocab_size)
-    biases_BV = np.repeat(np.asarray(tables.bias_BV), rows, axis=0) if constraints else None
-    history = make_history(rule, contexts, options.max_new_tokens, config.vocab_size)
-    numbers = choice_numbers(options, rows)
+    contexts = [context for context in _cut(config, request.prompts, notify) for _ in range(options.num_samples)]
+    keys_B, controls = request.keys(), request.controls(config.vocab_size, rows)
+    biases_BV = np.repeat(np.asarray(controls.tables.bias_BV), rows, axis=0) if constraints else None
+    history = make_history(controls.rule, contexts, options.max_new_tokens, config.vocab_size)
     done_B = np.zeros(rows, bool)
     slides = slides_by_token(config)
     cache, number, used, slots, most, told = None, 0, 0, 0, 0, False
@@ -225,13 +169,11 @@ def _stream(
             if done_B.all():
                 return
             stacked_BV = [b if row is None else row for row, b in zip(allowed, biases_BV, strict=True)]
-            tables = tables._replace(bias_BV=jnp.asarray(np.stack(stacked_BV)))
+            tables = controls.tables._replace(bias_BV=jnp.asarray(np.stack(stacked_BV)))
+            controls = dataclasses.replace(controls, tables=tables)
         last_B = np.array([c[-1] for c in contexts], np.int32)
-        places = np.full(rows, number, np.int32), np.int32(limit), np.full(rows, stop, np.int32)
-        cache, history, new_BN, logprobs = decode(
-            *(config, model.dtype, rule, model.weights, cache, history),
-            *(last_B, done_B, keys_B, *places, numbers, tables),
-        )
+        places = np.full(rows, number, np.int32), np.int32(limit)
+        cache, history, new_BN, logprobs = decode(model, controls, cache, history, last_B, done_B, keys_B, *places)
         new_BN = np.asarray(new_BN)[:, :limit]
         pieces = split_rows(new_BN, jax.device_get(logprobs))
         contexts = [np.concatenate([c, piece.tokens_N]) for c, piece in zip(contexts, pieces, strict=True)]
@@ -241,7 +183,7 @@ def _stream(
         number += limit
         used += limit
         yield pieces
-        done_B |= [is_finished(row) for row in range(rows)]
+        done_B |= [request.is_finished(row) for row in range(rows)]
 
 
 def slides_by_token(config: ModelConfig) -> bool:
@@ -259,12 +201,10 @@ def split_rows(new_BN: np.ndarray, logprobs: Logprobs | None) -> list[Piece]:
     return pieces
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "rule"), donate_argnames=("cache", "history"))
+@functools.partial(jax.jit, donate_argnames=("cache", "history"))
 def decode(
-    config: ModelConfig,
-    dtype: str,
-    rule: Rule,
-    weights: DecodingWeights,
+    model: DecodingModel,
+    controls: Controls,
     cache: Cache,
     history: History,
     last_B: jax.Array,
@@ -272,34 +212,29 @@ def decode(
     keys_B: jax.Array,
     count_B: jax.Array,
     limit: jax.Array,
-    stop_B: jax.Array,
-    numbers: Numbers,
-    tables: Tables,
 ) -> tuple[Cache, History, jax.Array, Logprobs | None]:
     """Adds up to `limit` tokens to every unfinished sequence.
 
     `last_B` are the newest tokens, which are not in the cache yet. `count_B` is the number of new tokens before them.
-    `stop_B` is the token that ends a sequence.
 
     Returns:
         The extended cache and history; the new tokens, `[B, BUFFER]`; and their log-probabilities, `[B, BUFFER]`.
     """
-    B, K = last_B.shape[0], rule.logprobs
+    B, rule, K = last_B.shape[0], controls.rule, controls.rule.logprobs
 
     def step(carry):
         n, cache, history, last_B, done_B, new_BN, logprobs = carry
         used = cache.used
-        logits_BV, cache = next_logits(config, dtype, weights, last_B, cache)
+        logits_BV, cache = next_logits(model, last_B, cache)
         if used.ndim:  # finished sequences keep their length, so that their slot can be continued later
             cache = cache._replace(used=jnp.where(done_B, used, cache.used))
         token_keys_B = keys_B if rule.greedy else jax.vmap(jax.random.fold_in)(keys_B, count_B + n)
-        controlled_BV = control(logits_BV, rule, numbers, tables, history, count_B + n, stop_B)
-        next_B = choose(controlled_BV, token_keys_B, rule, numbers)
+        next_B = choose(control(logits_BV, controls, history, count_B + n), token_keys_B, rule, controls.numbers)
         if logprobs is not None:
             found = log_probabilities(logits_BV, next_B, K)
             logprobs = jax.tree.map(lambda all, new: _put(all, new, n), logprobs, Logprobs(*found))
         history = remember(history, next_B)
-        done_B = done_B | (next_B == stop_B)
+        done_B = done_B | (next_B == controls.stop_B)
         new_BN = _put(new_BN, jnp.where(done_B, NOTHING, next_B), n)
         return n + 1, cache, history, jnp.where(done_B, last_B, next_B), done_B, new_BN, logprobs
 
@@ -317,12 +252,17 @@ def decode(
     return cache, history, new_BN, logprobs
 
 
-def next_logits(
-    config: ModelConfig, dtype: str, weights: DecodingWeights, last_B: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
+def next_logits(model: DecodingModel, last_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Puts `last_B` into the cache; returns the logits `[B, V]` of the next tokens and the cache."""
-    x_B1D, cache = extend(config, weights.params, last_B[:, None], cache, dtype)
-    return finish_logits(config, weights.params, project(x_B1D, weights.readout)[:, 0]), cache
+    logits_B1V, cache = extended_logits(model, last_B[:, None], cache)
+    return logits_B1V[:, 0], cache
+
+
+def extended_logits(model: DecodingModel, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Puts tokens into the cache; returns the logits after each of them, `[B, T, V]`, and the cache."""
+    params, readout = model.weights
+    x_BTD, cache = extend(model.config, params, tokens_BT, cache, model.dtype)
+    return finish_logits(model.config, params, project(x_BTD, readout)), cache
 
 
 def _put(all: jax.Array, new: jax.Array, n: jax.Array) -> jax.Array:
@@ -330,11 +270,9 @@ def _put(all: jax.Array, new: jax.Array, n: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(all, new[:, None], (0, n, *(0,) * (new.ndim - 1)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "prefix"), donate_argnames="cache")
-def _extend_cache(
-    config: ModelConfig, dtype: str, weights: DecodingWeights, tokens_BT: jax.Array, cache: Cache, prefix: bool = False
-) -> Cache:
-    return extend(config, weights.params, tokens_BT, cache, dtype, prefix)[1]
+@functools.partial(jax.jit, donate_argnames="cache")
+def _extend_cache(model: DecodingModel, tokens_BT: jax.Array, cache: Cache) -> Cache:
+    return extend(model.config, model.weights.params, tokens_BT, cache, model.dtype, model.prefix)[1]
 
 
 _grown = jax.jit(grow_cache, static_argnums=(0, 2, 3))
@@ -355,11 +293,10 @@ def prefilled(model: DecodingModel, contexts: Sequence[np.ndarray], slots: int, 
     cache = init_cache(model.config, jnp.asarray(padding_B), slots, model.stored, chunk=0 if own_lengths else chunk)
     if model.prefix and length:
         whole_BT = np.concatenate([tokens_BT, [[context[-1]] for context in contexts]], axis=1).astype(np.int32)
-        cache = _extend_cache(model.config, model.dtype, model.weights, whole_BT, cache, prefix=True)
+        cache = _extend_cache(model, whole_BT, cache)
         return cache._replace(used=cache.used - 1)
     for start in range(0, length, PREFILL):
-        chunk_BT = tokens_BT[:, start : start + PREFILL]
-        cache = _extend_cache(model.config, model.dtype, model.weights, chunk_BT, cache)
+        cache = _extend_cache(model, tokens_BT[:, start : start + PREFILL], cache)
     return cache._replace(used=jnp.full(len(contexts), cache.used)) if own_lengths else cache
 
 
@@ -423,55 +360,3 @@ def _cut(config: ModelConfig, prompts, notify) -> list[np.ndarray]:
                 read = f"its first {config.attention_sinks:,} and {read}"
             notify(f"{which} has {len(prompt):,} tokens; the model reads {read} (model.block_size)")
     return [_shortened(config, np.asarray(prompt, np.int32), config.block_size) for prompt in prompts]
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def row_keys(seed: jax.Array, numbers_P: jax.Array, samples: int) -> jax.Array:
-    """The random keys of all rows, `[P * samples]`, from the numbers of their prompts."""
-    rows = jnp.arange(numbers_P.shape[0] * samples)
-    return jax.vmap(lambda row: row_key(seed, numbers_P[row // samples], row % samples))(rows)
-
-
-@jax.jit
-def row_key(seed: jax.Array, prompt: jax.Array | int, sample: jax.Array | int) -> jax.Array:
-    """The random key of a sequence, from the seed, the prompt's number and the sample's number."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)
-
-
-def check_prompts(config: ModelConfig, prompts: Sequence[np.ndarray], options: SampleConfig) -> None:
-    """Checks prompts and options against the model's vocabulary.
-
-    Raises:
-        UserError: A prompt is empty or holds an id outside the vocabulary, or an option names such an id.
-    """
-    for name in ("top_k", "logprobs"):
-        if getattr(options, name) > config.vocab_size:
-            raise UserError(
-                f"{name}={getattr(options, name)} must be at most model.vocab_size={config.vocab_size}"
-                + ("; 0 keeps all tokens" if name == "top_k" else "")
-            )
-    for token in token_biases(options):
-        if token >= config.vocab_size:
-            raise UserError(f"logit_bias: token {token} is outside model.vocab_size={config.vocab_size}")
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) == 0:
-            raise UserError(f"prompt {number} is empty; give at least one token")
-        if np.min(prompt) < 0 or np.max(prompt) >= config.vocab_size:
-            outside = next(int(t) for t in prompt if not 0 <= t < config.vocab_size)
-            raise UserError(
-                f"prompt {number} contains token {outside}, which is outside model.vocab_size={config.vocab_size}"
-            )
-
-
-def check_room(config: ModelConfig, prompts: Sequence[np.ndarray], options: SampleConfig, option: str) -> None:
-    """Checks that prompts and their new tokens fit in the context: with `option` it does not slide.
-
-    Raises:
-        UserError: A prompt and its new tokens do not fit.
-    """
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) + options.max_new_tokens > config.block_size + 1:
-            raise UserError(
-                f"{option}={getattr(options, option)}: prompt {number} has {len(prompt)} tokens, and max_new_tokens="
-                f"{options.max_new_tokens} more do not fit in model.block_size={config.block_size}; ask for fewer"
-            )

@@ -13,6 +13,7 @@ from gptjax.generation.beam import beam_search
 from gptjax.generation.constraint import make_constraints
 from gptjax.generation.contrastive import contrastive_search
 from gptjax.generation.decode import BUFFER, Logprobs, Piece, prepare, stream
+from gptjax.generation.request import Request
 from gptjax.generation.speculative import speculate
 from gptjax.generation.stream import StopFilter, make_text_stream
 from gptjax.text.tokenizers.base import Tokenizer
@@ -39,22 +40,10 @@ def sample_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     options: SampleConfig,
-    *,
-    at_start: bool = False,
-    prefix: bool = False,
-    draft: tuple[ModelConfig, dict] | None = None,
-    on_text: Callable[[int, int, str], None] | None = None,
-    notify: Callable[[str], None] = lambda message: None,
+    **others: Any,
 ) -> list[list[str]]:
     """Returns the text of every `Sample`. Arguments and errors are those of `samples`."""
-    found = samples(
-        *(config, params, tokenizer, prompts, options),
-        at_start=at_start,
-        prefix=prefix,
-        draft=draft,
-        on_text=on_text,
-        notify=notify,
-    )
+    found = samples(config, params, tokenizer, prompts, options, **others)
     return [[sample.text for sample in row] for row in found]
 
 
@@ -95,27 +84,25 @@ def samples(
     if at_start and tokenizer.end_of_text is not None:
         ids = [np.concatenate([[tokenizer.end_of_text], tokens]) for tokens in ids]
     config = without_unnamed_tokens(config, tokenizer)
-    bad_words = bad_word_ids(tokenizer, options.bad_words)
-    if options.num_beams > 1:
-        end = tokenizer.end_of_text
-        found = beam_search(
-            config, params, ids, options, end_of_text=end, bad_words=bad_words, notify=notify, prefix=prefix
-        )
-        return [[_whole(tokenizer, tokens, options) for tokens in row] for row in found]
     rows = [TextCollector(tokenizer, options) for _ in range(len(prompts) * options.num_samples)]
+    request = Request(
+        *(ids, options, tokenizer.end_of_text, bad_word_ids(tokenizer, options.bad_words)),
+        constraints=make_constraints(tokenizer, options, len(rows)),
+        numbers=numbers,
+        is_finished=lambda row: rows[row].stopped,
+        notify=notify,
+    )
+    if options.num_beams > 1:
+        found = beam_search(config, params, request, prefix=prefix)
+        return [[_whole(tokenizer, tokens, options) for tokens in row] for row in found]
     piece_length = STREAM_LENGTH if on_text or options.stop else BUFFER
 
     def take(row: int, text: str) -> None:
         if text and on_text:
             on_text(*divmod(row, options.num_samples), text)
 
-    shared: dict[str, Any] = {
-        **{"end_of_text": tokenizer.end_of_text, "bad_words": bad_words, "numbers": numbers, "notify": notify},
-        "is_finished": lambda row: rows[row].stopped,
-    }
     if options.contrastive_alpha:
-        given = {name: shared[name] for name in ("end_of_text", "bad_words", "is_finished")}
-        found = contrastive_search(config, params, ids, options, prefix=prefix, **given)
+        found = contrastive_search(config, params, request, prefix=prefix)
     elif options.speculates:
         if prefix:
             raise UserError("task.objective.kind=prefix: a draft needs a run that reads a prompt from left to right")
@@ -123,16 +110,9 @@ def samples(
         drafter = None
         if draft is not None:
             drafter = prepare(without_unnamed_tokens(draft[0], tokenizer), draft[1], options, len(rows))
-        found = speculate(model, drafter, ids, options, **shared)
+        found = speculate(model, drafter, request)
     else:
-        constraints = make_constraints(tokenizer, options, len(rows))
-        found = stream(
-            *(config, params, ids, options),
-            constraints=constraints,
-            piece_length=piece_length,
-            prefix=prefix,
-            **shared,
-        )
+        found = stream(config, params, request, piece_length=piece_length, prefix=prefix)
     for pieces in found:
         for row, piece in enumerate(pieces):
             take(row, rows[row].add(piece))

@@ -24,23 +24,20 @@ from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.generation.choose import Numbers, Rule, choice_numbers, log_probabilities
 from gptjax.generation.constraint import Constraint
-from gptjax.generation.controls import History, Tables, make_history, make_tables
+from gptjax.generation.controls import Controls, History, Tables, make_history, make_tables
 from gptjax.generation.decode import (
     NOTHING,
     PREFILL,
     DecodingModel,
     Logprobs,
     Piece,
-    check_prompts,
     decode,
-    row_key,
+    extended_logits,
     slides_by_token,
     split_rows,
 )
-from gptjax.generation.weights import DecodingWeights
+from gptjax.generation.request import check_prompts, row_key
 from gptjax.model.cache import Cache, copy_tokens, init_cache, replace_rows, select_rows
-from gptjax.model.gpt import extend, finish_logits
-from gptjax.ops.projection import project
 
 CHUNKS = ((1, 32), (4, 32), (1, PREFILL))
 """Number of prompts and tokens of each in one prefill: of one or several short prompts, or of a long one."""
@@ -231,10 +228,7 @@ class SlotDecoder:
             tokens_PT[n, : end - row.read] = row.prompt[row.read : end]
             next_PT[n, : end - row.read] = row.prompt[row.read + 1 : end + 1]
         K = min(MOST_LOGPROBS, self._model.config.vocab_size) if any(row.score_prompt for row in chosen) else 0
-        self._cache, logprobs = _read_chunk(
-            *(self._model.config, self._model.dtype, K, self._model.weights),
-            *(self._cache, slots_P, tokens_PT, used_P, next_PT),
-        )
+        self._cache, logprobs = _read_chunk(self._model, K, self._cache, slots_P, tokens_PT, used_P, next_PT)
         logprobs = jax.device_get(logprobs)
         events = []
         for n, row in enumerate(chosen):
@@ -294,10 +288,10 @@ class SlotDecoder:
                 stop_B[row.slot] = row.end_of_text
         rule = self._rule(decoded)
         history, tables = (self._history, self._tables) if rule.penalties else (History(), Tables())
-        model, cache, begin = self._model, self._cache._replace(used=jnp.asarray(used_B)), time.monotonic()
+        controls, cache = Controls(rule, self._numbers, tables, stop_B), self._cache._replace(used=jnp.asarray(used_B))
+        begin = time.monotonic()
         self._cache, history, new_BN, logprobs = decode(
-            *(model.config, model.dtype, rule, model.weights, cache, history),
-            *(last_B, done_B, self._keys_B, count_B, np.int32(limit), stop_B, self._numbers, tables),
+            self._model, controls, cache, history, last_B, done_B, self._keys_B, count_B, np.int32(limit)
         )
         if rule.penalties:
             self._history = history
@@ -390,12 +384,10 @@ BIAS = Rule(greedy=False, bias=True)
 _NO_TOKENS = Piece(np.zeros(0, np.int32), None)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "K"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="K", donate_argnames="cache")
 def _read_chunk(
-    config: ModelConfig,
-    dtype: str,
+    model: DecodingModel,
     K: int,
-    weights: DecodingWeights,
     cache: Cache,
     slots_P: jax.Array,
     tokens_PT: jax.Array,
@@ -405,10 +397,8 @@ def _read_chunk(
     """Prefills one chunk of prompts in their slots. Several may be the same one.
 
     Args:
-        config: Shape of the model.
-        dtype: Dtype of activations.
+        model: The model.
         K: Number of most likely tokens to return at each position, with log-probabilities of `next_PT`; 0: none.
-        weights: Weights in their layout for decoding.
         cache: Cache of all slots.
         slots_P: Slot of each prompt.
         tokens_PT: The next tokens of each prompt, padded at the end. Later tokens overwrite the padding.
@@ -417,11 +407,10 @@ def _read_chunk(
     """
     P, T = tokens_PT.shape
     part = select_rows(cache, slots_P)._replace(used=used_P)
-    x_PTD, part = extend(config, weights.params, tokens_PT, part, dtype)
-    cache = copy_tokens(cache, part, slots_P, used_P, T, config.attention_sinks)
+    logits_PTV, part = extended_logits(model, tokens_PT, part)
+    cache = copy_tokens(cache, part, slots_P, used_P, T, model.config.attention_sinks)
     if not K:
         return cache, None
-    logits_PTV = finish_logits(config, weights.params, project(x_PTD, weights.readout))
     found = log_probabilities(logits_PTV.reshape(P * T, -1), next_PT.reshape(-1), K)
     return cache, Logprobs(*(part.reshape(P, T, *part.shape[1:]) for part in found))
 

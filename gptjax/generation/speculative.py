@@ -11,66 +11,49 @@ Source: arXiv:2211.17192, section 2.3 and appendix A.1; n-gram lookup as in tran
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config.model import ModelConfig
-from gptjax.config.verbs.decoding import token_biases
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
-from gptjax.generation.choose import Numbers, Rule, choice_numbers, choice_rule, draw, log_probabilities, probabilities
-from gptjax.generation.controls import History, Tables, control, make_history, make_tables, remember
+from gptjax.generation.choose import draw, log_probabilities, probabilities
+from gptjax.generation.controls import Controls, History, control, make_history, remember
 from gptjax.generation.decode import (
     NOTHING,
     SLOTS_MULTIPLE,
     DecodingModel,
     Logprobs,
     Piece,
-    check_prompts,
+    extended_logits,
     next_logits,
     prefill_length,
     prefilled,
     round_up,
-    row_keys,
     split_rows,
 )
-from gptjax.generation.weights import DecodingWeights
+from gptjax.generation.request import Request, check_prompts
 from gptjax.model.cache import Cache
-from gptjax.model.gpt import extend, finish_logits
-from gptjax.ops.projection import project
 
 PROPOSE, ACCEPT, REPLACE = range(3)
 """What a random number of a token is for."""
 
 
-def speculate(
-    model: DecodingModel,
-    draft: DecodingModel | None,
-    prompts: Sequence[np.ndarray],
-    options: SampleConfig,
-    *,
-    end_of_text: int | None = None,
-    bad_words: Sequence[Sequence[int]] = (),
-    numbers: Sequence[int] | None = None,
-    is_finished: Callable[[int], bool] = lambda row: False,
-    notify: Callable[[str], None] = lambda message: None,
-) -> Iterator[list[Piece]]:
+def speculate(model: DecodingModel, draft: DecodingModel | None, request: Request) -> Iterator[list[Piece]]:
     """Yields new tokens as `decode.stream` does, with the same distribution; greedy decoding yields the same tokens.
 
-    Arguments are those of `decode.stream`, with a model and a draft laid out to decode as many rows. Without a draft,
-    n-grams of `options.draft_ngram` tokens are looked up. At the end `notify` gets the share of proposed tokens that
-    were accepted.
+    The model and the draft are laid out to decode the rows of the request. Without a draft, n-grams of
+    `options.draft_ngram` tokens are looked up. At the end `request.notify` gets the share of proposed tokens that were
+    accepted.
 
     Raises:
         UserError: As `decode.stream`, or a prompt, its new tokens and those of the draft do not fit in both contexts.
     """
-    check_prompts(model.config, prompts, options)
-    _check_room(shared_block_size(model, draft), prompts, options)
-    numbers = range(len(prompts)) if numbers is None else numbers
-    return _speculate(model, draft, prompts, options, end_of_text, bad_words, numbers, is_finished, notify)
+    check_prompts(model.config, request.prompts, request.options)
+    _check_room(shared_block_size(model, draft), request.prompts, request.options)
+    return _speculate(model, draft, request)
 
 
 def shared_block_size(model: DecodingModel, draft: DecodingModel | None) -> int:
@@ -88,33 +71,28 @@ def _check_room(block_size: int, prompts: Sequence[np.ndarray], options: SampleC
             )
 
 
-def _speculate(model, draft, prompts, options, end_of_text, bad_words, prompt_numbers, is_finished, notify):
-    contexts = [np.asarray(prompt, np.int32) for prompt in prompts for _ in range(options.num_samples)]
+def _speculate(model: DecodingModel, draft: DecodingModel | None, request: Request):
+    options = request.options
+    contexts = [np.asarray(prompt, np.int32) for prompt in request.prompts for _ in range(options.num_samples)]
     rows, K = len(contexts), options.draft_tokens
     slots = round_up(prefill_length(contexts) + options.max_new_tokens + K + 1, SLOTS_MULTIPLE)
     cache = prefilled(model, contexts, slots, own_lengths=True)
     draft_cache = None if draft is None else prefilled(draft, contexts, slots, own_lengths=True)
-    rule, numbers = choice_rule(options, words=bool(bad_words)), choice_numbers(options, rows)
-    tables = make_tables(rule, token_biases(options), bad_words, model.config.vocab_size)
-    history = make_history(rule, contexts, options.max_new_tokens + K, model.config.vocab_size)
-    keys_B = row_keys(np.uint32(options.seed), np.array(prompt_numbers, np.int32), options.num_samples)
-    stop_B = np.full(rows, NOTHING if end_of_text is None or options.ignore_end_of_text else end_of_text, np.int32)
+    keys_B, controls = request.keys(), request.controls(model.config.vocab_size, rows)
+    history = make_history(controls.rule, contexts, options.max_new_tokens + K, model.config.vocab_size)
     lengths_B = np.array([len(c) for c in contexts])
     done_B, count_B, accepted, proposed = np.zeros(rows, bool), np.zeros(rows, np.int32), 0, 0
     while not done_B.all():
         last_B, probs_KBV = np.array([c[-1] for c in contexts], np.int32), None
         if draft is not None and draft_cache is not None:
-            draft_cache, drafted_BK, probs_KBV = _propose(
-                *(draft.config, draft.dtype, rule, K, draft.weights),
-                *(draft_cache._replace(used=jnp.array(cache.used)), last_B, keys_B, count_B, numbers),
-            )
+            draft_cache = draft_cache._replace(used=jnp.array(cache.used))
+            draft_cache, drafted_BK, probs_KBV = _propose(draft, controls, K, draft_cache, last_B, keys_B, count_B)
         else:
             drafted_BK = look_up(contexts, options.draft_ngram, K)
             if np.all(drafted_BK[~done_B] == NOTHING):
                 drafted_BK = drafted_BK[:, :0]
         cache, history, new_BT, ended_B, accepted_B, logprobs = _check(
-            *(model.config, model.dtype, rule, model.weights, cache, history, last_B, drafted_BK, probs_KBV),
-            *(done_B, keys_B, count_B, stop_B, numbers, tables),
+            model, controls, cache, history, last_B, drafted_BK, probs_KBV, done_B, keys_B, count_B
         )
         proposed += int(np.sum(np.asarray(drafted_BK)[~done_B] != NOTHING))
         accepted += int(np.sum(accepted_B))
@@ -125,9 +103,9 @@ def _speculate(model, draft, prompts, options, end_of_text, bad_words, prompt_nu
         count_B = np.array([len(c) for c in contexts], np.int32) - lengths_B.astype(np.int32)
         done_B |= np.asarray(ended_B) | (count_B >= options.max_new_tokens)
         yield pieces
-        done_B |= [is_finished(row) for row in range(rows)]
+        done_B |= [request.is_finished(row) for row in range(rows)]
     share = f" ({accepted / proposed:.1%})" if proposed else ""
-    notify(f"draft: {accepted:,} of {proposed:,} proposed tokens were accepted{share}")
+    request.notify(f"draft: {accepted:,} of {proposed:,} proposed tokens were accepted{share}")
 
 
 def _first(piece: Piece, count: int) -> Piece:
@@ -158,18 +136,15 @@ def _keys(keys_B: jax.Array, count_B: jax.Array, purpose: int) -> jax.Array:
     return jax.vmap(lambda key, count: jax.random.fold_in(jax.random.fold_in(key, count), purpose))(keys_B, count_B)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "rule", "K"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="K", donate_argnames="cache")
 def _propose(
-    config: ModelConfig,
-    dtype: str,
-    rule: Rule,
+    draft: DecodingModel,
+    controls: Controls,
     K: int,
-    weights: DecodingWeights,
     cache: Cache,
     last_B: jax.Array,
     keys_B: jax.Array,
     count_B: jax.Array,
-    numbers: Numbers,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Returns K tokens of a draft that follow `last_B`, `[B, K]`, and their distributions, `[K, B, V]`.
 
@@ -178,8 +153,8 @@ def _propose(
 
     def step(carry, n):
         cache, last_B = carry
-        logits_BV, cache = next_logits(config, dtype, weights, last_B, cache)
-        probs_BV = probabilities(logits_BV, rule, numbers)
+        logits_BV, cache = next_logits(draft, last_B, cache)
+        probs_BV = probabilities(logits_BV, controls.rule, controls.numbers)
         next_B = draw(probs_BV, _keys(keys_B, count_B + n, PROPOSE))
         return (cache, next_B), (next_B, probs_BV)
 
@@ -187,12 +162,10 @@ def _propose(
     return cache, drafted[:K].T, probs[:K]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "rule"), donate_argnames=("cache", "history"))
+@functools.partial(jax.jit, donate_argnames=("cache", "history"))
 def _check(
-    config: ModelConfig,
-    dtype: str,
-    rule: Rule,
-    weights: DecodingWeights,
+    model: DecodingModel,
+    controls: Controls,
     cache: Cache,
     history: History,
     last_B: jax.Array,
@@ -201,9 +174,6 @@ def _check(
     done_B: jax.Array,
     keys_B: jax.Array,
     count_B: jax.Array,
-    stop_B: jax.Array,
-    numbers: Numbers,
-    tables: Tables,
 ) -> tuple[Cache, History, jax.Array, jax.Array, jax.Array, Logprobs | None]:
     """Accepts proposed tokens, and adds one of the model's own to each row that is not done.
 
@@ -211,13 +181,12 @@ def _check(
     distributions that they were drawn from, or None if each was proposed with probability 1.
 
     Returns:
-        The longer cache and history; the new tokens, `[B, T]`; which rows have ended by `stop_B`; how many proposed
-        tokens were accepted; and log-probabilities of the new tokens.
+        The longer cache and history; the new tokens, `[B, T]`; which rows ended; how many proposed tokens were
+        accepted; and log-probabilities of the new tokens.
     """
-    (B, K), V, used_B = drafted_BK.shape, config.vocab_size, cache.used
+    (B, K), V, used_B, rule = drafted_BK.shape, model.config.vocab_size, cache.used, controls.rule
     tokens_BT = jnp.concatenate([last_B[:, None], jnp.maximum(drafted_BK, 0)], axis=1)
-    x_BTD, cache = extend(config, weights.params, tokens_BT, cache, dtype)
-    logits_TBV = finish_logits(config, weights.params, project(x_BTD, weights.readout)).transpose(1, 0, 2)
+    logits_BTV, cache = extended_logits(model, tokens_BT, cache)
     drafted_TB = jnp.concatenate([drafted_BK.T, jnp.full((1, B), NOTHING)])
     if probs_KBV is None:
         probs_TBV = jax.nn.one_hot(drafted_TB, V)
@@ -227,7 +196,7 @@ def _check(
     def step(carry, position):
         history, open_B = carry
         n, logits_BV, q_BV, drafted_B = position
-        p_BV = probabilities(control(logits_BV, rule, numbers, tables, history, count_B + n, stop_B), rule, numbers)
+        p_BV = probabilities(control(logits_BV, controls, history, count_B + n), rule, controls.numbers)
         place_B1 = jnp.maximum(drafted_B, 0)[:, None]
         p_B, q_B = (jnp.take_along_axis(x, place_B1, axis=1)[:, 0] for x in (p_BV, q_BV))
         uniform_B = jax.vmap(jax.random.uniform)(_keys(keys_B, count_B + n, ACCEPT))
@@ -236,12 +205,12 @@ def _check(
         # If p and q are equal, rounding may leave nothing of the difference.
         rest_BV = jnp.where(jnp.sum(rest_BV, axis=-1, keepdims=True) > 0, rest_BV, p_BV)
         next_B = jnp.where(accepted_B, drafted_B, draw(rest_BV, _keys(keys_B, count_B + n, REPLACE)))
-        ended_B = next_B == stop_B
+        ended_B = next_B == controls.stop_B
         new_B = jnp.where(open_B & ~ended_B, next_B, NOTHING)
         history = remember(history, next_B, open_B)
         return (history, open_B & accepted_B & ~ended_B), (new_B, open_B & ended_B, open_B & accepted_B, next_B)
 
-    places_T = jnp.arange(K + 1)
+    places_T, logits_TBV = jnp.arange(K + 1), logits_BTV.transpose(1, 0, 2)
     (history, _), (new_TB, ended_TB, accepted_TB, next_TB) = jax.lax.scan(
         step, (history, ~done_B), (places_T, logits_TBV, probs_TBV, drafted_TB)
     )

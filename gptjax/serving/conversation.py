@@ -13,7 +13,8 @@ from gptjax.config.verbs.decoding import DecodingConfig
 from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
-from gptjax.generation.decode import DecodingModel, Piece, check_prompts, prepare
+from gptjax.generation.decode import DecodingModel, Piece, prepare
+from gptjax.generation.request import Request, check_prompts
 from gptjax.generation.sample import TextCollector, without_unnamed_tokens
 from gptjax.generation.slots import Row, SlotDecoder, fits
 from gptjax.generation.speculative import shared_block_size, speculate
@@ -116,13 +117,13 @@ class Conversation:
         self, prompt: np.ndarray, options: SampleConfig, number: int, is_finished: Callable[[], bool]
     ) -> Generator[Piece]:
         """New tokens of which a draft proposes some; the whole prompt is read."""
-        for [piece] in speculate(
-            *(self._model, self._draft, [prompt], options),
-            end_of_text=self._tokenizer.end_of_text,
+        request = Request(
+            *([prompt], options, self._tokenizer.end_of_text),
             numbers=[number],
             is_finished=lambda row: is_finished(),
             notify=self._set_accepted,
-        ):
+        )
+        for [piece] in speculate(self._model, self._draft, request):
             yield piece
 
     def _set_accepted(self, line: str) -> None:

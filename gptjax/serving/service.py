@@ -19,7 +19,7 @@ from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evaluation.embeddings import BATCH, EmbeddingOptions, embed_decoding, embed_ids
 from gptjax.generation.constraint import Form, constrainer_of
-from gptjax.generation.decode import check_prompts
+from gptjax.generation.request import check_prompts
 from gptjax.generation.slots import Row, check_options, fits
 from gptjax.model.gpt import Compute
 from gptjax.serving.chat_format import ChatFormat, chat_format
