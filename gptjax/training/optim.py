@@ -1,6 +1,7 @@
 """Optimizers, as pure functions."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +13,54 @@ from gptjax.training.muon import scale_by_muon
 from gptjax.training.schedules import Schedule
 
 
-def make_optimizer(config: OptimConfig, schedule: Schedule = lambda _: jnp.zeros(())) -> optax.GradientTransformation:
-    """Returns clipping, moments and decoupled decay; the caller multiplies its updates by minus the learning rate.
+class Optimizer(NamedTuple):
+    """A transformation of gradients to updates, which the caller subtracts from the parameters."""
 
-    Updates of schedule_free have the rate of `schedule` in them already, and the caller multiplies by -1.
-    """
-    clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-    moments = OPTIMIZERS[config.name](config)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
-    if config.name != "schedule_free":
-        return optax.chain(clip, moments, decay)
-    base = optax.chain(moments, decay, optax.scale_by_learning_rate(lambda n: schedule(jnp.asarray(n))))
+    init: Callable[[Any], Any]
+    """Parameters to the optimizer's state."""
+    update: Callable[..., tuple[Any, Any]]
+    """Gradients, state and parameters to updates and the next state."""
+    includes_rate: bool = False
+    """Whether updates are already multiplied by the learning rate; otherwise the caller does it."""
+    average: Callable[[Any, Any], Any] | None = None
+    """State and parameters to the average of the parameters, which evaluation uses; None: there is none."""
+
+
+def make_optimizer(config: OptimConfig, schedule: Schedule = lambda _: jnp.zeros(())) -> Optimizer:
+    """Returns clipping, moments and decoupled decay."""
+    return OPTIMIZERS[config.name](config, schedule)
+
+
+def _with_moments(
+    moments: Callable[[OptimConfig], optax.GradientTransformation],
+) -> Callable[[OptimConfig, Schedule], Optimizer]:
+    """The optimizer whose updates are those of `moments` plus weight decay."""
+    return lambda config, _: Optimizer(*optax.chain(_clip(config), moments(config), _decay(config)))
+
+
+def _clip(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
+
+
+def _decay(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.add_decayed_weights(config.weight_decay, mask=decayed)
+
+
+def _schedule_free(config: OptimConfig, schedule: Schedule) -> Optimizer:
+    """AdamW that averages its iterates instead of decaying the rate (arXiv:2405.15682)."""
+    adam = optax.scale_by_adam(0.0, config.beta2, config.eps)
+    base = optax.chain(adam, _decay(config), optax.scale_by_learning_rate(lambda n: schedule(jnp.asarray(n))))
     # schedule_free counts updates from 1, scale_by_learning_rate from 0.
     free = optax.contrib.schedule_free(base, lambda n: schedule(jnp.asarray(n) - 1), config.beta1)
-    return optax.chain(clip, free, optax.scale(-1.0))
+    return Optimizer(
+        *optax.chain(_clip(config), free, optax.scale(-1.0)),
+        includes_rate=True,
+        average=lambda state, params: optax.contrib.schedule_free_eval_params(state[1], params),
+    )
 
 
 def _adam(config: OptimConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-
-
-def _schedule_free_adam(config: OptimConfig) -> optax.GradientTransformation:
-    return optax.scale_by_adam(0.0, config.beta2, config.eps)
 
 
 def _lion(config: OptimConfig) -> optax.GradientTransformation:
@@ -55,14 +82,14 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
     return optax.partition({"muon": scale_by_muon(config.muon_beta), "adam": _adam(config)}, labels)
 
 
-OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
-    "adamw": _adam,
-    "lion": _lion,
-    "adafactor": _adafactor,
-    "muon": _muon,
-    "schedule_free": _schedule_free_adam,
+OPTIMIZERS: dict[str, Callable[[OptimConfig, Schedule], Optimizer]] = {
+    "adamw": _with_moments(_adam),
+    "lion": _with_moments(_lion),
+    "adafactor": _with_moments(_adafactor),
+    "muon": _with_moments(_muon),
+    "schedule_free": _schedule_free,
 }
-"""By `optim.name`: transforms gradients to updates, before weight decay and learning rate."""
+"""By `optim.name`."""
 
 
 def in_block_matrix(path: tuple) -> bool:

@@ -47,7 +47,7 @@ class TrainState:
     loss_scale: LossScale | None
     """Only for float16."""
     ema: dict | None
-    """Average of the parameters over steps: of `train.ema`, or that of schedule_free; None: there is none."""
+    """Average of the parameters over steps: of `train.ema` or the optimizer's own; None: there is none."""
     watch: Watch
     """Statistics for spike detection."""
     frozen: dict
@@ -127,7 +127,6 @@ def make_train_step(
     gradient = make_gradient(config)
     schedule = schedule or make_schedule(config.optim, config.train.num_steps)
     optimizer = make_optimizer(config.optim, schedule)
-    schedule_free = config.optim.name == "schedule_free"
     sigma, limit = config.train.spike_sigma, config.train.max_skipped_in_a_row
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -140,18 +139,18 @@ def make_train_step(
         for factors in (rates(config, state.params), rate_factors(config, state.params)):
             if factors is not None:
                 updates = jax.tree.map(jnp.multiply, updates, factors)
-        rate = 1.0 if schedule_free else learning_rate
+        rate = 1.0 if optimizer.includes_rate else learning_rate
         params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), state.params, updates)
         params, opt_state = _where(accepted, (params, opt_state), (state.params, state.opt_state))
         ema = state.ema
-        if schedule_free:
-            ema = optax.contrib.schedule_free_eval_params(opt_state[1], params)
+        if optimizer.average is not None:
+            ema = optimizer.average(opt_state, params)
         else:
             # Moments wait for the parameters that are made of them; unordered, XLA would copy all moments before.
             opt_state = optax.tree.map_params(optimizer, _after_params, opt_state, params, is_leaf=_is_masked)
-        if ema is not None and not schedule_free:
-            decay = config.train.ema
-            ema = jax.tree.map(lambda a, p: jnp.where(accepted, decay * a + (1.0 - decay) * p, a), ema, params)
+            if ema is not None:
+                decay = config.train.ema
+                ema = jax.tree.map(lambda a, p: jnp.where(accepted, decay * a + (1.0 - decay) * p, a), ema, params)
         noise, extras = state.noise, dict(sums.extras)
         if noise is not None:
             M, B = jax.tree.leaves(batch)[0].shape[:2]
