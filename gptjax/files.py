@@ -5,7 +5,9 @@ import functools
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any, Literal
 
 from gptjax.errors import UserError
 
@@ -16,17 +18,28 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises:
         OSError: It cannot be written; the error names `path`.
     """
+    try:
+        with atomic_file(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: Literal["w", "wb"] = "wb") -> Iterator[IO[Any]]:
+    """Yields a file with a temporary name in the same folder. At the end it is synced and renamed to `path`, or, after
+    an error, deleted.
+    """
     temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+        with open(temporary, mode, encoding="utf-8" if mode == "w" else None) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path)
-    except OSError as error:
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def temporary_name(path: Path) -> Path:

@@ -53,7 +53,7 @@ def make_config(values: dict, overrides: dict, where: str) -> Config:
         UserError: A key is unknown, or a value is not allowed.
     """
     checked = _checked(Config, values, where, "")
-    return _build(Config, _merge(checked, _checked(Config, overrides, "command line", "")), where)
+    return _build(Config, merged(checked, _checked(Config, overrides, "command line", "")), where)
 
 
 def read_yaml(path: Path) -> dict:
@@ -127,7 +127,7 @@ def read_flags(cls: type, args: Sequence[str]) -> dict:
             raise UserError(f"command line: --{name} needs a value{hint}")
         if _is_list(flags[name]):
             lists[name] = lists.get(name, []) + values
-        _set(nested, name, lists[name] if _is_list(flags[name]) else _from_text(flags[name], values[0]))
+        set_option(nested, name, lists[name] if _is_list(flags[name]) else _from_text(flags[name], values[0]))
     return nested
 
 
@@ -321,14 +321,16 @@ def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _merge(base: dict, over: dict) -> dict:
-    merged = dict(base)
+def merged(base: dict, over: dict) -> dict:
+    """Nested options, in which those of `over` replace those of `base`."""
+    found = dict(base)
     for key, value in over.items():
-        merged[key] = _merge(base.get(key, {}), value) if isinstance(value, dict) else value
-    return merged
+        found[key] = merged(base.get(key, {}), value) if isinstance(value, dict) else value
+    return found
 
 
-def _set(nested: dict, name: str, value) -> None:
+def set_option(nested: dict, name: str, value: Any) -> None:
+    """Sets the option with a dotted name in nested options."""
     *sections, key = name.split(".")
     for section in sections:
         nested = nested.setdefault(section, {})

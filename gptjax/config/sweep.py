@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gptjax.config.reader import flag_types, flatten, load_config, read_yaml
+from gptjax.config.reader import flag_types, flatten, load_config, merged, read_yaml, set_option
 from gptjax.config.run import Config
 from gptjax.errors import UserError, did_you_mean
 
@@ -86,8 +86,8 @@ def load_sweep(path: Path, overrides: dict) -> Sweep:
     for each in chosen:
         nested = {}
         for option, value in each.items():
-            _set(nested, option, value)
-        config = load_config(file, _merged(overrides, nested))
+            set_option(nested, option, value)
+        config = load_config(file, merged(overrides, nested))
         if config not in runs:
             name = _name(each)
             runs[config] = SweepRun(name, each, dataclasses.replace(config, run_dir=str(folder / name)))
@@ -155,17 +155,3 @@ def _name(options: dict) -> str:
     short = re.sub(r"[^A-Za-z0-9._,=+-]", "_", full)[:80]
     identity = ",".join(f"{name}={value!r}" for name, value in options.items())
     return f"{short}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
-
-
-def _set(nested: dict, option: str, value: Any) -> None:
-    *sections, key = option.split(".")
-    for section in sections:
-        nested = nested.setdefault(section, {})
-    nested[key] = value
-
-
-def _merged(base: dict, over: dict) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        merged[key] = _merged(base.get(key, {}), value) if isinstance(value, dict) else value
-    return merged

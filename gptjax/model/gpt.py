@@ -17,7 +17,8 @@ Shape suffixes: B batch, T position, D n_embd, V vocabulary (padded), P learned 
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,8 @@ from gptjax.ops.elementwise import dropout
 from gptjax.ops.embedding import embedding
 from gptjax.ops.linear import MATMUL_OUTPUT
 from gptjax.ops.matmul import dot
+
+M = TypeVar("M", bound=nnx.Module)
 
 # Matmuls have a custom backward rule, so JAX's checkpoint policies for dots do not match them. The name does.
 REMAT_POLICIES = {
@@ -377,7 +380,9 @@ def extend(
     for number in range(len(cache.layers)):
         if (kind := config.layer_kind(number)) not in views:
             views[kind] = kv.layer_view(config, cache, T, number, attention_spec(config, kind), prefix)
-    ends = nnx.merge(_ends_graphdef(config), {name: params[name] for name in ("embed", "norm_f") if name in params})
+    ends = nnx.merge(
+        _graphdef(DecoderEnds, config), {name: params[name] for name in ("embed", "norm_f") if name in params}
+    )
     x_BTD = embedded_BTD = ends.embed(tokens_BT, positions_BT)
     layers, outputs, values, adapters = [], [], None, params.get("adapters")
     for number, layer in enumerate(cache.layers):
@@ -406,8 +411,8 @@ def _extend_block(
     earlier: Earlier,
 ) -> tuple[jax.Array, LayerCache, jax.Array | None]:
     """Applies one block. JAX traces it once for all layers of a kind, so deep models start about as fast as others."""
-    block = nnx.merge(_block_graphdef(config), params)
-    adapter = None if adapter_params is None else nnx.merge(_adapter_graphdef(config), adapter_params)
+    block = nnx.merge(_graphdef(Block, config), params)
+    adapter = None if adapter_params is None else nnx.merge(_graphdef(BlockAdapter, config), adapter_params)
     learned = None if adapter is None else adapter.prefix(dtype)
     x_BTD, new_layer, _, values = block(x_BTD, dtype, inputs, kind, None, layer, adapter, learned, earlier)
     assert new_layer is not None  # as one was given
@@ -464,24 +469,9 @@ def _top_stack(params: dict) -> dict:
 
 def _merge(config: ModelConfig, params: dict) -> GPT:
     others = "heads", "encoder"
-    return nnx.merge(_graphdef(config), {name: part for name, part in params.items() if name not in others})
+    return nnx.merge(_graphdef(GPT, config), {name: part for name, part in params.items() if name not in others})
 
 
 @functools.cache
-def _graphdef(config: ModelConfig) -> nnx.GraphDef[GPT]:
-    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
-
-
-@functools.cache
-def _ends_graphdef(config: ModelConfig) -> nnx.GraphDef[DecoderEnds]:
-    return nnx.graphdef(nnx.eval_shape(lambda: DecoderEnds(config, rngs=nnx.Rngs(0))))
-
-
-@functools.cache
-def _block_graphdef(config: ModelConfig) -> nnx.GraphDef[Block]:
-    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
-
-
-@functools.cache
-def _adapter_graphdef(config: ModelConfig) -> nnx.GraphDef[BlockAdapter]:
-    return nnx.graphdef(nnx.eval_shape(lambda: BlockAdapter(config, rngs=nnx.Rngs(0))))
+def _graphdef(module: Callable[..., M], config: ModelConfig) -> nnx.GraphDef[M]:
+    return nnx.graphdef(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))

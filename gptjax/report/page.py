@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -48,6 +49,15 @@ def page(title: str, body: str, data: Any, script: str) -> str:
 </body>
 </html>
 """
+
+
+def chart_page(title: str, lines: Sequence[str], data: Any) -> str:
+    """Builds a page of log lines and the charts of `data`."""
+    body = f"""<h1>{escape(title)}</h1>
+<pre>{escape(chr(10).join(lines))}</pre>
+<div class="controls" id="controls"></div>
+<div class="charts" id="charts"></div>"""
+    return page(f"{title} · gptjax", body, data, "report.js")
 
 
 def json_for_html(data: Any) -> str:

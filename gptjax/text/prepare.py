@@ -30,7 +30,7 @@ from gptjax.text.documents import OriginWriter
 from gptjax.text.shard_writer import SHARD_TOKENS, CorpusChanged, ShardWriter, write_manifest
 from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, Verify, open_dataset
 from gptjax.text.sources import Document, read_documents, source_fingerprint
-from gptjax.text.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
+from gptjax.text.tokenizer import encode_each, load_tokenizer, make_tokenizer, save_tokenizer
 from gptjax.text.tokenizers.base import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -385,24 +385,12 @@ def _encoded(batches: Iterable[list[_Part]], tokenizer: Tokenizer) -> Iterator[t
     with ThreadPoolExecutor(1) as encoder:
         waiting: deque[tuple[list[_Part], Future[list[np.ndarray]]]] = deque()
         for parts in batches:
-            waiting.append((parts, encoder.submit(_encode, tokenizer, parts)))
+            waiting.append((parts, encoder.submit(encode_each, tokenizer, [(part.text, part.where) for part in parts])))
             if len(waiting) > 1:
                 done, ids = waiting.popleft()
                 yield done, ids.result()
         for done, ids in waiting:
             yield done, ids.result()
-
-
-def _encode(tokenizer: Tokenizer, parts: list[_Part]) -> list[np.ndarray]:
-    try:
-        return tokenizer.encode_batch([part.text for part in parts])
-    except UserError:
-        for part in parts:  # one by one, to find the document
-            try:
-                tokenizer.encode(part.text)
-            except UserError as error:
-                raise UserError(f"{part.where}: {error}") from None
-        raise
 
 
 def _write(writers: dict[str, ShardWriter], parts: list[_Part], ids: list[np.ndarray]) -> int:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
+
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
@@ -83,6 +85,24 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the tokenizer: {error}") from None
     return tokenizer_from_json(text, str(path))
+
+
+def encode_each(tokenizer: Tokenizer, documents: Iterable[tuple[str, str]]) -> list[np.ndarray]:
+    """Encodes documents, given as pairs of text and place.
+
+    Raises:
+        UserError: A text cannot be encoded; the message begins with its place.
+    """
+    documents = list(documents)
+    try:
+        return tokenizer.encode_batch([text for text, _ in documents])
+    except UserError:
+        for text, where in documents:  # one by one, to find the one that cannot be encoded
+            try:
+                tokenizer.encode(text)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+        raise
 
 
 def _read(content: dict) -> Tokenizer:

@@ -1,7 +1,6 @@
 """Encodes a whole text in memory, to measure a model on it. There is no split and no tokenizer training."""
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,11 +9,11 @@ import xxhash
 from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text.clean import clean
-from gptjax.text.formats import Document, batch_documents
+from gptjax.text.formats import batch_documents
 from gptjax.text.remote import file_size
 from gptjax.text.shards import TokenSplit, token_dtype
 from gptjax.text.sources import given_files, read_documents
-from gptjax.text.tokenizers.base import Tokenizer
+from gptjax.text.tokenizer import Tokenizer, encode_each
 
 BATCH = 2**22
 """Number of characters that are encoded at once."""
@@ -43,7 +42,7 @@ def read_whole(data: DataConfig, tokenizer: Tokenizer) -> WholeText:
     dtype, separator = token_dtype(tokenizer.vocab_size), [] if end is None else [end]
     tokens, starts, n_tokens, n_bytes, hashes = [], [], 0, 0, set()
     for batch in batch_documents(clean(read_documents(data, counts), data, counts), BATCH):
-        for document, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+        for document, ids in zip(batch, encode_each(tokenizer, batch), strict=True):
             raw = document.text.encode()
             starts.append(n_tokens)
             tokens.append(np.concatenate([separator, ids]).astype(dtype))
@@ -68,15 +67,3 @@ def document_hashes(data: DataConfig) -> frozenset[int] | None:
         return frozenset(xxhash.xxh3_64_intdigest(document.text.encode()) for document in documents)
     except (UserError, OSError):
         return None
-
-
-def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
-    try:
-        return tokenizer.encode_batch([document.text for document in documents])
-    except UserError:
-        for document in documents:  # again one by one, to find the one that cannot be encoded
-            try:
-                tokenizer.encode(document.text)
-            except UserError as error:
-                raise UserError(f"{document.where}: {error}") from None
-        raise

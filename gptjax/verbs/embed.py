@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from gptjax.checkpoints.run_dir import load_run
 from gptjax.config.verbs.embed import EmbedConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.embeddings import EmbeddingOptions, check_layer, document, embed_ids
-from gptjax.files import publish, temporary_name
+from gptjax.files import atomic_file
 from gptjax.machine import compile_cache
 from gptjax.model.gpt import Compute
 from gptjax.report.progress import RowProgress, notify
@@ -81,19 +80,13 @@ def embed_rows(options: EmbedConfig, notify: Callable[[str], None] = print) -> i
 
 
 def _write(batches: Iterable[Batch], path: Path, counts: Counter[str]) -> int:
-    temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        with atomic_file(path) as file:
             count = WRITERS[path.suffix](batches, file, counts)
-            file.flush()
-            os.fsync(file.fileno())
-        if not count:
-            raise UserError("file: has no rows")
-        publish(temporary, path)
+            if not count:
+                raise UserError("file: has no rows")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return count
 
 

@@ -7,7 +7,7 @@ from gptjax.config.run import Config
 from gptjax.config.verbs.lr_find import LrFindConfig
 from gptjax.files import check_writable, write_atomic
 from gptjax.machine import compile_cache
-from gptjax.report.page import escape, page
+from gptjax.report.page import chart_page
 from gptjax.report.panel import sparkline
 from gptjax.training.lr_range import Suggestion, measure, suggest
 
@@ -59,8 +59,4 @@ def render(rates: list[float], losses: list[float], lines: list[str]) -> str:
         "axes": ["learning rate"],
         "logX": True,
     }
-    body = f"""<h1>Learning-rate range test</h1>
-<pre>{escape(chr(10).join(lines))}</pre>
-<div class="controls" id="controls"></div>
-<div class="charts" id="charts"></div>"""
-    return page("Learning-rate range test · gptjax", body, data, "report.js")
+    return chart_page("Learning-rate range test", lines, data)

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from gptjax.errors import UserError
-from gptjax.files import publish, temporary_name
+from gptjax.files import atomic_file
 from gptjax.text.formats import Row
 
 FLUSH_EVERY = 1024
@@ -39,18 +38,11 @@ def write_file(rows: Iterable[dict[str, Any]], path: Path) -> int:
     Raises:
         UserError: The file cannot be written.
     """
-    temporary = temporary_name(path)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            count = write_rows(rows, file)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
+        with atomic_file(path, "w") as file:
+            return write_rows(rows, file)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
 
 
 def write_rows(rows: Iterable[dict[str, Any]], file: TextIO) -> int:

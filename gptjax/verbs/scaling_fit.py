@@ -17,7 +17,7 @@ from gptjax.machine.chips import CHIPS
 from gptjax.model.gpt import init_params
 from gptjax.report.cost import matmul_parameters, readable_count, readable_number
 from gptjax.report.metrics import METRICS_FILE
-from gptjax.report.page import escape, page
+from gptjax.report.page import chart_page
 from gptjax.report.record import RunRecord, is_number, names_of, read_record
 
 PAGE_FILE = "scaling_fit.html"
@@ -178,11 +178,7 @@ def render(used: Sequence[Point], held: Point, law: Law, lines: Sequence[str]) -
         "axes": ["tokens"],
         "logX": True,
     }
-    body = f"""<h1>Scaling law</h1>
-<pre>{escape(chr(10).join(lines))}</pre>
-<div class="controls" id="controls"></div>
-<div class="charts" id="charts"></div>"""
-    return page("Scaling law · gptjax", body, data, "report.js")
+    return chart_page("Scaling law", lines, data)
 
 
 def _last_evaluation(record: RunRecord) -> dict | None:
