@@ -3,10 +3,11 @@
 Shape suffixes: B texts in a batch, T position, N labels.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,67 +54,45 @@ class CandidateBatch(NamedTuple):
     """float32 `[B]`: weight of the row in the loss; 0 for padding rows."""
 
 
-class Encoded(Protocol):
-    """Encoded rows: `TextSet` or `CandidateSet`."""
+@dataclasses.dataclass(frozen=True)
+class Encoded(abc.ABC):
+    """Encoded rows of one sequence each, and their targets."""
 
-    @property
-    def tokens(self) -> Sequence[Any]:
-        """The token ids of each row: one sequence or several."""
-        ...
-
-    @property
-    def targets(self) -> np.ndarray:
-        """The target of each row, as in the batch."""
-        ...
-
-    @property
-    def cut(self) -> np.ndarray:
-        """bool: rows whose text was cut."""
-        ...
+    tokens: Sequence[Any]
+    """The token ids of each row."""
+    targets: np.ndarray
+    """The target of each row, as in the batch."""
+    cut: np.ndarray
+    """bool: rows whose text was cut at `max_tokens`."""
+    max_tokens: int
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each row's longest sequence."""
-        ...
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all rows."""
-        ...
-
-    def batch(self, numbers: np.ndarray, tokens: Sequence[Any], weights: np.ndarray) -> Any:
-        """Puts `tokens` of the rows `numbers` into one batch; number -1 gives a row without text."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSet:
-    """Encoded texts and their labels."""
-
-    tokens: Sequence[np.ndarray]
-    targets: np.ndarray
-    """As in `TextBatch`, for all texts."""
-    cut: np.ndarray
-    """bool: texts that were cut at `max_tokens`."""
-    max_tokens: int
-    ngrams: Sequence[tuple[np.ndarray, np.ndarray]] = ()
-    """The n-grams of each text and their counts (`text.ngrams`), if the head reads them."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each text."""
         return np.array([len(ids) for ids in self.tokens], np.int64)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all texts."""
+        """Tokens of all sequences."""
         return int(self.lengths.sum())
 
+    @abc.abstractmethod
+    def batch(self, numbers: np.ndarray, tokens: Sequence[Any], weights: np.ndarray) -> Any:
+        """Puts `tokens` of the rows `numbers` into one batch; number -1 gives a row without text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSet(Encoded):
+    """Encoded texts and their labels."""
+
+    ngrams: Sequence[tuple[np.ndarray, np.ndarray]] = ()
+    """The n-grams of each text and their counts (`text.ngrams`), if the head reads them."""
+
     def batch(self, numbers: np.ndarray, tokens: Sequence[np.ndarray], weights: np.ndarray) -> TextBatch:
-        """Puts `tokens` of the texts `numbers` into one batch; number -1 gives a row without a text."""
-        inputs, lengths = _padded(tokens, self.max_tokens)
+        """See `Encoded`."""
+        inputs, lengths = padded(tokens, self.max_tokens)
         return TextBatch(
-            inputs, lengths, *_taken(self.targets, numbers, weights), *self._taken_ngrams(numbers, inputs.shape[1])
+            inputs, lengths, *taken(self.targets, numbers, weights), *self._taken_ngrams(numbers, inputs.shape[1])
         )
 
     def _taken_ngrams(self, numbers: np.ndarray, T: int) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -137,15 +116,9 @@ class TextSet:
 
 
 @dataclasses.dataclass(frozen=True)
-class CandidateSet:
+class CandidateSet(Encoded):
     """Rows of several encoded sequences each, and their targets."""
 
-    tokens: Sequence[Sequence[np.ndarray]]
-    targets: np.ndarray
-    """As in `CandidateBatch`, for all rows."""
-    cut: np.ndarray
-    """bool: rows with a sequence that was cut."""
-    max_tokens: int
     candidates: int
     """Largest number of sequences in a row."""
 
@@ -160,17 +133,17 @@ class CandidateSet:
         return sum(len(ids) for row in self.tokens for ids in row)
 
     def batch(self, numbers: np.ndarray, tokens: Sequence[Sequence[np.ndarray]], weights: np.ndarray) -> CandidateBatch:
-        """Puts `tokens` of the rows `numbers` into one batch; number -1 gives a row without sequences."""
+        """See `Encoded`."""
         nothing = np.empty(0, np.int32)
         flat = [ids for row in tokens for ids in (*row, *[nothing] * (self.candidates - len(row)))]
-        inputs, lengths = _padded(flat, self.max_tokens)
+        inputs, lengths = padded(flat, self.max_tokens)
         shape = len(tokens), self.candidates
         return CandidateBatch(
-            inputs.reshape(*shape, -1), lengths.reshape(shape), *_taken(self.targets, numbers, weights)
+            inputs.reshape(*shape, -1), lengths.reshape(shape), *taken(self.targets, numbers, weights)
         )
 
 
-def _padded(tokens: Sequence[np.ndarray], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(tokens: Sequence[np.ndarray], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Pads sequences to one of the `widths`; returns them and their lengths."""
     lengths = np.array([len(ids) for ids in tokens], np.int32)
     T = next(width for width in widths(max_tokens) if width >= lengths.max(initial=1))
@@ -180,12 +153,16 @@ def _padded(tokens: Sequence[np.ndarray], max_tokens: int) -> tuple[np.ndarray, 
     return inputs, lengths
 
 
-def _taken(targets: np.ndarray, numbers: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Targets and weights of the rows `numbers`; number -1 gives an empty target and weight 0."""
+def taken(
+    targets: np.ndarray, numbers: np.ndarray, weights: np.ndarray, empty: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Targets and weights of the rows `numbers`; number -1 gives weight 0 and the target `empty`, by default -1 for a
+    single number and 0 for several.
+    """
     here = numbers >= 0
-    nothing = -1 if targets.ndim == 1 else 0
-    taken = np.where(here.reshape((-1,) + (1,) * (targets.ndim - 1)), targets[np.maximum(numbers, 0)], nothing)
-    return taken.astype(targets.dtype), np.where(here, weights, 0).astype(np.float32)
+    nothing = empty if empty is not None else -1 if targets.ndim == 1 else 0
+    found = np.where(here.reshape((-1,) + (1,) * (targets.ndim - 1)), targets[np.maximum(numbers, 0)], nothing)
+    return found.astype(targets.dtype), np.where(here, weights, 0).astype(np.float32)
 
 
 def widths(max_tokens: int) -> list[int]:

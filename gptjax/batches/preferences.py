@@ -3,14 +3,13 @@
 Shape suffixes: B pairs, T position.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.batches.labelled import widths
-from gptjax.batches.packed import TargetSequence, encode_chats
+from gptjax.batches.labelled import Encoded, taken, widths
+from gptjax.batches.packed import encode_chats
 from gptjax.errors import UserError
 from gptjax.text.labelled import Preference
 from gptjax.text.tokenizers.base import Tokenizer
@@ -29,19 +28,8 @@ class PreferenceBatch(NamedTuple):
     """float32 `[B]`: 0 for padding rows."""
 
 
-Pair = tuple[TargetSequence, TargetSequence]
-
-
-@dataclasses.dataclass(frozen=True)
-class PreferenceSet:
-    """Encoded pairs and their log-probabilities under the reference."""
-
-    tokens: Sequence[Pair]
-    targets: np.ndarray
-    """float32 `[pairs, 2]`, as `PreferenceBatch.reference`."""
-    cut: np.ndarray
-    """bool: pairs with a sequence that was cut."""
-    max_tokens: int
+class PreferenceSet(Encoded):
+    """Encoded pairs of `TargetSequence`; their targets are the log-probabilities under the reference."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -54,8 +42,7 @@ class PreferenceSet:
         return sum(len(sequence.inputs) for pair in self.tokens for sequence in pair)
 
     def batch(self, numbers: np.ndarray, tokens: Sequence[Any], weights: np.ndarray) -> PreferenceBatch:
-        """Puts the pairs `numbers`, whose sequences are `tokens`, into one batch; number -1 gives an empty row."""
-        here = numbers >= 0
+        """See `Encoded`."""
         longest = max((len(sequence.inputs) for pair in tokens for sequence in pair), default=1)
         T = next(width for width in widths(self.max_tokens) if width >= longest)
         inputs, targets = np.zeros((len(tokens), 2, T), np.int32), np.full((len(tokens), 2, T), -1, np.int32)
@@ -63,8 +50,7 @@ class PreferenceSet:
             for side, sequence in enumerate(pair):
                 inputs[row, side, : len(sequence.inputs)] = sequence.inputs
                 targets[row, side, : len(sequence.targets)] = sequence.targets
-        reference = np.where(here[:, None], self.targets[np.maximum(numbers, 0)], 0).astype(np.float32)
-        return PreferenceBatch(inputs, targets, reference, np.where(here, weights, 0).astype(np.float32))
+        return PreferenceBatch(inputs, targets, *taken(self.targets, numbers, weights))
 
 
 def encode_preferences(examples: Sequence[Preference], tokenizer: Tokenizer, max_tokens: int) -> PreferenceSet:

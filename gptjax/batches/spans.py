@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.batches.labelled import Marks, widths
+from gptjax.batches.labelled import Encoded, Marks, padded, taken
 from gptjax.errors import UserError
 from gptjax.text.answers import Question
 from gptjax.text.tokenizers.base import Tokenizer
@@ -42,40 +42,16 @@ class Window(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanSet:
-    """Encoded windows."""
+class SpanSet(Encoded):
+    """Encoded windows; `cut` says which are of a text that has several."""
 
-    tokens: Sequence[np.ndarray]
     windows: Sequence[Window]
-    targets: np.ndarray
-    """As in `SpanBatch`, for all windows."""
-    cut: np.ndarray
-    """bool: windows of a text that has several."""
-    max_tokens: int
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each window."""
-        return np.array([len(ids) for ids in self.tokens], np.int64)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all windows."""
-        return int(self.lengths.sum())
 
     def batch(self, numbers: np.ndarray, tokens: Sequence[np.ndarray], weights: np.ndarray) -> SpanBatch:
-        """Puts the windows `numbers`, whose ids are `tokens`, into one batch; number -1 gives an empty row."""
-        lengths = np.array([len(ids) for ids in tokens], np.int32)
-        T = next(width for width in widths(self.max_tokens) if width >= lengths.max(initial=1))
-        inputs = np.zeros((len(tokens), T), np.int32)
-        for row, ids in zip(inputs, tokens, strict=True):
-            row[: len(ids)] = ids
-        here = numbers >= 0
+        """See `Encoded`."""
+        inputs, lengths = padded(tokens, self.max_tokens)
         firsts = np.array([self.windows[n].first if n >= 0 else 0 for n in numbers], np.int32)
-        targets = np.where(here[:, None], self.targets[np.maximum(numbers, 0)], -1)
-        return SpanBatch(
-            inputs, lengths, firsts, targets.astype(np.int32), np.where(here, weights, 0).astype(np.float32)
-        )
+        return SpanBatch(inputs, lengths, firsts, *taken(self.targets, numbers, weights, empty=-1))
 
 
 def encode_questions(
@@ -124,7 +100,7 @@ def encode_questions(
             place = [len(before) + t - start for t in span] if inside and span is not None else [0, 0]
             targets.append(place)
             cut.append(len(starts) > 1)
-    return SpanSet(tokens, windows, np.array(targets, np.int32).reshape(-1, 2), np.array(cut, bool), max_tokens)
+    return SpanSet(tokens, np.array(targets, np.int32).reshape(-1, 2), np.array(cut, bool), max_tokens, windows)
 
 
 def _token_span(example: Question, offsets: np.ndarray) -> tuple[int, int]:
