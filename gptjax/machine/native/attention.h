@@ -21,7 +21,7 @@ struct AttentionOptions {
   int64_t window;
 };
 
-constexpr int64_t kQueries = 128;  // of a block in the backward pass
+constexpr int64_t kQueries = 128;  // queries in a block of the backward pass
 constexpr float kMasked = -1e30f;
 
 struct Shape {
@@ -33,7 +33,7 @@ struct Shape {
   int64_t R() const { return E - 2; }
   int64_t H() const { return G * R(); }
   int64_t outputs() const { return B * T * H() * C; }
-  int64_t row() const { return G * E * C; }  // from a position to the next
+  int64_t row() const { return G * E * C; }  // elements from one position to the next
   bool in_blocks() const { return T % kSide == 0 && C % kSide == 0; }
   bool fits(const Segments& segments) const { return E > 2 && T > 0 && C > 0 && HasOrLacks(B * T, segments); }
 };
@@ -63,7 +63,8 @@ struct Mask {
   }
 };
 
-// Packs [T, C], whose rows are `width` apart, as a right operand that is contracted over its rows, or over its columns.
+// Both pack an array [T, C], whose rows are `width` elements apart, as a right operand. `PackRows` packs it for a
+// matmul that contracts its rows, `PackColumns` for one that contracts its columns.
 template <int P, typename S>
 void PackRows(const S* x, int64_t width, int64_t T, int64_t C, bf16* to) {
   for (int64_t c = 0; c < C; c += kSide)
@@ -161,7 +162,8 @@ template <typename S>
 void RowSums(const S* y, const S* dy, int64_t width, int64_t C, float* sums) {
   for (int64_t i = 0; i < kSide; ++i) {
     __m512 total = _mm512_setzero_ps();
-    for (int64_t c = 0; c < C; c += 16) total = _mm512_fmadd_ps(Load(y + i * width + c), Load(dy + i * width + c), total);
+    for (int64_t c = 0; c < C; c += 16)
+      total = _mm512_fmadd_ps(Load(y + i * width + c), Load(dy + i * width + c), total);
     sums[i] = _mm512_reduce_add_ps(total);
   }
 }
@@ -189,7 +191,7 @@ void AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const
     bf16* key_columns = Scratch<struct KeyColumns, bf16>(T * C * P);
     bf16* value_columns = Scratch<struct ValueColumns, bf16>(T * C * P);
     bf16* key_rows = Scratch<struct KeyRows, bf16>(T * C * P);
-    // blocks of 32 queries and 32 keys, as left operands that are contracted over keys
+    // Left operands of matmuls that contract keys, in blocks of 32 queries and 32 keys.
     bf16* weights = Scratch<struct Weights, bf16>(kQueries * T * P);
     bf16* dscores = Scratch<struct ScoreGradients, bf16>(kQueries * T * P);
     float* dkeys = Scratch<struct KeyGradients, float>(T * C);
@@ -197,7 +199,7 @@ void AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const
     bf16* query_rows = Scratch<struct QueryRows, bf16>(kQueries * C * P);
     bf16* dy_rows = Scratch<struct OutputRows, bf16>(kQueries * C * P);
     bf16* workspace = Scratch<struct Queries, bf16>(2 * kSide * C * P);
-    bf16* turned = Scratch<struct Turned, bf16>(kSide * kQueries * P);
+    bf16* transposed = Scratch<struct Transposed, bf16>(kSide * kQueries * P);
     float* dqueries = Scratch<struct QueryGradients, float>(kQueries * C);
     PackColumns<P>(head + R * C, s.row(), T, C, key_columns);
     PackRows<P>(head + R * C, s.row(), T, C, key_rows);
@@ -250,15 +252,15 @@ void AttentionGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const
         PackRows<P>(q, s.row(), count, C, query_rows);
         PackRows<P>(dout, wide, count, C, dy_rows);
         for (int64_t key = 0; key < keys; ++key) {
-          // queries before the block of keys do not attend to it
+          // Queries before this block of keys do not attend to it.
           int64_t skipped = std::max<int64_t>(0, first + key * kSide - begin) / kSide, steps = count / kSide - skipped;
           for (auto [from, right, to] : {std::tuple{dscores, query_rows, dkeys}, {weights, dy_rows, dvalues}}) {
             for (int64_t step = 0; step < steps; ++step)
               for (int p = 0; p < P; ++p)
                 PackLeftFromColumns<1>(from + (((skipped + step) * keys + key) * P + p) * kBlock, kDepth,
-                                       turned + (step * P + p) * kBlock);
+                                       transposed + (step * P + p) * kBlock);
             for (int64_t c = 0; c < C; c += kSide)
-              Multiply<P>(InBlocks<P>(turned), right + (c * count + skipped * kBlock) * P, steps,
+              Multiply<P>(InBlocks<P>(transposed), right + (c * count + skipped * kBlock) * P, steps,
                           to + (first + key * kSide) * C + c, C, true);
           }
         }

@@ -1,12 +1,12 @@
 // A cache of large buffers: a library that is loaded before the C library (LD_PRELOAD).
 //
-// XLA allocates a step's temporary buffer by `posix_memalign` and frees it at the end of the step. glibc returns such a
-// large buffer to the kernel, which clears its pages for the next step, or has to get them from the host of a virtual
-// machine again. Here a freed buffer is cached for the next request of its size. A request for a different size frees
-// every cached buffer, and a buffer that was not requested for a long time is freed too, so that a process does not hold
-// more memory than it uses at the same time.
+// XLA allocates a step's temporary buffer with `posix_memalign` and frees it at the end of the step. glibc returns such
+// a large buffer to the kernel. For the next step the kernel clears its pages again, or gets them again from the host
+// of a virtual machine. This library caches a freed buffer for the next request of its size. A request for a different
+// size frees every cached buffer. A buffer that was not requested for a long time is freed too, so that a process does
+// not hold more memory than it uses at the same time.
 //
-// There are no locks: a slot belongs to the thread that changed its state, so a process that forks finds nothing locked.
+// There are no locks: a slot belongs to the thread that changed its state. So after a fork nothing is locked.
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -32,10 +32,10 @@ namespace {
 constexpr size_t kLarge = size_t{32} << 20;  // bytes; glibc caches smaller buffers
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kSlots = 256;
-constexpr int kMostPassedOver = 64;  // requests that other buffers served before a cached buffer is freed
-// A request waits up to 5 ms for a buffer of its size that is in use, since XLA frees a step's buffer a moment after the
-// step's results are there, while the next step begins already. Only a request that finds no cached buffer waits.
-constexpr int kLooks = 50;
+constexpr int kMostPassedOver = 64;  // a cached buffer is freed after so many requests that other buffers served
+// A request that finds no cached buffer waits up to 5 ms for one of its size that is in use: XLA frees a step's buffer
+// a moment after it returned the step's results, when the next step has already begun.
+constexpr int kAttempts = 50;
 constexpr timespec kPause{0, 100'000};  // between two attempts
 
 enum State { kEmpty, kChanging, kUsed, kCached };
@@ -43,7 +43,7 @@ enum State { kEmpty, kChanging, kUsed, kCached };
 struct Slot {
   std::atomic<int> state{kEmpty};
   std::atomic<char*> at{nullptr};
-  std::atomic<size_t> size{0};  // other threads can read an old value; they then wait once more or once less
+  std::atomic<size_t> size{0};  // a thread that reads an old value makes one attempt more or less
   int passed_over = 0;
   int change = 0;  // `changes` when the buffer was taken
 
@@ -75,7 +75,8 @@ char* MapHugePages(size_t size) {
   return begin + before;
 }
 
-void Unmap(Slot& slot) {  // whose state is kChanging
+// Frees the buffer of a slot whose state is kChanging.
+void Unmap(Slot& slot) {
   munmap(slot.at.exchange(nullptr), slot.size);
   slot.Set(kEmpty);
 }
@@ -116,7 +117,7 @@ bool IsInUse(size_t size) {
 void* Take(size_t size) {
   size = (size + kHugePage - 1) / kHugePage * kHugePage;
   if (void* at = TakeCached(size)) return at;
-  for (int look = 0; look < kLooks && IsInUse(size); ++look) {
+  for (int attempt = 0; attempt < kAttempts && IsInUse(size); ++attempt) {
     nanosleep(&kPause, nullptr);
     if (void* at = TakeCached(size)) return at;
   }

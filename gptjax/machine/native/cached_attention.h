@@ -1,7 +1,7 @@
-// Attention of one new position of each sequence to a cache of keys and values. It is limited by the memory bandwidth of reading the cache.
+// Attention of one new position of each sequence to a cache of keys and values. Its speed is limited by the memory
+// bandwidth of reading the cache. For each sequence it reads only the slots from the first to the last visible one.
 //
-// B sequence, G key heads, R query heads of each, S slot, C head_dim, a multiple of 16. Of each sequence only the slots
-// from the first visible one to the last visible one are read.
+// B sequence, G key heads, R query heads of each, S slot, C head_dim, a multiple of 16.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ float Scores(const float* query, const T* keys, const bool* visible, int64_t slo
   return largest;
 }
 
-// The weighted sum of values, 16 * N channels of it, times `factor`.
+// Computes 16 * N channels of the weighted sum of values, times `factor`.
 template <int N, typename T>
 void WeightedSum(const float* weights, const T* values, int64_t slots, int64_t C, float factor, float* y) {
   __m512 sums[N];
@@ -45,7 +45,7 @@ template <typename T>
 void AttendToCache(ffi::ThreadPool& pool, const float* q, const T* k, const T* v, const bool* visible, int64_t B,
                    int64_t G, int64_t R, int64_t S, int64_t C, float* y) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(C));
-  const int64_t heads = std::max<int64_t>(1, B * G / (8 * Threads(pool)));  // of a task
+  const int64_t heads = std::max<int64_t>(1, B * G / (8 * Threads(pool)));  // key heads in a task
   Parallel(pool, (B * G + heads - 1) / heads, [&](int64_t task) {
     float* query = Scratch<struct ScaledQuery, float>(C);
     float* scores = Scratch<struct SlotScores, float>(S + 16);
@@ -77,7 +77,8 @@ void AttendToCache(ffi::ThreadPool& pool, const float* q, const T* k, const T* v
   });
 }
 
-// q [B, H, C]; k, v [B, G, S, C] of float32 or bfloat16; visible [B, S], at least one slot of each sequence; y like q.
+// q [B, H, C]; k, v [B, G, S, C] of float32 or bfloat16; visible [B, S], true for at least one slot of each sequence; y
+// has the shape of q.
 inline ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                                   ffi::BufferR2<ffi::PRED> visible, ffi::Result<ffi::BufferR3<ffi::F32>> y) {
   auto d = k.dimensions();

@@ -49,7 +49,7 @@ inline XLA_FFI_Error* Schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
 }
 inline XLA_FFI_Error* NumThreads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
   *args->num_threads = args->ctx->threads;
-  args->ctx->helpers = 0;  // it is asked before each piece of work
+  args->ctx->helpers = 0;  // a kernel asks for the number of threads before each piece of work
   return nullptr;
 }
 

@@ -24,8 +24,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(gptjax::LossOptions, StructMember<int64_t>
 
 namespace gptjax {
 
-// Requests AMX tiles for this process. Returns 1 if the kernels may use tiles; 0 if they were compiled without tiles, or
-// if the system denies them and the kernels must not be used.
+// Requests AMX tiles for this process. Returns 1 if the kernels may use tiles. Returns 0 if they were compiled without
+// tiles, or if they were compiled with tiles and the system denies them; then the kernels must not be used.
 extern "C" int gptjax_prepare() {
 #if defined(GPTJAX_TILES) && !defined(GPTJAX_TILES_HEADER)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, arch/x86/include/asm/fpu/types.h of Linux

@@ -15,7 +15,7 @@ namespace gptjax {
 using Vector = ffi::BufferR1<ffi::F32>;
 using Packed = ffi::BufferR1<ffi::BF16>;
 
-constexpr int64_t kRowsAtOnce = 256;  // of the left operand, which stay in the L2 cache
+constexpr int64_t kRowsAtOnce = 256;  // rows of the left operand in a task: they stay in the L2 cache
 
 // Allocates parts of the XLA buffer into which a kernel packs its operands.
 class Workspace {
@@ -52,7 +52,7 @@ template <typename... Others>
 bool Alike(const ffi::AnyBuffer& x, const Others&... others) {
   return (IsFloat32(x) && ... && IsFloat32(others)) || (IsBf16(x) && ... && IsBf16(others));
 }
-// Whether weights are float32, or like the activations.
+// Whether weights are float32 or have the dtype of the activations.
 template <typename... Weights>
 bool Readable(const ffi::AnyBuffer& x, const Weights&... weights) {
   return (Alike(x) && ... && (IsFloat32(weights) || Alike(x, weights)));
@@ -78,7 +78,7 @@ bool HasOrLacks(int64_t count, const Buffer& buffer) {
   return buffer.element_count() == 0 || Have(count, buffer);
 }
 
-// Packs all of a weight, [K, F] or, in `columns`, [F, K]: panels of 32 outputs, one after the other.
+// Packs a weight in panels of 32 outputs. It is [K, F], or [F, K] with `columns`.
 template <int P, typename S>
 void PackWeight(ffi::ThreadPool& pool, const S* w, bool columns, int64_t K, int64_t F, bf16* to) {
   Parallel(pool, F / kSide, [&](int64_t panel) {
@@ -101,9 +101,9 @@ void PackWeight(ffi::ThreadPool& pool, const ffi::AnyBuffer& w, bool columns, in
 using Stream = ffi::Buffer<ffi::F32>;
 
 // An array that is added to a result, if there is one.
-struct Onto {
+struct Residual {
   const float* at;
-  explicit Onto(const Stream& onto) : at(onto.element_count() ? onto.typed_data() : nullptr) {}
+  explicit Residual(const Stream& residual) : at(residual.element_count() ? residual.typed_data() : nullptr) {}
   __m512 operator()(int64_t element, __m512 x) const { return at ? _mm512_add_ps(Load(at + element), x) : x; }
 };
 
@@ -114,14 +114,15 @@ struct Bias {
 };
 
 template <typename T, typename Out>
-ffi::Error LinearAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, Bias bias, Onto onto,
-                    bool columns, Out* y, int64_t N, int64_t K, int64_t F, Workspace all) {
+ffi::Error LinearAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, Bias bias,
+                    Residual residual, bool columns, Out* y, int64_t N, int64_t K, int64_t F, Workspace all) {
   constexpr int P = kPlanes<T>;
   bf16* packed = all.Take(K * F * P);
   if (!all.enough()) return TooSmallWorkspace();
   PackWeight<P>(pool, w, columns, K, F, packed);
   const int64_t rows = RowsOfTask(pool, N, kRowsAtOnce, kSide), row_tasks = Ceil(N, rows);
-  const int64_t column_tasks = Cuts(pool, row_tasks, F / kSide), columns_of_task = Ceil(F / kSide, column_tasks) * kSide;
+  const int64_t column_tasks = SplitsPerTask(pool, row_tasks, F / kSide);
+  const int64_t columns_of_task = Ceil(F / kSide, column_tasks) * kSide;
   Parallel(pool, row_tasks * column_tasks, [&](int64_t task) {
     const int64_t begin = task / column_tasks * rows, count = std::min(N - begin, rows);
     const int64_t first = task % column_tasks * columns_of_task, last = std::min(F, first + columns_of_task);
@@ -139,7 +140,7 @@ ffi::Error LinearAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::A
         for (int64_t i = 0; i < kSide; ++i)
           for (int half = 0; half < 2; ++half) {
             int64_t to = (begin + row + i) * F + column + 16 * half;
-            Store(y + to, onto(to, _mm512_add_ps(Load(block + i * kSide + 16 * half), b[half])));
+            Store(y + to, residual(to, _mm512_add_ps(Load(block + i * kSide + 16 * half), b[half])));
           }
       }
     }
@@ -151,29 +152,32 @@ struct LinearOptions {
   bool columns;  // w is [F, K]
 };
 
-inline ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Vector bias, Stream onto,
+inline ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Vector bias, Stream residual,
                          LinearOptions options, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Packed> packed) {
   if (!HaveRows(x, *y)) return DoNotFit();
   int64_t K = x.dimensions().back(), N = x.element_count() / K, F = y->dimensions().back();
   if (N % kSide || K % kDepth || F % kSide) return NotInBlocks();
-  if (!Have(K * F, w) || !Have(N * F, *y) || !HasOrLacks(F, bias) || !HasOrLacks(N * F, onto) || !Readable(x, w) ||
+  if (!Have(K * F, w) || !Have(N * F, *y) || !HasOrLacks(F, bias) || !HasOrLacks(N * F, residual) || !Readable(x, w) ||
       !Readable(x, *y))
     return DoNotFit();
   auto run = [&](auto as, auto* to) {
-    return LinearAs<decltype(as)>(pool, x, w, Bias(bias), Onto(onto), options.columns, to, N, K, F, Workspace(packed));
+    return LinearAs<decltype(as)>(pool, x, w, Bias(bias), Residual(residual), options.columns, to, N, K, F,
+                                  Workspace(packed));
   };
   if (IsFloat32(x)) return run(float{}, Data<float>(y));
   return IsFloat32(*y) ? run(bf16{}, Data<float>(y)) : run(bf16{}, Data<bf16>(y));
 }
 
-// result [K, F] (+)= left^T right. `count` rows of both are packed: panels of 32 columns, steps of 32 rows.
+// result [K, F] = left^T right, added to the old result if `add`. `count` rows of both operands are packed, in panels
+// of 32 columns and steps of 32 rows.
 template <int P>
 void AddOuterProducts(ffi::ThreadPool& pool, const bf16* left, const bf16* right, int64_t count, int64_t K, int64_t F,
                       float* result, bool add) {
-  constexpr int64_t kRows = 128, kColumns = 256;  // of a task, where there are enough for all threads
+  constexpr int64_t kRows = 128, kColumns = 256;  // of a task, if there are enough tasks for all threads
   const int64_t tasks = Ceil(K, kRows) * Ceil(F, kColumns);
-  const int64_t rows = std::max(kSide, kRows / Cuts(pool, tasks, kRows / kSide) / kSide * kSide);
-  const int64_t columns = kColumns / Cuts(pool, Ceil(K, rows) * Ceil(F, kColumns), kColumns / kSide) / kSide * kSide;
+  const int64_t rows = std::max(kSide, kRows / SplitsPerTask(pool, tasks, kRows / kSide) / kSide * kSide);
+  const int64_t splits = SplitsPerTask(pool, Ceil(K, rows) * Ceil(F, kColumns), kColumns / kSide);
+  const int64_t columns = kColumns / splits / kSide * kSide;
   const int64_t width = std::max(kSide, columns), column_tasks = Ceil(F, width);
   Parallel(pool, Ceil(K, rows) * column_tasks, [&](int64_t task) {
     TileScope tiles;
@@ -186,7 +190,7 @@ void AddOuterProducts(ffi::ThreadPool& pool, const bf16* left, const bf16* right
   });
 }
 
-// Packs `count` rows of 32 columns of x as a panel of a left operand that is contracted over rows.
+// Packs `count` rows of 32 columns of x as a panel of a left operand, for a matmul that contracts rows.
 template <int P, typename S>
 void PackLeftPanel(const S* x, int64_t width, int64_t count, bf16* to) {
   for (int64_t n = 0; n < count; n += kDepth, to += P * kBlock) PackLeftFromColumns<P>(x + n * width, width, to);
@@ -223,7 +227,8 @@ ffi::Error WeightGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, cons
   return ffi::Error::Success();
 }
 
-// dw [K, F] = x^T dy, and the sums of dy's columns. The size of `packed` determines how many rows are packed at a time.
+// Computes dw [K, F] = x^T dy and the sums of the columns of dy. The more space `packed` has, the more rows are packed
+// at a time.
 inline ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy,
                                  ffi::Result<ffi::Buffer<ffi::F32>> dw, ffi::Result<Vector> sums,
                                  ffi::Result<Packed> packed) {

@@ -1,7 +1,7 @@
-// Cross-entropy over a vocabulary, given hidden states. Only the logits of some columns are in memory at a time. They are
-// computed twice: first for the log-normalizers, then for the gradients.
+// Cross-entropy over a vocabulary, given hidden states. Only the logits of some columns are in memory at a time. All
+// logits are computed twice: first for the log-normalizers, then for the gradients.
 //
-// N rows, D width, V vocabulary; N and D are multiples of 32. A target of -1 does not count.
+// N rows, D width, V vocabulary; N and D are multiples of 32. A row whose target is -1 has no loss.
 #pragma once
 
 #include <algorithm>
@@ -13,16 +13,17 @@
 namespace gptjax {
 
 constexpr int64_t kColumnsAtOnce = 1024;  // columns of the vocabulary
-constexpr int64_t kLossRows = 64;         // largest number of rows of a task
+constexpr int64_t kLossRows = 64;         // largest number of rows in a task
 constexpr float kNoLogit = -1e30f;
 
 struct LossOptions {
-  int64_t vocab_size;  // later columns are padding
+  int64_t vocab_size;  // columns from here on are padding
   float smoothing, z_loss;
 };
 
-// Packs columns [first, first + count) of the vocabulary, padded with zeros: as right operands of the matmul that computes
-// the logits and, into `back` if it is not null, of the matmul with the gradients of the logits.
+// Packs columns [first, first + count) of the vocabulary, padded with zeros: into `to` as right operands of the matmul
+// that computes the logits, and, unless `back` is null, into `back` as right operands of the matmul with their
+// gradients.
 template <int P, typename S>
 void PackColumnsOfVocabulary(ffi::ThreadPool& pool, const S* w, int64_t V, int64_t D, int64_t first, int64_t count,
                              bf16* to, bf16* back) {
@@ -42,7 +43,7 @@ void PackColumnsOfVocabulary(ffi::ThreadPool& pool, const S* w, int64_t V, int64
   });
 }
 
-// The logits of 32 rows and `count` columns.
+// Computes the logits of 32 rows and `count` columns.
 template <int P>
 void Logits(Left x, const bf16* columns, int64_t D, int64_t first, int64_t count, int64_t vocab_size, float* logits) {
   for (int64_t column = 0; column < count; column += kSide)
@@ -61,7 +62,7 @@ ffi::Error CrossEntropyAs(ffi::ThreadPool& pool, const T* x, const S* w, const i
   bf16* x_right = dx ? workspace.Take(N * D * P) : nullptr;
   bf16* dlogits = dx ? workspace.Take(N * kColumnsAtOnce * P) : nullptr;  // blocks of 32 rows, then of 32 columns
   if (!workspace.enough()) return TooSmallWorkspace();
-  auto over_rows = [&](int64_t first, auto&& visit) {  // visit(row, logits, count): 32 rows
+  auto over_rows = [&](int64_t first, auto&& visit) {  // calls visit(row, logits, count) for 32 rows at a time
     int64_t count = std::min<int64_t>(kColumnsAtOnce, (V - first + kSide - 1) / kSide * kSide);
     PackColumnsOfVocabulary<P>(pool, w, V, D, first, count, columns, back);
     const int64_t rows = RowsOfTask(pool, N, kLossRows, kSide);
@@ -77,7 +78,7 @@ ffi::Error CrossEntropyAs(ffi::ThreadPool& pool, const T* x, const S* w, const i
     return count;
   };
 
-  std::fill(log_z, log_z + N, kNoLogit);  // of the columns so far
+  std::fill(log_z, log_z + N, kNoLogit);  // log-normalizers over the columns so far
   std::fill(at_target, at_target + N, 0.0f);
   std::fill(total, total + N, 0.0f);
   for (int64_t first = 0; first < V; first += kColumnsAtOnce) {
@@ -126,23 +127,23 @@ ffi::Error CrossEntropyAs(ffi::ThreadPool& pool, const T* x, const S* w, const i
       for (int64_t d = 0; d < D; d += kSide)
         Multiply<P>(InBlocks<P>(out), back + d * count * P, count / kDepth, dx + row * D + d, D, true);
     });
-    constexpr int64_t kColumns = 128;  // of a task at most
+    constexpr int64_t kColumns = 128;  // largest number of columns in a task
     const int64_t width = RowsOfTask(pool, count, kColumns, kSide), column_tasks = Ceil(count, width);
-    const int64_t cuts = std::min<int64_t>(Ceil(Threads(pool), column_tasks), D / kSide);
-    const int64_t depth = Ceil(D / kSide, cuts) * kSide;
-    Parallel(pool, column_tasks * cuts, [&](int64_t task) {
+    const int64_t splits = std::min<int64_t>(Ceil(Threads(pool), column_tasks), D / kSide);
+    const int64_t depth = Ceil(D / kSide, splits) * kSide;
+    Parallel(pool, column_tasks * splits, [&](int64_t task) {
       TileScope tiles;
       alignas(64) float block[kBlock];
-      int64_t begin = task / cuts * width, end = std::min(count, begin + width);
-      bf16* turned = Scratch<struct TurnedLogits, bf16>(kColumns * N * P);
+      int64_t begin = task / splits * width, end = std::min(count, begin + width);
+      bf16* transposed = Scratch<struct TransposedLogits, bf16>(kColumns * N * P);
       for (int64_t column = begin; column < end; column += kSide)
         for (int64_t n = 0; n < N; n += kDepth)
           for (int p = 0; p < P; ++p)
             PackLeftFromColumns<1>(dlogits + ((n * count + column * kSide) * P) + p * kBlock, kDepth,
-                                   turned + ((column - begin) * N + n * kSide) * P + p * kBlock);
-      for (int64_t d = task % cuts * depth; d < std::min(D, (task % cuts + 1) * depth); d += kSide)
+                                   transposed + ((column - begin) * N + n * kSide) * P + p * kBlock);
+      for (int64_t d = task % splits * depth; d < std::min(D, (task % splits + 1) * depth); d += kSide)
         for (int64_t column = begin; column < end; column += kSide) {
-          Multiply<P>(InBlocks<P>(turned + (column - begin) * N * P), x_right + d * N * P, N / kDepth, block, kSide,
+          Multiply<P>(InBlocks<P>(transposed + (column - begin) * N * P), x_right + d * N * P, N / kDepth, block, kSide,
                       false);
           for (int64_t i = 0; i < std::min(kSide, V - first - column); ++i)
             std::copy(block + i * kSide, block + (i + 1) * kSide, dw + (first + column + i) * D + d);

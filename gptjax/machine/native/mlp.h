@@ -1,7 +1,8 @@
-// An MLP: two linear layers with a GELU between. It processes some rows at a time, so that the hidden layer stays in the
-// caches. The backward pass recomputes it.
+// An MLP: two linear layers with a GELU between them. It processes a few rows at a time, so that their hidden layer
+// stays in the CPU's caches. The backward pass recomputes the hidden layer.
 //
-// N rows, D width of the residual stream, F width of the hidden layer; all are multiples of 32. Both weights are [D, F].
+// N rows, D width of the residual stream, F width of the hidden layer; all are multiples of 32. Both weights have the
+// shape [D, F].
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,7 @@
 
 namespace gptjax {
 
-// Rounds to the dtype of the activations.
+// Rounds x to the dtype of the activations.
 template <typename T>
 inline __m512 Rounded(__m512 x) {
   if constexpr (std::is_same_v<T, float>) return x;
@@ -22,10 +23,10 @@ inline __m512 Rounded(__m512 x) {
 
 template <typename T>
 ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w_in, Bias b_in,
-                 const ffi::AnyBuffer& w_out, Bias b_out, Onto onto, float* y, int64_t N, int64_t D, int64_t F,
+                 const ffi::AnyBuffer& w_out, Bias b_out, Residual residual, float* y, int64_t N, int64_t D, int64_t F,
                  Workspace all) {
   constexpr int P = kPlanes<T>;
-  constexpr int64_t kRows = P == 1 ? 256 : 128;  // of a task at most
+  constexpr int64_t kRows = P == 1 ? 256 : 128;  // largest number of rows in a task
   bf16 *in = all.Take(D * F * P), *out = all.Take(D * F * P);
   if (!all.enough()) return TooSmallWorkspace();
   PackWeight<P>(pool, w_in, false, D, F, in);
@@ -58,7 +59,7 @@ ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyB
           __m512 bias = b_out(d + half);
           for (int64_t i = 0; i < kSide; ++i) {
             int64_t to = (begin + row + i) * D + d + half;
-            Store(y + to, onto(to, _mm512_add_ps(Load(block + i * kSide + half), bias)));
+            Store(y + to, residual(to, _mm512_add_ps(Load(block + i * kSide + half), bias)));
           }
         }
       }
@@ -68,25 +69,26 @@ ffi::Error MlpAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyB
 }
 
 inline ffi::Error Mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w_in, Vector b_in, ffi::AnyBuffer w_out,
-                      Vector b_out, Stream onto, ffi::Result<Stream> y, ffi::Result<Packed> packed) {
+                      Vector b_out, Stream residual, ffi::Result<Stream> y, ffi::Result<Packed> packed) {
   if (!HaveRows(x, w_in)) return DoNotFit();
   int64_t D = x.dimensions().back(), N = x.element_count() / D, F = w_in.dimensions().back();
   if (N % kSide || D % kSide || F % kSide) return NotInBlocks();
   if (!Have(D * F, w_in, w_out) || !Have(N * D, *y) || !HasOrLacks(F, b_in) || !HasOrLacks(D, b_out) ||
-      !HasOrLacks(N * D, onto) || !Readable(x, w_in, w_out))
+      !HasOrLacks(N * D, residual) || !Readable(x, w_in, w_out))
     return DoNotFit();
   auto run = IsFloat32(x) ? MlpAs<float> : MlpAs<bf16>;
-  return run(pool, x, w_in, Bias(b_in), w_out, Bias(b_out), Onto(onto), y->typed_data(), N, D, F, Workspace(packed));
+  return run(pool, x, w_in, Bias(b_in), w_out, Bias(b_out), Residual(residual), y->typed_data(), N, D, F,
+             Workspace(packed));
 }
 
-// The workspace holds three layouts of weights, then, for as many rows at a time as fit, x and dy as left operands and
-// the hidden layer, with its gradient, as right operands.
+// The workspace holds three layouts of weights. The rest of it holds, for as many rows as fit, x and dy as left
+// operands, and the hidden layer and its gradient as right operands.
 template <typename T>
 ffi::Error MlpGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w_in, Bias b_in,
                          const ffi::AnyBuffer& w_out, const ffi::AnyBuffer& dy, T* dx, float* dw_in, float* db_in,
                          float* dw_out, int64_t N, int64_t D, int64_t F, Workspace all) {
   constexpr int P = kPlanes<T>;
-  constexpr int64_t kRows = 128;  // of a task at most
+  constexpr int64_t kRows = 128;  // largest number of rows in a task
   bf16 *in = all.Take(D * F * P), *out = all.Take(D * F * P), *back = all.Take(D * F * P);
   const int64_t at_once = all.left() / (2 * (D + F) * P) / kRows * kRows;
   if (at_once <= 0) return TooSmallWorkspace();
@@ -96,7 +98,7 @@ ffi::Error MlpGradientAs(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const f
   PackWeight<P>(pool, w_out, false, D, F, out);
   PackWeight<P>(pool, w_in, true, F, D, back);
   std::fill(db_in, db_in + F, 0.0f);
-  std::vector<float> sums(at_once / kSide * F);  // of 32 rows each, so that tasks of any size give the same bits
+  std::vector<float> sums(at_once / kSide * F);  // each of 32 rows, so that the size of tasks does not change the bits
   for (int64_t first = 0; first < N; first += at_once) {
     const int64_t total = std::min(at_once, N - first), rows = RowsOfTask(pool, total, kRows, kSide);
     Parallel(pool, Ceil(total, rows), [&](int64_t task) {

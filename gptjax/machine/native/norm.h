@@ -11,14 +11,14 @@
 
 namespace gptjax {
 
-constexpr int64_t kNormRows = 64;  // of a task, whatever the number of threads: gradients are summed for each task
+constexpr int64_t kNormRows = 64;  // rows in a task; fixed, because gradients are summed task by task
 
 struct NormOptions {
   float epsilon;
 };
 
 struct Statistics {
-  __m512 mean, inverse;  // of the standard deviation
+  __m512 mean, inverse;  // mean, and the inverse of the standard deviation
 };
 
 inline Statistics StatisticsOf(const float* x, int64_t D, float epsilon) {
@@ -60,12 +60,12 @@ inline ffi::Error LayerNorm(ffi::ThreadPool pool, Stream x, Vector scale, Vector
   return ffi::Error::Success();
 }
 
-// dx is the gradient through the norm plus `residual`, the gradient of x from the residual stream.
+// dx is the gradient through the norm plus `residual`, the gradient of x through the residual stream.
 template <typename T>
 void LayerNormGradientAs(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t D, const float* scale, const T* dy,
                          const float* residual, float epsilon, float* dx, float* dscale, float* dbias) {
   int64_t tasks = (N + kNormRows - 1) / kNormRows;
-  std::vector<float> sums(tasks * 2 * D);  // for each task those of the scale, then those of the bias
+  std::vector<float> sums(tasks * 2 * D);  // for each task D sums for the scale, then D sums for the bias
   Parallel(pool, tasks, [&](int64_t task) {
     float *scales = &sums[task * 2 * D], *biases = scales + D;
     for (int64_t row = task * kNormRows; row < std::min(N, (task + 1) * kNormRows); ++row) {
@@ -107,8 +107,8 @@ inline ffi::Error LayerNormGradient(ffi::ThreadPool pool, Stream x, Vector scale
   if (D % kSide) return NotInBlocks();
   if (!Have(D, scale, *dscale, *dbias) || !Have(N * D, dy, residual, *dx) || !Alike(dy)) return DoNotFit();
   auto run = [&](auto* gradient) {
-    LayerNormGradientAs(pool, x.typed_data(), N, D, scale.typed_data(), gradient, residual.typed_data(), options.epsilon,
-                        dx->typed_data(), dscale->typed_data(), dbias->typed_data());
+    LayerNormGradientAs(pool, x.typed_data(), N, D, scale.typed_data(), gradient, residual.typed_data(),
+                        options.epsilon, dx->typed_data(), dscale->typed_data(), dbias->typed_data());
   };
   if (IsFloat32(dy))
     run(Data<float>(dy));

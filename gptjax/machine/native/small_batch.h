@@ -1,10 +1,10 @@
-// Matmuls of a few rows with packed weights. They are limited by the memory bandwidth of reading the weights.
+// Matmuls of a few rows with packed weights. Their speed is limited by the memory bandwidth of reading the weights.
 //
-// N rows, K contracted, F outputs. Weights are bfloat16 or int8, packed in panels of 32 outputs as in tiles.h: a panel
-// is a number of steps of 2 kB, each of 16 words of 32 bits for every output; a word holds the two or four numbers that
-// one instruction contracts. With bfloat16 weights, rows are rounded to bfloat16. With int8 weights each row is
-// represented by two rows of int8, one in quantization steps and one in fractions of a step, so that only weights are
-// rounded to 8 bits.
+// N rows, K contracted, F outputs. Weights are bfloat16 or int8, packed in panels of 32 outputs as in tiles.h. A panel
+// consists of steps of 2 kB. A step has 16 words of 32 bits for each output, and a word has the two or four numbers
+// that one instruction contracts. With bfloat16 weights, rows are rounded to bfloat16. With int8 weights, two rows of
+// int8 represent each row: one in quantization steps, one in fractions of a step. So only the weights are rounded to 8
+// bits.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 namespace gptjax {
 
 constexpr int64_t kHalf = kSide / 2, kStepBytes = 2048;
-constexpr int64_t kStepsAhead = 4;  // distance of prefetches
+constexpr int64_t kStepsAhead = 4;  // how far ahead memory is prefetched
 constexpr float kInt8Max = 127.0f, kLowSteps = 254.0f;  // as in ops/projection.py
 constexpr int64_t kRowsPackedAtOnce = 64;
 
@@ -34,8 +34,8 @@ using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
 template <typename T>
 inline void MultiplyUpper(const T* left, const T* right) {
-  // Loading a tile reads every other cache line, which the hardware does not prefetch. Without prefetches this is three
-  // times slower.
+  // A tile is loaded from every other cache line, a pattern that the hardware does not prefetch. Without these
+  // prefetches the loop is three times slower.
   for (int64_t line = 0; line < kStepBytes; line += 64)
     _mm_prefetch((const char*)right + kStepsAhead * kStepBytes + line, _MM_HINT_T0);
   LoadTile<4>(left, 64);
@@ -62,7 +62,7 @@ inline void MultiplyLower(const T* left) {
   }
 }
 
-// sums [rows, 32] = left right; a step of the left operand holds 32 rows of 64 bytes.
+// sums [rows, 32] = left right; a step of the left operand has 32 rows of 64 bytes.
 template <typename T>
 inline void MultiplyPanel(const T* left, int64_t rows, const T* right, int64_t steps, Sum<T>* sums) {
   constexpr int64_t kStep = kStepBytes / sizeof(T), kHalfStep = kStep / 2;
@@ -89,7 +89,7 @@ inline void MultiplyPanel(const T* left, int64_t rows, const T* right, int64_t s
 template <typename T, int Rows>
 inline void MultiplyRows(const T* left, const T* right, int64_t steps, Sum<T>* sums) {
   constexpr bool kBytes = kPackedRows<T> == 2;
-  const __m512i offset = _mm512_set1_epi8(-128);  // one operand of the instruction is unsigned
+  const __m512i offset = _mm512_set1_epi8(-128);  // because one operand of the instruction is unsigned
   __m512i total[Rows][2], offsets[2] = {};
   for (int i = 0; i < Rows; ++i) total[i][0] = total[i][1] = _mm512_setzero_si512();
   auto add = [](__m512i sum, __m512i a, __m512i b) {
@@ -143,9 +143,11 @@ inline void PackRow(const float* x, int64_t K, bf16* to, int64_t, float*) {
     PutRow(to, x + k);
 }
 
-// Packs a row as two rows of int8; the second one is stored `rows` rows after the first. `step` is the quantization step of the first one.
+// Packs a row as two rows of int8; the second one is stored `rows` rows after the first. `step` becomes the
+// quantization step of the first one.
 inline void PackRow(const float* x, int64_t K, int8_t* to, int64_t rows, float* step) {
-  __m512i largest = _mm512_setzero_si512();  // the bits of positive floats have the order of the floats, and NaN is the largest
+  // The bits of positive floats, read as integers, have the order of the floats, and NaN is the largest.
+  __m512i largest = _mm512_setzero_si512();
   for (int64_t k = 0; k < K; k += 16)
     largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + k), _mm512_set1_epi32(0x7fffffff)));
   int32_t bits = _mm512_reduce_max_epi32(largest);
@@ -165,8 +167,8 @@ inline void PackRow(const float* x, int64_t K, int8_t* to, int64_t rows, float* 
 }
 
 template <typename T>
-ffi::Error SmallBatchMatmulOf(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t K, const T* w, const float* scale,
-                     T* left, float* row_steps, float* y, int64_t F) {
+ffi::Error SmallBatchMatmulOf(ffi::ThreadPool& pool, const float* x, int64_t N, int64_t K, const T* w,
+                              const float* scale, T* left, float* row_steps, float* y, int64_t F) {
   const int64_t steps = K / kContracted<T>, panels = (F + kSide - 1) / kSide, panel_size = K * kSide;
   auto block_of = [&](int64_t row) { return left + row / kRows<T> * panel_size; };
   auto rows_of = [&](int64_t row) { return std::min(N - row / kRows<T> * kRows<T>, kRows<T>); };
@@ -223,13 +225,13 @@ inline ffi::Error SmallBatchMatmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32>
   if (!Have(N, *row_steps) || (bytes && !Have(F, scale))) return DoNotFit();
   auto run = [&](auto* weights) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(weights)>>;
-    return SmallBatchMatmulOf<T>(pool, x.typed_data(), N, K, weights, scale.typed_data(), static_cast<T*>(left->untyped_data()),
-                        row_steps->typed_data(), y->typed_data(), F);
+    return SmallBatchMatmulOf<T>(pool, x.typed_data(), N, K, weights, scale.typed_data(),
+                                 static_cast<T*>(left->untyped_data()), row_steps->typed_data(), y->typed_data(), F);
   };
   return bytes ? run(Data<int8_t>(w)) : run(Data<bf16>(w));
 }
 
-// Packs weights [F, K] of bfloat16 or int8; F is a multiple of 32, a row of 64 bytes.
+// Packs weights [F, K] of bfloat16 or int8. F is a multiple of 32, and the size of a row is a multiple of 64 bytes.
 inline ffi::Error PackWeights(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> packed) {
   if (w.dimensions().size() != 2 || !w.element_count()) return DoNotFit();
   int64_t F = w.dimensions()[0], width = w.size_bytes() / F / sizeof(bf16);

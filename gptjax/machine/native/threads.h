@@ -1,4 +1,4 @@
-// Work shared among the threads of XLA's own pool, and memory that each of them keeps.
+// Divides work among the threads of XLA's pool, and gives each thread memory that later calls reuse.
 #pragma once
 
 #include <algorithm>
@@ -17,28 +17,28 @@ namespace gptjax {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kSpins = 10000;      // of a waiting thread before it yields its processor
-constexpr int64_t kTasksPerThread = 4; // so that no thread waits long for the last one
+constexpr int64_t kSpins = 10000;       // how often a waiting thread looks before it yields its core
+constexpr int64_t kTasksPerThread = 4;  // so that no thread waits long for the last one
 
 inline int64_t Threads(const ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 
 inline int64_t Ceil(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// Number of parts, at most `pieces`, to split each of `tasks` tasks into, so that every thread gets a few. Splitting must
-// not change how a number of the result is computed, so that results do not depend on the number of threads.
-inline int64_t Cuts(const ffi::ThreadPool& pool, int64_t tasks, int64_t pieces) {
+// Returns into how many parts, at most `pieces`, to split each of `tasks` tasks, so that every thread gets a few parts.
+// A split must not change how a number of the result is computed, or results would depend on the number of threads.
+inline int64_t SplitsPerTask(const ffi::ThreadPool& pool, int64_t tasks, int64_t pieces) {
   return std::clamp<int64_t>(Ceil(kTasksPerThread * Threads(pool), std::max<int64_t>(1, tasks)), 1, pieces);
 }
 
-// Number of rows in a task: `most`, or a smaller multiple of `unit`, so that every thread gets a task if there are enough
-// rows.
+// Returns the number of rows in a task: `most`, or a smaller multiple of `unit`, so that every thread gets a task if
+// there are enough rows.
 inline int64_t RowsOfTask(const ffi::ThreadPool& pool, int64_t rows, int64_t most, int64_t unit) {
   return std::clamp<int64_t>(Ceil(Ceil(rows, 2 * Threads(pool)), unit) * unit, unit, most);
 }
 
-// Calls `work(i)` once for each i in [0, count). The calling thread takes part and waits only for threads that have
-// started, so busy or waiting threads of the pool cannot block it. If a call throws (out of memory), this function throws
-// after all other calls have ended.
+// Calls `work(i)` once for each i in [0, count). The calling thread works too and waits only for threads that have
+// started, so busy or waiting threads of the pool cannot block it. If a call throws (out of memory), this function
+// throws after all other calls have ended.
 template <typename Work>
 void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
   struct Shared {
@@ -46,7 +46,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
     std::atomic<bool> failed{false};
   };
   auto shared = std::make_shared<Shared>();
-  auto* function = &work;  // only read by threads that took a number below `count`; the caller waits for these
+  auto* function = &work;  // read only by threads that got a number below `count`; the caller waits for these
   auto take = [shared, function, count]() noexcept {
     for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
       try {
@@ -63,7 +63,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
       auto copy = take;
       pool.Schedule(std::move(copy));
     }
-  } catch (const std::exception&) {  // out of memory, or of threads: fewer threads do the work
+  } catch (const std::exception&) {  // out of memory or of threads: fewer threads do the work
   }
   take();
   for (int64_t spins = 0; shared->done.load(std::memory_order_acquire) < count; ++spins) {
@@ -75,8 +75,8 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, Work&& work) {
   if (shared->failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
-// Memory for `count` elements that belongs to this thread; one buffer for each `Name`. Later calls reuse the buffer. It
-// grows if necessary, and is replaced by a smaller one if a call needs far less.
+// Returns memory of this thread for `count` elements, from one buffer for each `Name`. Later calls reuse the buffer. It
+// grows if necessary, and a call that needs far less replaces it by a smaller one.
 template <typename Name, typename T>
 T* Scratch(int64_t count) {
   constexpr size_t kLine = 64 / sizeof(T), kSmall = (size_t{1} << 20) / sizeof(T), kFarLess = 8;

@@ -1,7 +1,7 @@
-// The AMX instructions that kernels use, each with all the memory that it reads or writes declared to the compiler.
+// The AMX instructions that kernels use. Each declares to the compiler all memory that it reads or writes.
 //
-// The compilers' own intrinsics do not declare all of it: those of GCC 12 name 8 of the 64 bytes that
-// `_tile_loadconfig` reads, and none of what `_tile_loadd` reads, so the compiler may delay a store that comes before.
+// The intrinsics of compilers do not. Those of GCC 12 declare 8 of the 64 bytes that `_tile_loadconfig` reads and none
+// that `_tile_loadd` reads, so the compiler may move an earlier store behind the load.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ inline void StoreTile(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(to), "r"(stride) : "memory");
 }
 
-// sum += left right, of pairs of bfloat16 or of four int8.
+// sum += left right; one word has two bfloat16 numbers or four int8 numbers.
 template <int kSum, int kLeft, int kRight>
 inline void MultiplyTilesOfBf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));

@@ -1,13 +1,13 @@
-// Matrix multiplication of small blocks, accumulated in float32: by AMX (Intel's tiles) or by the AVX-512 instruction
-// for pairs of bfloat16.
+// Matrix multiplication of small blocks with float32 sums, by AMX (Intel's tiles) or by the AVX-512 instruction for
+// pairs of bfloat16.
 //
-// Operands are planes of bfloat16: one plane for a bfloat16 matrix; three for a float32 matrix, which is the sum of its
-// planes. Of the nine matmuls of two planes, the six largest are summed; the others are below float32's rounding error
-// (arXiv:1904.06376, section 3).
+// Operands are stored as planes of bfloat16: one plane for a bfloat16 matrix, three planes for a float32 matrix, which
+// is their sum. Of the nine matmuls of two planes, the six largest are summed; the other three are below the rounding
+// error of float32 (arXiv:1904.06376, section 3).
 //
-// The left operand lies in rows, or packed in blocks of 32 x 32. The right operand is packed in panels of 32 columns. In
-// a panel two consecutive rows are interleaved element by element, so that a pair is one word of 32 bits, as both
-// instruction sets expect.
+// The left operand is stored in rows, or packed in blocks of 32 x 32. The right operand is packed in panels of 32
+// columns. In a panel, two consecutive rows are interleaved element by element, so that each pair is one word of 32
+// bits, as both instruction sets expect.
 #pragma once
 
 #include <immintrin.h>
@@ -30,15 +30,15 @@ namespace gptjax {
 using bf16 = uint16_t;
 
 constexpr int64_t kSide = 32;               // rows and columns of a block of results
-constexpr int64_t kDepth = 32;              // contracted in one step
+constexpr int64_t kDepth = 32;              // contracted elements in one step
 constexpr int64_t kBlock = kSide * kDepth;  // elements of a plane of a packed block
 
 template <typename T>
 constexpr int kPlanes = std::is_same_v<T, float> ? 3 : 1;
 
-// The pairs of planes, left and right, that are multiplied: the smallest terms first.
+// The pairs of a left and a right plane that are multiplied, smallest terms first.
 template <int P>
-constexpr int kProducts = P == 3 ? 6 : 1;
+constexpr int kPlanePairs = P == 3 ? 6 : 1;
 constexpr int kLeftPlane[] = {0, 0, 1, 1, 2, 0}, kRightPlane[] = {2, 1, 1, 0, 0, 0};
 template <int P>
 constexpr int LeftPlane(int i) {
@@ -57,7 +57,7 @@ struct Left {
 };
 
 inline Left InRows(const bf16* at, int64_t width) { return {at, width, kDepth}; }
-// Packed: for each step the planes of a block of 32 x 32.
+// The same, packed: for each step the planes of a block of 32 x 32.
 template <int P>
 inline Left InBlocks(const bf16* at) {
   return {at, kDepth, P * kBlock};
@@ -82,7 +82,8 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
-// c [32, 32] (+)= left [32, 32 steps] right [32 steps, 32]. The rows of c are `width` elements apart.
+// c [32, 32] = left [32, 32 steps] right [32 steps, 32], added to the old c if `add`. The rows of c are `width`
+// elements apart.
 template <int P>
 inline void Multiply(Left left, const bf16* right, int64_t steps, float* c, int64_t width, bool add) {
   if (add) {
@@ -99,7 +100,7 @@ inline void Multiply(Left left, const bf16* right, int64_t steps, float* c, int6
   const bf16 *first = left.at, *second = first + 16 * left.row;
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 6
-    for (int i = 0; i < kProducts<P>; ++i) {
+    for (int i = 0; i < kPlanePairs<P>; ++i) {
       if (i == 0 || RightPlane<P>(i) != RightPlane<P>(i - 1)) {
         LoadTile<6>(right + RightPlane<P>(i) * kBlock, 128);
         LoadTile<7>(right + RightPlane<P>(i) * kBlock + 32, 128);
@@ -138,7 +139,7 @@ inline void Multiply(Left left, const bf16* right, int64_t steps, float* c, int6
       for (int j = 0; j < 2; ++j)
         sums[i][j] = add ? _mm512_loadu_ps(c + (top + i) * width + 16 * j) : _mm512_setzero_ps();
     for (int64_t step = 0; step < steps; ++step) {
-      for (int product = 0; product < kProducts<P>; ++product) {
+      for (int product = 0; product < kPlanePairs<P>; ++product) {
         const bf16* rows = left.at + top * left.row + step * left.step + LeftPlane<P>(product) * kBlock;
         const bf16* columns = right + (step * P + RightPlane<P>(product)) * kBlock;
         for (int pair = 0; pair < 16; ++pair) {
@@ -259,7 +260,7 @@ inline void PackRightFromColumns(const S* from, int64_t width, bf16* to) {
   }
 }
 
-// Packs 32 rows of a left operand, 32 columns of it.
+// Packs 32 rows and 32 columns of a left operand.
 template <int P, typename S>
 inline void PackLeft(const S* from, int64_t width, bf16* to) {
   for (int i = 0; i < kSide; ++i)
@@ -270,7 +271,7 @@ inline void PackLeft(const S* from, int64_t width, bf16* to) {
     }
 }
 
-// The same for a left operand that is stored in columns: `from` has 32 rows, which become columns.
+// The same for a left operand that is stored in columns: the 32 rows of `from` become columns.
 template <int P, typename S>
 inline void PackLeftFromColumns(const S* from, int64_t width, bf16* to) {
   for (int half = 0; half < 32; half += 16) {
