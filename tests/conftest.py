@@ -24,7 +24,7 @@ if option := os.environ.get("GPTJAX_TEST_OPTION"):  # for the compiler of kernel
     header = Path(__file__).with_name("native") / "emulated_tiles.h"
     compiler.OPTIONS += (option, f"-DGPTJAX_TEST=0x{zlib.crc32(header.read_bytes()):x}")
 if folder := compile_cache.usable_folder(str(CACHE / "shared")):  # which processes of tests read too
-    build.keep_in(folder)
+    build.set_folder(folder)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

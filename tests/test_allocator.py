@@ -99,9 +99,11 @@ def test_the_reason_against_a_restart_is_stated(environment, reason, monkeypatch
         pytest.skip("needs Linux with glibc")
     monkeypatch.setattr(allocator, "has_accelerator", lambda environment: "accelerator" in environment)
     monkeypatch.setattr(allocator, "_is_watched", lambda: False)
-    assert allocator.reason_to_stay(environment) == reason
+    assert allocator.reason_not_to_restart(environment) == reason
     monkeypatch.setattr(allocator, "_is_watched", lambda: True)
-    assert allocator.reason_to_stay(environment) == (reason or "a debugger, tracer or profiler watches this process")
+    assert allocator.reason_not_to_restart(environment) == (
+        reason or "a debugger, tracer or profiler watches this process"
+    )
 
 
 def test_the_library_is_kept_in_cache_dir(tmp_path):

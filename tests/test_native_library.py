@@ -407,7 +407,7 @@ def test_a_step_on_several_devices_compiles_no_kernels_and_says_so(monkeypatch):
     started = []
     monkeypatch.setattr(build.threading, "Thread", lambda **options: started.append(options) or options["target"])
     monkeypatch.setattr(build, "ready", type("Ready", (), {"start": lambda: None}))
-    build.begin(4)
+    build.start_compiling(4)
     assert not started and build.state(4) == "none: XLA partitions the step over 4 devices"
-    build.begin(1)
+    build.start_compiling(1)
     assert len(started) == 1

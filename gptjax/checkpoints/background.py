@@ -1,4 +1,4 @@
-"""Background work at low priority, which uses the processor time that the training loop leaves."""
+"""Background work at low priority, in the processor time that the training loop leaves over."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 NICENESS_INCREASE = 10
-"""Against a loop that uses all cores it leaves about a tenth of a core: training may have to wait for the work."""
+"""Next to a loop that uses all cores, the work gets about a tenth of a core; training may have to wait for it."""
 
 
 def lower_priority() -> None:

@@ -199,8 +199,8 @@ class Checkpoints:
             self._error = error
 
     def _obstacle(self, items: dict[str, Any]) -> OSError | None:
-        """Checks for free disk space before a save. A disk that fills up during a save is handled too, but Orbax then
-        prints much noise.
+        """Checks for free disk space before a save. A disk that fills up during a save is handled too, but then Orbax
+        prints many lines of its own.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

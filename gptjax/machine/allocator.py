@@ -1,9 +1,9 @@
 """The memory settings of the process: huge pages, and a cache of large buffers.
 
-XLA allocates its temporary buffer again in each step. With 4 kB pages, page faults take up to a quarter of a step on a
-CPU. The kernel's clearing of pages of large buffers, or getting them from the host of a virtual machine, takes up to a
-fifth (docs/experiments/memory.md). Both settings are read when a process starts, so `train` and `sample` restart
-themselves once on a CPU.
+XLA allocates its temporary buffer again in each step. On a CPU with pages of 4 kB, page faults take up to a quarter of
+a step. Up to a fifth of a step passes while the operating system clears the pages of large buffers, or gets them from
+the host of a virtual machine (docs/experiments/memory.md). Both settings are read when a process starts, so on a CPU
+`train` and `sample` restart themselves once.
 """
 
 import contextlib
@@ -41,14 +41,14 @@ _restarted = False
 
 
 def restart(cache_dir: str = Config.cache_dir, processes: int = 1) -> None:
-    """Restarts this program once with faster memory settings; does nothing if `reason_to_stay` gives a reason.
+    """Restarts this program once with faster memory settings; does nothing if `reason_not_to_restart` gives a reason.
 
     Args:
         cache_dir: Folder of the buffer cache's library.
         processes: Largest number of processes of the run on this machine.
     """
-    take_settings()
-    if reason_to_stay():
+    remove_restart_settings()
+    if reason_not_to_restart():
         return
     settings = _huge_pages() | _buffer_cache(cache_dir, processes)
     if not settings:
@@ -60,7 +60,7 @@ def restart(cache_dir: str = Config.cache_dir, processes: int = 1) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def take_settings() -> None:
+def remove_restart_settings() -> None:
     """Removes the variables of a restart from the environment, so that child processes do not inherit them."""
     global _restarted, _asked_for_huge_pages
     names = os.environ.pop(RESTARTED, "")
@@ -70,7 +70,7 @@ def take_settings() -> None:
             os.environ.pop(name, None)
 
 
-def reason_to_stay(environment: Mapping[str, str] = os.environ) -> str:
+def reason_not_to_restart(environment: Mapping[str, str] = os.environ) -> str:
     """Returns why this process does not restart with other memory settings; empty: it restarts."""
     if _restarted:
         return "it did already"
@@ -96,7 +96,7 @@ def state() -> str:
 
 def state_after_restart(cache_dir: str) -> str:
     """Describes the memory settings that `train` and `sample` will have on this machine."""
-    if reason := reason_to_stay():
+    if reason := reason_not_to_restart():
         return f"{state()}; train and sample do not restart for more: {reason}"
     pages = "huge pages" if _huge_pages() or uses_huge_pages() else "pages of 4 kB"
     cache = "a" if _buffer_cache(cache_dir, 1) else "no"

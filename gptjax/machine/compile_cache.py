@@ -1,9 +1,9 @@
 """The cache of compiled programs.
 
 JAX does not verify the programs in its cache: a damaged program can give wrong results or crash the process. So each
-process gives JAX a folder of its own, with links to the programs whose checksums are right. The process publishes the
-programs that it compiled from there, signed with the key of the cache (`private.py`), after each training program and
-at its end. So a process signs only programs that it compiled, and never deletes programs that another one uses.
+process gives JAX a separate folder, with links to the programs whose checksums are right. After each training program
+and at its end, the process signs the programs that it compiled there with the key of the cache (`private.py`), and
+publishes them. So a process signs only programs that it compiled, and never deletes programs that another one uses.
 """
 
 import atexit
@@ -53,7 +53,7 @@ def start(cache_dir: str = Config.cache_dir) -> None:
     folder = usable_folder(cache_dir)
     if folder is None:
         return
-    build.keep_in(folder)
+    build.set_folder(folder)
     try:
         own = _own_folders.get(folder) or _make_own_folder(folder)
     except OSError as error:  # a full disk, or a file system without locks
@@ -67,7 +67,7 @@ def start(cache_dir: str = Config.cache_dir) -> None:
 
 
 def pretend_devices(count: int) -> None:
-    """Makes this process's CPU look like so many devices; other devices are not touched."""
+    """Makes this process's CPU appear as `count` devices; GPUs and TPUs are not used."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -77,8 +77,8 @@ def pretend_devices(count: int) -> None:
 def compiled_folder(cache_dir: str) -> Path:
     """Makes the folder of compiled programs and libraries and returns it.
 
-    What it holds is executed, so only its owner may read and write there. Each kind of processor has a folder of its
-    own, since a program that was compiled for another one may end in an illegal instruction.
+    Its files are executed, so only their owner may read and write there. Each kind of processor has a separate folder,
+    because a program that was compiled for another one may stop at an illegal instruction.
 
     Raises:
         UntrustedError: Another user could write there.

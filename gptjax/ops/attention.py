@@ -132,10 +132,11 @@ def _per_device(implementation, spec, q_BTHC, k_BSGC, v_BSGC, mask, bias, key):
 
 
 class FirstTokens(NamedTuple):
-    """Queries that attend to the first slots of a cache, as by other positions than to the rest."""
+    """The same queries, rotated by other positions, for the first slots of a cache (attention sinks)."""
 
     q_BTHC: jax.Array
     slots: int
+    """Number of these slots."""
 
 
 def cached_attention(
@@ -161,7 +162,7 @@ def cached_attention(
         spec: Scale and soft cap; its other fields are not read.
         bias: Added to the logits, by distance.
         distance_NTS: How far a query is behind the token in each slot, `[1 or B, T, S]`, which a bias needs.
-        first: Other queries for the first slots; None: the same for all.
+        first: Queries for the first slots; None: `q_BTHC` attends to all slots.
     """
     plain_logits = bias is None and first is None and not spec.softcap and not spec.scale
     if q_BTHC.shape[1] == 1 and plain_logits and kernels.usable_for_a_cache(k_BGSC.dtype, q_BTHC.shape[3]):

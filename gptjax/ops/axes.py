@@ -39,7 +39,7 @@ def positions_sharded() -> bool:
 
 
 def merge_leading_axes(x: jax.Array) -> jax.Array:
-    """Merges all axes but the last, the layout that XLA:CPU multiplies fastest; no-op where positions are sharded."""
+    """Merges all axes but the last, because XLA:CPU multiplies matrices fastest; no-op where positions are sharded."""
     return x if positions_sharded() else x.reshape(-1, x.shape[-1])
 
 

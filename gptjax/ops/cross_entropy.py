@@ -31,7 +31,7 @@ DEVICE_CHUNK_LOGITS = 2**28
 KERNEL_VOCABULARY = 1024
 """Smallest vocabulary for which the kernel is used; below it XLA is faster."""
 KERNEL_ROWS = 4096
-"""Rows in one call of the kernel, which holds 1,024 logits of each, in the compute dtype."""
+"""Rows in one call of the kernel, which stores 1,024 logits of each row in the compute dtype."""
 NO_LOGIT = -1e30  # not -inf: the difference of two would be NaN
 
 
@@ -240,10 +240,10 @@ def _over_chunks(visit, x_BTD, targets_BT, Z):
 
     # The sum starts from the first chunk: starting from zeros would cost another pass over the table's gradient.
     total, out_BCD = visit(x_ZBCD[0], targets_ZBC[0])
-    total, others_YBCD = jax.lax.scan(visit_next, total, (x_ZBCD[1:], targets_ZBC[1:]))
+    total, rest_ZBCD = jax.lax.scan(visit_next, total, (x_ZBCD[1:], targets_ZBC[1:]))
     if out_BCD is None:
         return total, None
-    out_ZBCD = jnp.concatenate([out_BCD[None], others_YBCD])
+    out_ZBCD = jnp.concatenate([out_BCD[None], rest_ZBCD])
     return total, out_ZBCD.reshape(Z, B, K, T // (K * Z), D).transpose(1, 2, 0, 3, 4).reshape(B, T, D)
 
 

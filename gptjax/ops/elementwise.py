@@ -47,8 +47,8 @@ def layer_norm(
 ) -> jax.Array:
     """Normalises the last axis of `x` in float32 (arXiv:1607.06450) and casts the result to `out_dtype`.
 
-    The output and each gradient recompute the statistics from `x`: XLA:CPU passes a norm to its library only if no
-    intermediate result is used elsewhere, and is several times slower without the library.
+    The output and each gradient recompute the statistics from `x`. XLA:CPU passes a norm to its library only if no
+    intermediate result is used elsewhere; without the library it is several times slower.
     """
     return _layer_norm(merge_leading_axes(x), scale_D, bias_D, out_dtype, epsilon).reshape(x.shape)
 
@@ -198,8 +198,8 @@ def gelu_reference(x: jax.Array) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
     """Tanh approximation of GELU (arXiv:1606.08415), computed in float32; bfloat16 takes twice the time on a CPU.
 
-    Rational functions of `x` replace the tanh and its derivative: as exact as float32 allows, and half the time on a
-    CPU.
+    Rational functions of `x` replace the tanh and its derivative. They are as exact as float32 allows and take half the
+    time on a CPU.
     """
     # The barrier makes XLA read the rounded `x` from memory, not the float32 value before rounding.
     x32 = optimization_barrier(x)[0].astype(jnp.float32)

@@ -1,7 +1,7 @@
 """The embedding lookup. Its gradient is a one-hot matmul for small vocabularies, and deterministic on request.
 
-Shape suffixes: B batch, T position, D n_embd, V vocabulary; N = B times T rows, sorted by token and divided into Z
-tiles of R rows, which hold at most P = R different tokens.
+Shape suffixes: B batch, T position, D n_embd, V vocabulary; N = B times T rows, which are sorted by token and divided
+into Z tiles of R rows; P = R, the largest number of different tokens in a tile.
 """
 
 import jax
@@ -64,7 +64,7 @@ def sum_by_token_reference(V: int, tokens_N: jax.Array, x_ND: jax.Array) -> jax.
 
 
 def sum_by_token(V: int, tokens_N: jax.Array, x_ND: jax.Array) -> jax.Array:
-    """Sums the rows of each token: `[V, D]`, bit for bit the same in every run.
+    """Sums the rows of each token: `[V, D]`, with the same bits in every run.
 
     A scatter on a GPU is not deterministic, because its atomic additions have no fixed order. Here the rows are sorted
     by token and divided into tiles. In each tile a matmul with a one-hot matrix sums the rows of each token. Sums of

@@ -12,7 +12,8 @@ from gptjax.ops import kernels
 from gptjax.ops.attention_spec import AttentionSpec, Implementation, Request, exceeds_fused_kernel
 
 CORES_PER_TASK = 2
-"""With more cores for each task of the kernel most cores would be idle; XLA's own attention uses all of them."""
+"""If there are more cores than this for each task of the kernel, XLA's own attention is used, which keeps all cores
+busy."""
 
 
 def _unsupported(request: Request) -> str | None:
@@ -23,7 +24,7 @@ def _unsupported(request: Request) -> str | None:
     if not request.packed:
         return "queries, keys and values are separate arrays"
     tasks, cores = request.batch * request.n_kv_head, core_count()
-    if cores > CORES_PER_TASK * tasks:  # the gradient kernel runs one task for each pair; measured on two cores only
+    if cores > CORES_PER_TASK * tasks:  # each pair is one task of the gradient kernel; measured on two cores only
         return f"{tasks} pairs of a sequence and a key head are too few for {cores} cores"
     return kernels.unsupported(request.dtype, request.queries, request.head_dim)
 

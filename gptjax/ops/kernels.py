@@ -18,7 +18,7 @@ BLOCK_SIZE = 32
 ROW_BLOCK = 128
 """Largest number of rows in a task of the MLP's gradient."""
 COLUMNS_AT_ONCE = 1024
-"""Columns of the vocabulary whose logits the loss holds at a time."""
+"""Columns of the vocabulary whose logits are in memory at a time."""
 GRADIENT_ROWS = 1024
 """Rows that a weight's gradient contracts at a time, so that the packed operands stay in a cache."""
 PLANES = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}
@@ -193,7 +193,7 @@ def _shape(shape, dtype):
 
 
 def _packed(x, size):
-    """Shape of the workspace, a buffer of XLA's, into which a kernel packs operands for activations like `x`."""
+    """Shape of the workspace: an XLA buffer into which a kernel packs its operands, for activations of x's dtype."""
     return _shape((PLANES[x.dtype] * size,), jnp.bfloat16)
 
 

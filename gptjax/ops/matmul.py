@@ -106,7 +106,7 @@ def dot(spec: str, a: jax.Array, b: jax.Array, out_dtype: jax.typing.DTypeLike) 
 
 
 def row_major(x: jax.Array) -> jax.Array:
-    """Constrains the layout in memory, so that XLA makes one copy instead of folding a transpose into a slow matmul.
+    """Constrains `x` to be row-major in memory, so that XLA copies it once instead of running a slow transposed matmul.
 
     No-op where the compiler shards arrays: XLA would gather the whole array on each device.
     """

@@ -20,8 +20,9 @@ INT8_MAX = 127.0
 INT4_GROUP = 32
 """Contracted numbers of 4-bit weights that share a scale."""
 INT4_SCALES = (1.0, 0.94, 0.88, 0.82)
-"""Shares of a group's largest number that its scale may represent; the one with the smallest squared error is taken."""
-LOW_STEPS = 254.0  # the second int8 of an activation has a 254 times smaller step, so that 127 is half a step
+"""Scales that are tried for each group, as shares of the one that represents its largest number exactly. The one with
+the smallest squared error is used."""
+LOW_STEPS = 254.0  # the step of an activation's second int8 is 254 times smaller, so that 127 of them are half a step
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +68,8 @@ def make_projection(w: jax.Array, dtype: WeightDtype, one_row: bool, outputs_fir
 def _int4_projection(w_KF: jax.Array) -> Projection:
     """Rounds each group of `INT4_GROUP` weights of an output to 16 steps, from -8 to 7.
 
-    The number with the largest magnitude becomes -8 or a little more; scales are stored as bfloat16. As Q4_0 of
-    llama.cpp, but for the search of the scale.
+    The number with the largest magnitude becomes -8 or a little more; scales are stored as bfloat16. This is Q4_0 of
+    llama.cpp, except that several scales are tried.
     """
     K, F = w_KF.shape
     w_KF = jnp.pad(w_KF.astype(jnp.float32), ((0, -K % INT4_GROUP), (0, 0)))

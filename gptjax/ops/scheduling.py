@@ -38,7 +38,7 @@ def schedule_each_after(x: jax.Array, earlier: jax.Array) -> jax.Array:
 
 
 def optimization_barrier(*arrays: jax.Array, on: tuple[str, ...] = ("cpu",)) -> tuple[jax.Array, ...]:
-    """Returns the arrays behind a barrier, so that XLA merges no computation on them with computations elsewhere.
+    """Returns the arrays behind a barrier, so that XLA does not merge computations on them with equal ones elsewhere.
 
     XLA:CPU would store common subexpressions of two results, and could then pass neither result to its library as a
     whole. Other platforms usually benefit from sharing, so the barrier exists only on those that `on` names.
@@ -47,11 +47,11 @@ def optimization_barrier(*arrays: jax.Array, on: tuple[str, ...] = ("cpu",)) -> 
 
 
 def recompute_in_backward(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Returns `x` such that results computed from it in the backward pass of `gradient` are computed there.
+    """Returns `x`, and makes XLA compute what the backward pass derives from it only after `gradient` is known.
 
     Otherwise XLA finds the same computation in the forward pass and stores its result until then, which wastes memory,
-    and on a GPU also time. Small arrays are exempt, and on a CPU so are sharded arrays, because all devices would need
-    the first element of `gradient`.
+    and on a GPU also time. Small arrays are returned unchanged. So are sharded arrays on a CPU, because all devices
+    would need the first element of `gradient`.
     """
     if x.size < LARGE:
         return x

@@ -2,8 +2,8 @@
 
 `jax.distributed` connects the processes. All of them run the same program; only process 0 writes files that are not
 arrays. An error that every process raises (`SharedError`) ends each of them like any other user error. Any other error
-ends its process at once, because the others would otherwise wait for it forever. They notice the closed connection, or
-hear nothing for `cluster.lost_timeout`, print one line, and exit with `EXIT_LOST`.
+ends its process at once, because the others would otherwise wait for it forever. The others notice the closed
+connection, or receive nothing for `cluster.lost_timeout` seconds; they print one line and exit with `EXIT_LOST`.
 """
 
 import contextlib

@@ -49,7 +49,7 @@ def put(tree: Any, sharding: Any) -> Any:
 def get(mesh: Mesh, tree: Any) -> Any:
     """Gathers sharded arrays: NumPy arrays on process 0, None instead on the others. All processes must call it.
 
-    Leaves are gathered one after the other, so that no device holds more than one of them whole.
+    Leaves are gathered one after the other, so that a device never holds more than one whole leaf.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)

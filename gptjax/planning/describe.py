@@ -13,7 +13,7 @@ from gptjax.report.cost import readable_bytes, readable_count, readable_number
 
 
 def _ramps(train: TrainConfig) -> list[tuple[str, str]]:
-    """A line about steps before the last size of a ramp, which differ from the plan."""
+    """A line about the ramps of the run, if it has any: the plan is about steps with their last sizes."""
     ramps = {"batch_ramp": train.batch_ramp, "length_ramp": train.length_ramp}
     named = ", ".join(f"train.{name} {' '.join(ramp)}" for name, ramp in ramps.items() if ramp)
     return [("ramp", f"{named}: this plan is of the steps with the last sizes")] if named else []

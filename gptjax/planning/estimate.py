@@ -1,4 +1,4 @@
-"""Estimates the cost of a step by formula: to choose layouts worth compiling, and to turn bytes into seconds."""
+"""Estimates the cost of a step by formulas, to choose the layouts that are compiled and to convert bytes to seconds."""
 
 import dataclasses
 

@@ -68,7 +68,7 @@ def _needs(config: Config) -> _Needs:
 
 
 def _smaller(config: Config) -> Iterator[tuple[list[Change], Config]]:
-    """Configs that need less memory, from those that cost least: each with its changes as name, old value, new one."""
+    """Yields configs that need less memory, those that slow training least first, each with its changes."""
     train, shards = config.train, batch_shards(make_mesh(config.mesh))
     micro_batches = [
         size

@@ -66,7 +66,9 @@ def _rated(config, chip, devices, limit, ratio, model_flops) -> Iterator[tuple[t
 
 
 def _seconds(sizes: estimate.Sizes, chip: Chip, model_flops: float, state: int) -> tuple[float, int]:
-    """Time of a step to three digits, then the number of mesh axes in use: of two equally fast layouts, the simpler."""
+    """Sort key: time of a step to three digits, then the number of mesh axes in use. So of two equally fast layouts the
+    simpler one comes first.
+    """
     work = estimate.work(sizes, model_flops, state, estimate.activations(sizes))
     seconds = work.seconds(chip) + estimate.seconds_sent(sizes, chip)
     return float(f"{seconds:.3g}"), sum(size > 1 for size in sizes.mesh.values())

@@ -14,7 +14,7 @@ from gptjax.config.cluster import ClusterConfig
 from gptjax.config.reader import to_flat
 from gptjax.config.run import Config
 from gptjax.errors import UserError
-from gptjax.machine.native.build import begin as begin_kernels
+from gptjax.machine.native.build import start_compiling
 from gptjax.parallel import cluster
 from gptjax.parallel.fits import check_fits
 from gptjax.parallel.mesh import make_mesh, replicated, traced_in
@@ -48,7 +48,7 @@ def build(config: Config, run_dir: Path) -> tuple[Parts, TrainState, Loop]:
     config = dataclasses.replace(config, cluster=ClusterConfig())  # the run may resume in another one
     with cluster.all_or_none():
         mesh = make_mesh(config.mesh)
-        begin_kernels(mesh.size)
+        start_compiling(mesh.size)
         config = with_compute_dtype(config, run_dir)
         if not config.init_from:  # else the base has the shape
             check_fits(config, mesh)

@@ -62,7 +62,7 @@ def examine(options: DoctorConfig, print_line: Callable[[str], object] = print) 
         print_line(f"{heading:12}{text}")
 
     with contextlib.suppress(OSError):  # `_describe_cache` reports it
-        build.keep_in(compile_cache.compiled_folder(options.cache_dir))
+        build.set_folder(compile_cache.compiled_folder(options.cache_dir))
     _describe_machine(print_row, options.cache_dir)
     _describe_cache(print_row, Path(options.cache_dir).expanduser())
     damaged = 0

@@ -18,7 +18,7 @@ OF_EACH = {"bfloat16": 0.03, "float32": 2e-5}
 
 def need(dtype: str = "bfloat16") -> None:
     """Skips a test where the machine has no kernels for a dtype; fails it where it should have some and has none."""
-    if reason := build.missing():
+    if reason := build.reason_for_none():
         pytest.skip(reason)
     if build._folder is None:
         pytest.skip("another user can write to the folders of compiled programs")

@@ -25,18 +25,18 @@ TARGETS = (
     *("attention", "attention_gradient", "cross_entropy", "cross_entropy_gradient"),
     *("pack_weights", "small_batch_matmul", "cached_attention"),
 )
-_one_at_a_time = threading.Lock()
+_lock = threading.Lock()
 _folder: Path | None = None
 
 
-def keep_in(folder: Path) -> None:
-    """Sets the private folder of the library; must be called before the library is used. Later calls have no effect."""
+def set_folder(folder: Path) -> None:
+    """Sets the private folder of the library, before the library is used; only the first call has an effect."""
     global _folder
     _folder = _folder or folder
 
 
-def begin(devices: int) -> None:
-    """Starts to compile the library in a thread, for a step on `devices` devices; `ready` waits for the result."""
+def start_compiling(devices: int) -> None:
+    """Compiles the library in a thread if a step on `devices` devices can use it; `ready` waits for the result."""
     import jax
 
     if jax.default_backend() == "cpu" and devices == 1:  # XLA cannot partition a kernel
@@ -49,7 +49,7 @@ def ready() -> bool:
 
 
 def has_tiles() -> bool:
-    """Whether the kernels use AMX; with AMX they are faster than XLA also in float32."""
+    """Whether the kernels use AMX, with which they are faster than XLA in float32 too."""
     return _loaded().tiles
 
 
@@ -62,14 +62,14 @@ def state(devices: int = 1) -> str:
     return "AMX, for bfloat16 and float32" if has_tiles() else "AVX-512, for bfloat16"
 
 
-def missing() -> str:
+def reason_for_none() -> str:
     """Returns why there can be no kernels on this machine; empty: there can."""
     if compiler.level() == "0":
         return f"{SWITCH}=0"
     if sys.platform != "linux" or not processor_flags() >= NEEDED:
         return "they need Linux and a processor with AVX-512 and bfloat16"
     if not compiler.find():
-        return "no C++ compiler was found (c++, g++, clang++, or what CXX names); with one, it is faster"
+        return "no C++ compiler was found (c++, g++, clang++, or the value of CXX); with one, steps are faster"
     return ""
 
 
@@ -80,7 +80,7 @@ class _Library(NamedTuple):
 
 
 def _loaded() -> _Library:
-    with _one_at_a_time:
+    with _lock:
         return _load()
 
 
@@ -90,14 +90,14 @@ def _load() -> _Library:
 
     from gptjax.machine.native import check
 
-    problem = missing()
+    problem = reason_for_none()
     if problem or _folder is None:
         return _Library(problem or "there is no private folder for compiled programs")
     try:
         library, tiles = _prepared_library(_folder)
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return _Library(f"they could not be compiled: {next((line for line in said if 'error' in line), said[0])}")
+        output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        return _Library(f"they could not be compiled: {next((line for line in output if 'error' in line), output[0])}")
     wrong = check.wrong_kernel(library, float32=tiles)
     if wrong:
         problem = f"they compute wrong numbers here ({wrong}), so XLA is used for everything"

@@ -1,7 +1,7 @@
 """Compares every kernel of a loaded library with NumPy, in milliseconds.
 
-A compiler, a processor or a virtual machine that computes wrongly would otherwise show only as a worse model. The
-kernels are called without XLA (`direct.h`).
+Without this check, a compiler, processor or virtual machine that computes wrong numbers would be noticed only by a
+worse model. The kernels are called without XLA (`direct.h`).
 
 Shape suffixes as in `ops/kernels.py`.
 """
@@ -23,7 +23,7 @@ CODES = {
     FLOAT32: 11,
     BFLOAT16: 16,
 }
-"""The numbers of dtypes in XLA's interface, xla/ffi/api/c_api.h."""
+"""The numbers that stand for dtypes in XLA's interface, xla/ffi/api/c_api.h."""
 PLANES = {BFLOAT16: 1, FLOAT32: 3}
 """Number of bfloat16 terms that represent one value in a kernel."""
 TOLERANCE = {BFLOAT16: 0.03, FLOAT32: 2e-5}
@@ -179,7 +179,7 @@ def _workspace(dtype: np.dtype, size: int) -> Spec:
 
 def _linear(dtype: np.dtype) -> Iterator[Case]:
     N, K, F = 96, 64, 96
-    x, w, bias, onto = _draw(N, K, dtype=dtype), _draw(K, F, scale=0.2), _draw(F), _draw(N, F)
+    x, w, bias, residual = _draw(N, K, dtype=dtype), _draw(K, F, scale=0.2), _draw(F), _draw(N, F)
     rounded = w.astype(dtype)
     y = _wide(x)[0] @ _wide(rounded)[0] + _wide(bias)[0]
     for columns in (False, True):
@@ -187,7 +187,7 @@ def _linear(dtype: np.dtype) -> Iterator[Case]:
         results = ((N, F), dtype), _workspace(dtype, K * F)
         yield Case("linear", (x, weight, bias, NONE), results, {"columns": np.bool_(columns)}, (y,), dtype)
     results = ((N, F), FLOAT32), _workspace(dtype, K * F)
-    yield Case("linear", (x, rounded, bias, onto), results, {"columns": np.bool_(False)}, (y + onto,), dtype)
+    yield Case("linear", (x, rounded, bias, residual), results, {"columns": np.bool_(False)}, (y + residual,), dtype)
     dy = _draw(N, F, dtype=dtype)
     results = ((K, F), FLOAT32), ((F,), FLOAT32), _workspace(dtype, N * (K + F))
     wide_x, wide_dy = _wide(x, dy)
@@ -204,14 +204,14 @@ def _gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _mlp(dtype: np.dtype) -> Iterator[Case]:
     N, D, F = 160, 64, 96
-    x, dy, onto = _draw(N, D, dtype=dtype), _draw(N, D, dtype=dtype, scale=0.5), _draw(N, D)
+    x, dy, residual = _draw(N, D, dtype=dtype), _draw(N, D, dtype=dtype, scale=0.5), _draw(N, D)
     w_in, w_out = _draw(D, F, scale=0.2).astype(dtype), _draw(D, F, scale=0.3).astype(dtype)
     b_in, b_out = _draw(F), _draw(D)
     wide_x, wide_dy, wide_in, wide_out = _wide(x, dy, w_in, w_out)
     hidden, slope = _gelu(wide_x @ wide_in + b_in)
     results = ((N, D), FLOAT32), _workspace(dtype, 2 * D * F)
-    expected = hidden @ wide_out.T + b_out + onto
-    yield Case("mlp", (x, w_in, b_in, w_out, b_out, onto), results, {}, (expected,), dtype)
+    expected = hidden @ wide_out.T + b_out + residual
+    yield Case("mlp", (x, w_in, b_in, w_out, b_out, residual), results, {}, (expected,), dtype)
     dh = wide_dy @ wide_out * slope
     weight = (D, F), FLOAT32
     workspace = _workspace(dtype, 3 * D * F + 2 * 256 * (D + F))
@@ -313,7 +313,7 @@ def _small_batch_matmul() -> Iterator[Case]:
         if dtype != BFLOAT16:
             y, vector = y * scale, scale
         results = ((N, F), FLOAT32), ((-(-N // rows), steps, 32, 16, numbers), dtype), ((N,), FLOAT32)
-        # int8: a row's numbers are off by half of one in 127 * 254 of the largest
+        # int8: rounding changes a number of a row by up to half of 1 / (127 * 254) of the row's largest number
         precision = FLOAT32 if dtype == BFLOAT16 else 3e-4
         yield Case("small_batch_matmul", (x, np.ascontiguousarray(packed), vector), results, {}, (y,), precision)
 

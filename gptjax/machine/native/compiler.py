@@ -65,7 +65,7 @@ def library(
     name = f"{source.stem}-{processor.identity()}-{_short_name(compiler)}-{made_from}.so"
     if found := _sound_version(key, folder, name):
         return found
-    with _alone(folder / f"{name}.lock"):
+    with _locked(folder / f"{name}.lock"):
         if found := _sound_version(key, folder, name):
             return found
         for damaged in signed_versions(folder, name):
@@ -104,7 +104,7 @@ def _compile(command: Sequence[str], result: Path) -> None:
 
         atexit.register(stop)
         try:
-            said, _ = process.communicate(timeout=TIMEOUT)
+            output, _ = process.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             stop()
             raise
@@ -112,12 +112,12 @@ def _compile(command: Sequence[str], result: Path) -> None:
             atexit.unregister(stop)
     if process.returncode:
         result.unlink(missing_ok=True)
-        raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=output)
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Holds a lock against other processes, or continues without it after `TIMEOUT`: compiling twice is harmless."""
+def _locked(lock: Path) -> Iterator[None]:
+    """Holds a lock that excludes other processes. After `TIMEOUT` it continues without: compiling twice is harmless."""
     deadline = time.monotonic() + TIMEOUT
     with open(os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         while time.monotonic() < deadline:
