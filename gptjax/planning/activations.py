@@ -12,8 +12,8 @@ VIEWS = ("bitcast", "tuple", "get-tuple-element")
 
 
 def activation_bytes(program: Program) -> int:
-    """Bytes on one device. Several passes (the first micro-batch, the loop over the others) do not run at the same time,
-    so the largest one counts.
+    """Bytes on one device. Passes (the first micro-batch, the loop over the others) do not run at the same time, so the
+    largest one counts.
     """
     return max(max(_saved(program, program.computations[name]).values(), default=0) for name in program.times())
 
