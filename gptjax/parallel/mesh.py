@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -48,6 +48,11 @@ def traced_in(mesh: Mesh, function: Callable[Params, Result]) -> Callable[Params
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def describe_layout(sizes: Mapping[str, int]) -> str:
+    """The axes with more than one device: `data 4 x tensor 2`."""
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
 
 
 def batch_shards(mesh: Mesh) -> int:

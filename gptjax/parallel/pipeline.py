@@ -9,6 +9,7 @@ Shape suffixes: S stage, M micro-batch, B sequences in a micro-batch, T position
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -133,10 +134,7 @@ def _forward(pieces, step, carry, t):
     stages_S, K = _stages(), carry.inputs_KSBTD.shape[0]
     x_SBTD, m_S = send_forward(carry.y_SBTD, _embed(pieces, step, step.rest, t)), t - stages_S
     inputs = select_micro_batches(inputs_of(pieces.model, step.batch), m_S)
-
-    def run(stacks, frozen_stacks, s, x_BTD, m, inputs):
-        return _run_stage(pieces, step, stacks, frozen_stacks, s, x_BTD, m, inputs)
-
+    run = functools.partial(_run_stage, pieces, step)
     y_SBTD = map_stages(run)(step.stacks, step.frozen_stacks, stages_S, x_SBTD, m_S, inputs)
     inputs_KSBTD = jax.lax.dynamic_update_index_in_dim(carry.inputs_KSBTD, x_SBTD, t % K, 0)
     return carry._replace(y_SBTD=y_SBTD, inputs_KSBTD=inputs_KSBTD)

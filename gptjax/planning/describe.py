@@ -7,6 +7,7 @@ from gptjax.batches.ramps import sum_before
 from gptjax.config.train import TrainConfig
 from gptjax.config.verbs.plan import PlanConfig
 from gptjax.machine.chips import CHIPS, Chip
+from gptjax.parallel.mesh import describe_layout
 from gptjax.planning import estimate
 from gptjax.planning.plan import USABLE, Plan, Sent
 from gptjax.report.cost import readable_bytes, readable_count, readable_number
@@ -143,8 +144,7 @@ def _assumed(plan: Plan, name: str) -> str:
 
 
 def _layout(plan: Plan) -> str:
-    axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
-    return f"{axes}, micro-batches of {plan.config.train.micro_batch:,} sequences"
+    return f"{describe_layout(plan.mesh)}, micro-batches of {plan.config.train.micro_batch:,} sequences"
 
 
 def _suggestion(given: Plan, suggested: Plan | None, options: PlanConfig) -> list[str]:

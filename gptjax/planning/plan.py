@@ -13,7 +13,7 @@ from gptjax.errors import UserError
 from gptjax.machine.chips import CHIPS, Chip
 from gptjax.machine.platform import plan_for_accelerator
 from gptjax.parallel.fits import check_fits
-from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.mesh import describe_layout, make_mesh
 from gptjax.planning import estimate
 from gptjax.planning.collectives import KINDS
 from gptjax.planning.compiled import CompiledStep, Memory, compile_step
@@ -115,9 +115,8 @@ def plan_step(config: Config, chip: Chip, notify: Callable[[str], None]) -> Plan
     check_fits(config, mesh)
     shapes = jax.eval_shape(lambda: init_state(config))
     sizes = estimate.Sizes(config, dict(mesh.shape))
-    notify(
-        f"compiling for {mesh.size} virtual devices: {_layout(sizes.mesh)}, micro-batches of {config.train.micro_batch}"
-    )
+    layout = f"{describe_layout(sizes.mesh)}, micro-batches of {config.train.micro_batch}"
+    notify(f"compiling for {mesh.size} virtual devices: {layout}")
     with plan_for_accelerator():
         step = compile_step(config, mesh)
     tokens = config.train.batch_size * config.model.block_size
@@ -172,7 +171,3 @@ def _suggested(given: Plan, chip: Chip, notify: Callable[[str], None]) -> Plan |
 def _same(config: Config, plan: Plan) -> bool:
     layout = dataclasses.asdict(config.mesh) == plan.mesh
     return layout and config.train.micro_batch == plan.config.train.micro_batch and config.train == plan.config.train
-
-
-def _layout(mesh: dict[str, int]) -> str:
-    return " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"

@@ -1,6 +1,5 @@
 """Splits long texts into pieces of bounded size and batches short ones, to encode them on several threads."""
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 
@@ -40,8 +39,3 @@ def group_pieces(pieces: Iterable[str]) -> Iterator[list[str]]:
             group, size = [], 0
     if group:
         yield group
-
-
-def available_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

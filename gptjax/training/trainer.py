@@ -22,7 +22,7 @@ from gptjax.machine import allocator, compile_cache
 from gptjax.machine.native.build import state as state_of_kernels
 from gptjax.model.attention import explain_attention
 from gptjax.parallel import cluster
-from gptjax.parallel.mesh import batch_sharding, traced_in
+from gptjax.parallel.mesh import batch_sharding, describe_layout, traced_in
 from gptjax.parallel.pipeline import bubble
 from gptjax.parallel.place import get, put_rows, rows_of_process
 from gptjax.report import cost
@@ -375,7 +375,7 @@ def _show_sample(parts: Parts, params: dict, step: int, log: Log, signals: Signa
 def _describe(parts: Parts, state: TrainState, step_program: Any) -> list[tuple[str, str]]:
     """Prints the facts of the run before it starts, and returns them with their headings."""
     config, task, tokens = parts.config, parts.task, parts.tokens_per_step
-    layout = " x ".join(f"{name} {size}" for name, size in parts.mesh.shape.items() if size > 1) or "one device"
+    layout = describe_layout(parts.mesh.shape)
     memory = step_program.memory_analysis()
     needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     pages = ", huge pages" if allocator.uses_huge_pages() else ""

@@ -11,7 +11,8 @@ import numpy as np
 
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
-from gptjax.text.pieces import available_cores, group_pieces, split_text
+from gptjax.machine.processor import core_count
+from gptjax.text.pieces import group_pieces, split_text
 from gptjax.text.tokenizers.base import END_OF_TEXT, Tokenizer, surrogate_error
 
 
@@ -45,7 +46,7 @@ class BytePairTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         pieces = [list(split_text(text)) for text in texts]
         groups = group_pieces(itertools.chain.from_iterable(pieces))
-        with ThreadPoolExecutor(available_cores()) as pool:
+        with ThreadPoolExecutor(core_count()) as pool:
             encoded = itertools.chain.from_iterable(pool.map(self._encode_pieces, groups))
             parts = [[next(encoded) for _ in document] for document in pieces]
         return [part[0] if len(part) == 1 else np.concatenate([np.empty(0, np.int32), *part]) for part in parts]
