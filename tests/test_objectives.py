@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.batches.objectives import OBJECTIVES, ArrangedWindows, vocabulary_of
+from gptjax.batches.arranged import ArrangedWindows
+from gptjax.batches.objectives import OBJECTIVES, vocabulary_of
 from gptjax.batches.pretraining import PrefixBatch
 from gptjax.config.objective import FILL, MASK, MODES, NEXT, SPANS, SPECIAL_TOKENS, ObjectiveConfig
 from gptjax.errors import UserError

@@ -16,7 +16,8 @@ from gptjax.config.data import DataConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text import prepare as module
-from gptjax.text.prepare import choose_split, describe, prepare
+from gptjax.text.prepare import describe, prepare
+from gptjax.text.split import choose_split
 from gptjax.text.tokenizer import make_tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

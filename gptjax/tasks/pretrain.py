@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
+from gptjax.batches.arranged import ArrangedWindows
 from gptjax.batches.mixture import MixtureWindows, Stage
 from gptjax.batches.multi import Windows
-from gptjax.batches.objectives import ArrangedWindows, vocabulary_of
+from gptjax.batches.objectives import vocabulary_of
 from gptjax.batches.pretraining import MAKERS, Batch, BestFitWindows, PrefixBatch, evaluation_batches
 from gptjax.config.objective import ObjectiveConfig
 from gptjax.config.run import Config

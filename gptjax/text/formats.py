@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from gptjax.config.data import TEMPLATE_FIELD, DataConfig
 from gptjax.errors import UserError, did_you_mean
+from gptjax.text.arrow import cells_of, is_text
 from gptjax.text.books import read_epub, read_pdf
 from gptjax.text.collect import read_mbox, read_warc
 from gptjax.text.conll import Sentence, conll_sentences, sentence_documents, sentence_row
@@ -403,11 +404,11 @@ def _parquet(
             _check_columns(schema.names, name, columns)
             for column in columns or ():
                 kind = schema.field(column).type
-                if not _is_text(kind.value_type if pyarrow.types.is_dictionary(kind) else kind):
+                if not is_text(kind.value_type if pyarrow.types.is_dictionary(kind) else kind):
                     raise UserError(f"{name}: column {column!r} has type {kind}, must be string")
             number = 0
             for batch in table.iter_batches(batch_size=256, columns=None if columns is None else list(columns)):
-                cells = {field: _cells(batch.column(field)) for field in batch.schema.names}
+                cells = {field: cells_of(batch.column(field)) for field in batch.schema.names}
                 for values in (dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)):
                     number += 1
                     where = f"{name}:{number}"
@@ -429,60 +430,6 @@ def _seekable(file: io.BufferedReader) -> Iterator[Any]:
         shutil.copyfileobj(file, unpacked, 2**20)
         unpacked.seek(0)
         yield unpacked
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow
-
-    types = pyarrow.types
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-
-
-def _cells(column: Any) -> list[Any]:
-    """The values of an Arrow column. Arrow does not check that its strings are UTF-8, so they come as bytes."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if _has_text(column.type):
-        column, decode = column.cast(_with_binary(column.type)), _decoder(column.type)
-        return [decode(value) for value in column.to_pylist()]
-    return column.to_pylist()
-
-
-def _has_text(kind: Any) -> bool:
-    return _is_text(kind) or any(_has_text(kind.field(n).type) for n in range(kind.num_fields))
-
-
-def _with_binary(kind: Any) -> Any:
-    """An Arrow type with bytes in place of strings, in lists and structs too."""
-    import pyarrow
-
-    if _is_text(kind):
-        return pyarrow.large_binary()
-    if pyarrow.types.is_struct(kind):
-        fields = [kind.field(n) for n in range(kind.num_fields)]
-        return pyarrow.struct([field.with_type(_with_binary(field.type)) for field in fields])
-    if pyarrow.types.is_list(kind):
-        return pyarrow.list_(kind.value_field.with_type(_with_binary(kind.value_type)))
-    if pyarrow.types.is_large_list(kind):
-        return pyarrow.large_list(kind.value_field.with_type(_with_binary(kind.value_type)))
-    return kind
-
-
-def _decoder(kind: Any) -> Callable[[Any], Any]:
-    """Returns the function that decodes the values of a column of type `_with_binary(kind)`."""
-    import pyarrow
-
-    if _is_text(kind):
-        return lambda value: None if value is None else value.decode("utf-8", "surrogateescape")
-    if pyarrow.types.is_struct(kind):
-        inner = {kind.field(n).name: _decoder(kind.field(n).type) for n in range(kind.num_fields)}
-        return lambda value: value and {name: decode(value[name]) for name, decode in inner.items()}
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-        item = _decoder(kind.value_type)
-        return lambda value: value and [item(element) for element in value]
-    return lambda value: value
 
 
 def _valid_values(values: dict[str, Any], where: str, policy: InvalidText) -> dict[str, Any] | None:

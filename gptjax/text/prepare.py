@@ -30,6 +30,7 @@ from gptjax.text.documents import OriginWriter
 from gptjax.text.shard_writer import SHARD_TOKENS, CorpusChanged, ShardWriter, write_manifest
 from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, Verify, open_dataset
 from gptjax.text.sources import Document, read_documents, source_fingerprint
+from gptjax.text.split import Split, choose_split, nearest_fraction, text_hash
 from gptjax.text.tokenizer import encode_each, load_tokenizer, make_tokenizer, save_tokenizer
 from gptjax.text.tokenizers.base import Tokenizer
 
@@ -43,15 +44,12 @@ _ADDED_OPTIONS = {
 }
 # Options of the split or the description, which do not change the documents.
 _NOT_CLEANED = ("validation_fraction", "license")
-_RANKED_DOCUMENTS = 64
 _BATCH_CHARACTERS = 2**22
 _REPORT_SECONDS = 5.0
 
 Report = Callable[[str], object]
 Corpus = Callable[[Counter[str]], Iterator[Document]]
 """Yields the cleaned documents, and counts those that are left out; can be called several times."""
-Split = Callable[[str], list[tuple[str, str]]]
-"""Splits a text into `(split, part)`: one part, except for a corpus of a single document."""
 
 
 class Prepared(NamedTuple):
@@ -205,33 +203,6 @@ def describe(prepared: Prepared) -> str:
     )
 
 
-def choose_split(texts: Iterable[str], fraction: float) -> Split:
-    """Assigns texts to "train" or "validation".
-
-    A single document is split: its first `int(n * (1 - fraction))` characters are for training. Up to 64 documents are
-    ranked by the hash of their text, and those with the lowest hashes (at least one) are for validation. With more
-    documents, those with a hash below `fraction` are for validation. So a document and its copies stay in their split
-    when other documents are added.
-
-    Args:
-        texts: The corpus; at most 65 documents are read.
-        fraction: Share of validation text.
-
-    Raises:
-        UserError: The corpus cannot be split into two different parts.
-    """
-    hashes = [_hash(text) for text in itertools.islice(texts, _RANKED_DOCUMENTS + 1)]
-    if len(hashes) == 1:
-        return lambda text: _cut(text, fraction)
-    if len(hashes) > _RANKED_DOCUMENTS:
-        return lambda text: [("validation" if _hash(text) < fraction * 2**64 else "train", text)]
-    distinct = sorted(set(hashes))
-    if len(distinct) == 1:
-        raise UserError(f"all {len(hashes)} documents are equal: none is left for validation")
-    held_out = set(distinct[: min(len(distinct) - 1, max(1, round(len(distinct) * fraction)))])
-    return lambda text: [("validation" if _hash(text) in held_out else "train", text)]
-
-
 def _build(
     folder: Path,
     data: DataConfig,
@@ -368,10 +339,10 @@ def _batches(
     batch, size = [], 0
     for document in documents:
         for name, text in split(document.text):
-            text_hash = _hash(text)
-            origins[name].add(document.where, text_hash)
-            if not writers[name].pass_over(text_hash):
-                batch.append(_Part(document.where, name, text, text_hash))
+            one = text_hash(text)
+            origins[name].add(document.where, one)
+            if not writers[name].pass_over(one):
+                batch.append(_Part(document.where, name, text, one))
                 size += len(text)
         if size >= _BATCH_CHARACTERS:
             yield batch
@@ -439,31 +410,11 @@ def _require_both(data: DataConfig, corpus: Corpus, counts: Counter[str], shards
     """Checks that no split is empty, which is possible with many documents and a small fraction."""
     for name, entries in shards.items():
         if not entries:
+            nearest = nearest_fraction((text_hash(document.text) for document in corpus(Counter())), name)
             raise UserError(
                 f"data.validation_fraction={data.validation_fraction} leaves no document for {name} of"
-                f" {counts['read']:,} that were read; the nearest that does: {_nearest_fraction(corpus, name)}"
+                f" {counts['read']:,} that were read; the nearest that does: {nearest}"
             )
-
-
-def _nearest_fraction(corpus: Corpus, empty: str) -> float:
-    shares = [_hash(document.text) / 2**64 for document in corpus(Counter())]
-    if empty == "validation":
-        return float(f"{min(shares) * 1.001 + 1e-9:.4g}")
-    return float(f"{max(shares) * 0.999:.4g}")
-
-
-def _cut(text: str, fraction: float) -> list[tuple[str, str]]:
-    at = int(len(text) * (1 - fraction))
-    if not 0 < at < len(text):
-        raise UserError(
-            f"the only document has {len(text)} characters: data.validation_fraction={fraction} leaves none for"
-            f" {'train' if at == 0 else 'validation'}"
-        )
-    return [("train", text[:at]), ("validation", text[at:])]
-
-
-def _hash(text: str) -> int:
-    return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def _open_finished(folder: Path, verify: Verify, report: Report) -> Prepared | None:
