@@ -11,6 +11,7 @@ from gptjax.machine.platform import plan_for_accelerator
 from gptjax.ops import attention as attention_module
 from gptjax.ops import cudnn_attention
 from gptjax.ops.attention import attention
+from gptjax.ops.attention_heads import AttentionInputs
 from gptjax.ops.attention_spec import AttentionSpec, Mask, make_request
 from gptjax.ops.blocked_attention import ALIASING, FUSED_ROWS
 from gptjax.ops.cross_entropy import (
@@ -339,7 +340,7 @@ def test_triton_attention_in_interpret_mode(kv_heads, segmented):
     mask = Mask(segments)
 
     def fast(q, k, v):
-        return triton_attention(AttentionSpec(), q, k, v, mask, None, None, interpret=True)
+        return triton_attention(AttentionSpec(), AttentionInputs(q, k, v, mask), interpret=True)
 
     assert_same(fast, lambda q, k, v: attention_reference(q, k, v, mask=mask), arrays, "float32")
 

@@ -1,13 +1,12 @@
 """The TPU's attention kernel in interpret mode, compared with the plain implementation."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from gptjax.ops.attention_heads import AttentionInputs
 from gptjax.ops.attention_spec import AttentionSpec, Mask, make_request
 from gptjax.ops.axes import BATCH, HEADS, per_device
 from gptjax.ops.plain_attention import attention_reference
@@ -36,7 +35,10 @@ def test_splash_attention(kv_heads, segmented, window):
     q, k, v, segments = arrays(kv_heads)
     segments = segments if segmented else None
     spec, mask = AttentionSpec(window=window, scale=0.3 if window else 0.0), Mask(segments)
-    fast = functools.partial(splash_attention, spec, mask=mask, _bias=None, _drops=None, interpret=True)
+
+    def fast(q, k, v):
+        return splash_attention(spec, AttentionInputs(q, k, v, mask), interpret=True)
+
     actual = value_and_gradients(fast, q, k, v)
     expected = value_and_gradients(lambda *x: attention_reference(*x, spec, mask), q, k, v)
     for a, e in zip(actual, expected, strict=True):
@@ -50,7 +52,7 @@ def test_splash_attention_on_a_mesh():
     spec = PartitionSpec(BATCH, None, HEADS)
 
     def call(q, k, v, segments):
-        return splash_attention(AttentionSpec(), q, k, v, Mask(segments), None, None, interpret=True)
+        return splash_attention(AttentionSpec(), AttentionInputs(q, k, v, Mask(segments)), interpret=True)
 
     with jax.set_mesh(mesh):
         actual = jax.jit(per_device(call, (spec, spec, spec, PartitionSpec(BATCH)), spec))(q, k, v, segments)

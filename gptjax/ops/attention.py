@@ -5,7 +5,7 @@ value of one key head.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from gptjax.machine.platform import target_platform
 from gptjax.ops import kernels
-from gptjax.ops.attention_heads import DroppedWeights, number_weight_rows
+from gptjax.ops.attention_heads import AttentionInputs, DroppedWeights, number_weight_rows
 from gptjax.ops.attention_spec import (
     CAUSAL,
     HIDDEN,
@@ -126,9 +126,9 @@ def _per_device(implementation, spec, q_BTHC, k_BSGC, v_BSGC, mask, bias, key):
         bias_specs = jax.tree.map(lambda x: PartitionSpec(), bias)
     numbers = partition_spec((B, T, H), BATCH, None, heads)
     dropped = None if drops is None else DroppedWeights(PartitionSpec(), numbers)  # pyright: ignore[reportArgumentType]
-    run = functools.partial(implementation.run, spec)
-    call = per_device(run, (sharded, sharded, sharded, mask_specs, bias_specs, dropped), sharded)
-    return call(q_BTHC, k_BSGC, v_BSGC, mask, bias, drops)
+    specs: Any = sharded, sharded, sharded, mask_specs, bias_specs, dropped
+    call = per_device(functools.partial(implementation.run, spec), (AttentionInputs(*specs),), sharded)
+    return call(AttentionInputs(q_BTHC, k_BSGC, v_BSGC, mask, bias, drops))
 
 
 class FirstTokens(NamedTuple):

@@ -1,4 +1,4 @@
-"""Helpers that implementations of attention share: grouping of query heads, and dropout of attention weights.
+"""Shared by the implementations of attention: inputs, grouping of query heads, dropout of attention weights.
 
 Shape suffixes: as in `attention_spec.py`; R = H / G query heads per key head, N = R times T.
 """
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gptjax.ops.attention_spec import NO_MASK, Bias, Mask
 from gptjax.ops.elementwise import dropout_keep_at
 from gptjax.ops.matmul import row_major
 
@@ -22,6 +23,17 @@ class DroppedWeights(NamedTuple):
     key_data: jax.Array
     rows_BTH: jax.Array
     """uint32: number of each row of weights (one row for each query of each head)."""
+
+
+class AttentionInputs(NamedTuple):
+    """The arrays of a call of attention."""
+
+    q_BTHC: jax.Array
+    k_BSGC: jax.Array
+    v_BSGC: jax.Array
+    mask: Mask = NO_MASK
+    bias: Bias | None = None
+    drops: DroppedWeights | None = None
 
 
 def number_weight_rows(key: jax.Array, B: int, T: int, H: int) -> DroppedWeights:

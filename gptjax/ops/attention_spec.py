@@ -115,8 +115,8 @@ class Implementation(NamedTuple):
     unsupported: Callable[[Request], str | None]
     """Returns why it cannot compute a request here, or None if it can."""
     run: Callable[..., jax.Array]
-    """`run(spec, q_BTHC, k_BSGC, v_BSGC, mask, bias, drops)`, or `run(spec, qkv_BTGEC, segments_BT)` if `takes_packed`;
-    `drops` is an `attention_heads.DroppedWeights` or None."""
+    """`run(spec, inputs)` with `attention_heads.AttentionInputs`; or `run(spec, qkv_BTGEC, segments_BT)` if
+    `takes_packed`."""
     takes_packed: bool = False
 
 

@@ -11,11 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.machine.platform import target_platform
-from gptjax.ops.attention_heads import DroppedWeights, drop_weights, group_queries, merge_rows, ungroup_queries
+from gptjax.ops.attention_heads import (
+    AttentionInputs,
+    DroppedWeights,
+    drop_weights,
+    group_queries,
+    merge_rows,
+    ungroup_queries,
+)
 from gptjax.ops.attention_spec import (
     HIDDEN,
     AttentionSpec,
-    Bias,
     Implementation,
     Mask,
     Request,
@@ -224,15 +230,8 @@ def _unsupported(request: Request) -> str | None:
     return None
 
 
-def _run(
-    spec: AttentionSpec,
-    q_BTHC: jax.Array,
-    k_BSGC: jax.Array,
-    v_BSGC: jax.Array,
-    mask: Mask,
-    bias: Bias | None,
-    drops: DroppedWeights | None,
-) -> jax.Array:
+def _run(spec: AttentionSpec, inputs: AttentionInputs) -> jax.Array:
+    q_BTHC, k_BSGC, v_BSGC, mask, bias, drops = inputs
     slopes_H = None if bias is None else bias.slopes_H
     blocks = Blocks(q_BTHC.shape[1], spec)
     return blocked_attention(blocks, q_BTHC, k_BSGC, v_BSGC, mask, slopes_H, drops)

@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops.attention_heads import DroppedWeights
-from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, exceeds_fused_kernel
+from gptjax.ops.attention_heads import AttentionInputs
+from gptjax.ops.attention_spec import AttentionSpec, Implementation, Mask, Request, exceeds_fused_kernel
 from gptjax.ops.scheduling import deterministic_ops_requested
 
 
@@ -35,7 +35,7 @@ def cudnn_works(dtype: str, T: int, head_dim: int, window: int, masked: bool) ->
             x = jnp.ones((1, T, 1, head_dim), dtype)
             mask = Mask(jnp.zeros((1, T), jnp.int32) if masked else None)
             spec = AttentionSpec(window=window)
-            y, derivative = jax.vjp(lambda x: cudnn_attention(spec, x, x, x, mask, None, None), x)
+            y, derivative = jax.vjp(lambda x: cudnn_attention(spec, AttentionInputs(x, x, x, mask)), x)
             finite = jnp.isfinite(y) & jnp.isfinite(derivative(y)[0])
             return bool(jnp.all(finite))
     except Exception as error:  # training can continue without cuDNN, whatever the error
@@ -43,16 +43,9 @@ def cudnn_works(dtype: str, T: int, head_dim: int, window: int, masked: bool) ->
         return False
 
 
-def cudnn_attention(
-    spec: AttentionSpec,
-    q_BTHC: jax.Array,
-    k_BSGC: jax.Array,
-    v_BSGC: jax.Array,
-    mask: Mask,
-    _bias: Bias | None,
-    _drops: DroppedWeights | None,
-) -> jax.Array:
+def cudnn_attention(spec: AttentionSpec, inputs: AttentionInputs) -> jax.Array:
     """Returns `[B, T, H, C]`."""
+    q_BTHC, k_BSGC, v_BSGC, mask, *_ = inputs
     segments_BT = mask.segments_BT
     same = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     return jax.nn.dot_product_attention(

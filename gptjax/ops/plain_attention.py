@@ -6,7 +6,7 @@ Shape suffixes: as in `attention_spec.py`; R = H / G query heads per key head.
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops.attention_heads import DroppedWeights, drop_weights, number_weight_rows
+from gptjax.ops.attention_heads import AttentionInputs, drop_weights, number_weight_rows
 from gptjax.ops.attention_spec import (
     CAUSAL,
     HIDDEN,
@@ -33,19 +33,12 @@ def attention_reference(
 ) -> jax.Array:
     """Computes `attention.attention` with `plain_attention`; for tests and benchmarks."""
     drops = number_weight_rows(key, *q_BTHC.shape[:3]) if key is not None and spec.dropout else None
-    return plain_attention(spec, q_BTHC, k_BSGC, v_BSGC, mask, bias, drops)
+    return plain_attention(spec, AttentionInputs(q_BTHC, k_BSGC, v_BSGC, mask, bias, drops))
 
 
-def plain_attention(
-    spec: AttentionSpec,
-    q_BTHC: jax.Array,
-    k_BSGC: jax.Array,
-    v_BSGC: jax.Array,
-    mask: Mask,
-    bias: Bias | None,
-    drops: DroppedWeights | None,
-) -> jax.Array:
+def plain_attention(spec: AttentionSpec, inputs: AttentionInputs) -> jax.Array:
     """Returns `[B, T, H, C]`; softmax in float32."""
+    q_BTHC, k_BSGC, v_BSGC, mask, bias, drops = inputs
     B, T, H, C = q_BTHC.shape
     S, G = k_BSGC.shape[1:3]
     weights = attention_weights(spec, q_BTHC, k_BSGC, mask, bias)

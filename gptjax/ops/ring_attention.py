@@ -20,8 +20,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops.attention_heads import DroppedWeights, drop_weights, group_queries, merge_rows, ungroup_queries
-from gptjax.ops.attention_spec import HIDDEN, AttentionSpec, Bias, Implementation, Mask, Request, exceeds_fused_kernel
+from gptjax.ops.attention_heads import (
+    AttentionInputs,
+    DroppedWeights,
+    drop_weights,
+    group_queries,
+    merge_rows,
+    ungroup_queries,
+)
+from gptjax.ops.attention_spec import HIDDEN, AttentionSpec, Implementation, Request, exceeds_fused_kernel
 from gptjax.ops.axes import POSITIONS, axis_size, positions_sharded
 from gptjax.ops.matmul import dot, transpose_last_axes
 
@@ -69,15 +76,8 @@ def _unsupported(request: Request) -> str | None:
     return exceeds_fused_kernel(request, dropout_supported=True)
 
 
-def _run(
-    spec: AttentionSpec,
-    q_BTHC: jax.Array,
-    k_BTGC: jax.Array,
-    v_BTGC: jax.Array,
-    mask: Mask,
-    _bias: Bias | None,
-    drops: DroppedWeights | None,
-) -> jax.Array:
+def _run(spec: AttentionSpec, inputs: AttentionInputs) -> jax.Array:
+    q_BTHC, k_BTGC, v_BTGC, mask, _, drops = inputs
     ring = Ring(axis_size(POSITIONS), q_BTHC.shape[2] // k_BTGC.shape[2], spec)
     return ring_attention(ring, q_BTHC, k_BTGC, v_BTGC, mask.segments_BT, drops)
 

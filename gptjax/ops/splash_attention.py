@@ -5,8 +5,8 @@ Shape suffixes: B batch, T query position, S key position, H query heads, G key 
 
 import jax
 
-from gptjax.ops.attention_heads import DroppedWeights
-from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, exceeds_fused_kernel
+from gptjax.ops.attention_heads import AttentionInputs
+from gptjax.ops.attention_spec import AttentionSpec, Implementation, Request, exceeds_fused_kernel
 
 LANES = 128  # the kernel's block sizes are multiples of it
 LARGEST_BLOCK = 512
@@ -22,20 +22,12 @@ def _unsupported(request: Request) -> str | None:
     return None
 
 
-def splash_attention(
-    spec: AttentionSpec,
-    q_BTHC: jax.Array,
-    k_BSGC: jax.Array,
-    v_BSGC: jax.Array,
-    mask: Mask,
-    _bias: Bias | None,
-    _drops: DroppedWeights | None,
-    interpret: bool = False,
-) -> jax.Array:
+def splash_attention(spec: AttentionSpec, inputs: AttentionInputs, interpret: bool = False) -> jax.Array:
     """Returns `[B, T, H, C]`; `interpret` runs the kernel on any platform, slowly."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    q_BTHC, k_BSGC, v_BSGC, mask, *_ = inputs
     T, H, C = q_BTHC.shape[1:]
     visible = masks.LocalMask((T, T), (spec.window - 1, 0), 0) if spec.window else masks.CausalMask((T, T))
     block = next(size for size in (LARGEST_BLOCK, 256, LANES) if T % size == 0)

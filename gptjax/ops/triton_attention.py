@@ -9,8 +9,8 @@ Shape suffixes: B batch, T query position, S key position, H query heads, G key 
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops.attention_heads import DroppedWeights
-from gptjax.ops.attention_spec import AttentionSpec, Bias, Implementation, Mask, Request, exceeds_fused_kernel
+from gptjax.ops.attention_heads import AttentionInputs
+from gptjax.ops.attention_spec import AttentionSpec, Implementation, Request, exceeds_fused_kernel
 from gptjax.ops.scheduling import deterministic_ops_requested
 
 ROWS = 128
@@ -34,19 +34,11 @@ def _unsupported(request: Request) -> str | None:
     return None
 
 
-def triton_attention(
-    spec: AttentionSpec,
-    q_BTHC: jax.Array,
-    k_BSGC: jax.Array,
-    v_BSGC: jax.Array,
-    mask: Mask,
-    _bias: Bias | None,
-    _drops: DroppedWeights | None,
-    interpret: bool = False,
-) -> jax.Array:
+def triton_attention(spec: AttentionSpec, inputs: AttentionInputs, interpret: bool = False) -> jax.Array:
     """Returns `[B, T, H, C]`; `interpret` runs the kernel on any platform, slowly."""
     from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
+    q_BTHC, k_BSGC, v_BSGC, mask, *_ = inputs
     repeats = q_BTHC.shape[2] // k_BSGC.shape[2]
     k_BSHC, v_BSHC = (x if repeats == 1 else jnp.repeat(x, repeats, axis=2) for x in (k_BSGC, v_BSGC))
     return mha(
