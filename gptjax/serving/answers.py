@@ -1,8 +1,9 @@
 """Answers to completion and chat requests: the sequences to decode, and the response objects."""
 
+import abc
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,51 +19,6 @@ from gptjax.text.tokenizers.base import Tokenizer
 CHUNK = "chat.completion.chunk"
 
 
-class Answer(Protocol):
-    """The interface of an answer for the server."""
-
-    prompts: Sequence[np.ndarray]
-
-    @property
-    def stream(self) -> bool:
-        """Whether the response is streamed."""
-        ...
-
-    def rows(self) -> list[Row]:
-        """The sequences to decode; other methods name them by their index in this list."""
-        ...
-
-    @property
-    def form(self) -> Form | None:
-        """The required form of each text; None: any text."""
-        ...
-
-    @property
-    def before(self) -> str:
-        """The text that the model generates before a text of this form."""
-        ...
-
-    def take(self, index: int, update: Update) -> None:
-        """Adds new tokens of a sequence."""
-        ...
-
-    def whole(self) -> dict[str, Any]:
-        """The complete response, after all sequences have ended."""
-        ...
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """The first events of a stream."""
-        ...
-
-    def chunks(self, index: int, update: Update) -> Iterator[dict[str, Any]]:
-        """The events for new tokens of a sequence."""
-        ...
-
-    def end(self) -> Iterator[dict[str, Any]]:
-        """The last events of a stream."""
-        ...
-
-
 @dataclasses.dataclass
 class _Choice:
     text: str = ""
@@ -72,29 +28,75 @@ class _Choice:
     begun: bool = False
 
 
-class CompletionAnswer:
-    """Continuations of prompts, ordered by prompt, then by sample."""
+class Answer(abc.ABC):
+    """The answer to a request: the sequences to decode, and the response objects."""
 
-    def __init__(self, asked: Asked, prompts: Sequence[np.ndarray], tokenizer: Tokenizer, model: str):
-        self._asked, self.prompts, self._tokenizer, self._model = asked, prompts, tokenizer, model
-        self._id = protocol.new_id("cmpl")
+    before = ""
+    """The text that the model generates before a text of the required form."""
+
+    def __init__(self, asked: Asked, prompts: Sequence[np.ndarray], tokenizer: Tokenizer, model: str, id: str):
+        self._asked, self.prompts, self._tokenizer, self._model, self._id = asked, prompts, tokenizer, model, id
         self._choices = [_Choice() for _ in range(len(prompts) * asked.samples)]
-        self._texts = [tokenizer.decode(prompt) if asked.echo else "" for prompt in prompts]
-        if asked.echo and asked.logprobs is not None:
-            for number, choice in enumerate(self._choices):
-                choice.prompt_tokens = self._tokens_of_prompt(prompts[number // asked.samples])
 
     @property
     def stream(self) -> bool:
+        """Whether the response is streamed."""
         return self._asked.stream
 
     @property
     def form(self) -> Form | None:
+        """The required form of each text; None: any text."""
         return self._asked.form
 
-    @property
-    def before(self) -> str:
-        return ""
+    @abc.abstractmethod
+    def rows(self) -> list[Row]:
+        """The sequences to decode; other methods name them by their index in this list."""
+
+    @abc.abstractmethod
+    def take(self, index: int, update: Update) -> str:
+        """Adds new tokens of a sequence; returns its new text."""
+
+    @abc.abstractmethod
+    def whole(self) -> dict[str, Any]:
+        """The complete response, after all sequences have ended."""
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """The first events of a stream."""
+        return iter(())
+
+    @abc.abstractmethod
+    def chunks(self, index: int, update: Update) -> Iterator[dict[str, Any]]:
+        """The events for new tokens of a sequence."""
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        """The last events of a stream."""
+        if self._asked.include_usage:
+            yield self._event([]) | {"usage": self._usage()}
+
+    @abc.abstractmethod
+    def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """An event of a stream."""
+
+    def _usage(self) -> dict[str, int]:
+        return protocol.usage(sum(map(len, self.prompts)), sum(len(choice.tokens) for choice in self._choices))
+
+    def _add(self, index: int, update: Update, text: str) -> str:
+        choice = self._choices[index]
+        choice.text += text
+        choice.tokens += update.tokens
+        choice.finish = update.finish or choice.finish
+        return text
+
+
+class CompletionAnswer(Answer):
+    """Continuations of prompts, ordered by prompt, then by sample."""
+
+    def __init__(self, asked: Asked, prompts: Sequence[np.ndarray], tokenizer: Tokenizer, model: str):
+        super().__init__(asked, prompts, tokenizer, model, protocol.new_id("cmpl"))
+        self._texts = [tokenizer.decode(prompt) if asked.echo else "" for prompt in prompts]
+        if asked.echo and asked.logprobs is not None:
+            for number, choice in enumerate(self._choices):
+                choice.prompt_tokens = self._tokens_of_prompt(prompts[number // asked.samples])
 
     def rows(self) -> list[Row]:
         asked = self._asked
@@ -105,7 +107,7 @@ class CompletionAnswer:
             for sample in range(asked.samples)
         ]
 
-    def take(self, index: int, update: Update) -> None:
+    def take(self, index: int, update: Update) -> str:
         choice = self._choices[index]
         if update.prompt_logprobs is not None:
             chosen_N, ids_NK, top_NK = update.prompt_logprobs
@@ -113,9 +115,7 @@ class CompletionAnswer:
             for n, (logprob, ids_K, top_K) in enumerate(zip(chosen_N, ids_NK, top_NK, strict=True), first):
                 top = pairs(ids_K, top_K)
                 choice.prompt_tokens[n] = choice.prompt_tokens[n]._replace(logprob=float(logprob), top=top)
-        choice.text += update.text
-        choice.tokens += update.tokens
-        choice.finish = update.finish or choice.finish
+        return self._add(index, update, update.text)
 
     def whole(self) -> dict[str, Any]:
         asked, choices = self._asked, []
@@ -123,10 +123,7 @@ class CompletionAnswer:
             before = self._texts[index // asked.samples]
             tokens = [*choice.prompt_tokens, *_moved(choice.tokens, len(before))]
             choices.append(self._choice(index, before + choice.text, tokens, choice.finish))
-        return self._envelope() | {"choices": choices, "usage": self._usage()}
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        return iter(())
+        return self._event(choices) | {"usage": self._usage()}
 
     def chunks(self, index: int, update: Update) -> Iterator[dict[str, Any]]:
         choice = self._choices[index]
@@ -140,11 +137,7 @@ class CompletionAnswer:
             choice.begun = True
             text, tokens = before + text, [*choice.prompt_tokens, *tokens]
         if text or tokens or update.finish is not None:
-            yield self._envelope() | {"choices": [self._choice(index, text, tokens, update.finish)]}
-
-    def end(self) -> Iterator[dict[str, Any]]:
-        if self._asked.include_usage:
-            yield self._envelope() | {"choices": [], "usage": self._usage()}
+            yield self._event([self._choice(index, text, tokens, update.finish)])
 
     def _tokens_of_prompt(self, prompt: np.ndarray) -> list[Token]:
         decode, begin, tokens = make_text_stream(), 0, []
@@ -158,14 +151,11 @@ class CompletionAnswer:
         logprobs = None if count is None else protocol.completion_logprobs(self._tokenizer, tokens, count)
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish}
 
-    def _envelope(self) -> dict[str, Any]:
-        return protocol.envelope(self._id, "text_completion", self._model)
-
-    def _usage(self) -> dict[str, int]:
-        return protocol.usage(sum(map(len, self.prompts)), sum(len(choice.tokens) for choice in self._choices))
+    def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return protocol.envelope(self._id, "text_completion", self._model) | {"choices": choices}
 
 
-class ChatAnswer:
+class ChatAnswer(Answer):
     """The answers to a chat."""
 
     def __init__(
@@ -181,33 +171,18 @@ class ChatAnswer:
         options = asked.options
         if most_new is not None:
             options = dataclasses.replace(options, max_new_tokens=max(1, min(options.max_new_tokens, most_new)))
-        self._asked = dataclasses.replace(
-            asked, options=dataclasses.replace(options, stop=(*options.stop, *format.stops))
-        )
-        self.prompts: Sequence[np.ndarray] = [prompt]
-        self._tokenizer, self._model, self._id = tokenizer, model, protocol.new_id("chatcmpl")
-        self._choices = [_Choice() for _ in range(asked.samples)]
-        self._before = format.header_end
+        options = dataclasses.replace(options, stop=(*options.stop, *format.stops))
+        asked = dataclasses.replace(asked, options=options)
+        super().__init__(asked, [prompt], tokenizer, model, protocol.new_id("chatcmpl"))
+        self.before = format.header_end
         self._filters = [AnswerFilter(format) for _ in range(asked.samples)]
-
-    @property
-    def stream(self) -> bool:
-        return self._asked.stream
-
-    @property
-    def form(self) -> Form | None:
-        return self._asked.form
-
-    @property
-    def before(self) -> str:
-        return self._before
 
     def rows(self) -> list[Row]:
         asked, end = self._asked, self._tokenizer.end_of_text
         return [Row(self.prompts[0], asked.options, end, (0, sample)) for sample in range(asked.samples)]
 
-    def take(self, index: int, update: Update) -> None:
-        self._take(index, update)
+    def take(self, index: int, update: Update) -> str:
+        return self._add(index, update, self._filters[index].feed(update.text, final=update.finish is not None))
 
     def whole(self) -> dict[str, Any]:
         choices = [
@@ -227,30 +202,17 @@ class ChatAnswer:
             yield self._chunk(index, {"role": "assistant", "content": ""}, None, None)
 
     def chunks(self, index: int, update: Update) -> Iterator[dict[str, Any]]:
-        text = self._take(index, update)
+        text = self.take(index, update)
         if text or update.tokens:
             yield self._chunk(index, {"content": text}, self._logprobs(update.tokens), None)
         if update.finish is not None:
             yield self._chunk(index, {}, None, update.finish)
 
-    def end(self) -> Iterator[dict[str, Any]]:
-        if self._asked.include_usage:
-            yield protocol.envelope(self._id, CHUNK, self._model) | {"choices": [], "usage": self._usage()}
-
-    def _take(self, index: int, update: Update) -> str:
-        choice = self._choices[index]
-        text = self._filters[index].feed(update.text, final=update.finish is not None)
-        choice.text += text
-        choice.tokens += update.tokens
-        choice.finish = update.finish or choice.finish
-        return text
-
     def _chunk(self, index: int, delta: dict, logprobs: dict | None, finish: str | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return protocol.envelope(self._id, CHUNK, self._model) | {"choices": [choice]}
+        return self._event([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}])
 
-    def _usage(self) -> dict[str, int]:
-        return protocol.usage(len(self.prompts[0]), sum(len(choice.tokens) for choice in self._choices))
+    def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return protocol.envelope(self._id, CHUNK, self._model) | {"choices": choices}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict | None:
         if self._asked.logprobs is None:
