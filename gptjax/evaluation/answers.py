@@ -6,6 +6,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
+from gptjax.evaluation.metric import TaskScores
+
 PUNCTUATION = set(string.punctuation)
 
 
@@ -32,7 +34,7 @@ class AnswerPredictions:
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerScores:
+class AnswerScores(TaskScores):
     """Scores of extractive question answering, with their names in `metrics.jsonl`."""
 
     val_loss: float
@@ -41,10 +43,6 @@ class AnswerScores:
     """Share of answers that equal an acceptable one, without case, punctuation, articles and spaces."""
     f1: float
     """Mean word F1 with the best-matching acceptable answer."""
-
-    def row(self) -> dict[str, float]:
-        """The scores for `metrics.jsonl`."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         return f"loss {self.val_loss:.4f} · exact match {self.exact_match:.4f} · F1 {self.f1:.4f}"

@@ -7,6 +7,8 @@ import dataclasses
 
 import numpy as np
 
+from gptjax.evaluation.metric import TaskScores
+
 
 @dataclasses.dataclass(frozen=True)
 class ChoicePredictions:
@@ -32,17 +34,13 @@ class ChoicePredictions:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChoiceScores:
+class ChoiceScores(TaskScores):
     """Scores of an evaluation, with their names in `metrics.jsonl`."""
 
     val_loss: float
     """Nats per example."""
     accuracy: float
     """Share of examples whose correct candidate has the highest probability."""
-
-    def row(self) -> dict[str, float]:
-        """The scores for `metrics.jsonl`."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         return f"loss {self.val_loss:.4f} · accuracy {self.accuracy:.4f}"

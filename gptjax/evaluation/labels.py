@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.errors import UserError
+from gptjax.evaluation.metric import TaskScores
 
 CALIBRATION_BINS = 15
 
@@ -54,7 +55,7 @@ class Predictions:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelScores:
+class LabelScores(TaskScores):
     """Scores of an evaluation, with their names in `metrics.jsonl`."""
 
     val_loss: float
@@ -65,10 +66,6 @@ class LabelScores:
     """Unweighted mean of the labels' F1."""
     span_f1: float | None = None
     """F1 of whole spans, for B-, I- and O tags; None for other labels."""
-
-    def row(self) -> dict[str, float]:
-        """Returns the scores that exist, for `metrics.jsonl`."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
         span = "" if self.span_f1 is None else f" · span F1 {self.span_f1:.4f}"

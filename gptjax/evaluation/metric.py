@@ -1,20 +1,18 @@
 """Combines a task's scores with those of the user's metric."""
 
 import dataclasses
-from typing import Protocol
 
 
-class TaskScores(Protocol):
-    """The interface of every task's scores."""
+@dataclasses.dataclass(frozen=True)
+class TaskScores:
+    """Scores of an evaluation, with their names in `metrics.jsonl`."""
 
-    @property
-    def val_loss(self) -> float:
-        """Mean loss."""
-        ...
+    val_loss: float
+    """Mean loss."""
 
     def row(self) -> dict[str, float]:
-        """The scores for `metrics.jsonl`."""
-        ...
+        """The scores that exist, for `metrics.jsonl`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,8 @@ import dataclasses
 
 import numpy as np
 
+from gptjax.evaluation.metric import TaskScores
+
 
 @dataclasses.dataclass(frozen=True)
 class NumberPredictions:
@@ -31,7 +33,7 @@ class NumberPredictions:
 
 
 @dataclasses.dataclass(frozen=True)
-class NumberScores:
+class NumberScores(TaskScores):
     """Scores of an evaluation, with their names in `metrics.jsonl`."""
 
     val_loss: float
@@ -42,10 +44,6 @@ class NumberScores:
     """Pearson correlation, averaged over the numbers of a row; 0 if predictions or targets are constant."""
     spearman: float
     """Spearman rank correlation, averaged in the same way."""
-
-    def row(self) -> dict[str, float]:
-        """The scores for `metrics.jsonl`."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         return (

@@ -4,9 +4,11 @@ import dataclasses
 
 import numpy as np
 
+from gptjax.evaluation.metric import TaskScores
+
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceScores:
+class PreferenceScores(TaskScores):
     """Scores of an evaluation, with their names in `metrics.jsonl`."""
 
     val_loss: float
@@ -15,10 +17,6 @@ class PreferenceScores:
     """Share of pairs whose chosen response has the higher score; equal scores count 1/2."""
     margin: float
     """Mean of the chosen response's score minus that of the rejected one."""
-
-    def row(self) -> dict[str, float]:
-        """The scores for `metrics.jsonl`."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         return f"loss {self.val_loss:.4f} · accuracy {self.accuracy:.4f} · margin {self.margin:.4f}"
