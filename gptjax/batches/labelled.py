@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.batches.permutation import draw_keys, permute
+from gptjax.batches.permutation import shuffled
 from gptjax.batches.rows import ALL, Rows, take_rows
 from gptjax.config.task import TaskConfig
 from gptjax.errors import UserError
@@ -299,20 +299,10 @@ class TextBatches:
         """The draw number of each row, counted over all epochs, and its text."""
         pool, place = divmod(step, POOL)
         draws = np.arange(pool * POOL * batch_size, (pool + 1) * POOL * batch_size)
-        numbers = self._texts_of(draws)
+        numbers = shuffled(draws, len(self.texts.tokens), self.seed)
         by_length = np.argsort(self._lengths[numbers], kind="stable").reshape(POOL, batch_size)
         chosen = by_length[np.random.default_rng((self.seed, pool)).permutation(POOL)[place]]
         return draws[chosen], numbers[chosen]
-
-    def _texts_of(self, draws: np.ndarray) -> np.ndarray:
-        """The text of each draw, counted over all epochs."""
-        n = len(self.texts.tokens)
-        epochs, places = np.divmod(draws, n)
-        numbers = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            numbers[here] = permute(places[here], n, draw_keys(self.seed, int(epoch))[1:])
-        return numbers
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.batches.permutation import draw_keys, permute
+from gptjax.batches.permutation import shuffled
 from gptjax.batches.pretraining import Batch
 from gptjax.batches.rows import ALL, Rows
 from gptjax.errors import UserError
@@ -66,7 +66,7 @@ class PackedSequences:
     def windows(self) -> list[list[int]]:
         """The sequences in each window, in a random order that depends only on the seed."""
         n = len(self.sequences)
-        order = permute(np.arange(n), n, draw_keys(self.seed, 0)[1:])
+        order = shuffled(np.arange(n), n, self.seed)
         windows, room = [], 0
         for number in order.tolist():
             size = len(self.sequences[number].inputs)
@@ -98,11 +98,8 @@ class PackedSequences:
 
     def _rows(self, step: int, batch_size: int, rows: Rows = ALL) -> list[int]:
         """The window of each row."""
-        epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size)[rows], len(self.windows))
-        return [
-            int(permute(np.array([place]), len(self.windows), draw_keys(self.seed, int(epoch) + 1)[1:])[0])
-            for epoch, place in zip(epochs, places, strict=True)
-        ]
+        draws = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
+        return shuffled(draws, len(self.windows), self.seed, first_epoch=1).tolist()
 
     def ordered(self, batch_size: int) -> Iterator[tuple[list[list[int]], Batch]]:
         """Yields every window once, with the numbers of its sequences; the last batch may hold empty windows."""

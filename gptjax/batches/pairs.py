@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.batches.labelled import widths
-from gptjax.batches.permutation import draw_keys, permute
+from gptjax.batches.permutation import shuffled
 from gptjax.batches.rows import ALL, Rows, take_rows
 from gptjax.errors import UserError
 from gptjax.text.tokenizers.base import Tokenizer
@@ -110,9 +110,4 @@ class PairBatches:
 
     def _numbers(self, step: int, batch_size: int) -> list[int]:
         """The pair of each row."""
-        draws = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs, places = np.divmod(draws, len(self.pairs))
-        return [
-            int(permute(np.array([place]), len(self.pairs), draw_keys(self.seed, int(epoch))[1:])[0])
-            for epoch, place in zip(epochs, places, strict=True)
-        ]
+        return shuffled(np.arange(step * batch_size, (step + 1) * batch_size), len(self.pairs), self.seed).tolist()

@@ -17,6 +17,16 @@ def draw_keys(seed: int, epoch: int) -> np.ndarray:
     return keys
 
 
+def shuffled(draws: np.ndarray, n: int, seed: int, first_epoch: int = 0) -> np.ndarray:
+    """The item of each draw, counted over all epochs: an epoch draws each of `n` items once, in a new order."""
+    epochs, places = np.divmod(draws, n)
+    items = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        items[here] = permute(places[here], n, draw_keys(seed, first_epoch + int(epoch))[1:])
+    return items
+
+
 def permute(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Maps numbers in `[0, n)` to numbers in `[0, n)`, one to one.
 

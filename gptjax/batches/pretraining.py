@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.batches.permutation import draw_keys, permute
+from gptjax.batches.permutation import draw_keys, permute, shuffled
 from gptjax.batches.ramps import Ramp, sum_before, value_at
 from gptjax.batches.rows import ALL, Rows
 from gptjax.errors import UserError
@@ -168,7 +168,7 @@ class BestFitWindows(PackedWindows):
         apart = self.split.n_documents > 1 and not self.attend_across_documents
         inputs_BT, targets_BT = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
         segments_BT, positions_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
-        for b, number in enumerate(self._permuted(numbers)):
+        for b, number in enumerate(shuffled(numbers, self.windows_per_epoch, self.seed).tolist()):
             at = 0
             for segment, (start, length) in enumerate(self._pieces(number)):
                 stop, after = at + length, min(start + length + 1, self.split.n_tokens)
@@ -187,14 +187,8 @@ class BestFitWindows(PackedWindows):
         return Batch(inputs_BT, targets_BT, segments_BT if apart else None, positions_BT)
 
     def documents_of(self, number: int) -> list[tuple[int, int]]:
-        [window] = self._permuted(np.array([number]))
+        [window] = shuffled(np.array([number]), self.windows_per_epoch, self.seed).tolist()
         return [(document, document) for document in (self.split.document_at(at) for at, _ in self._pieces(window))]
-
-    def _permuted(self, numbers: np.ndarray) -> list[int]:
-        epochs, numbers = np.divmod(numbers, self.windows_per_epoch)
-        keys = {int(epoch): draw_keys(self.seed, int(epoch))[1:] for epoch in np.unique(epochs)}
-        pairs = zip(epochs, numbers, strict=True)
-        return [int(permute(number[None], self.windows_per_epoch, keys[int(epoch)])[0]) for epoch, number in pairs]
 
     def _pieces(self, window: int) -> list[tuple[int, int]]:
         first, last = self.packing.first_W[window : window + 2]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.batches.permutation import draw_keys, permute
+from gptjax.batches.permutation import shuffled
 from gptjax.batches.rollouts import RolloutBatch, group_advantages, pack_rollouts
 from gptjax.batches.rows import ALL, Rows, take_rows
 from gptjax.config.data import DataConfig
@@ -126,12 +126,8 @@ class Rollouts:
 
     def _numbers(self, step: int, batch_size: int) -> list[int]:
         """The prompts of a step; each epoch uses every prompt once, in a new order."""
-        count, n = batch_size // self._config.task.group_size, len(self._prompts)
-        epochs, places = np.divmod(np.arange(step * count, (step + 1) * count), n)
-        return [
-            int(permute(np.array([place]), n, draw_keys(self._config.seed, int(epoch))[1:])[0])
-            for epoch, place in zip(epochs, places, strict=True)
-        ]
+        count = batch_size // self._config.task.group_size
+        return shuffled(np.arange(step * count, (step + 1) * count), len(self._prompts), self._config.seed).tolist()
 
 
 def encode_prompts(config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[np.ndarray]:
