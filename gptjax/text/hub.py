@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +75,8 @@ def read_dataset(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
         raise missing_field(f"data.hf_dataset={data.hf_dataset!r}", data.text_field, "data.text_field", columns)
     if columns is not None:
         dataset = dataset.select_columns([data.text_field])
-    batches, number = iter(dataset.iter(batch_size=256)), 0
-    while True:
-        try:
-            batch = next(batches, None)
-        except Exception as error:
-            raise _wrapped(data, error) from None
-        if batch is None:
-            return
+    number = 0
+    for batch in _items(dataset.iter(batch_size=256), data):
         if data.text_field not in batch:
             raise missing_field(f"data.hf_dataset={data.hf_dataset!r}", data.text_field, "data.text_field", batch)
         for value in batch[data.text_field]:
@@ -105,15 +99,21 @@ def dataset_rows(data: DataConfig) -> Iterator[tuple[dict[str, Any], dict[str, l
         inner = getattr(feature, "feature", feature)  # of a list, what it is a list of
         if getattr(inner, "names", None):
             names[field] = list(inner.names)
-    rows = iter(dataset)
+    for row in _items(dataset, data):
+        yield row, names
+
+
+def _items(items: Iterable[Any], data: DataConfig) -> Iterator[Any]:
+    """Yields the items; errors of the library become user errors."""
+    items = iter(items)
     while True:
         try:
-            row = next(rows, None)
+            item = next(items, None)
         except Exception as error:
             raise _wrapped(data, error) from None
-        if row is None:
+        if item is None:
             return
-        yield row, names
+        yield item
 
 
 def fingerprint(data: DataConfig) -> str:
