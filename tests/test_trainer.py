@@ -327,7 +327,7 @@ def test_a_sample_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys)
     def fail(*_args, **_kwargs):
         raise UserError("token id 400 is outside the vocabulary")
 
-    monkeypatch.setattr(trainer, "sample_texts", fail)
+    monkeypatch.setattr("gptjax.training.evaluate.sample_texts", fail)
     config = run_config(tmp_path, train={"sample_tokens": 4, "eval_every": 2, "num_steps": 4})
     assert trainer.train(config) == 0
     assert capsys.readouterr().out.count("no sample: UserError: token id 400") == 2
@@ -338,7 +338,7 @@ def test_an_evaluation_that_fails_ends_the_run_after_it_has_saved(tmp_path, monk
     def fail(*_args):
         raise RuntimeError("evaluation failed")
 
-    monkeypatch.setattr(trainer, "_evaluate", fail)
+    monkeypatch.setattr(trainer, "evaluate", fail)
     config = run_config(tmp_path, train={"eval_every": 3, "save_every": 0})
     with pytest.raises(RuntimeError, match="evaluation failed"):
         trainer.train(config)

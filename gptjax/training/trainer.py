@@ -1,50 +1,38 @@
 """The training loop: step, log, evaluate, save. `setup.build` makes the parts that meet here."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from gptjax.batches.prefetch import prefetch
 from gptjax.batches.pretraining import cut_windows
 from gptjax.batches.ramps import value_at
 from gptjax.config.run import Config
 from gptjax.config.start import Origin
-from gptjax.config.task import PADDED
 from gptjax.config.train import TrainConfig
-from gptjax.config.verbs.sample import SampleConfig
 from gptjax.errors import UserError
-from gptjax.evaluation.inside import layer_statistics
-from gptjax.generation.sample import sample_texts
-from gptjax.machine import allocator, compile_cache
-from gptjax.machine.native.build import state as state_of_kernels
-from gptjax.model.attention import explain_attention
+from gptjax.machine import compile_cache
 from gptjax.parallel import cluster
-from gptjax.parallel.mesh import batch_sharding, describe_layout, traced_in
-from gptjax.parallel.pipeline import bubble
-from gptjax.parallel.place import get, put_rows, rows_of_process
-from gptjax.report import cost
+from gptjax.parallel.mesh import batch_sharding
+from gptjax.parallel.place import put_rows, rows_of_process
 from gptjax.report.html import REPORT_FILE, write_report
 from gptjax.report.progress import say, silence_output
-from gptjax.report.record import SAMPLES_FILE, read_record
-from gptjax.tasks.instruct import chat_template
+from gptjax.report.record import read_record
 from gptjax.tasks.task import Scores
-from gptjax.tasks.trainable import START, join
-from gptjax.text.chats import USER, Message, render_prompt
+from gptjax.tasks.trainable import join
 from gptjax.training import selftest
 from gptjax.training.divergence import write_dump
-from gptjax.training.guard import EXIT_DIVERGED, Abandoned, Signals, exit_status, locked_by_first
+from gptjax.training.evaluate import Running, evaluate, finish_evaluation
+from gptjax.training.facts import describe_run
+from gptjax.training.guard import EXIT_DIVERGED, Signals, exit_status, locked_by_first
 from gptjax.training.in_flight import InFlight
 from gptjax.training.log import Log
 from gptjax.training.parts import Parts
 from gptjax.training.resume import Loop, checkpoint_meta
 from gptjax.training.setup import build, stopped_early, why_finished
-from gptjax.training.step import TrainState, evaluated_params
-
-MOST_INSPECTED = 256
-"""Tokens of the sequence that `log.activations` looks at: there is a weight for each pair of them."""
+from gptjax.training.step import TrainState
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of the arrays of a batch."""
@@ -77,94 +65,107 @@ def train(config: Config, origin: Origin | None = None) -> int:
 
 
 def _run(parts: Parts, state: TrainState, loop: Loop, signals: Signals, origin: Origin | None) -> int:
-    options = parts.config.train
     first = int(state.step)
     finished = why_finished(parts, first, loop)
     if finished and not loop.evaluation_pending:
         say(finished)
         return 0
     selftest.check()
-    agreement, in_flight, programs = cluster.Agreement(), InFlight(), {}
-
-    def signal_of_any() -> int:
-        """The number of a signal that any process got, as all of them know it; 0: none."""
-        return agreement(signals.received or 0)
-
     if finished:
-        with cluster.all_or_none():
-            signals.begin()
-            log = Log(parts, state, first)
+        run = _begin(parts, state, loop, signals)
         try:
-            _finish_evaluation(parts, state, loop, log, signals, signal_of_any)
-            return exit_status(signal_of_any())
+            finish_evaluation(run, state)
+            return exit_status(run.signal())
         finally:
-            log.close()
+            run.log.close()
             say(finished)
             _write_report(parts)
-    batches = device_batches(parts, first, options.num_steps)
+    programs = {}
+    batches = device_batches(parts, first, parts.config.train.num_steps)
     follow_model(parts, state)
     batch = next(batches)
-    step_program = _program(parts, state, batch, programs, say)
-    facts = _describe(parts, state, step_program)
-    with cluster.all_or_none():  # nobody begins while another process still compiles
-        signals.begin()
-        log = Log(parts, state, first)
-    step, stop, received = first, False, 0
+    facts = describe_run(parts, state, _program(parts, state, batch, programs, say))
+    run = _begin(parts, state, loop, signals)
     try:
-        log.started(first, facts, origin)
-        if loop.evaluation_pending:
-            _finish_evaluation(parts, state, loop, log, signals, signal_of_any)
-            received = signal_of_any()
-            stop = received > 0 or stopped_early(parts.config, loop)
-        while not stop:
-            step_program = _program(parts, state, batch, programs, log.progress.line)
-            with jax.transfer_guard("disallow"):
-                state, metrics = step_program(state, batch)
-            step += 1
-            in_flight.add(metrics["loss"])
-            if step != options.num_steps:
-                with log.data_wait():
-                    follow_model(parts, state)
-                    batch = next(batches)
-            log.flush()
-            in_flight.wait()
-            received = signal_of_any()
-            stop = step == options.num_steps or received > 0
-            log.note(step, metrics, due=step % options.log_every == 0 or step == 1 or stop)
-            evaluate = step == options.num_steps or _due(step, options.eval_every)
-            save = stop or _due(step, options.save_every)
-            if evaluate or save:
-                log.flush(everything=True)  # metrics up to a checkpoint's step are written before the checkpoint
-            if log.in_a_row >= options.max_skipped_in_a_row:
-                return _diverged(parts, state, log)
-            scores, improved = None, False
-            if evaluate and received:
-                loop.evaluation_pending = True
-            elif evaluate:
-                try:
-                    scores, improved = _evaluate(parts, state, loop, log, signals, signal_of_any)
-                except Exception:
-                    if jax.process_count() == 1:  # saving is collective, and the error may be this process's alone
-                        _save(parts, state, loop, None, log)
-                        parts.checkpoints.wait()
-                    raise
-                received = signal_of_any()
-                stop = stop or received > 0 or stopped_early(parts.config, loop)
-            if save or stop or improved:
-                _save(parts, state, loop, scores, log)
-        reason = _why_stopped(options, step, received)
-        log.event("stop", step, reason=reason or "finished")
-        parts.checkpoints.wait()
-        with cluster.all_or_none():
-            if parts.checkpoints.problem:
-                raise UserError(parts.checkpoints.problem)
-        if reason:
-            log.progress.line(f"stopped at step {step} ({reason}); saved")
-        return exit_status(received)
+        run.log.started(first, facts, origin)
+        return _train(run, state, batch, batches, programs)
     finally:
         batches.close()
-        log.close()
+        run.log.close()
         _write_report(parts)
+
+
+def _begin(parts: Parts, state: TrainState, loop: Loop, signals: Signals) -> Running:
+    """Opens the log."""
+    with cluster.all_or_none():  # nobody begins while another process still compiles
+        signals.begin()
+        return Running(parts, loop, Log(parts, state, int(state.step)), signals, cluster.Agreement())
+
+
+def _train(run: Running, state: TrainState, batch: Any, batches: Iterator[Any], programs: dict) -> int:
+    """Trains until the last step or an earlier end; returns the exit status."""
+    parts, loop, log = run.parts, run.loop, run.log
+    options = parts.config.train
+    step, stop, received, in_flight = int(state.step), False, 0, InFlight()
+    if loop.evaluation_pending:
+        finish_evaluation(run, state)
+        received = run.signal()
+        stop = received > 0 or stopped_early(parts.config, loop)
+    while not stop:
+        step_program = _program(parts, state, batch, programs, log.progress.line)
+        with jax.transfer_guard("disallow"):
+            state, metrics = step_program(state, batch)
+        step += 1
+        in_flight.add(metrics["loss"])
+        if step != options.num_steps:
+            with log.data_wait():
+                follow_model(parts, state)
+                batch = next(batches)
+        log.flush()
+        in_flight.wait()
+        received = run.signal()
+        stop = step == options.num_steps or received > 0
+        log.note(step, metrics, due=step % options.log_every == 0 or step == 1 or stop)
+        evaluating = step == options.num_steps or _due(step, options.eval_every)
+        save = stop or _due(step, options.save_every)
+        if evaluating or save:
+            log.flush(everything=True)  # metrics up to a checkpoint's step are written before the checkpoint
+        if log.in_a_row >= options.max_skipped_in_a_row:
+            return _diverged(parts, state, log)
+        scores, improved = None, False
+        if evaluating and received:
+            loop.evaluation_pending = True
+        elif evaluating:
+            scores, improved = _evaluate_or_save(run, state)
+            received = run.signal()
+            stop = stop or received > 0 or stopped_early(parts.config, loop)
+        if save or stop or improved:
+            _save(run, state, scores)
+    return _end(run, step, received)
+
+
+def _evaluate_or_save(run: Running, state: TrainState) -> tuple[Scores | None, bool]:
+    """Evaluates the run; where that fails, the state is saved before the error is raised."""
+    try:
+        return evaluate(run, state)
+    except Exception:
+        if jax.process_count() == 1:  # saving is collective, and the error may be this process's alone
+            _save(run, state, None)
+            run.parts.checkpoints.wait()
+        raise
+
+
+def _end(run: Running, step: int, received: int) -> int:
+    """Waits for the last checkpoint and reports why the run ended; returns the exit status."""
+    reason = _why_stopped(run.parts.config.train, step, received)
+    run.log.event("stop", step, reason=reason or "finished")
+    run.parts.checkpoints.wait()
+    with cluster.all_or_none():
+        if run.parts.checkpoints.problem:
+            raise UserError(run.parts.checkpoints.problem)
+    if reason:
+        run.log.progress.line(f"stopped at step {step} ({reason}); saved")
+    return exit_status(received)
 
 
 def _why_stopped(options: TrainConfig, step: int, received: int) -> str:
@@ -255,164 +256,10 @@ def follow_model(parts: Parts, state: TrainState) -> None:
         parts.task.follow(join(state.params, state.frozen))
 
 
-def _save(parts: Parts, state: TrainState, loop: Loop, scores: Scores | None, log: Log) -> None:
+def _save(run: Running, state: TrainState, scores: Scores | None) -> None:
     """Starts to write a checkpoint, after the metrics up to its step."""
-    log.file.sync()
+    run.log.file.sync()
     row = None if scores is None else scores.row()
     val_loss = None if scores is None else scores.val_loss
-    parts.checkpoints.save(state, checkpoint_meta(parts, state, loop, row), val_loss)
-    log.event("save", int(state.step))
-
-
-def _finish_evaluation(
-    parts: Parts, state: TrainState, loop: Loop, log: Log, signals: Signals, signal_of_any: Callable[[], int]
-) -> None:
-    """Makes the evaluation that was abandoned at a checkpoint's step."""
-    scores, _ = _evaluate(parts, state, loop, log, signals, signal_of_any)
-    if scores is not None:
-        log.file.sync()
-        meta = checkpoint_meta(parts, state, loop, scores.row())
-        parts.checkpoints.add_evaluation(int(state.step), scores.val_loss, meta)
-
-
-def _evaluate(
-    parts: Parts, state: TrainState, loop: Loop, log: Log, signals: Signals, signal_of_any: Callable[[], int]
-) -> tuple[Scores | None, bool]:
-    """Measures the validation data and shows a sample; a signal ends both between two batches.
-
-    Returns:
-        The scores, None where the evaluation was abandoned, and whether they are the best so far.
-    """
-    params, step = evaluated_params(state), int(state.step)
-    with log.evaluation(step, parts.task.evaluation_batches) as show_batch:
-
-        def before_batch() -> None:
-            if signal_of_any():
-                raise Abandoned
-            show_batch()
-
-        parts.evaluation_hook.before_batch = before_batch
-        try:
-            scores = parts.task.evaluate(params, batch_sharding(parts.mesh))
-        except Abandoned:
-            loop.evaluation_pending = True
-            log.progress.line(f"step {step} · evaluation abandoned; it is made when the run resumes")
-            return None, False
-    loop.evaluation_pending = False
-    by = parts.config.train.best_by
-    row = scores.row()
-    if by != "loss" and by not in row:
-        raise UserError(
-            f"train.best_by={by}: task.metric={parts.config.task.metric!r} returned a dict without {by!r}; return a"
-            " number, or that name too"
-        )
-    improved = loop.take(scores.val_loss, None if by == "loss" else row[by])
-    log.write({"step": step, **row})
-    log.progress.evaluated(step, f"{scores}{' (best)' if improved else ''}", scores.val_loss)
-    if parts.config.log.activations:
-        _log_activations(parts, params, step, log)
-    try:
-        _show_sample(parts, params, step, log, signals)
-    except Abandoned:
-        log.progress.line(f"step {step} · sample abandoned")
-    log.restart_clock()
-    return scores, improved
-
-
-def _log_activations(parts: Parts, params: dict, step: int, log: Log) -> None:
-    """Writes statistics of every layer on the first sequence of the run."""
-    if jax.process_count() > 1:
-        params = get(parts.mesh, params)
-        if not cluster.is_first():
-            return
-    [tokens] = parts.task.windows.batch(0, parts.config.train.batch_size, np.zeros(1, np.int64)).inputs
-    params = jax.device_put(params, jax.local_devices()[0])
-    log.by_layer(step, layer_statistics(parts.config.model, params, tokens[:MOST_INSPECTED]))
-
-
-def _show_sample(parts: Parts, params: dict, step: int, log: Log, signals: Signals) -> None:
-    config = parts.config
-    other = config.heads or config.task.objective.why_no_sample or config.model.encoder_layers
-    if not config.train.sample_tokens or other:
-        return
-    options = SampleConfig(max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
-    if jax.process_count() > 1:
-        params = get(parts.mesh, params)
-        if not cluster.is_first():
-            return
-
-    def stop_early(*_piece: Any) -> None:
-        if signals.received:
-            raise Abandoned
-
-    params = jax.device_put(params, jax.local_devices()[0])
-    prompt = config.train.sample_prompt
-    try:
-        template = chat_template(config)
-        if template is not None:
-            prompt = render_prompt([Message(USER, prompt)], template)
-        [[text]] = sample_texts(
-            config.model,
-            params,
-            parts.tokenizer,
-            [prompt],
-            options,
-            on_text=stop_early,
-            at_start=template is not None,
-            prefix=config.task.objective.kind == "prefix",
-        )
-    except Abandoned:
-        raise
-    except Exception as error:  # of whatever kind: training must not end because a sample cannot be made
-        reason = " ".join(str(error).split())[:200]
-        log.progress.line(f"step {step} · no sample: {type(error).__name__}: {reason}")
-        return
-    log.progress.sample(prompt + text)
-    with open(parts.run_dir / SAMPLES_FILE, "a", encoding="utf-8") as file:
-        file.write(f"--- step {step}\n{prompt}{text}\n")
-
-
-def _describe(parts: Parts, state: TrainState, step_program: Any) -> list[tuple[str, str]]:
-    """Prints the facts of the run before it starts, and returns them with their headings."""
-    config, task, tokens = parts.config, parts.task, parts.tokens_per_step
-    layout = describe_layout(parts.mesh.shape)
-    memory = step_program.memory_analysis()
-    needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    pages = ", huge pages" if allocator.uses_huge_pages() else ""
-    pages += ", cache of large buffers" if allocator.caches_buffers() else ""
-    epochs = parts.tokens_before(config.train.num_steps) / task.windows.tokens_per_epoch
-    of_model = {name: part for name, part in state.frozen.items() if name != START}
-    trainable, frozen = (cost.parameter_count(params) for params in (state.params, of_model))
-    count = cost.readable_count(trainable + frozen)
-    if frozen:
-        count += f", {cost.readable_count(trainable)} trainable ({100 * trainable / (trainable + frozen):.2f} %)"
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({layout}), {config.train.compute_dtype}"
-    facts = [("device", device)]
-    if jax.process_count() > 1:
-        facts.append(("processes", str(jax.process_count())))
-    stages, micro_batches = parts.mesh.shape["stage"], config.train.batch_size // config.train.micro_batch
-    if stages > 1:
-        waits = f"a stage waits {100 * bubble(stages, micro_batches):.0f} % of a step"
-        facts.append(("pipeline", f"{stages} stages, {micro_batches} micro-batches: {waits}"))
-    facts.append(("parameters", f"{count}, vocabulary {config.model.vocab_size:,}"))
-    facts.append(("data", f"{task.windows.tokens_per_epoch:,} tokens per epoch, {tokens:,} per step"))
-    facts += [("mixture" if config.sources else "examples", note) for note in task.notes]
-    facts.append(("steps", f"{config.train.num_steps:,} = {epochs:.2f} epochs"))
-    for name, ramp in (("batches", config.train.batch_ramp), ("lengths", config.train.length_ramp)):
-        if ramp:
-            facts.append((name, f"{' '.join(ramp)} (step:size); memory is that of the first size"))
-    facts.append(("memory", f"{cost.readable_bytes(needs)} per device for a training step{pages}"))
-    facts.append(("attention", _explain_attention(parts)))
-    if jax.default_backend() == "cpu":
-        facts.append(("kernels", state_of_kernels(parts.mesh.size)))
-    for heading, text in facts:
-        say(f"{heading:12}{text}")
-    return facts
-
-
-def _explain_attention(parts: Parts) -> str:
-    config = parts.config
-    segments = config.task.kind not in PADDED and not config.data.attend_across_documents
-    ahead = config.task.objective.has_prefix
-    explained = traced_in(parts.mesh, explain_attention)
-    return explained(config.model, config.train.micro_batch, config.train.compute_dtype, segments, True, ahead)
+    run.parts.checkpoints.save(state, checkpoint_meta(run.parts, state, run.loop, row), val_loss)
+    run.log.event("save", int(state.step))
