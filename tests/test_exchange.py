@@ -234,7 +234,7 @@ def test_a_folder_with_files_is_not_written_to(tmp_path):
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
 def test_a_bpe_tokenizer_comes_back_the_same(form, tmp_path):
-    from gptjax.exchange.hf_tokenizer import GPT2_PATTERN
+    from gptjax.exchange.byte_pairs import GPT2_PATTERN
 
     tokenizer = make_bpe(GPT2_PATTERN if form == "vocab.json" else PATTERN)
     hf_dir = export(tmp_path, dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size), tokenizer)
@@ -404,7 +404,7 @@ def test_an_exported_tokenizer_cuts_digits_as_tiktoken_does(tmp_path):
     [(r"\p{N}{1,3}+|x", r"(?>\p{N}{1,3})|x"), (r"[a-z\]]{2}+", r"(?>[a-z\]]{2})"), (r"a{3,}+ \s++", r"(?>a{3,}) \s++")],
 )
 def test_a_counted_possessive_is_an_atomic_group_in_the_library(ours, theirs):
-    from gptjax.exchange.hf_tokenizer import _from_library, _to_library
+    from gptjax.exchange.byte_pairs import _from_library, _to_library
 
     assert _to_library(ours) == theirs and _from_library(theirs) == ours
     assert _from_library(ours) != ours, "in the library it is a group that repeats"
@@ -470,7 +470,7 @@ def test_an_own_start_token_is_told(tmp_path):
 
 
 def test_added_tokens_beside_a_vocabulary_are_kept(tmp_path):
-    from gptjax.exchange.hf_tokenizer import GPT2_PATTERN
+    from gptjax.exchange.byte_pairs import GPT2_PATTERN
 
     tokenizer = make_bpe(GPT2_PATTERN)
     size = tokenizer.vocab_size
@@ -654,7 +654,7 @@ def test_a_model_of_transformers_generates_the_same_tokens_here_and_comes_back(t
 
 
 def test_autotokenizer_gives_the_same_ids(tmp_path, transformers):
-    from gptjax.exchange.hf_tokenizer import GPT2_PATTERN
+    from gptjax.exchange.byte_pairs import GPT2_PATTERN
 
     for number, tokenizer in enumerate((make_bpe(), make_bpe(GPT2_PATTERN), ByteTokenizer())):
         model = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)

@@ -1,18 +1,22 @@
-"""Converts byte-pair encodings between the format of the tokenizers library and that of tiktoken, which gptjax uses.
-
-Both merge the pair with the lowest rank first. The tokenizers library has a list of merges; tiktoken uses the id of the
-merged token as its rank. So an encoding can be converted if the ids of merged tokens increase along the list.
-"""
+"""Converts tokenizers between the files of a Hugging Face model folder and gptjax."""
 
 import dataclasses
-import itertools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
+from gptjax.exchange.byte_pairs import (
+    GPT2_PATTERN,
+    BytePairs,
+    NotConvertible,
+    library_tokenizer,
+    make_pairs,
+    read_pairs,
+    recover_merges,
+)
 from gptjax.exchange.hf_files import write_json
 from gptjax.exchange.mixed_texts import mixed_texts
 from gptjax.exchange.tokenizer_files import TokenizerFiles, content_text, token_text
@@ -20,29 +24,10 @@ from gptjax.text.tokenizers.base import END_OF_TEXT, Tokenizer
 from gptjax.text.tokenizers.byte_pair import BytePairTokenizer, bpe_tokenizer_from_ranks
 from gptjax.text.tokenizers.library import LibraryTokenizer
 from gptjax.text.tokenizers.plain import ByteTokenizer
-from gptjax.text.train_bpe import byte_of_character
 
-# The pattern of the tokenizers library's ByteLevel, in tiktoken's syntax.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # Fingerprint of tiktoken's gpt2: an imported gpt2 is the same tokenizer, so data prepared with either fits.
 GPT2_FINGERPRINT = "592fc644bd6e35ef7aed2208176abe31b3da11abac1159c05bbc6e4e7c1da936"
-# The operand of a counted repetition: a class, an escape, a group without inner groups, or a character.
-_ATOM = r"(\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|\((?:\\.|[^()\\])*\)|[^\\\[\]()|])"
-_POSSESSIVE = re.compile(_ATOM + r"(\{\d+(?:,\d*)?\})\+")
-_ATOMIC = re.compile(r"\(\?>" + _ATOM + r"(\{\d+(?:,\d*)?\})\)")
 _SHOWN = 5  # names in a message
-
-
-class _NotConvertible(Exception):
-    """The reason why a folder's tokenizer cannot be converted exactly."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _BytePairs:
-    ids: dict[bytes, int]
-    merges: list[tuple[bytes, bytes]]
-    pattern: str
-    special: dict[str, int]
 
 
 def import_tokenizer(files: TokenizerFiles, vocab_size: int, notify: Callable[[str], None]) -> Tokenizer | None:
@@ -65,8 +50,8 @@ def import_tokenizer(files: TokenizerFiles, vocab_size: int, notify: Callable[[s
         end_token = _find_end_token(files, pairs, notify)
         tokenizer = _from_pairs(pairs, vocab_size, end_token)
         if example := _first_difference(tokenizer, theirs, pairs):
-            raise _NotConvertible(f"tiktoken would encode some text to other ids, such as {example!r}")
-    except _NotConvertible as reason:
+            raise NotConvertible(f"tiktoken would encode some text to other ids, such as {example!r}")
+    except NotConvertible as reason:
         return _through_library(files, vocab_size, str(reason), notify)
     _report_added(files.where, theirs, notify)
     return tokenizer
@@ -78,10 +63,7 @@ def _through_library(
     """A tokenizer that runs tokenizer.json with the tokenizers library, if it works on bytes; otherwise returns None
     and calls `notify`.
     """
-    if files.content is None:
-        notify(f"{files.where}: imported without a tokenizer: {reason}")
-        return None
-    if not _works_on_bytes(files.content):
+    if files.content is None or not _works_on_bytes(files.content):
         notify(f"{files.where}: imported without a tokenizer: {reason}")
         return None
     library = _library(files)
@@ -97,7 +79,7 @@ def _through_library(
         notify(f"{files.where}: imported without a tokenizer: {reason}, and it changes the text")
         return None
     notify(f"{files.where}: its tokenizer is run by the tokenizers library, as it is no tiktoken encoding: {reason}")
-    end = _find_end_token(files, _BytePairs({}, [], "", special), notify)
+    end = _find_end_token(files, BytePairs({}, [], "", special), notify)
     return dataclasses.replace(tokenizer, end_token=end)
 
 
@@ -134,7 +116,7 @@ def export_tokenizer(
     if pairs is None:
         notify(f"{to}: exported without a tokenizer: kind {tokenizer.kind} has no form that transformers reads")
         return
-    theirs = _hf_tokenizer(pairs)
+    theirs = library_tokenizer(pairs)
     theirs.save(str(to / "tokenizer.json"))
     end = tokenizer.end_token if tokenizer.end_token in pairs.special else None
     is_gpt2 = pairs.pattern == GPT2_PATTERN
@@ -144,8 +126,8 @@ def export_tokenizer(
         to / "tokenizer_config.json", config | ends | {"model_max_length": block_size, "add_prefix_space": False}
     )
     if is_gpt2:
-        write_json(to / "vocab.json", _named(pairs))
-        lines = [" ".join(pair) for pair in _named_merges(pairs)]
+        write_json(to / "vocab.json", pairs.named_ids())
+        lines = [" ".join(pair) for pair in pairs.named_merges()]
         (to / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]) + "\n", encoding="utf-8")
     if example := _first_difference(tokenizer, theirs, pairs):
         notify(f"{to}: transformers encodes some text to other ids than this run, such as {example!r}")
@@ -182,34 +164,34 @@ def library_content(tokenizer: Tokenizer) -> dict | None:
     if isinstance(tokenizer, LibraryTokenizer):
         return json.loads(tokenizer.content)
     pairs = _byte_pairs(tokenizer)
-    return None if pairs is None else json.loads(_hf_tokenizer(pairs).to_str())
+    return None if pairs is None else json.loads(library_tokenizer(pairs).to_str())
 
 
-def _byte_pairs(tokenizer: Tokenizer) -> _BytePairs | None:
+def _byte_pairs(tokenizer: Tokenizer) -> BytePairs | None:
     match tokenizer:
         case BytePairTokenizer(ranks=ranks, pattern=pattern, special=special):
-            return _BytePairs(ranks, _recover_merges(ranks), pattern, special)
+            return BytePairs(ranks, recover_merges(ranks), pattern, special)
         case ByteTokenizer():
             ids = {bytes([byte]): byte for byte in range(256)}
-            return _BytePairs(ids, [], GPT2_PATTERN, {END_OF_TEXT: tokenizer.end_of_text})
+            return BytePairs(ids, [], GPT2_PATTERN, {END_OF_TEXT: tokenizer.end_of_text})
         case _:
             return None
 
 
-def _read(files: TokenizerFiles) -> tuple[_BytePairs, Any]:
+def _read(files: TokenizerFiles) -> tuple[BytePairs, Any]:
     """Reads the files as byte pairs, and with the tokenizers library."""
     if files.content is not None:
         try:
-            pairs = _from_json(files.content, files.added)
+            pairs = read_pairs(files.content, files.added)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise UserError(
                 f"{files.where}: tokenizer.json: no valid tokenizer: {type(error).__name__}: {error}"
             ) from None
         return pairs, _library(files)
     if files.vocab is not None:
-        pairs = _pairs(files.vocab, files.merges, GPT2_PATTERN, files.added, False)
+        pairs = make_pairs(files.vocab, files.merges, GPT2_PATTERN, files.added, False)
         return pairs, _slow_tokenizer(files.vocab, files.merges)
-    raise _NotConvertible("there is none (no tokenizer.json, no vocab.json with merges.txt)")
+    raise NotConvertible("there is none (no tokenizer.json, no vocab.json with merges.txt)")
 
 
 def _library(files: TokenizerFiles) -> Any:
@@ -239,7 +221,7 @@ def _slow_tokenizer(vocab: dict[str, int], merges: tuple[tuple, ...]) -> Any:
     return library
 
 
-def _find_end_token(files: TokenizerFiles, pairs: _BytePairs, notify: Callable[[str], None]) -> str:
+def _find_end_token(files: TokenizerFiles, pairs: BytePairs, notify: Callable[[str], None]) -> str:
     """The name of the end token: from the model's config, the tokenizer's config, or the usual names; otherwise
     empty.
     """
@@ -271,7 +253,7 @@ def _report_added(where: str, theirs: Any, notify: Callable[[str], None]) -> Non
         notify(f"{where}: its tokenizer adds {theirs.encode('a').tokens} around the text 'a'; gptjax does not")
 
 
-def _first_difference(tokenizer: Tokenizer, theirs: Any, pairs: _BytePairs) -> str | None:
+def _first_difference(tokenizer: Tokenizer, theirs: Any, pairs: BytePairs) -> str | None:
     """The shortest of many texts that both encode differently, ignoring texts with an added token; None: no such
     text.
     """
@@ -294,87 +276,19 @@ def _is_utf8(token: bytes) -> bool:
     return True
 
 
-def _to_library(pattern: str) -> str:
-    """Translates a regular expression of tiktoken to Oniguruma's syntax, which the tokenizers library uses.
-
-    In tiktoken `X{1,3}+` is a possessive quantifier; in Oniguruma it means `(?:X{1,3})+`.
-    """
-    return _POSSESSIVE.sub(r"(?>\1\2)", pattern)
-
-
-def _from_library(pattern: str) -> str:
-    """Inverse of `_to_library`."""
-    return _ATOMIC.sub(r"\1\2+", _POSSESSIVE.sub(r"(?:\1\2)+", pattern))
-
-
-def _from_json(content: dict, extra: dict[str, int]) -> _BytePairs:
-    model = content["model"]
-    if model.get("type") != "BPE":
-        raise _NotConvertible(f"its model is {model.get('type')}, not byte-level BPE")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            raise _NotConvertible(f"it uses {name}")
-    if content.get("normalizer"):
-        raise _NotConvertible("it changes the text before encoding it (normalizer)")
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    added = extra | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-    return _pairs(model["vocab"], merges, _pattern(content["pre_tokenizer"]), added, bool(model.get("ignore_merges")))
-
-
-def _pattern(pre_tokenizer: dict) -> str:
-    """The regular expression that splits text."""
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    *splits, last = steps
-    if last["type"] != "ByteLevel":
-        raise _NotConvertible("it does not work on bytes")
-    if last.get("add_prefix_space"):
-        raise _NotConvertible("it puts a space before the text (add_prefix_space)")
-    if not splits and last.get("use_regex", True):
-        return GPT2_PATTERN
-    if len(splits) != 1 or last.get("use_regex", True) or splits[0]["type"] != "Split":
-        raise _NotConvertible("it cuts text in several steps")
-    if splits[0]["behavior"] != "Isolated" or splits[0].get("invert") or "Regex" not in splits[0]["pattern"]:
-        raise _NotConvertible("it does not cut text by one regular expression")
-    return _from_library(splits[0]["pattern"]["Regex"])
-
-
-def _pairs(
-    vocab: dict[str, int], merges: Iterable[tuple], pattern: str, added: dict[str, int], whole_words: bool
-) -> _BytePairs:
-    """Converts names to bytes. A token is special if no text encodes to it: no byte, not merged, and no word."""
-    byte_of = byte_of_character()
-
-    def to_bytes(name: str) -> bytes:
-        if unknown := next((c for c in name if c not in byte_of), None):
-            raise _NotConvertible(f"token {name!r} has {unknown!r}, which is no byte's name")
-        return bytes(byte_of[c] for c in name)
-
-    merges = [(to_bytes(left), to_bytes(right)) for left, right in merges]
-    merged = {left + right for left, right in merges}
-
-    def is_plain(name: str) -> bool:
-        if name in added or not set(name) <= byte_of.keys():
-            return False
-        return whole_words or len(name) == 1 or to_bytes(name) in merged
-
-    special = added | {name: i for name, i in vocab.items() if not is_plain(name)}
-    ids = {to_bytes(name): i for name, i in vocab.items() if is_plain(name)}
-    return _BytePairs(ids, merges, pattern, special)
-
-
-def _check_order(pairs: _BytePairs) -> None:
+def _check_order(pairs: BytePairs) -> None:
     last = -1
     for left, right in pairs.merges:
         new = pairs.ids.get(left + right, -1)
         if new <= last:
-            raise _NotConvertible(f"the id of token {left + right!r} does not follow the order of merges")
+            raise NotConvertible(f"the id of token {left + right!r} does not follow the order of merges")
         last = new
 
 
-def _from_pairs(pairs: _BytePairs, vocab_size: int, end_token: str) -> Tokenizer:
+def _from_pairs(pairs: BytePairs, vocab_size: int, end_token: str) -> Tokenizer:
     size = 1 + max([*pairs.ids.values(), *pairs.special.values()])
     if size > vocab_size:
-        raise _NotConvertible(f"it has {size:,} tokens, the model {vocab_size:,}")
+        raise NotConvertible(f"it has {size:,} tokens, the model {vocab_size:,}")
     gpt2 = BytePairTokenizer("tiktoken", "gpt2", pairs.pattern, pairs.ids, pairs.special, end_token)
     if size == vocab_size == len(pairs.ids) + len(pairs.special) and gpt2.fingerprint == GPT2_FINGERPRINT:
         return gpt2
@@ -382,60 +296,4 @@ def _from_pairs(pairs: _BytePairs, vocab_size: int, end_token: str) -> Tokenizer
     try:
         return bpe_tokenizer_from_ranks(pairs.ids, pairs.pattern, pairs.special | reserved, end_token)
     except UserError as error:
-        raise _NotConvertible(str(error)) from None
-
-
-def _hf_tokenizer(pairs: _BytePairs):
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    # Like tiktoken, a word that is a token becomes that token even if merges do not produce it.
-    tokenizer = Tokenizer(models.BPE(vocab=_named(pairs), merges=_named_merges(pairs), ignore_merges=True))
-    if pairs.pattern == GPT2_PATTERN:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_to_library(pairs.pattern)), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = sorted(pairs.special, key=pairs.special.__getitem__)
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    return tokenizer
-
-
-def _named(pairs: _BytePairs) -> dict[str, int]:
-    vocab = {_name(token): i for token, i in pairs.ids.items()} | pairs.special
-    return dict(sorted(vocab.items(), key=lambda item: item[1]))
-
-
-def _named_merges(pairs: _BytePairs) -> list[tuple[str, str]]:
-    return [(_name(left), _name(right)) for left, right in pairs.merges]
-
-
-_CHARACTER_OF = {byte: character for character, byte in byte_of_character().items()}
-
-
-def _name(token: bytes) -> str:
-    return "".join(_CHARACTER_OF[byte] for byte in token)
-
-
-def _recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that is merged to each token, found by applying merges of lower rank. Some tokens have no such pair."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = _merge_below(ranks, token, rank)
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-def _merge_below(ranks: dict[bytes, int], token: bytes, rank: int) -> list[bytes]:
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        best, at = min((ranks.get(left + right, rank), i) for i, (left, right) in enumerate(itertools.pairwise(parts)))
-        if best >= rank:
-            break
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
+        raise NotConvertible(str(error)) from None
