@@ -537,11 +537,12 @@ from gptjax.config.data import DataConfig
 from gptjax.config.reader import from_dict
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.text import prepare as preparing
+from gptjax.text import write_shards
 from gptjax.text.cleaning import part, pool, store
 
 FOLDER = Path(sys.argv[1])
 DATA = from_dict(DataConfig, json.loads(sys.argv[2]), "data")
-store.PART_CHARACTERS, preparing.SHARD_TOKENS, preparing._BATCH_CHARACTERS = 8000, 3000, 2000
+store.PART_CHARACTERS, write_shards.SHARD_TOKENS, write_shards.BATCH_CHARACTERS = 8000, 3000, 2000
 
 
 def killing(function, call):
@@ -584,7 +585,7 @@ PLACES = {stage.name: lambda name=stage.name: in_stage(name) for stage in pool.m
     "near duplicates": lambda: replaced(store, "find_near_duplicates", 1),
     "substrings": lambda: replaced(store, "find_repeated", 1),
     "duplicates": lambda: documents("read_store", 45),  # while shards are written: the split reads 30 before
-    "second shard": lambda: replaced(preparing.ShardWriter, "_finish_shard", 2),
+    "second shard": lambda: replaced(write_shards.ShardWriter, "_finish_shard", 2),
     "datasheet": lambda: replaced(preparing, "write_datasheet", 1),
     "publishing": lambda: replaced(preparing, "publish", 1),
 }

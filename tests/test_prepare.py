@@ -16,6 +16,7 @@ from gptjax.config.data import DataConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text import prepare as module
+from gptjax.text import write_shards
 from gptjax.text.prepare import describe, prepare
 from gptjax.text.split import choose_split
 from gptjax.text.tokenizer import make_tokenizer
@@ -55,7 +56,7 @@ def test_shards_hold_every_document_once_on_one_side(corpus, tmp_path, kind):
 
 def test_batches_do_not_show_in_the_result(corpus, tmp_path, monkeypatch):
     whole = prepare(corpus, BYTES, tmp_path / "a", report=quiet)
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(write_shards, "BATCH_CHARACTERS", 100)
     assert prepare(corpus, BYTES, tmp_path / "b", report=quiet).dataset.hash == whole.dataset.hash
 
 
@@ -202,7 +203,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(corpus, tmp_path, monkeypatch)
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.ShardWriter, "_write", full)
+    monkeypatch.setattr(write_shards.ShardWriter, "_write", full)
     with pytest.raises(UserError, match="No space left on device"):
         prepare(corpus, BYTES, tmp_path, report=quiet)
     assert [path.suffix for path in (tmp_path / "data").iterdir()] == [".lock"]
@@ -252,9 +253,10 @@ from pathlib import Path
 from gptjax.config.clean import CleanConfig
 from gptjax.config.data import DataConfig
 from gptjax.config.tokenizer import TokenizerConfig
-from gptjax.text import prepare as module
-module._REPORT_SECONDS = 0
-module._BATCH_CHARACTERS = 1000
+from gptjax.text import write_shards
+from gptjax.text.prepare import prepare
+write_shards.REPORT_SECONDS = 0
+write_shards.BATCH_CHARACTERS = 1000
 lines = []
 def report(line):
     print(line, flush=True)
@@ -262,7 +264,7 @@ def report(line):
     if len(lines) == int(sys.argv[3]):
         time.sleep(60)
 data = DataConfig(path=(sys.argv[1],))
-print(module.prepare(data, TokenizerConfig(kind="bytes"), Path(sys.argv[2]), report=report).dataset.hash)
+print(prepare(data, TokenizerConfig(kind="bytes"), Path(sys.argv[2]), report=report).dataset.hash)
 """
 
 

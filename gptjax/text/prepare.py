@@ -7,14 +7,11 @@ import itertools
 import json
 import re
 import shutil
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import xxhash
 
 from gptjax.config.data import DataConfig
@@ -26,13 +23,13 @@ from gptjax.text.cleaning.stages import stages_identity
 from gptjax.text.cleaning.store import CLEAN_VERSION, Share, build_store, read_store, store_report
 from gptjax.text.counts import counted, leaves_out
 from gptjax.text.datasheet import write_datasheet
-from gptjax.text.documents import OriginWriter
-from gptjax.text.shard_writer import SHARD_TOKENS, CorpusChanged, ShardWriter, write_manifest
+from gptjax.text.shard_writer import CorpusChanged, write_manifest
 from gptjax.text.shards import FORMAT_VERSION, MANIFEST, Dataset, Verify, open_dataset
 from gptjax.text.sources import Document, read_documents, source_fingerprint
 from gptjax.text.split import Split, choose_split, nearest_fraction, text_hash
-from gptjax.text.tokenizer import encode_each, load_tokenizer, make_tokenizer, save_tokenizer
+from gptjax.text.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from gptjax.text.tokenizers.base import Tokenizer
+from gptjax.text.write_shards import write_shards
 
 TOKENIZER = "tokenizer.json"
 # Options that do not change which tokens are stored where.
@@ -44,8 +41,6 @@ _ADDED_OPTIONS = {
 }
 # Options of the split or the description, which do not change the documents.
 _NOT_CLEANED = ("validation_fraction", "license")
-_BATCH_CHARACTERS = 2**22
-_REPORT_SECONDS = 5.0
 
 Report = Callable[[str], object]
 Corpus = Callable[[Counter[str]], Iterator[Document]]
@@ -222,7 +217,7 @@ def _build(
         tokenizer = tokenizer or make_tokenizer(config, lambda: _learned_from(corpus, config, split, report), report)
         save_tokenizer(tokenizer, building / TOKENIZER)
         counts: Counter[str] = Counter()
-        shards = _write_shards(building, corpus(counts), split, tokenizer, report)
+        shards = write_shards(building, corpus(counts), split, tokenizer, report)
         if source_fingerprint(data) != about["source"]:
             if store:
                 shutil.rmtree(store, ignore_errors=True)
@@ -293,109 +288,6 @@ def _learned_from(corpus: Corpus, config: TokenizerConfig, split: Split, report:
                     yield text
     if config.sample_fraction < 1:
         report(f"tokenizer: learns from a sample of {documents:,} documents, {characters / 1e6:,.1f} M characters")
-
-
-def _write_shards(
-    folder: Path, documents: Iterable[Document], split: Split, tokenizer: Tokenizer, report: Report
-) -> dict[str, list[dict]]:
-    writers = {
-        name: ShardWriter(
-            folder,
-            name,
-            vocab_size=tokenizer.vocab_size,
-            end_of_text=tokenizer.end_of_text,
-            tokenizer=tokenizer.fingerprint,
-            shard_tokens=SHARD_TOKENS,
-        )
-        for name in ("train", "validation")
-    }
-    if finished := sum(writer.n_tokens for writer in writers.values()):
-        report(f"preparing: continues after {finished:,} tokens in finished shards")
-    progress = _progress(report)
-    origins = {name: OriginWriter(folder, name) for name in writers}
-    try:
-        for parts, ids in _encoded(_batches(documents, split, writers, origins), tokenizer):
-            n_bytes = _write(writers, parts, ids)
-            progress(len(parts), n_bytes, sum(writer.n_tokens for writer in writers.values()))
-        return {name: writer.close() for name, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-        for writer in origins.values():
-            writer.close()
-
-
-class _Part(NamedTuple):
-    where: str
-    split: str
-    text: str
-    text_hash: int
-
-
-def _batches(
-    documents: Iterable[Document], split: Split, writers: dict[str, ShardWriter], origins: dict[str, OriginWriter]
-) -> Iterator[list[_Part]]:
-    """Batches the documents that are not in finished shards yet, and records the origin of every document."""
-    batch, size = [], 0
-    for document in documents:
-        for name, text in split(document.text):
-            one = text_hash(text)
-            origins[name].add(document.where, one)
-            if not writers[name].pass_over(one):
-                batch.append(_Part(document.where, name, text, one))
-                size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(batches: Iterable[list[_Part]], tokenizer: Tokenizer) -> Iterator[tuple[list[_Part], list[np.ndarray]]]:
-    """Yields each batch with its ids, while the next batch is encoded and another one is read."""
-    with ThreadPoolExecutor(1) as encoder:
-        waiting: deque[tuple[list[_Part], Future[list[np.ndarray]]]] = deque()
-        for parts in batches:
-            waiting.append((parts, encoder.submit(encode_each, tokenizer, [(part.text, part.where) for part in parts])))
-            if len(waiting) > 1:
-                done, ids = waiting.popleft()
-                yield done, ids.result()
-        for done, ids in waiting:
-            yield done, ids.result()
-
-
-def _write(writers: dict[str, ShardWriter], parts: list[_Part], ids: list[np.ndarray]) -> int:
-    total = 0
-    for name, writer in writers.items():
-        mine = [i for i, part in enumerate(parts) if part.split == name]
-        if mine:
-            n_bytes = [_n_bytes(parts[i].text) for i in mine]
-            writer.add([ids[i] for i in mine], n_bytes, [parts[i].text_hash for i in mine])
-            total += sum(n_bytes)
-    return total
-
-
-def _n_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
-def _progress(report: Report) -> Callable[[int, int, int], None]:
-    start = last = time.monotonic()
-    documents = size = 0
-
-    def advance(n_documents: int, n_bytes: int, n_tokens: int) -> None:
-        nonlocal documents, size, last
-        documents += n_documents
-        size += n_bytes
-        now = time.monotonic()
-        if now - last >= _REPORT_SECONDS:
-            last = now
-            report(
-                f"preparing: {documents:,} documents, {size / 1e6:,.0f} MB, {n_tokens:,} tokens,"
-                f" {size / 1e6 / (now - start):.1f} MB/s"
-            )
-
-    return advance
 
 
 def _require_sum(counts: Counter[str], shards: dict[str, list[dict]]) -> None:

@@ -17,6 +17,7 @@ import xxhash
 from gptjax.config.data import DataConfig
 from gptjax.errors import UserError
 from gptjax.text import prepare as module
+from gptjax.text import write_shards
 from gptjax.text.prepare import find_folder, open_folder, prepare
 from gptjax.text.shards import HEADER_SIZE, content_hash, open_shard
 from tests.faults.inputs import BYTES, accepted, write_config
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def prepared(tmp_path, capsys, monkeypatch):
     """A config, and the folder of its prepared data, in several shards."""
-    monkeypatch.setattr(module, "SHARD_TOKENS", 4000)
+    monkeypatch.setattr(write_shards, "SHARD_TOKENS", 4000)
     config = write_config(tmp_path, write_corpus(tmp_path / "corpus"))
     folder = Path(accepted(capsys, "prepare", config).splitlines()[-1])
     return config, folder
@@ -178,10 +179,11 @@ import sys
 from pathlib import Path
 from gptjax.config.data import DataConfig
 from gptjax.config.tokenizer import TokenizerConfig
-from gptjax.text import prepare as module
-module.SHARD_TOKENS, module._BATCH_CHARACTERS = 3000, 2000
+from gptjax.text import write_shards
+from gptjax.text.prepare import prepare
+write_shards.SHARD_TOKENS, write_shards.BATCH_CHARACTERS = 3000, 2000
 data = DataConfig(path=(sys.argv[1],))
-print(module.prepare(data, TokenizerConfig(kind=sys.argv[3]), Path(sys.argv[2])).dataset.hash)
+print(prepare(data, TokenizerConfig(kind=sys.argv[3]), Path(sys.argv[2])).dataset.hash)
 """
 
 
@@ -240,7 +242,7 @@ def test_killed_preparation(tmp_path, seen, kind, kills):
 
 def test_what_a_killed_preparation_left_is_not_trusted(tmp_path, monkeypatch):
     """Other text under the same fingerprint (a streamed dataset can do that), and shards that were damaged since."""
-    monkeypatch.setattr(module, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(write_shards, "SHARD_TOKENS", 500)
     monkeypatch.setattr(module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     corpus = tmp_path / "corpus.jsonl"
     rng = np.random.default_rng(0)

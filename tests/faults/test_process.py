@@ -215,8 +215,8 @@ def test_a_signal_is_answered_while_the_main_thread_is_busy(tmp_path):
 PREPARES = """
 import sys
 from gptjax.cli import main
-from gptjax.text import prepare
-prepare.SHARD_TOKENS, prepare._BATCH_CHARACTERS = 3000, 2000
+from gptjax.text import write_shards
+write_shards.SHARD_TOKENS, write_shards.BATCH_CHARACTERS = 3000, 2000
 sys.exit(main(["train", sys.argv[1]]))
 """
 COMPILES = """

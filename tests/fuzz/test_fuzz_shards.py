@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gptjax.config.data import DataConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.errors import UserError
-from gptjax.text import prepare as module
+from gptjax.text import write_shards
 from gptjax.text.prepare import open_folder, prepare
 from gptjax.text.shards import HEADER_SIZE, content_hash
 from tests.fuzz.fuzz import EDITS, ODD_VALUE, ends_well, fuzz, mutate
@@ -23,12 +23,12 @@ def written() -> tuple[Path, dict[str, bytes]]:
     """A folder of prepared data in several shards, and its files."""
     root = Path(tempfile.mkdtemp(prefix="gptjax-fuzz-"))
     (root / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}" * (i % 9)}) + "\n" for i in range(99)))
-    shard_tokens, module.SHARD_TOKENS = module.SHARD_TOKENS, 1000
+    shard_tokens, write_shards.SHARD_TOKENS = write_shards.SHARD_TOKENS, 1000
     try:
         data = DataConfig(path=(str(root / "a.jsonl"),))
         folder = prepare(data, TokenizerConfig(kind="bytes"), root / "cache", report=lambda _: None).folder
     finally:
-        module.SHARD_TOKENS = shard_tokens
+        write_shards.SHARD_TOKENS = shard_tokens
     return folder, {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
