@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
 
 
 class MixtureEvaluation(NamedTuple):
-    """Results of each source, and their mean with the weights of the first step."""
+    """Results of each source of a mixture, and their means, weighted by the sources' weights at the first step."""
 
     val_loss: float
     perplexity: float
@@ -67,8 +67,9 @@ def mean_evaluation(weights: dict[str, float], sources: dict[str, Evaluation]) -
 
 
 def make_eval_step(model: ModelConfig, compute: Compute) -> EvalStep:
-    """Returns `eval_step(params, batch) -> (nll, count)`, to be jitted: leaves `[B, T]`, no dropout, loss without
-    regularisers.
+    """Returns `eval_step(params, batch) -> (nll, count)`: the summed loss and the number of targets.
+
+    The leaves of a batch are `[B, T]`. There is no dropout, and the loss has no regularisers. Callers jit the function.
     """
     options = loss_options(model)
 
@@ -86,9 +87,9 @@ def measure(
     sharding: jax.sharding.Sharding,
     bytes_per_token: float | None,
 ) -> Evaluation:
-    """Averages the loss over all targets of all batches (sums first, then one division).
+    """Averages the loss over all targets of all batches: the sum of all losses is divided by the number of targets.
 
-    `bytes_per_token` is None if bits per byte are not defined.
+    `bytes_per_token` is None if not every token of the text is a target.
     """
     return evaluation_of(*sum_loss(eval_step, params, batches, sharding), bytes_per_token)
 

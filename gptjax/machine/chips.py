@@ -25,13 +25,14 @@ class Chip:
 
 
 # Sources: NVIDIA's data sheets (DGX and HGX for nodes and networks), Google's pages "TPU v4" to "TPU v6e".
-# - NVIDIA's sheets print FLOP/s with sparsity; these are half of that.
-# - A rate published for both directions counts half. Machines whose cards are not all connected by NVLink: PCIe x16.
+# - NVIDIA's sheets print FLOP/s with sparsity; the table has half of that.
+# - Of rates published for both directions the table has half.
+# - Where NVLink does not connect all cards of a machine, `link` is the rate of PCIe x16.
 # - Pods of v4 and v5p have more chips than `gptjax plan` supports.
 # - H100 NVL: data sheet "NVIDIA H100 NVL" (1,671 TFLOPS with sparsity, 94 GB, 3.9 TB/s). Bridges join pairs only.
 # - H200 NVL: nvidia.com/en-us/data-center/h200 (1,671 TFLOPS with sparsity; bridges of 900 GB/s join up to four).
 # - GH200: data sheet "NVIDIA GH200 Grace Hopper Superchip", 2705455 (990 TFLOPS dense; 96 GB of HBM3, 4 TB/s).
-# - GB200: nvidia.com/en-us/data-center/gb200-nvl72, of 72 GPUs together: 360 PFLOPS with sparsity, 13.4 TB, 576 TB/s.
+# - GB200: nvidia.com/en-us/data-center/gb200-nvl72: all 72 GPUs have 360 PFLOPS with sparsity, 13.4 TB, 576 TB/s.
 CHIPS = {
     "h100": Chip(("H100",), 989e12, 80e9, 3.35e12, 8, 450e9, 50e9),
     "h100-pcie": Chip(("H100 PCIe",), 756e12, 80e9, 2.0e12, 8, 64e9, 50e9),
@@ -56,7 +57,7 @@ CHIPS = {
 
 
 def chip_of(kind: str) -> Chip | None:
-    """Returns the chip whose name is the longest that `device.device_kind` contains as whole words.
+    """Returns the chip that `device.device_kind` names; names are matched as whole words, and the longest match counts.
 
     Returns None for chips that are not in the table (an L400 is not an L4) and for partitions of a chip (MIG).
     """

@@ -1,4 +1,4 @@
-"""Builds tasks whose head computes outputs for each row, and predicts with them."""
+"""Builds the tasks whose head computes a vector for each row, and predicts with them."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ class HeadTask(NamedTuple):
     """Makes the augmentation of training texts, see `texts.make_rewrite`."""
     make_predict: Callable[..., Predict] = make_predict
     constants: Callable[[Config, Any], dict[str, np.ndarray]] = lambda *_: {}
-    """Returns the leaves of the head that follow from the encoded training rows and are not trained."""
+    """Returns the parameters of the head that are computed from the training rows and not trained."""
 
 
 def head_kind(
@@ -48,7 +48,7 @@ def head_kind(
     report: Callable[[Any, float], str],
     states_loss: Callable[[Config, str], StatesLoss] = head_states_loss,
 ) -> Kind:
-    """Returns the functions of the task for the registry."""
+    """Makes the registry's entry of a task with a head."""
     build, predict = functools.partial(_build, head), functools.partial(_predict_examples, head)
     return Kind(build, states_loss, parse_row, plain_text, predict, outputs, report)
 
@@ -112,5 +112,5 @@ def _run(head, config, predict, params, examples, rows, batch_size, sharding):
 def compiled_predict(
     make: Callable[..., Predict], model: ModelConfig, task: TaskConfig, name: str, compute: Compute
 ) -> Predict:
-    """Compiled once per batch shape."""
+    """Returns the jitted prediction; equal arguments share its compiled programs."""
     return jax.jit(make(model, task, name, compute))
