@@ -124,7 +124,11 @@ def import_gguf_model(path: Path, notify: Callable[[str], None]) -> Imported:
     with readable_values(str(path)):
         family, model = read_model_config(_hf_config(file, name), str(path), notify)
     theirs = _gguf_names(family, model, name)
-    shapes = {hf: _hf_shape(family, hf, file.shapes[their]) for hf, their in theirs.items() if their in file.shapes}
+    shapes = {
+        hf: file.shapes[their][::-1] if _is_conv1d(family, hf) else file.shapes[their]
+        for hf, their in theirs.items()
+        if their in file.shapes
+    }
     if unknown := sorted(file.shapes.keys() - theirs.values() - {ROPE_FACTORS}):
         raise UserError(f"{path}: tensor {unknown[0]} is not part of a {name} model that is supported")
     expected = tensor_shapes(family, model)
@@ -360,7 +364,7 @@ def _tensor_change(
 
     def change(hf_name: str, x: np.ndarray) -> np.ndarray:
         if (part := hf_name.split(".")[-2]) in permuted:
-            return x[permuted[part] if to_file else _inverse(permuted[part])]
+            return x[permuted[part] if to_file else np.argsort(permuted[part])]
         if architecture.norms_above_one and x.ndim == 1:
             return x + 1.0 if to_file else x - 1.0
         return x.T if _is_conv1d(family, hf_name) else x
@@ -371,10 +375,6 @@ def _tensor_change(
 def _is_conv1d(family: Family, hf_name: str) -> bool:
     """Whether a matrix has its inputs first at Hugging Face; in files outputs are first."""
     return family.conv1d and hf_name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
-
-
-def _hf_shape(family: Family, hf_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1] if _is_conv1d(family, hf_name) else shape
 
 
 def _add_tensor(gguf: Any, writer: Any, name: str, x: np.ndarray, kind: str) -> bool:
@@ -397,10 +397,6 @@ def _permutation(model: ModelConfig) -> dict[str, np.ndarray]:
         return np.arange(heads * model.head_width).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
     return {"q_proj": rows(model.n_head), "k_proj": rows(model.kv_heads)}
-
-
-def _inverse(permutation: np.ndarray) -> np.ndarray:
-    return np.argsort(permutation)
 
 
 def _shortest(value: float) -> float:

@@ -25,11 +25,12 @@ def describe(given: Plan, suggested: Plan | None, options: PlanConfig) -> str:
     chip, memory = CHIPS[options.chip], given.memory
     model, train = given.config.model, given.config.train
     step = f"{train.batch_size:,} sequences x {model.block_size:,} tokens in {train.batch_size // train.micro_batch}"
+    layout = f"{describe_layout(given.mesh)}, micro-batches of {train.micro_batch:,} sequences"
     lines = [
         ("model", f"{readable_count(given.parameter_count)} parameters, vocabulary {model.vocab_size:,}"),
         ("step", f"{step} micro-batches, {train.compute_dtype}, remat {train.remat}"),
         *_ramps(train),
-        ("mesh", f"{_layout(given)} on {options.devices} x {options.chip}"),
+        ("mesh", f"{layout} on {options.devices} x {options.chip}"),
         ("memory", f"{_of_chip(given, chip)} per device:"),
         *(("", f"{_bytes(getattr(memory, name))}  {words}") for name, words in PARTS),
         ("sent", f"{_bytes(sum(one.node + one.network for one in given.sent))}  per device and step:"),
@@ -141,10 +142,6 @@ def _assumed(plan: Plan, name: str) -> str:
         f" {chip.network / 1e9:.3g} GB/s between nodes; devices numbered node after node; memory and communication as"
         f" XLA compiles the step for CPUs{slow}"
     )
-
-
-def _layout(plan: Plan) -> str:
-    return f"{describe_layout(plan.mesh)}, micro-batches of {plan.config.train.micro_batch:,} sequences"
 
 
 def _suggestion(given: Plan, suggested: Plan | None, options: PlanConfig) -> list[str]:
