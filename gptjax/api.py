@@ -17,7 +17,7 @@ import numpy as np
 
 from gptjax.checkpoints.run_dir import CONFIG_FILE, LoadedRun, load_run
 from gptjax.config.model import ModelConfig
-from gptjax.config.reader import from_dict, load_config
+from gptjax.config.reader import from_dict, load_config, merged
 from gptjax.config.run import Config
 from gptjax.config.start import Start
 from gptjax.config.verbs.sample import SampleConfig
@@ -84,7 +84,7 @@ def train(config: Config | str | Path | dict, **options: Any) -> "Model":
             raise UserError("give a Config as it is, or a file or a dict together with options")
         whole = config
     elif isinstance(config, dict):
-        whole = from_dict(Config, _merged(config, options), "train()")
+        whole = from_dict(Config, merged(config, options), "train()")
     else:
         whole = load_config(config, options)
     status = run_train(Start(whole))
@@ -260,12 +260,3 @@ def _logits(model: ModelConfig, compute: Compute, params: dict, tokens_BT: jax.A
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
     x_BTD = gpt.hidden_states(model, params, tokens_BT, positions_BT, compute=compute)
     return gpt.logits(model, params, x_BTD)
-
-
-def _merged(base: dict, over: dict) -> dict:
-    """Nested values with others laid over them."""
-    merged = dict(base)
-    for name, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if both else value
-    return merged

@@ -325,7 +325,8 @@ def merged(base: dict, over: dict) -> dict:
     """Nested options, in which those of `over` replace those of `base`."""
     found = dict(base)
     for key, value in over.items():
-        found[key] = merged(base.get(key, {}), value) if isinstance(value, dict) else value
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        found[key] = merged(base[key], value) if both else value
     return found
 
 

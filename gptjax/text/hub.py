@@ -15,7 +15,6 @@ from gptjax.text.formats import (
     missing_field,
     reads_whole_rows,
     row_text,
-    text_value,
     without_surrogates,
 )
 from gptjax.text.paths import refuse_links_out
@@ -62,29 +61,26 @@ def read_dataset(data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
     Raises:
         UserError: The dataset cannot be loaded or read, has no such field, or a row has no text.
     """
-    if reads_whole_rows(data):
-        for number, (values, _) in enumerate(dataset_rows(data), 1):
-            where = f"{data.hf_dataset}:{number}"
-            row = without_surrogates(values, where, InvalidText(data, counts))
-            if row is not None:
-                yield Document(row_text(Row(row, where), data), where)
-        return
+    rows = (values for values, _ in dataset_rows(data)) if reads_whole_rows(data) else _values_of_field(data)
+    for number, values in enumerate(rows, 1):
+        where = f"{data.hf_dataset}:{number}"
+        row = without_surrogates(values, where, InvalidText(data, counts))
+        if row is not None:
+            yield Document(row_text(Row(row, where), data), where)
+
+
+def _values_of_field(data: DataConfig) -> Iterator[dict[str, Any]]:
+    """Yields the rows with `data.text_field` alone."""
     dataset = _load(data)
     columns = dataset.column_names
     if columns is not None and data.text_field not in columns:
         raise missing_field(f"data.hf_dataset={data.hf_dataset!r}", data.text_field, "data.text_field", columns)
     if columns is not None:
         dataset = dataset.select_columns([data.text_field])
-    number = 0
     for batch in _items(dataset.iter(batch_size=256), data):
         if data.text_field not in batch:
             raise missing_field(f"data.hf_dataset={data.hf_dataset!r}", data.text_field, "data.text_field", batch)
-        for value in batch[data.text_field]:
-            number += 1
-            where = f"{data.hf_dataset}:{number}"
-            row = without_surrogates({data.text_field: value}, where, InvalidText(data, counts))
-            if row is not None:
-                yield Document(text_value(row[data.text_field], where, data.text_field), where)
+        yield from ({data.text_field: value} for value in batch[data.text_field])
 
 
 def dataset_rows(data: DataConfig) -> Iterator[tuple[dict[str, Any], dict[str, list[str]]]]:
