@@ -10,7 +10,7 @@ import numpy as np
 from gptjax.generation.constraint import Form
 from gptjax.generation.slots import Row
 from gptjax.generation.stream import make_text_stream
-from gptjax.serving import protocol
+from gptjax.serving import objects
 from gptjax.serving.chat_format import AnswerFilter, ChatFormat
 from gptjax.serving.engine import Token, Update, pairs
 from gptjax.serving.protocol import Asked
@@ -78,7 +78,7 @@ class Answer(abc.ABC):
         """An event of a stream."""
 
     def _usage(self) -> dict[str, int]:
-        return protocol.usage(sum(map(len, self.prompts)), sum(len(choice.tokens) for choice in self._choices))
+        return objects.usage(sum(map(len, self.prompts)), sum(len(choice.tokens) for choice in self._choices))
 
     def _add(self, index: int, update: Update, text: str) -> str:
         choice = self._choices[index]
@@ -92,7 +92,7 @@ class CompletionAnswer(Answer):
     """Continuations of prompts, ordered by prompt, then by sample."""
 
     def __init__(self, asked: Asked, prompts: Sequence[np.ndarray], tokenizer: Tokenizer, model: str):
-        super().__init__(asked, prompts, tokenizer, model, protocol.new_id("cmpl"))
+        super().__init__(asked, prompts, tokenizer, model, objects.new_id("cmpl"))
         self._texts = [tokenizer.decode(prompt) if asked.echo else "" for prompt in prompts]
         if asked.echo and asked.logprobs is not None:
             for number, choice in enumerate(self._choices):
@@ -148,11 +148,11 @@ class CompletionAnswer(Answer):
 
     def _choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
         count = self._asked.logprobs
-        logprobs = None if count is None else protocol.completion_logprobs(self._tokenizer, tokens, count)
+        logprobs = None if count is None else objects.completion_logprobs(self._tokenizer, tokens, count)
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish}
 
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return protocol.envelope(self._id, "text_completion", self._model) | {"choices": choices}
+        return objects.envelope(self._id, "text_completion", self._model) | {"choices": choices}
 
 
 class ChatAnswer(Answer):
@@ -173,7 +173,7 @@ class ChatAnswer(Answer):
             options = dataclasses.replace(options, max_new_tokens=max(1, min(options.max_new_tokens, most_new)))
         options = dataclasses.replace(options, stop=(*options.stop, *format.stops))
         asked = dataclasses.replace(asked, options=options)
-        super().__init__(asked, [prompt], tokenizer, model, protocol.new_id("chatcmpl"))
+        super().__init__(asked, [prompt], tokenizer, model, objects.new_id("chatcmpl"))
         self.before = format.header_end
         self._filters = [AnswerFilter(format) for _ in range(asked.samples)]
 
@@ -194,7 +194,7 @@ class ChatAnswer(Answer):
             }
             for index, choice in enumerate(self._choices)
         ]
-        envelope = protocol.envelope(self._id, "chat.completion", self._model)
+        envelope = objects.envelope(self._id, "chat.completion", self._model)
         return envelope | {"choices": choices, "usage": self._usage()}
 
     def begin(self) -> Iterator[dict[str, Any]]:
@@ -212,12 +212,12 @@ class ChatAnswer(Answer):
         return self._event([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}])
 
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return protocol.envelope(self._id, CHUNK, self._model) | {"choices": choices}
+        return objects.envelope(self._id, CHUNK, self._model) | {"choices": choices}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict | None:
         if self._asked.logprobs is None:
             return None
-        return protocol.chat_logprobs(self._tokenizer, tokens, self._asked.logprobs)
+        return objects.chat_logprobs(self._tokenizer, tokens, self._asked.logprobs)
 
 
 def _moved(tokens: Sequence[Token], characters: int) -> list[Token]:

@@ -6,29 +6,28 @@ Shape suffixes: D n_embd.
 import asyncio
 import contextlib
 import hmac
-import json
 import time
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from gptjax.config.verbs.serve import ServeConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.embeddings import BATCH, check_layer, document
-from gptjax.serving import protocol
+from gptjax.serving import objects, protocol
 from gptjax.serving.answers import Answer, ChatAnswer, CompletionAnswer
 from gptjax.serving.engine import Engine, Failure, Job, QueueFull, Update
-from gptjax.serving.protocol import Invalid, error_body
+from gptjax.serving.protocol import Invalid
 from gptjax.serving.service import Service
+from gptjax.serving.stream import Stream, events, unless_left
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (
@@ -39,7 +38,6 @@ POLICY = (
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OPEN = ("/", "/health")
 """Paths that do not need an API key."""
-T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -185,7 +183,7 @@ class _Server:
             ids = [tokenizer.end_of_text]
         else:
             ids = (await asyncio.to_thread(tokenizer.encode, text)).tolist()
-        names = [protocol.token_text(tokenizer, id) for id in ids]
+        names = [objects.token_text(tokenizer, id) for id in ids]
         size = self._service.run.config.model.block_size
         return JSONResponse({"tokens": ids, "count": len(ids), "token_strs": names, "max_model_len": size})
 
@@ -263,17 +261,17 @@ class _Server:
         for prompt in answer.prompts:
             self._service.metrics.prompt(len(prompt))
         try:
-            first = index, update = await _unless_left(request, updates.get())
+            first = index, update = await unless_left(request, updates.get())
             _raise(update)
             if answer.stream:
-                return _Stream(_events(answer, first, updates, len(jobs)), lambda: engine.cancel(jobs))
+                return Stream(events(answer, first, updates, len(jobs)), lambda: engine.cancel(jobs))
             left = len(jobs)
             while True:
                 answer.take(index, update)
                 left -= update.finish is not None
                 if not left:
                     return JSONResponse(answer.whole())
-                index, update = await _unless_left(request, updates.get())
+                index, update = await unless_left(request, updates.get())
                 _raise(update)
         except BaseException:
             engine.cancel(jobs)
@@ -299,7 +297,7 @@ class _Server:
             self._service.check_text(number, ids)
         vectors = await self._in_batches(request, texts, lambda part: self._service.embed(part, options))
         data = [
-            {"object": "embedding", "index": n, "embedding": protocol.embedding(vector_D, encoding)}
+            {"object": "embedding", "index": n, "embedding": objects.embedding(vector_D, encoding)}
             for n, vector_D in enumerate(vectors)
         ]
         count = sum(map(len, prompts))
@@ -333,66 +331,8 @@ class _Server:
             if time.monotonic() > deadline:
                 raise Failure("the request took too long; try again with fewer texts")
             part = items[first : first + BATCH]
-            found.extend(await _unless_left(request, self._service.compute(function, part)))
+            found.extend(await unless_left(request, self._service.compute(function, part)))
         return found
-
-
-class _Stream(StreamingResponse):
-    """Server-sent events. `on_end` is called after the last event, or as soon as the client disconnects."""
-
-    def __init__(self, events: AsyncGenerator[str], on_end: Callable[[], None]):
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._on_end()
-
-
-async def _unless_left(request: Request, waiting: Coroutine[Any, Any, T]) -> T:
-    """Awaits `waiting`, unless the client disconnects first.
-
-    Raises:
-        ClientDisconnect: The client disconnected.
-    """
-    result, leaving = asyncio.ensure_future(waiting), asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({result, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if result.done():
-            return result.result()
-        raise ClientDisconnect
-    finally:
-        result.cancel()
-        leaving.cancel()
-
-
-async def _left(request: Request) -> None:
-    """Returns when the client disconnects. The body must already be read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _events(answer: Answer, first: tuple[int, Update], updates: asyncio.Queue, left: int) -> AsyncGenerator[str]:
-    """Server-sent events of an answer; `left` is the number of its unfinished sequences."""
-    for chunk in answer.begin():
-        yield _event(chunk)
-    index, update = first
-    while True:
-        if update.error is not None:
-            yield _event(error_body(str(update.error), 503))
-            return
-        for chunk in answer.chunks(index, update):
-            yield _event(chunk)
-        left -= update.finish is not None
-        if not left:
-            break
-        index, update = await updates.get()
-    for chunk in answer.end():
-        yield _event(chunk)
-    yield "data: [DONE]\n\n"
 
 
 def _host(request: Request) -> str:
@@ -402,17 +342,13 @@ def _host(request: Request) -> str:
     return name.removeprefix("[").removesuffix("]").lower()
 
 
-def _event(value: dict) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
 def _raise(update: Update) -> None:
     if update.error is not None:
         raise update.error
 
 
 def _error(message: str, status: int, param: str | None = None, code: str | None = None) -> JSONResponse:
-    return JSONResponse(error_body(message, status, param, code), status)
+    return JSONResponse(objects.error_body(message, status, param, code), status)
 
 
 async def _not_found(request: Request, error: Any) -> Response:
