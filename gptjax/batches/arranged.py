@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gptjax.batches.objectives import OBJECTIVES, Arranged, Vocabulary
+from gptjax.batches.objectives import OBJECTIVES, Arranged, Vocabulary, pack
 from gptjax.batches.pretraining import Batch, PackedWindows, PrefixBatch
 from gptjax.batches.rows import ALL, Rows
 from gptjax.config.objective import NEXT, ObjectiveConfig
@@ -165,22 +165,8 @@ class ArrangedWindows:
                 yield piece
 
     def _pack(self, windows: list[list[Arranged]]) -> Batch | PrefixBatch:
-        """Concatenates the documents of each window; padding is its own segment without targets."""
-        shape = len(windows), self.block_size
-        inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-        segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        ahead = np.zeros(shape, bool)
-        for row, documents in enumerate(windows):
-            start = 0
-            for number, one in enumerate(documents):
-                here = slice(start, start + len(one.inputs))
-                inputs[row, here], targets[row, here] = one.inputs, one.targets
-                segments[row, here], positions[row, here] = number, one.positions
-                ahead[row, start : start + one.prefix] = True
-                start = here.stop
-            segments[row, start:] = len(documents)
-        arrays = inputs, targets, segments, positions
-        return PrefixBatch(*arrays, ahead) if self.objective.has_prefix else Batch(*arrays)
+        packed = pack(windows, self.block_size)
+        return packed if self.objective.has_prefix else Batch(*packed[:4])
 
 
 def text_length(objective: ObjectiveConfig, vocabulary: Vocabulary, block_size: int) -> int:

@@ -5,11 +5,12 @@ one, so no target depends on another document. `arranged.py` makes batches of wi
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from gptjax.batches.pretraining import PrefixBatch
 from gptjax.config.objective import FILL, MASK, MODES, SPANS, ObjectiveConfig
 from gptjax.text.tokenizers.base import Tokenizer
 
@@ -23,6 +24,24 @@ class Arranged(NamedTuple):
     positions: np.ndarray
     prefix: int = 0
     """Number of inputs at the start to which all others may attend."""
+
+
+def pack(windows: Sequence[Sequence[Arranged]], block_size: int) -> PrefixBatch:
+    """Concatenates the documents of each window; padding is its own segment without targets."""
+    shape = len(windows), block_size
+    inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    ahead = np.zeros(shape, bool)
+    for row, documents in enumerate(windows):
+        start = 0
+        for number, one in enumerate(documents):
+            here = slice(start, start + len(one.inputs))
+            inputs[row, here], targets[row, here] = one.inputs, one.targets
+            segments[row, here], positions[row, here] = number, one.positions
+            ahead[row, start : start + one.prefix] = True
+            start = here.stop
+        segments[row, start:] = len(documents)
+    return PrefixBatch(inputs, targets, segments, positions, ahead)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gptjax.batches.objectives import Arranged, pack
 from gptjax.batches.permutation import shuffled
 from gptjax.batches.pretraining import Batch
 from gptjax.batches.rows import ALL, Rows
@@ -110,19 +111,9 @@ class PackedSequences:
 
     def pack(self, windows: Sequence[Sequence[int]]) -> Batch:
         """Puts sequences, by number, into windows; padding is its own segment without targets."""
-        B, T = len(windows), self.max_tokens
-        inputs, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
-        targets, segments = np.full((B, T), -1, np.int32), np.zeros((B, T), np.int32)
-        for row, numbers in enumerate(windows):
-            start = 0
-            for segment, number in enumerate(numbers):
-                sequence = self.sequences[number]
-                here = slice(start, start + len(sequence.inputs))
-                inputs[row, here], targets[row, here] = sequence.inputs, sequence.targets
-                segments[row, here], positions[row, here] = segment, np.arange(len(sequence.inputs))
-                start = here.stop
-            segments[row, start:] = len(numbers)
-        return Batch(inputs, targets, segments, positions)
+        chosen = [[self.sequences[number] for number in numbers] for numbers in windows]
+        arranged = [[Arranged(one.inputs, one.targets, np.arange(len(one.inputs))) for one in row] for row in chosen]
+        return Batch(*pack(arranged, self.max_tokens)[:4])
 
 
 def encode_words(
