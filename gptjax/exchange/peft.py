@@ -218,10 +218,7 @@ def _our_pair(
 
     layers = [[matrices(name, n) for name, n in zip(layer, widths.outputs, strict=True)] for layer in names]
     shared = all(_all_equal([a for a, _ in layer]) for layer in layers)
-    if shared:
-        pairs = [(layer[0][0], [b for _, b in layer]) for layer in layers]
-    else:
-        pairs = [_side_by_side(layer, rank, widths.inputs) for layer in layers]
+    pairs = [(_share if shared else _side_by_side)(layer, rank, widths.inputs) for layer in layers]
     ours = [_our_b(family, model, entry, target, bs, where) for _, bs in pairs]
     return np.stack([a.T for a, _ in pairs]), np.stack(ours)
 
@@ -243,6 +240,10 @@ def _widths(family: Family, model: ModelConfig, entry: Entry, target: str) -> _W
 def _all_equal(arrays: list[np.ndarray | None]) -> bool:
     first = arrays[0]
     return first is not None and all(x is not None and np.array_equal(x, first) for x in arrays)
+
+
+def _share(layer: list, rank: int, inputs: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    return layer[0][0], [b for _, b in layer]
 
 
 def _side_by_side(layer: list, rank: int, inputs: int) -> tuple[np.ndarray, list[np.ndarray]]:

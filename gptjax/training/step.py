@@ -147,7 +147,7 @@ def make_train_step(
             ema = optimizer.average(opt_state, params)
         else:
             # Moments wait for the parameters that are made of them; unordered, XLA would copy all moments before.
-            opt_state = optax.tree.map_params(optimizer, _after_params, opt_state, params, is_leaf=_is_masked)
+            opt_state = optax.tree.map_params(optimizer.init, _after_params, opt_state, params, is_leaf=_is_masked)
             if ema is not None:
                 decay = config.train.ema
                 ema = jax.tree.map(lambda a, p: jnp.where(accepted, decay * a + (1.0 - decay) * p, a), ema, params)

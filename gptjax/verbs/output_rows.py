@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from gptjax.errors import UserError
 from gptjax.files import atomic_file
@@ -45,7 +45,7 @@ def write_file(rows: Iterable[dict[str, Any]], path: Path) -> int:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def write_rows(rows: Iterable[dict[str, Any]], file: TextIO) -> int:
+def write_rows(rows: Iterable[dict[str, Any]], file: IO[str]) -> int:
     """Writes rows as JSONL, with null for NaN; returns their number."""
     count = 0
     for count, row in enumerate(rows, 1):
