@@ -18,7 +18,7 @@ from gptjax.errors import UserError
 from gptjax.report.metrics import MetricsFile, read_metrics
 from gptjax.tasks import pretrain
 from gptjax.text.tokenizers.plain import CharTokenizer
-from gptjax.training import in_flight, precision, resolve, trainer
+from gptjax.training import evaluate, in_flight, precision, resolve, trainer
 from gptjax.training.guard import locked
 from tests.faults.runs import SHARED_CACHE, process_config, wait_for_rows, write_config
 from tests.tiny import CONFIG, HARD, assert_trees_equal, final_state, init_state, replace, rows, run_config
@@ -224,7 +224,7 @@ def test_an_evaluation_is_abandoned_and_made_when_the_run_resumes(tmp_path, unbr
 
 def test_a_sample_is_abandoned_too(tmp_path, monkeypatch, capsys):
     config = run_config(tmp_path, train={"sample_tokens": 30, "eval_every": 2})
-    interrupted(monkeypatch, trainer, "sample_texts")
+    interrupted(monkeypatch, evaluate, "sample_texts")
     assert trainer.train(config) == 143
     printed = capsys.readouterr().out
     assert "sample abandoned" in printed and "stopped at step 2" in printed
@@ -327,7 +327,7 @@ def test_a_sample_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys)
     def fail(*_args, **_kwargs):
         raise UserError("token id 400 is outside the vocabulary")
 
-    monkeypatch.setattr("gptjax.training.evaluate.sample_texts", fail)
+    monkeypatch.setattr(evaluate, "sample_texts", fail)
     config = run_config(tmp_path, train={"sample_tokens": 4, "eval_every": 2, "num_steps": 4})
     assert trainer.train(config) == 0
     assert capsys.readouterr().out.count("no sample: UserError: token id 400") == 2
