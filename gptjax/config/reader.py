@@ -69,9 +69,10 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path}: no such config file.{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        # PyYAML's constructors of numbers, booleans and dates fail with any of these on odd values such as `!!int ""`
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (LookupError, TypeError, AttributeError):  # PyYAML reads `!!int ""` and the like without a check
+        raise UserError(f"{path}: not valid YAML: a value is not of the kind that its !!tag names") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):

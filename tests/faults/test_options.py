@@ -33,6 +33,9 @@ CONFIGS = {
     "a rate beyond float32": ("optim: {learning_rate: 1e300}", "optim.learning_rate='1e300' is too large"),
     "Python object": ("seed: !!python/object/apply:os.system ['touch {ran}']", "not valid YAML"),
     "Python name": ("seed: !!python/name:os.system", "not valid YAML"),
+    "no number under its tag": ('seed: !!int ""', "not valid YAML: a value is not of the kind that its !!tag names"),
+    "no boolean under its tag": ("log: {wandb: !!bool maybe}", "not of the kind that its !!tag names"),
+    "no date under its tag": ("seed: !!timestamp today", "not of the kind that its !!tag names"),
     "nested a thousand times": ("seed: " + "[" * 1000, "not valid YAML"),
     "NUL": ("run_dir: a\0b", "not valid YAML"),
     "aliases that grow to a billion": (
