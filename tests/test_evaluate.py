@@ -13,10 +13,14 @@ import pytest
 from gptjax.batches.pretraining import evaluation_batches
 from gptjax.checkpoints.run_dir import load_run
 from gptjax.cli import main
+from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.evaluation.sliding import sliding_spans
 from gptjax.model.gpt import logits
 from gptjax.text.shards import TokenSplit
+from gptjax.text.tokenizer import save_tokenizer
+from gptjax.text.tokenizers.plain import CharTokenizer
 from gptjax.training import trainer
+from tests.faults.inputs import refused
 from tests.tiny import SHARED_DATA, hidden_states, run_config, untrained_run
 
 CASES = SHARED_DATA.parent / "cases"
@@ -185,6 +189,16 @@ def test_rows_of_several_files_are_scored_alone_and_together(tmp_path, capsys):
 def test_every_document_of_a_file_is_measured(run, capsys):
     lines = evaluate(capsys, run, "--data.path", CASES / "evaldocs.jsonl", CASES / "eval_last.txt")
     assert "200 documents" in lines[0] and "1 document," in lines[1] and lines[2].startswith("total ")
+
+
+def test_a_text_without_a_target_has_no_loss(tmp_path, capsys):
+    run = untrained_run(tmp_path, tokenizer=TokenizerConfig(kind="chars"))
+    path = Path(run.run_dir) / "tokenizer.json"
+    letters = CharTokenizer("abc", False)  # without an end token, which would be a target after each document
+    save_tokenizer(letters, path)
+    (tmp_path / "letters.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    args = ["--run_dir", run.run_dir, "--data.path", tmp_path / "letters.jsonl"]
+    assert "each of its documents has a single token" in refused(capsys, "evaluate", *args)
 
 
 def sliding_losses(config, ids: np.ndarray, stride: int) -> np.ndarray:
