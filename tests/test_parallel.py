@@ -32,20 +32,21 @@ from tests.test_adapters import ADAPTERS
 from tests.tiny import CONFIG, MODEL, init_state, replace, run_config
 
 ROOT = Path(__file__).parents[1]
-FAST = ("tensor=2,context=2,stage=2",)
-SLOW = ("fsdp=2,tensor=2,context=2", *(name for name in equality.MESHES if name not in FAST))
-MESHES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+FOUR = "fsdp=2,tensor=2"
+"""A mesh that this process has devices for."""
+EIGHT = ("fsdp=2,tensor=2,context=2", *equality.MESHES)
+MESHES = [FOUR, *(pytest.param(name, marks=pytest.mark.slow) for name in EIGHT)]
 
 
 @functools.cache
-def rows(*names: str) -> dict[str, equality.Row]:
-    """Results of `bench/equality.py` for one device and these meshes, by mesh; shared by the test workers."""
+def rows() -> dict[str, equality.Row]:
+    """Results of `bench/equality.py` for one device and eight, by mesh; shared by the test workers."""
     cache = ROOT / ".pytest_cache"
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled")}
-    command = [sys.executable, "bench/equality.py", "--json", *names]
+    command = [sys.executable, "bench/equality.py", "--json", *EIGHT]
     cache.mkdir(exist_ok=True)
-    with open(cache / f"rows-of-{len(names)}-{run}", "a+", encoding="utf-8") as file:
+    with open(cache / f"rows-of-{run}", "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         if not (text := file.read()):
@@ -57,42 +58,41 @@ def rows(*names: str) -> dict[str, equality.Row]:
     return {row.mesh: row for row in found}
 
 
-def row_of(name: str) -> tuple[equality.Row, equality.Row]:
-    """Results for a mesh and for one device; slow meshes share one process."""
-    found = rows(*(FAST if name in FAST else SLOW))
-    return found[name], found["one device"]
+@functools.cache
+def row_of(name: str) -> equality.Row:
+    """Results for a mesh; of four devices, after one step."""
+    return equality.compare(name, steps=1) if name == FOUR else rows()[name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", EIGHT)
 def test_a_run_does_not_depend_on_its_sharding(name):
-    row, alone = row_of(name)
+    row, alone = rows()[name], rows()["one device"]
     assert len(row.losses) == 20 and row.losses[-1] < row.losses[0]
     # float32 sums in another order, 20 steps of Adam on
     np.testing.assert_allclose(row.losses, alone.losses, atol=1e-5)
     assert row.gradient_difference < 1e-5
+    assert not alone.collectives
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_parameters_and_moments_are_sharded(name):
-    row, alone = row_of(name)
-    mesh = equality.parse(name)
+    row, mesh = row_of(name), equality.parse(name)
     parts = mesh.fsdp * mesh.tensor * mesh.stage
-    params = init_state(equality.CONFIG).params
-    named = [(path[-1].key, leaf.nbytes) for path, leaf in jax.tree.leaves_with_path(params)]
+    state = init_state(equality.CONFIG)
+    params, moments = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state))
+    named = [(path[-1].key, leaf.nbytes) for path, leaf in jax.tree.leaves_with_path(state.params)]
     small = ("scale", "bias", "positions") if mesh.tensor > 1 else ("scale", "bias")
     whole = sum(size for name, size in named if name.startswith("b_") or name in small)  # may stay unsharded
-    assert alone.param_bytes == jax.tree.reduce(lambda total, leaf: total + leaf.nbytes, params, 0)
-    assert alone.param_bytes / parts <= row.param_bytes <= (alone.param_bytes - whole) / parts + whole
-    moments, counter = alone.moment_bytes - 4, 4  # the update count, which every device has
+    assert params / parts <= row.param_bytes <= (params - whole) / parts + whole
+    counter = 4  # the update count, which every device has
+    moments -= counter
     assert moments / parts <= row.moment_bytes - counter <= (moments - 2 * whole) / parts + 2 * whole
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_no_array_is_gathered_unnecessarily(name):
-    row, alone = row_of(name)
-    mesh = equality.parse(name)
-    assert not alone.collectives
+    row, mesh = row_of(name), equality.parse(name)
     found = {kind for kind, count in row.collectives.items() if count}
     allowed = {"all-reduce"}
     if mesh.fsdp > 1:
@@ -228,14 +228,16 @@ def test_a_whole_run_on_every_axis_of_four_devices(tmp_path, capsys):
 
 
 CHANGES: dict[str, dict] = {
-    "remat full": {"train": {"remat": "full"}},
-    "remat dots": {"train": {"remat": "dots", "unroll": 0}},
+    "remat full, window, no dropout, z-loss, smoothing": {
+        "model": {"attention_window": 5, "dropout": 0.0},
+        "train": {"remat": "full", "z_loss": 0.1, "label_smoothing": 0.1},
+    },
+    "remat dots, one micro-batch, untied, no bias": {
+        "model": {"tied_embeddings": False, "bias": False, "vocab_multiple": 16},
+        "train": {"remat": "dots", "unroll": 0, "micro_batch_size": 0},
+    },
     "bfloat16": {"train": {"compute_dtype": "bfloat16", "param_dtype": "bfloat16"}},
     "float16": {"train": {"compute_dtype": "float16"}},
-    "window, no dropout": {"model": {"attention_window": 5, "dropout": 0.0}},
-    "untied, no bias": {"model": {"tied_embeddings": False, "bias": False, "vocab_multiple": 16}},
-    "z-loss, smoothing": {"train": {"z_loss": 0.1, "label_smoothing": 0.1}},
-    "one micro-batch": {"train": {"micro_batch_size": 0}},
     **{
         f"{kind} adapter": {"model": {"adapter": ADAPTERS[kind]}, "init_from": "base", "finetune": {"train": "new"}}
         for kind in ("lora", "bottleneck", "prefix")
@@ -243,13 +245,19 @@ CHANGES: dict[str, dict] = {
 }
 
 
+@functools.cache
+def run_alone(name: str) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses and gradients of two steps on one device."""
+    losses, first, _, _ = equality.run(replace(equality.CONFIG, **CHANGES[name]), equality.parse(""), 2)
+    return losses, equality.gradients(first)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["context=2,stage=2", "fsdp=2,tensor=2"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_dtype_and_option_works_on_every_axis(name, mesh):
     config: Config = replace(equality.CONFIG, **CHANGES[name])
-    losses, first, _, _ = equality.run(config, equality.parse(""), 2)
-    row = equality.compare(mesh, config, 2, (losses, equality.gradients(first)))
+    row = equality.compare(mesh, config, 2, run_alone(name))
     exact = config.train.compute_dtype == "float32"
     assert row.loss_difference < (1e-5 if exact else 0.01)
     assert row.gradient_difference < (1e-5 if exact else 0.1)  # float16 and bfloat16 round after other sums
