@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from ours import modern_options  # noqa: E402
 from peer import make_llama, make_model  # noqa: E402
 from plain_torch import Decoder  # noqa: E402
+from run import choose, rows  # noqa: E402
 from work import Training  # noqa: E402
 
 LLAMA = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
@@ -48,3 +49,11 @@ def test_the_plain_model_is_that_of_transformers(modern):
     options = modern_options(work) | {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 97}
     ours = jax.eval_shape(lambda: init_params(ModelConfig(**options), jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == sum(p.numel() for p in plain.parameters())
+
+
+def test_a_full_name_chooses_one_row_and_a_beginning_several():
+    table = rows(on_gpu=False)
+    assert list(choose(table, ["medium_bfloat16"])) == ["medium_bfloat16"]
+    medium = [f"medium_{dtype}{pages}" for dtype in ("bfloat16", "float32") for pages in ("", "_same_pages")]
+    assert list(choose(table, ["medium"])) == medium
+    assert choose(table, [""]) == table
