@@ -11,10 +11,14 @@ class UserError(ValueError):
     The message is one line: what is wrong, where (file, row, field, value), the rule, and the nearest right
     thing. The command line prints it without a traceback and exits with status 2. Names and values in it may hold
     line breaks; they become spaces.
+
+    Attributes:
+        unused: Name of the option that has no effect, if that is what is wrong; else empty.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, unused: str = ""):
         super().__init__(" ".join(message.splitlines()))
+        self.unused = unused
 
 
 @contextmanager

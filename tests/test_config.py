@@ -99,6 +99,12 @@ def test_a_list_of_sections_reads_back_what_was_written(tmp_path):
     assert load(tmp_path, to_yaml(config)) == config
 
 
+def test_brackets_empty_a_list():
+    assert read_flags(Config, ["--task.validation_path", "a", "b", "--task.validation_path", "[]"]) == {
+        "task": {"validation_path": []}
+    }
+
+
 def test_a_flag_of_yes_or_no_may_go_without_its_value():
     flags = ("--model.bias", "--data.streaming", "false", "--model.tied_embeddings", "--seed", "1")
     assert read_flags(Config, flags) == {

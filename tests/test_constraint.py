@@ -81,7 +81,8 @@ def test_constrained_rows_match_and_others_are_as_alone():
 
 
 @pytest.mark.parametrize(
-    ("regex", "text"), [("a/b", "a/b"), (r"a\/b", "a/b"), (r"a\\/b", "a\\/b"), ("a\n[/]", "a\n/"), (r"\\\/", "\\/")]
+    ("regex", "text"),
+    [("a/b", "a/b"), (r"a\/b", "a/b"), (r"a\\/b", "a\\/b"), ("a\n[/]", "a\n/"), (r"\\\/", "\\/"), ("a\\\nb", "a\nb")],
 )
 def test_a_slash_and_a_backslash_are_those_of_the_expression(regex, text):
     assert re.fullmatch(regex, text)

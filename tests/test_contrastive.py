@@ -30,7 +30,7 @@ def states_and_logits(model, tokens):
     return np.asarray(x_1TD, np.float64)[0, : len(tokens)], np.asarray(logits_1TV, np.float64)[0, : len(tokens)]
 
 
-def expected(model, prompt, options, repetition=1.0):
+def expected(model, prompt, options, repetition=1.0, end=END):
     """Equation 5 of arXiv:2202.06417, token by token."""
     tokens, alpha = prompt.tolist(), options.contrastive_alpha
     while len(tokens) < len(prompt) + options.max_new_tokens:
@@ -45,7 +45,7 @@ def expected(model, prompt, options, repetition=1.0):
             cosines_T = states_TD @ new_D / np.linalg.norm(states_TD, axis=1) / np.linalg.norm(new_D)
             scores[token] = (1 - alpha) * probs_V[token] - alpha * cosines_T.max()
         tokens.append(max(scores, key=lambda token: scores[token]))
-        if tokens[-1] == END:
+        if tokens[-1] == end:
             return tokens[len(prompt) : -1]
     return tokens[len(prompt) :]
 
@@ -114,7 +114,21 @@ def test_what_does_not_go_together_is_refused(options, message):
         SampleConfig(**{"temperature": 0.0, "top_k": 4, "contrastive_alpha": 0.6} | options)
 
 
+def test_a_banned_token_is_never_chosen():
+    [prompt] = make_prompts(6)
+    options = {"max_new_tokens": 8, "temperature": 0, "top_k": 37, "contrastive_alpha": 1.0, "ignore_end_of_text": True}
+    [free] = search(MODEL, [prompt], SampleConfig(**options))
+    bans = tuple(f"{token}=-10000" for token in set(free))
+    [found] = search(MODEL, [prompt], SampleConfig(**options, logit_bias=bans))
+    assert len(found) == 8 and not set(free) & set(found)
+
+
 def test_a_text_longer_than_the_context_is_refused():
+    whole = SampleConfig(max_new_tokens=18, temperature=0, top_k=4, contrastive_alpha=0.6, ignore_end_of_text=True)
+    prompts = make_prompts(6)
+    assert search(MODEL, prompts, whole) == [expected(MODEL, prompt, whole, end=None) for prompt in prompts]
+    with pytest.raises(UserError, match=r"prompt 1 has 7 tokens"):
+        search(MODEL, make_prompts(7), whole)
     options = SampleConfig(max_new_tokens=20, temperature=0, top_k=4, contrastive_alpha=0.6)
     with pytest.raises(UserError, match=r"contrastive_alpha=0.6: prompt 2 has 6 tokens.*model.block_size=24"):
-        search(MODEL, make_prompts(5, 6), options)
+        search(MODEL, make_prompts(4, 6), options)

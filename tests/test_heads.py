@@ -151,6 +151,25 @@ def test_the_ngrams_of_a_text_are_those_of_its_tokens_and_padding_has_none():
     assert len(short) == 2 and not nothing  # the word, and the characters of " b "
 
 
+def test_words_of_a_cut_pair_stay_apart():
+    config = task_config(kind="classify", labels=("x",), bag_of_words=1, max_tokens=12, second_field="b")
+    rows = encode_examples(config, BYTES, [Text("cats", (), "", second="dogs bark")], np.zeros(1, np.int32))
+    assert rows.cut.all()
+    found, words = set(rows.ngrams[0][0].tolist()), set(ngram_counts("cats", 1)[0].tolist())
+    assert words < found and found <= set(ngram_counts("cats\ndogs b", 1)[0].tolist()) | words | set(
+        ngram_counts("dogs", 1)[0].tolist()
+    )
+
+
+def test_texts_with_about_as_many_ngrams_share_a_program():
+    config = task_config(kind="classify", labels=("x",), bag_of_words=2, max_tokens=64)
+    shapes = set()
+    for text in ("hello world, again", "another text here", "some other words"):
+        rows = encode_examples(config, BYTES, [Text(text, (), "")], np.zeros(1, np.int32))
+        shapes.add(rows.batch(np.zeros(1, int), rows.tokens, np.ones(1)).buckets.shape)
+    assert shapes == {(1, 64)}
+
+
 def test_scores_of_numbers_are_those_of_scipy():
     stats = pytest.importorskip("scipy.stats")
     a, b = np.random.default_rng(0).integers(0, 6, (2, 40)).astype(float)  # with ties

@@ -308,6 +308,15 @@ def test_a_row_does_not_get_the_bias_of_the_one_before_it_in_its_slot():
     assert found == alone(MODEL, plain) and found != other[:8]
 
 
+def test_a_row_that_waits_for_its_prompt_has_no_token_to_be_penalised():
+    options = {"temperature": 0, "ignore_end_of_text": True, "frequency_penalty": 2.0}
+    first = Row(np.arange(5, dtype=np.int32), SampleConfig(max_new_tokens=30, **options))
+    prompt = np.random.default_rng(0).integers(0, 37, 290, dtype=np.int32)
+    second = Row(prompt, SampleConfig(max_new_tokens=20, **options))
+    found = run(decoder(LONG), [first, second], lambda row: 2 if row is second else 0)
+    assert found == [alone(LONG, first), alone(LONG, second)]
+
+
 def test_contexts_slide_by_a_token_and_what_was_replaced_is_not_reused():
     model = dataclasses.replace(MODEL, n_layer=1, block_size=32, positions="rope")
     shared = {"temperature": 0, "ignore_end_of_text": True}
@@ -316,6 +325,15 @@ def test_contexts_slide_by_a_token_and_what_was_replaced_is_not_reused():
     slot_decoder = decoder(model, 2)
     assert run(slot_decoder, [long, short]) == [alone(model, long), alone(model, short)]
     again = Row(np.array(long.tokens[:30], np.int32), SampleConfig(max_new_tokens=9, **shared))
+    assert run(slot_decoder, [again]) == [alone(model, again)]
+    stopped = Row(np.arange(7, dtype=np.int32), SampleConfig(max_new_tokens=400, **shared))
+    slot_decoder.start(stopped)
+    while stopped.read < slot_decoder._size - 5:
+        slot_decoder._step_seconds = 1.0  # one token at a time
+        slot_decoder.step()
+    slot_decoder._step_seconds = 1e-6  # the longest burst, which writes over the first tokens
+    slot_decoder.step(lambda: slot_decoder.stop(stopped))
+    again = Row(np.array(stopped.tokens[:30], np.int32), SampleConfig(max_new_tokens=9, **shared))
     assert run(slot_decoder, [again]) == [alone(model, again)]
     with pytest.raises(UserError, match=r"the prompt has 33 tokens"):
         slot_decoder.start(Row(np.zeros(33, np.int32), SampleConfig(max_new_tokens=1)))

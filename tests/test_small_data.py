@@ -34,7 +34,7 @@ def test_every_row_is_validated_in_one_fold(tmp_path):
         assert len(found.train) + len(found.validation) == 60 and len(found.validation) > 10
         seen += [example.text for example in found.validation]
     assert sorted(seen) == sorted(f"t{n}" for n in range(60))
-    with pytest.raises(UserError, match=r"task.folds=3 must be at least 2, task.fold=3 below it"):
+    with pytest.raises(UserError, match=r"task.fold=3 must be below task.folds=3"):
         TaskConfig(kind="classify", folds=3, fold=3)
 
 

@@ -1,5 +1,6 @@
 """Where a run's config comes from: a file, a run directory, or defaults for the machine."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from gptjax.cli import main
 from gptjax.config.reader import load_config, read_flags, to_yaml
 from gptjax.config.run import Config
-from gptjax.config.start import start_config
+from gptjax.config.start import load_run_config, start_config
 from gptjax.errors import UserError
 from gptjax.machine.accelerator import has_accelerator
 from tests.tiny import write_corpus
@@ -72,6 +73,25 @@ def test_a_run_directory_stands_for_its_config(tmp_path, monkeypatch):
     assert start(place="moved").config.run_dir == "moved"
     with pytest.raises(UserError, match=r"runs: no run directory \(it has no config.yaml\)"):
         start(place="runs")
+
+
+def test_a_run_of_an_older_version_may_have_options_without_effect(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "run", "--data.path", "x", "--task.kind", "classify", "--task.folds", "5")
+    text = (run / "config.yaml").read_text()
+    for new in ("patience: 3", "eval_every: 0", "validation_fraction: 0.2"):
+        text = re.sub(rf"\b{new.partition(':')[0]}: .*", new, text)
+    (run / "config.yaml").write_text(text)
+    config = load_run_config(run)
+    assert (config.train.patience, config.data.validation_fraction) == (0, Config().data.validation_fraction)
+    assert config.train.eval_every == 0 and config.task.folds == 5 and start(place="run").config.train == config.train
+    with pytest.raises(UserError, match=r"train.patience=4 has no effect"):
+        start("--train.patience", "4", place="run")
+    with pytest.raises(UserError, match=r"has no effect"):
+        load_config(run / "config.yaml")
+    (run / "config.yaml").write_text(text.replace("batch_size: ", "batch_size: -"))
+    with pytest.raises(UserError, match=r"train.batch_size=-"):
+        load_run_config(run)
 
 
 def test_options_that_the_base_decides_are_refused(tmp_path, monkeypatch):

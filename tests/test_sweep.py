@@ -43,6 +43,12 @@ def test_a_grid_is_all_combinations_and_keeps_its_names(tmp_path):
     assert {run.name for run in sweep.runs} < {run.name for run in more.runs}
 
 
+def test_runs_may_start_from_the_run_of_the_base_config(tmp_path):
+    path = write(tmp_path, "options:\n  optim.learning_rate: [1e-3, 2e-3]\n")
+    (tmp_path / "base.yaml").write_text(BASE + "init_from: ignored\n")
+    assert {run.config.init_from for run in load_sweep(path, {}).runs} == {"ignored"}
+
+
 def test_random_draws_are_in_range_spread_by_scale_and_stay_when_runs_are_added(tmp_path):
     text = "method: random\nruns: {}\noptions:\n  optim.learning_rate: {{min: 1e-5, max: 1e-2, scale: log}}\n" \
         "  train.batch_size: {{min: 4, max: 64}}\n  optim.name: [adamw, lion]\n"  # fmt: skip

@@ -110,9 +110,13 @@ class TextSet(Encoded):
 
     @functools.cached_property
     def _ngram_widths(self) -> list[tuple[int, int]]:
-        """Each of the `widths`, and the most n-grams of a text of so many tokens: a width has one shape of batch."""
+        """Each of the `widths`, and a power of two that is at least the n-grams of each text of so many tokens.
+
+        So a width has one shape of batch, and most sets of texts have the same shapes.
+        """
         sizes, lengths = np.array([len(buckets) for buckets, _ in self.ngrams]), self.lengths
-        return [(width, int(sizes[lengths <= width].max(initial=1))) for width in widths(self.max_tokens)]
+        most = [int(sizes[lengths <= width].max(initial=1)) for width in widths(self.max_tokens)]
+        return [(width, 1 << (n - 1).bit_length()) for width, n in zip(widths(self.max_tokens), most, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

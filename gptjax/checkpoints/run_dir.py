@@ -19,9 +19,9 @@ import xxhash
 from gptjax.checkpoints.arrays import checkpointer, restore
 from gptjax.checkpoints.checkpoint import FOLDER, Checkpoints
 from gptjax.checkpoints.choice import choose_many
-from gptjax.config.reader import load_config, to_yaml
+from gptjax.config.reader import to_yaml
 from gptjax.config.run import Config
-from gptjax.config.start import CONFIG_FILE
+from gptjax.config.start import CONFIG_FILE, load_run_config
 from gptjax.errors import UserError
 from gptjax.files import write_atomic
 from gptjax.tasks.trainable import init_split, join, without_heads
@@ -97,7 +97,7 @@ def load_run(
         foreign = (run_dir / "config.json").is_file() or run_dir.suffix == ".gguf"
         advice = "convert it with gptjax import" if foreign else "train one with gptjax train"
         raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE}); {advice}")
-    config = load_config(run_dir / CONFIG_FILE)
+    config = load_run_config(run_dir)
     choices = choose_many(run_dir / FOLDER, average, which, strict, notify, config.train.best_by)
     choice, folders = choices[0], [each.folder for each in choices if each.folder is not None]
     if choice.folder is None or choice.manifest is None:

@@ -98,7 +98,7 @@ def read_flags(cls: type, args: Sequence[str]) -> dict:
     """Converts `--section.key VALUE`, `--section.key=VALUE` and, for lists, `--key A B C` to nested values.
 
     The value of a boolean flag may be omitted: `--merge` is `--merge true`. If a flag is given twice, the last value is
-    used; values of lists are concatenated.
+    used; values of lists are concatenated, and `[]` empties a list.
 
     Raises:
         UserError: A flag is unknown (the message suggests one), a value is missing, or a word belongs to no flag.
@@ -127,7 +127,7 @@ def read_flags(cls: type, args: Sequence[str]) -> dict:
             hint = f"; one that begins with -- is given as --{name}={rest[0]}" if rest else ""
             raise UserError(f"command line: --{name} needs a value{hint}")
         if _is_list(flags[name]):
-            lists[name] = lists.get(name, []) + values
+            lists[name] = [] if values == ["[]"] else lists.get(name, []) + values
         set_option(nested, name, lists[name] if _is_list(flags[name]) else _from_text(flags[name], values[0]))
     return nested
 
@@ -307,7 +307,7 @@ def _build(cls: type, values: dict, where: str):
     try:
         return cls(**{key: _built(types[key], value, where) for key, value in values.items()})
     except UserError as error:
-        raise error if str(error).startswith(f"{where}: ") else UserError(f"{where}: {error}") from None
+        raise error if str(error).startswith(f"{where}: ") else UserError(f"{where}: {error}", error.unused) from None
 
 
 def _built(field_type: Any, value: Any, where: str) -> Any:

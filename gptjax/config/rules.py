@@ -18,7 +18,8 @@ def positive(section: str, config, *names: str) -> None:
     """Checks that integers are at least 1 and floats above 0, and that they are not too large."""
     for name in names:
         if getattr(config, name) <= 0:
-            raise UserError(f"{_full(section, name)}={getattr(config, name)} must be at least 1")
+            least = "above 0" if isinstance(getattr(config, name), float) else "at least 1"
+            raise UserError(f"{_full(section, name)}={getattr(config, name)} must be {least}")
         _countable(section, config, name)
 
 
@@ -112,7 +113,8 @@ def no_effect(section: str, config, name: str, active: bool, needs: str) -> None
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if not active and getattr(config, name) != default:
         value = getattr(config, name)
-        raise UserError(f"{_full(section, name)}={value!r} has no effect without {needs}; leave it at {default!r}")
+        option = _full(section, name)
+        raise UserError(f"{option}={value!r} has no effect without {needs}; leave it at {default!r}", unused=option)
 
 
 def _countable(section: str, config, name: str) -> None:

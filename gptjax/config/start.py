@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from gptjax.config.dial import DialConfig, dial
 from gptjax.config.reader import differing_fields, flatten, load_config, make_config, read_yaml, to_flat
@@ -115,7 +116,7 @@ def _check_base(config: Config, given: Collection[str]) -> None:
     path = Path(config.init_from).expanduser() / CONFIG_FILE
     if not config.init_from or not path.is_file():
         return
-    base, own = to_flat(load_config(path)), to_flat(config)
+    base, own = to_flat(load_run_config(path.parent)), to_flat(config)
     for name in sorted(given):
         inherited = name.startswith(("model.", "tokenizer.")) and not name.startswith(NOT_INHERITED)
         if inherited and own[name] != base[name] and (name, own[name]) != ("model.vocab_size", 0):
@@ -125,9 +126,43 @@ def _check_base(config: Config, given: Collection[str]) -> None:
             )
 
 
+def load_run_config(run_dir: Path, flags: dict | None = None) -> Config:
+    """Returns the config in a run directory; `flags` (nested values of `read_flags`) take precedence.
+
+    The run may be of an older version that allowed an option without effect. Such an option gets its default.
+
+    Raises:
+        UserError: The file is missing or damaged, or a value is not allowed.
+    """
+    path, flags = run_dir / CONFIG_FILE, flags or {}
+    values = read_yaml(path)
+    while True:
+        try:
+            return make_config(values, flags, str(path))
+        except UserError as error:
+            if not error.unused or error.unused in flatten(flags) or not _remove(values, error.unused):
+                raise
+
+
+def _remove(values: Any, option: str) -> bool:
+    """Removes an option from nested values and from those of parts; returns whether it was there."""
+    if isinstance(values, list):
+        return any(_remove(item, option) for item in values)
+    if not isinstance(values, dict):
+        return False
+    *sections, name = option.split(".")
+    holder: Any = values
+    for section in sections:
+        holder = holder.get(section) if isinstance(holder, dict) else None
+    if isinstance(holder, dict) and name in holder:
+        del holder[name]
+        return True
+    return any(_remove(item, option) for item in values.values())
+
+
 def _resumed(run_dir: Path, flags: dict) -> Config:
     """The config in a run directory; `run_dir` becomes this directory, which may have been moved."""
-    config = load_config(run_dir / CONFIG_FILE, flags)
+    config = load_run_config(run_dir, flags)
     if "run_dir" in flags or Path(config.run_dir).expanduser().resolve() == run_dir.resolve():
         return config
     return dataclasses.replace(config, run_dir=str(run_dir))

@@ -209,7 +209,9 @@ class TaskConfig:
             raise UserError(f"task.group_size={self.group_size} must be at least 2: responses are compared")
         if self.beta <= 0:
             raise UserError(f"task.beta={self.beta} must be above 0")
-        fraction("task", self, "bag_share", "augment_delete", "augment_swap", "augment_synonyms")
+        fraction("task", self, "augment_delete", "augment_swap", "augment_synonyms")
+        if not 0 <= self.bag_share <= 1:
+            raise UserError(f"task.bag_share={self.bag_share} must lie in [0, 1]")
         not_negative("task", self, "folds", "fold")
         texts = ("classify", "regress")
         for kinds, names in {
@@ -245,10 +247,14 @@ class TaskConfig:
         no_effect("task", self, "synonyms", self.augment_synonyms > 0, "task.augment_synonyms")
         if self.augment_synonyms and not self.synonyms:
             raise UserError(f"task.augment_synonyms={self.augment_synonyms} needs a file: set task.synonyms")
-        if self.folds and (self.folds < 2 or self.validation_path or not 0 <= self.fold < self.folds):
+        if self.folds == 1:
+            raise UserError("task.folds=1 must be at least 2, or 0 for no folds")
+        if self.folds and self.fold >= self.folds:
+            raise UserError(f"task.fold={self.fold} must be below task.folds={self.folds}; the first fold is 0")
+        if self.folds and self.validation_path:
             raise UserError(
-                f"task.folds={self.folds} must be at least 2, task.fold={self.fold} below it, and task.validation_path"
-                " empty"
+                f"task.folds={self.folds} and task.validation_path both say which rows are held out; leave one out"
+                " (--task.validation_path '[]' empties that of a config file)"
             )
         if self.second_field and (self.augment_delete or self.augment_swap or self.augment_synonyms):
             raise UserError(

@@ -17,7 +17,7 @@ from gptjax.parallel.place import put
 EvalStep = Callable[[dict, Any], tuple[jax.Array, jax.Array]]
 
 
-NO_TARGETS = "no token of the text can be predicted: each of its documents has a single token; give other text"
+NO_TARGETS = "no token can be predicted: each document has a single token, or is too short for the objective"
 
 
 class Evaluation(NamedTuple):
@@ -109,14 +109,14 @@ def sum_loss(
     return nll, count
 
 
-def evaluation_of(nll: float, count: float, bytes_per_token: float | None) -> Evaluation:
+def evaluation_of(nll: float, count: float, bytes_per_token: float | None, name: str = "the text") -> Evaluation:
     """Computes loss, perplexity and bits per byte from a summed loss.
 
     Raises:
-        UserError: There was no target.
+        UserError: There was no target; the message has the `name` of the text.
     """
     if not count:
-        raise UserError(NO_TARGETS)
+        raise UserError(f"{name}: {NO_TARGETS}; give other text")
     loss = nll / count
     bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
     return Evaluation(loss, math.exp(min(loss, 700.0)), bits)

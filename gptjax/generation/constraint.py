@@ -36,8 +36,9 @@ class Form:
             compact = {"x-guidance": {"whitespace_flexible": False}} | self.schema
             return f"{start}\nbody: %json {json.dumps(compact)}"
         # A slash ends the expression in a grammar, unless it is escaped, which it may be already.
-        escaped = re.sub(r"\\.|/", lambda found: found[0] if len(found[0]) == 2 else "\\/", self.regex, flags=re.DOTALL)
-        escaped = escaped.replace("\n", "\\n")
+        # A line feed is not allowed in one.
+        special = {"/": "\\/", "\n": "\\n", "\\\n": "\\n"}
+        escaped = re.sub(r"\\.|[/\n]", lambda found: special.get(found[0], found[0]), self.regex, flags=re.DOTALL)
         return f"{start}\nbody: /{escaped}/"
 
 

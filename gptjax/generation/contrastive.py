@@ -66,7 +66,7 @@ def contrastive_search(
     """
     prompts, options = request.prompts, request.options
     check_prompts(config, prompts, options)
-    check_room(config, prompts, options, "contrastive_alpha")
+    check_room(config, prompts, options, "contrastive_alpha", reads_last=True)
     return _search(prepare(config, params, options, len(prompts) * options.top_k, prefix), request)
 
 
@@ -138,7 +138,8 @@ def _step(
     is_token_PS = (jnp.arange(S)[None] >= first_PK) & (jnp.arange(S)[None] < slot)
     cosines_PKS = jnp.einsum("pkd,psd->pks", _unit(x_PKD), states_PSD, precision="highest")
     closest_PK = jnp.max(cosines_PKS, axis=-1, where=is_token_PS[:, None], initial=-1.0)
-    best_P = jnp.argmax((1 - alpha) * probs_PK - alpha * closest_PK, axis=-1)
+    scores_PK = (1 - alpha) * probs_PK - alpha * closest_PK
+    best_P = jnp.argmax(jnp.where(probs_PK > 0, scores_PK, -jnp.inf), axis=-1)  # banned tokens have probability 0
     next_P = jnp.take_along_axis(tokens_PK, best_P[:, None], axis=1)[:, 0]
     x_PD = jnp.take_along_axis(x_PKD, best_P[:, None, None], axis=1)[:, 0]
     logprobs = None

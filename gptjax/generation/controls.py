@@ -90,7 +90,7 @@ def make_history(rule: Rule, prompts: Sequence[np.ndarray], new: int, vocab_size
 
 
 def remember(history: History, next_B: jax.Array, taken_B: jax.Array | bool = True) -> History:
-    """Adds one token to each sequence that takes it. A finished sequence has no room left and stays the same."""
+    """Adds one token to each sequence that takes it, and has room for it."""
     rows_B, taken_B = jnp.arange(next_B.shape[0]), jnp.broadcast_to(taken_B, next_B.shape)
     if history.counts_BV is not None:
         history = history._replace(counts_BV=history.counts_BV.at[rows_B, next_B].add(taken_B.astype(jnp.int32)))

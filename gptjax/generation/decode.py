@@ -233,7 +233,7 @@ def decode(
         if logprobs is not None:
             found = log_probabilities(logits_BV, next_B, K)
             logprobs = jax.tree.map(lambda all, new: _put(all, new, n), logprobs, Logprobs(*found))
-        history = remember(history, next_B)
+        history = remember(history, next_B, ~done_B)
         done_B = done_B | (next_B == controls.stop_B)
         new_BN = _put(new_BN, jnp.where(done_B, NOTHING, next_B), n)
         return n + 1, cache, history, jnp.where(done_B, last_B, next_B), done_B, new_BN, logprobs

@@ -99,14 +99,18 @@ def check_prompts(config: ModelConfig, prompts: Sequence[np.ndarray], options: S
             )
 
 
-def check_room(config: ModelConfig, prompts: Sequence[np.ndarray], options: SampleConfig, option: str) -> None:
+def check_room(
+    config: ModelConfig, prompts: Sequence[np.ndarray], options: SampleConfig, option: str, reads_last: bool = False
+) -> None:
     """Checks that prompts and their new tokens fit in the context: with `option` it does not slide.
+
+    `reads_last` says whether the model also reads the last new token.
 
     Raises:
         UserError: A prompt and its new tokens do not fit.
     """
     for number, prompt in enumerate(prompts, 1):
-        if len(prompt) + options.max_new_tokens > config.block_size + 1:
+        if len(prompt) + options.max_new_tokens > config.block_size + (not reads_last):
             raise UserError(
                 f"{option}={getattr(options, option)}: prompt {number} has {len(prompt)} tokens, and max_new_tokens="
                 f"{options.max_new_tokens} more do not fit in model.block_size={config.block_size}; ask for fewer"

@@ -192,8 +192,11 @@ class SlotDecoder:
             self._fresh.discard(row)
 
     def _held(self, row: Row) -> list[int]:
-        """The tokens in a row's slot that a prompt with the same prefix can reuse: none once the first are replaced."""
-        return row.tokens[: row.read] if row.read <= self._size else []
+        """The tokens in a row's slot that a prompt with the same prefix can reuse: none once the first are replaced.
+
+        Steps of a burst after the end of a sequence also write.
+        """
+        return row.tokens[: row.read] if row.read + LONGEST_BURST <= self._size else []
 
     def step(self, while_computing: Callable[[], None] = lambda: None) -> list[Event]:
         """Prefills one chunk of waiting prompts, if there are any, and adds tokens to the other sequences.
@@ -301,7 +304,8 @@ class SlotDecoder:
         """Waits for the new tokens and adds them to their sequences."""
         limit, events = burst.limit, []
         pieces = split_rows(np.asarray(burst.new_BN)[:, :limit], jax.device_get(burst.logprobs))
-        self._step_seconds = (time.monotonic() - burst.begin) / limit
+        steps = min(limit, 1 + max(len(pieces[row.slot].tokens_N) for row in burst.rows))  # it ends with the last one
+        self._step_seconds = (time.monotonic() - burst.begin) / steps
         for row in burst.rows:
             if self._rows[row.slot] is not row:  # it was stopped while the device computed
                 continue

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gptjax.config.reader import differing_fields, load_config, to_flat
+from gptjax.config.reader import differing_fields, to_flat
 from gptjax.config.run import Config
-from gptjax.config.start import CONFIG_FILE
+from gptjax.config.start import CONFIG_FILE, load_run_config
 from gptjax.errors import UserError
 from gptjax.report.events import read_events
 from gptjax.report.metrics import METRICS_FILE, read_metrics
@@ -74,7 +74,7 @@ def read_record(run_dir: Path, name: str = "") -> RunRecord:
     record = RunRecord(
         name=name or run_dir.resolve().name,
         run_dir=run_dir,
-        config=load_config(run_dir / CONFIG_FILE),
+        config=load_run_config(run_dir),
         steps=[row for row in rows if "tokens_per_s" in row],
         evaluations=[row for row in rows if "val_loss" in row],
         layers=[row for row in rows if isinstance(row.get("by_layer"), dict)],

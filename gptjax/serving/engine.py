@@ -129,7 +129,9 @@ class Engine:
             options = SampleConfig(max_new_tokens=1, top_p=top_p, logprobs=logprobs)
             for rows, length in chunks if number == 0 else chunks[:1]:
                 for row in range(min(rows, self._slots)):
-                    self._decoder.start(Row(np.full(length, (number + row) % vocab_size, np.int32), options))
+                    token = (number + length + rows + row) % vocab_size  # another in each round: no prefix is reused
+                    tokens = np.full(length, token, np.int32)
+                    self._decoder.start(Row(tokens, options))
                 while self._decoder.rows:
                     self._decoder.step()
 
@@ -226,9 +228,10 @@ class Engine:
     def _drop(self) -> None:
         """Frees the slots of jobs that were cancelled or whose time limit has passed."""
         for row, job in list(self._running.items()):
-            if job.overdue and not job.cancelled:
+            overdue = job.overdue
+            if overdue and not job.cancelled:
                 self._deliver_late()
-            if job.cancelled or job.overdue:
+            if job.cancelled or overdue:
                 self._decoder.stop(row)
                 if self._running.pop(row, None) is not None and not job.cancelled:
                     job.on_update(job.close("length"))

@@ -1,6 +1,7 @@
 """Encodes texts, pairs and candidates of a task."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -42,11 +43,14 @@ def _ngrams(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The n-grams of each row and their counts. Those of a text that was cut are of the tokens that are left."""
     marks = {mark for place in marks_of(config, tokenizer) for mark in place}
+
+    def left(ids: np.ndarray) -> Iterator[str]:
+        for is_mark, group in itertools.groupby(ids.tolist(), marks.__contains__):
+            if not is_mark:
+                yield tokenizer.decode(group)
+
     return [
-        ngram_counts(
-            tokenizer.decode(i for i in ids.tolist() if i not in marks) if short else "\n".join(row),
-            config.task.bag_of_words,
-        )
+        ngram_counts("\n".join(left(ids) if short else row), config.task.bag_of_words)
         for row, ids, short in zip(rows, tokens, cut, strict=True)
     ]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from gptjax.checkpoints.run_dir import CONFIG_FILE, LoadedRun
 from gptjax.config.model import ModelConfig
-from gptjax.config.reader import load_config
 from gptjax.config.run import Config
+from gptjax.config.start import load_run_config
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.config.train import TrainConfig
 from gptjax.errors import UserError
@@ -24,7 +24,7 @@ def with_compute_dtype(config: Config, run_dir: Path) -> Config:
     """Resolves "auto": a run resumes in the type that it started with, whatever the machine."""
     chosen = config.train.compute_dtype
     if chosen == "auto" and (run_dir / CONFIG_FILE).exists():
-        chosen = load_config(run_dir / CONFIG_FILE).train.compute_dtype
+        chosen = load_run_config(run_dir).train.compute_dtype
     return dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=compute_dtype(chosen)))
 
 

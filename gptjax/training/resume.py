@@ -11,8 +11,9 @@ from gptjax.checkpoints.checkpoint import FOLDER, Checkpoints
 from gptjax.checkpoints.choice import choose
 from gptjax.checkpoints.manifest import Manifest
 from gptjax.checkpoints.run_dir import CONFIG_FILE, frozen_params, on_one_device
-from gptjax.config.reader import differing_fields, load_config
+from gptjax.config.reader import differing_fields
 from gptjax.config.run import Config
+from gptjax.config.start import load_run_config
 from gptjax.errors import UserError
 from gptjax.report.metrics import plain
 from gptjax.report.progress import say
@@ -68,7 +69,7 @@ def check_run_dir(config: Config, run_dir: Path) -> None:
     """Checks that a run does not resume with a config that changes its meaning."""
     if not (run_dir / CONFIG_FILE).exists():
         return
-    changed = differing_fields(load_config(run_dir / CONFIG_FILE), config)
+    changed = differing_fields(load_run_config(run_dir), config)
     allowed = RESUMABLE + (DATA_FIELDS if config.train.allow_data_change else ())
     broken = {name: values for name, values in changed.items() if not name.startswith(allowed)}
     if broken:
@@ -86,7 +87,7 @@ def with_extension(config: Config, run_dir: Path, manifest: Manifest | None) -> 
     """Notes in `optim.extended` that a run resumes with another `train.num_steps` than it was planned for."""
     if manifest is None or not (run_dir / CONFIG_FILE).is_file():
         return config
-    before, optim, num_steps = load_config(run_dir / CONFIG_FILE), config.optim, config.train.num_steps
+    before, optim, num_steps = load_run_config(run_dir), config.optim, config.train.num_steps
     planned, update = before.train.num_steps, int(manifest.meta.get("updates", manifest.step))
     changes = before.optim.extended if optim.depends_on_length else ()
     optim = dataclasses.replace(optim, extended=changes)
@@ -111,7 +112,7 @@ def load_state(run_dir: Path) -> tuple[TrainState, dict]:
     Raises:
         UserError: The folder is no run directory, or its newest checkpoint does not verify.
     """
-    config = load_config(run_dir / CONFIG_FILE)
+    config = load_run_config(run_dir)
     manifest = choose(run_dir / FOLDER, "latest", strict=True).manifest
     if manifest is None:
         raise UserError(f"{run_dir}: has no checkpoint yet")

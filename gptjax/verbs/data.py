@@ -12,8 +12,8 @@ from gptjax.batches.pretraining import MAKERS, read_windows
 from gptjax.checkpoints.checkpoint import FOLDER
 from gptjax.checkpoints.choice import choose
 from gptjax.checkpoints.run_dir import CONFIG_FILE, TOKENIZER_FILE, load_run
-from gptjax.config.reader import load_config
 from gptjax.config.run import Config
+from gptjax.config.start import load_run_config
 from gptjax.config.verbs.data import DataVerbConfig
 from gptjax.errors import UserError
 from gptjax.evaluation.likelihood import check_likelihood
@@ -48,7 +48,7 @@ def run_data(run_dir: str, options: DataVerbConfig) -> int:
     folder = Path(run_dir).expanduser()
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{run_dir}: no run directory (it has no {CONFIG_FILE})")
-    config = load_config(folder / CONFIG_FILE)
+    config = load_run_config(folder)
     if config.task.kind != "pretrain":
         raise UserError(f"{run_dir}: has task.kind={config.task.kind}; only runs that pretrain have documents")
     if not options.rank_loss:

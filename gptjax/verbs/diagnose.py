@@ -59,7 +59,7 @@ def run_diagnose(run_dir: str, options: DiagnoseConfig) -> int:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     predictions = predict_targets(config.model, run.params, batches, compute_options(config), device)
     if not len(predictions.nll):
-        raise UserError(NO_TARGETS)
+        raise UserError(f"{run_dir}: of its text {NO_TARGETS}")
     loss = float(predictions.nll.mean(dtype=np.float64))
     accuracy = predictions.correct.mean()
     print(f"step {run.step:,}: {len(predictions.nll):,} targets, loss {loss:.4f}, accuracy {accuracy:.2%}")

@@ -21,6 +21,7 @@ from gptjax.checkpoints.run_dir import CONFIG_FILE, TOKENIZER_FILE
 from gptjax.config.model import ModelConfig
 from gptjax.config.reader import load_config
 from gptjax.config.run import Config
+from gptjax.config.start import load_run_config
 from gptjax.config.verbs.doctor import DoctorConfig
 from gptjax.errors import UserError, one_line
 from gptjax.machine import allocator, compile_cache
@@ -95,7 +96,7 @@ def _checks(path: Path) -> Iterator[Callable[[], str]]:
 
 def _run_checks(run_dir: Path, with_data: bool = True) -> Iterator[Callable[[], str]]:
     def check_description() -> str:
-        config = load_config(run_dir / CONFIG_FILE)
+        config = load_run_config(run_dir)
         tokenizer = load_tokenizer(run_dir / TOKENIZER_FILE) if (run_dir / TOKENIZER_FILE).exists() else None
         if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
             raise UserError(
@@ -108,7 +109,7 @@ def _run_checks(run_dir: Path, with_data: bool = True) -> Iterator[Callable[[], 
     for checkpoint in list_entries(run_dir / FOLDER):
         yield functools.partial(_check_checkpoint, checkpoint)
     if with_data:
-        yield lambda: _check_data_of(load_config(run_dir / CONFIG_FILE), run_dir)
+        yield lambda: _check_data_of(load_run_config(run_dir), run_dir)
 
 
 def _check_checkpoint(folder: Path) -> str:

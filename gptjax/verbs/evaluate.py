@@ -16,8 +16,8 @@ from gptjax.checkpoints.run_dir import CONFIG_FILE, LoadedRun, load_run
 from gptjax.config.data import DataConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.objective import ObjectiveConfig
-from gptjax.config.reader import load_config
 from gptjax.config.run import Config
+from gptjax.config.start import load_run_config
 from gptjax.config.task import LABELLED
 from gptjax.config.verbs.evaluate import EvaluateConfig
 from gptjax.errors import UserError, did_you_mean
@@ -79,7 +79,7 @@ class Measured(NamedTuple):
     @property
     def evaluation(self) -> Evaluation:
         """Loss, perplexity and bits per byte."""
-        return evaluation_of(self.nll, self.targets, bytes_per_target(self.objective, self.text.split))
+        return evaluation_of(self.nll, self.targets, bytes_per_target(self.objective, self.text.split), self.name)
 
     @property
     def sizes(self) -> str:
@@ -254,7 +254,7 @@ def _evaluate_own_text(
 def _text_owner(config: Config) -> Config:
     """The config of the run that was trained on text: this run, or one of its base runs."""
     while config.task.kind != "pretrain" and config.init_from:
-        config = load_config(Path(config.init_from).expanduser() / CONFIG_FILE)
+        config = load_run_config(Path(config.init_from).expanduser())
     return config
 
 
@@ -281,7 +281,7 @@ def _evaluate_own_sources(
     for name, one in prepared.items():
         split = one.dataset.validation
         nll, count = _sum_loss(run, split, across, options, name, notify, owner.task.objective)
-        found[name] = evaluation_of(nll, count, bytes_per_target(owner.task.objective, split))
+        found[name] = evaluation_of(nll, count, bytes_per_target(owner.task.objective, split), name)
     stages = mixture_stages(owner, {name: one.dataset.train.n_tokens for name, one in prepared.items()})
     return mean_evaluation(dict(zip(found, stages[0].weights, strict=True)), found)
 
@@ -439,10 +439,10 @@ def _overlap_line(config: Config, measured: Sequence[Measured]) -> str:
             for data in [source.data for source in config.sources] or [config.data]:
                 hashes = document_hashes(data)
                 own, known = own | (hashes or frozenset()), known and hashes is not None
-        base = Path(config.init_from).expanduser() / CONFIG_FILE
-        if not config.init_from or not base.is_file():
+        base = Path(config.init_from).expanduser()
+        if not config.init_from or not (base / CONFIG_FILE).is_file():
             break
-        config = load_config(base)
+        config = load_run_config(base)
     shared, total = len(given & own), len(given)
     if shared:
         return f"own text    {shared:,} of {total:,} distinct documents are in the text of the run (both splits)"

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from gptjax.config.reader import load_config
 from gptjax.config.run import Config
-from gptjax.config.start import CONFIG_FILE, Start
+from gptjax.config.start import CONFIG_FILE, Start, load_run_config
 from gptjax.errors import UserError, is_out_of_memory
 from gptjax.machine import compile_cache
 from gptjax.parallel import cluster
@@ -31,5 +30,6 @@ def run_train(start: Start) -> int:
 def _explain(config: Config, error: Exception) -> str:
     from gptjax.planning.memory_advice import device_memory, explain_out_of_memory
 
-    resolved = Path(config.run_dir).expanduser() / CONFIG_FILE  # has the size of the vocabulary
-    return explain_out_of_memory(load_config(resolved) if resolved.is_file() else config, error, device_memory())
+    run_dir = Path(config.run_dir).expanduser()  # its config has the size of the vocabulary
+    resolved = load_run_config(run_dir) if (run_dir / CONFIG_FILE).is_file() else config
+    return explain_out_of_memory(resolved, error, device_memory())
