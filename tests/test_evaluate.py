@@ -198,7 +198,7 @@ def test_a_text_without_a_target_has_no_loss(tmp_path, capsys):
     save_tokenizer(letters, path)
     (tmp_path / "letters.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     args = ["--run_dir", run.run_dir, "--data.path", tmp_path / "letters.jsonl"]
-    assert "each of its documents has a single token" in refused(capsys, "evaluate", *args)
+    assert "each document has a single token" in refused(capsys, "evaluate", *args)
 
 
 def sliding_losses(config, ids: np.ndarray, stride: int) -> np.ndarray:

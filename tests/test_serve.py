@@ -133,7 +133,12 @@ def test_a_stream_joins_to_the_whole(client):
         assert len(mine) > 1 and "".join(c["text"] for c in mine) == choice["text"]
         assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
         for name, values in choice["logprobs"].items():
-            assert [value for c in mine for value in c["logprobs"][name]] == values
+            joined = [value for c in mine for value in c["logprobs"][name]]
+            assert len(joined) == len(values)
+            for one, other in zip(
+                joined, values, strict=True
+            ):  # another slot may have read the prompt in a larger chunk
+                assert one == (pytest.approx(other, abs=1e-5) if isinstance(other, float | dict) else other)
 
 
 def test_stop_strings_and_limits_end_a_text(client):
