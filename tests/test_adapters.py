@@ -83,7 +83,7 @@ def test_gradients_in_bfloat16_are_those_of_float32(kind):
 
 
 def test_a_prefix_is_trained_on_rows_of_one_token(monkeypatch):
-    """A row of one token attends to the prefix as a decoded token does to a cache, which has a kernel of its own."""
+    """A row of one token attends to the prefix as a decoded token does to a cache, for which there is a C++ kernel."""
     change = {"n_layer": 1, "n_embd": 32}  # heads of 16 numbers, which the kernel needs
     model, params = adapted("prefix", change=change)
     tokens_B1 = jnp.asarray([[3], [5]])

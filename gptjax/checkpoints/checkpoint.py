@@ -200,7 +200,7 @@ class Checkpoints:
 
     def _obstacle(self, items: dict[str, Any]) -> OSError | None:
         """Checks for free disk space before a save. A disk that fills up during a save is handled too, but then Orbax
-        prints many lines of its own.
+        prints many lines.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ def load_sweep(path: Path, overrides: dict) -> Sweep:
     folder, file = Path(values["run_dir"]), Path(values["config"]).expanduser()
     runs: dict[Config, SweepRun] = {}
     for each in chosen:
-        nested: dict = {"run_dir": str(folder / "run")}  # a name of its own for each run follows
+        nested: dict = {"run_dir": str(folder / "run")}  # replaced by the folder of each run below
         for option, value in each.items():
             set_option(nested, option, value)
         config = load_config(file, merged(overrides, nested))

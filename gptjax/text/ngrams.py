@@ -1,6 +1,6 @@
 """The n-grams of a text, as buckets of a hash table: of words, and of the characters of each word.
 
-The first half of the table is for words, the second for characters, so that each kind has a length of its own.
+The first half of the table is for words, the second for characters, so that each kind can be scaled to length 1.
 """
 
 import functools
